@@ -9,7 +9,9 @@ try:
     from loraprune_ds.cli.chats import main
     from loraprune_ds.errors import leave, leave_on_error
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+    sys.exit(
+        f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes"
+    )
 
 if __name__ == "__main__":
     leave_on_error()

@@ -8,7 +8,9 @@ import sys
 try:
     from loraprune_ds.cli.export import main
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
+    sys.exit(
+        f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes"
+    )
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import run_command
 from loraprune_ds.evaluate.result import answers_table
-from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, AnswerSettings, EvaluationSettings, read_prompts
+from loraprune_ds.evaluate.settings import (
+    DEFAULT_PROMPTS,
+    AnswerSettings,
+    EvaluationSettings,
+    read_prompts,
+)
 from loraprune_ds.ranks.job import silence_libraries
 
 if TYPE_CHECKING:
@@ -26,7 +31,10 @@ larger one and more tokens: 409,600 instead of 81,920 lower WikiText-2's perplex
 
 
 def side_by_side(*texts: str) -> str:
-    columns = [[part for line in text.splitlines() for part in textwrap.wrap(line, WIDTH) or [""]] for text in texts]
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(line, WIDTH) or [""]]
+        for text in texts
+    ]
     shown = [lines if len(lines) <= ROWS else [*lines[: ROWS - 1], "..."] for lines in columns]
     rows = zip_longest(*shown, fillvalue="")
     return "\n".join("  ".join(f"{cell:<{WIDTH}}" for cell in row).rstrip() for row in rows)
@@ -42,7 +50,9 @@ def shown_lines(settings: AnswerSettings, dense: "Answers", pruned: "Answers") -
         yield "\n" + textwrap.indent(textwrap.fill(f"{kind}: {question}", 2 * WIDTH), "> ")
         answers = [model.texts[first] for model in (dense, pruned)]
         at_limit = [" ..." if one.tokens == settings.max_new_tokens else "" for one in answers]
-        yield side_by_side(*(one.text.strip() + end for one, end in zip(answers, at_limit, strict=True)))
+        yield side_by_side(
+            *(one.text.strip() + end for one, end in zip(answers, at_limit, strict=True))
+        )
     yield ""
     yield from answers_table(f"all {len(kinds)} prompts", [asdict(dense), asdict(pruned)])
 
@@ -74,7 +84,9 @@ def main() -> None:
     print("\n".join(shown_lines(settings, *answers)))
     if config["path"] == EMBEDDED:
         print(f"\n{ADVICE}")
-    print(f"\nAll answers: python launch/evaluate.py {folder} --dense {config['path']} --answers --page answers.html")
+    print(
+        f"\nAll answers: python launch/evaluate.py {folder} --dense {config['path']} --answers --page answers.html"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.model.fewer_layers import drop_layers
 
 __version__ = "0.1.0"
-__all__ = ["LoraPruneCallback", "PruneConfig", "Pruning", "drop_layers", "linear_names", "open_result", "unshare_bias"]
+__all__ = [
+    "LoraPruneCallback",
+    "PruneConfig",
+    "Pruning",
+    "drop_layers",
+    "linear_names",
+    "open_result",
+    "unshare_bias",
+]
 _MODULES = {
     "LoraPruneCallback": "hf.callback",
     "PruneConfig": "config",

@@ -24,7 +24,9 @@ def main() -> NoReturn:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
-        sys.stdout.write(f"loraprune-ds COMMAND ...      (for details: loraprune-ds COMMAND --help)\n\n{commands}\n")
+        sys.stdout.write(
+            f"loraprune-ds COMMAND ...      (for details: loraprune-ds COMMAND --help)\n\n{commands}\n"
+        )
         leave(0)
     leave(run_command(lambda: _start(name, arguments)))
 
@@ -64,4 +66,7 @@ def require_option(arguments: argparse.Namespace, needed: str, *options: str) ->
         value = getattr(arguments, option, None)
         given = value or type(value) is int  # 0 is given, False is not
         names = [f"--{name.replace('_', '-')}" for name in (option, needed)]
-        require(bool(getattr(arguments, needed)) or not given, "{} has no effect without {}".format(*names))
+        require(
+            bool(getattr(arguments, needed)) or not given,
+            "{} has no effect without {}".format(*names),
+        )

@@ -36,9 +36,13 @@ def read_amount(text: str, key: str) -> Amount:
     number, suffix = match.groups() if match else ("", "")
     scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None
     if scale is None:
-        raise UserError(f"{key} must be parameters, such as 4.5B, or memory, such as 24GiB; got {text!r}")
+        raise UserError(
+            f"{key} must be parameters, such as 4.5B, or memory, such as 24GiB; got {text!r}"
+        )
     require(float(number) > 0, f"{key} must be above 0; got {text!r}")
-    return Amount(float(number) * scale, "bytes" if suffix in BYTES else "parameters", suffix, scale)
+    return Amount(
+        float(number) * scale, "bytes" if suffix in BYTES else "parameters", suffix, scale
+    )
 
 
 def _number(value: Any) -> Any:
@@ -57,7 +61,9 @@ LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
 Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
 Window = Annotated[int, Field(ge=2)]
-AmountText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+AmountText = Annotated[
+    str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)
+]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
 Criterion = Literal["lora", "fisher", "magnitude", "random"]
@@ -70,7 +76,9 @@ DataFormat = Literal["text", "instruction", "seq2seq", "chat"]
 
 COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 BYTES = {
-    f"{prefix}{end}": base ** (i + 1) for end, base in (("B", 1e3), ("iB", 2**10)) for i, prefix in enumerate("KMGT")
+    f"{prefix}{end}": base ** (i + 1)
+    for end, base in (("B", 1e3), ("iB", 2**10))
+    for i, prefix in enumerate("KMGT")
 }
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -88,7 +96,11 @@ def replaces_default(key: str, *others: str) -> Any:
 
     def validate(given: Any) -> Any:
         values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-        if not isinstance(values, dict) or key in values or all(values.get(other) is None for other in others):
+        if (
+            not isinstance(values, dict)
+            or key in values
+            or all(values.get(other) is None for other in others)
+        ):
             return given
         return ArgsKwargs((), values | {key: None})
 
@@ -106,7 +118,8 @@ class ModelConfig:
     # `sdpa`, `eager`, `flash_attention_2` or `flash_attention_3`. Gemma 2 and GPT-OSS get `eager` instead of `sdpa`
     attn_implementation: str = "sdpa"
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
-    text_only: bool = False  # export the text part of a multimodal model as its text class, without the tower
+    # export the text part of a multimodal model as its text class, without the tower
+    text_only: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -127,15 +140,20 @@ class SourceKeys:
 
     path: object
     name: str | None = None  # configuration of a `datasets` data set
-    revision: str | None = None  # branch, tag or commit of a data set of the hub. A resumed run keeps its commit
-    data_files: list[str] | None = None  # list of files of a `datasets` data set to fetch. None: all
+    # branch, tag or commit of a data set of the hub. A resumed run keeps its commit
+    revision: str | None = None
+    # list of files of a `datasets` data set to fetch. None: all
+    data_files: list[str] | None = None
     split: str = "train"  # split of a `datasets` data set
-    format: DataFormat = "text"  # `text` packs documents into windows. The others train on answers alone
+    # `text` packs documents into windows. The others train on answers alone
+    format: DataFormat = "text"
     text_field: str = "text"  # field with the text of a row
     prompt_field: str = "instruction"  # field with the request
-    input_field: str | None = "input"  # field with a text that the request is about. None: no such field
+    # field with a text that the request is about. None: no such field
+    input_field: str | None = "input"
     response_field: str = "response"  # field with the answer
-    source_field: str = "source"  # field with what an encoder reads, of format `seq2seq`, which adds no template
+    # field with what an encoder reads, of format `seq2seq`, which adds no template
+    source_field: str = "source"
     target_field: str = "target"  # field with what its decoder writes
 
 
@@ -160,22 +178,33 @@ class DataConfig(SourceKeys):
 
     # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), `embedded-chats` (by SmolLM2), or a
     # list of these: a mixture
-    path: Annotated[Annotated[str, Tag(ONE)] | Annotated[list[MixtureEntry], Tag(LIST)], IS_LIST] = "embedded"
+    path: Annotated[
+        Annotated[str, Tag(ONE)] | Annotated[list[MixtureEntry], Tag(LIST)], IS_LIST
+    ] = "embedded"
     window: Window = 512  # tokens of a sample. An encoder-decoder's has source and target
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
     held_out_fraction: Fraction | None = 0.1  # size of that part. None if `held_out` is given
     max_samples: Count | None = None  # most samples from each source. None: all
-    packing: bool = False  # several instructions or conversations share a window, without seeing each other
+    # several instructions or conversations share a window, without seeing each other
+    packing: bool = False
 
     _held_out = replaces_default("held_out_fraction", "held_out")
 
     def __post_init__(self) -> None:
-        require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
-        require_one(self.held_out, self.held_out_fraction, "data.held_out and data.held_out_fraction")
+        require(
+            self.path != [] and all(source.path for source in self.sources),
+            "data.path, or a path in it, is empty",
+        )
+        require_one(
+            self.held_out, self.held_out_fraction, "data.held_out and data.held_out_fraction"
+        )
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
             other = f"data.path[0] has {'a' if entry.weight is None else 'no'} weight; give all entries one, or none"
-            require((entry.weight is None) == (entries[0].weight is None), f"data.path[{i}].weight: {other}")
+            require(
+                (entry.weight is None) == (entries[0].weight is None),
+                f"data.path[{i}].weight: {other}",
+            )
 
     @property
     def only_text(self) -> bool:
@@ -190,20 +219,31 @@ class DataConfig(SourceKeys):
     def sources(self) -> list[DataSource]:
         """The sources that `path` names: one, or the entries of a mixture."""
         if isinstance(self.path, str):
-            return [DataSource(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SourceKeys)})]
-        return [DataSource(**vars(entry), section=f"data.path[{i}]") for i, entry in enumerate(self.path)]
+            return [
+                DataSource(
+                    **{f.name: getattr(self, f.name) for f in dataclasses.fields(SourceKeys)}
+                )
+            ]
+        return [
+            DataSource(**vars(entry), section=f"data.path[{i}]")
+            for i, entry in enumerate(self.path)
+        ]
 
 
 @dataclass(frozen=True, config=STRICT)
 class PruneConfig:
     """Selects what to cut, when, and by which score. Names come from the LoRAPrune paper if it has them."""
 
-    ratio: Fraction | None = 0.5  # fraction of the decoder layers' linear parameters to remove. None: `target` decides
-    target: AmountText | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or server memory (`24GiB`)
+    # fraction of the decoder layers' linear parameters to remove. None: `target` decides
+    ratio: Fraction | None = 0.5
+    # instead of `ratio`: parameters of the model (`4.5B`) or server memory (`24GiB`)
+    target: AmountText | None = None
     # instead of both: a list of such ratios and targets. The run exports a model at each, and goes on to the next
     sizes: Annotated[list[AmountText], Field(min_length=1)] | None = None
-    target_context: Count = 4096  # for a target in bytes: tokens in the server's KV cache, over all sequences
-    target_weight_bits: Positive = 16.0  # for a target in bytes: bits per parameter of the linears, with scales
+    # for a target in bytes: tokens in the server's KV cache, over all sequences
+    target_context: Count = 4096
+    # for a target in bytes: bits per parameter of the linears, with scales
+    target_weight_bits: Positive = 16.0
     # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
     # fraction of all
     head_ratio: FractionOr0 | None = None
@@ -217,26 +257,37 @@ class PruneConfig:
     prune_every: Count = 10  # steps between cuts
     warmup_fraction: FractionOr0 = 0.1  # fraction of the steps before the first cut
     cooldown_fraction: FractionOr0 = 0.1  # fraction of the steps after the last cut
-    protected_first: CountOr0 | None = 0  # first layers that are not cut. None: 10 % of the layers, at least one
+    # first layers that are not cut. None: 10 % of the layers, at least one
+    protected_first: CountOr0 | None = 0
     protected_last: CountOr0 = 0  # last layers that are not cut
-    channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
-    tensor_parallel: Count = 1  # GPUs of a server that share the result. Kept heads and channels divide by it
+    # kept channel counts are multiples of this. 1: any count, as in the paper
+    channel_multiple: Count = 64
+    # GPUs of a server that share the result. Kept heads and channels divide by it
+    tensor_parallel: Count = 1
     # `least_squares` refits linears that lose inputs, such as o_proj and down_proj. None: where those leave
     compensate: Compensation | None = None
-    compensate_steps: Count = 4  # steps whose inputs are measured before a cut, its own step included
-    compensate_decay: FractionOr0 = 0.9  # weight of earlier measured steps when one more is measured
+    # steps whose inputs are measured before a cut, its own step included
+    compensate_steps: Count = 4
+    # weight of earlier measured steps when one more is measured
+    compensate_decay: FractionOr0 = 0.9
 
     _target = replaces_default("ratio", "target", "sizes")
 
     def __post_init__(self) -> None:
         # Other forms of a target or size are refused here.
-        amounts = [self.target_amount, *(read_amount(size, "prune.sizes") for size in self.sizes or ())]
+        amounts = [
+            self.target_amount,
+            *(read_amount(size, "prune.sizes") for size in self.sizes or ()),
+        ]
         in_bytes = any(amount is not None and amount.unit == "bytes" for amount in amounts)
         if self.sizes is None:
             require_one(self.ratio, self.target, "prune.ratio and prune.target")
         for key in ("target_context", "target_weight_bits"):
             is_read = in_bytes or getattr(self, key) == getattr(PruneConfig, key)
-            require(is_read, f"prune.{key} has no effect without a target or size in bytes, such as 24GiB")
+            require(
+                is_read,
+                f"prune.{key} has no effect without a target or size in bytes, such as 24GiB",
+            )
         without_cuts = self.warmup_fraction + self.cooldown_fraction
         require(without_cuts < 1, "prune.warmup_fraction + prune.cooldown_fraction must be below 1")
 
@@ -259,18 +310,23 @@ class TrainConfig:
     steps: Count | None = None  # optimizer steps with cuts
     epochs: Positive | None = None  # the same, as passes over the samples
     # steps after these, without cuts. With prune.sizes after each size's cuts, or a list with a number for each
-    recovery_steps: Annotated[Annotated[CountOr0, Tag(ONE)] | Annotated[list[CountOr0], Tag(LIST)], IS_LIST] = 0
+    recovery_steps: Annotated[
+        Annotated[CountOr0, Tag(ONE)] | Annotated[list[CountOr0], Tag(LIST)], IS_LIST
+    ] = 0
     learning_rate: LearningRate = 1e-4  # largest learning rate
     lr_scheduler: Scheduler = "linear"  # `linear` and `cosine` fall to zero
     warmup_steps: CountOr0 = 0  # steps in which the learning rate rises
     adam_epsilon: Positive = 1e-8  # epsilon of AdamW
     max_grad_norm: AtLeast0 = 1.0  # gradients are clipped to this norm. 0: no clipping
-    group_by_length: bool = False  # samples of similar length share a micro-batch, with less padding
-    gradient_checkpointing: bool = False  # recomputes activations in the backward pass instead of storing them
+    # samples of similar length share a micro-batch, with less padding
+    group_by_length: bool = False
+    # recomputes activations in the backward pass instead of storing them
+    gradient_checkpointing: bool = False
     # weight w in the loss (1 - w) * cross-entropy + w * T² * KL(dense model ‖ model). 0: no distillation
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.25
     distill_temperature: Positive = 2.0  # temperature T, which divides the logits of the KL term
-    deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
+    # kernels that give the same bits at every start, where torch has some
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         batch, micro = self.global_batch_size, self.micro_batch_size
@@ -289,9 +345,13 @@ class TrainConfig:
         """Returns the micro-batches of each rank per step. Raises UserError, which lists the world sizes that fit."""
         micro_batches = self.global_batch_size // self.micro_batch_size
         if micro_batches % world_size:
-            fit = ", ".join(str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0)
+            fit = ", ".join(
+                str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0
+            )
             batch = f"train.global_batch_size {self.global_batch_size} in micro-batches of {self.micro_batch_size}"
-            raise UserError(f"{batch} cannot be split over {world_size} ranks; world sizes that fit: {fit}")
+            raise UserError(
+                f"{batch} cannot be split over {world_size} ranks; world sizes that fit: {fit}"
+            )
         return micro_batches // world_size
 
 
@@ -331,7 +391,8 @@ class RunConfig:
     output_dir: str  # folder of the results: new, or of this same run
     # seeds the order of samples, LoRA's start, dropout and `random` scores
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    deepspeed: str | None = "ds_configs/zero3.json"  # DeepSpeed's JSON. None: one process without DeepSpeed
+    # DeepSpeed's JSON. None: one process without DeepSpeed
+    deepspeed: str | None = "ds_configs/zero3.json"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

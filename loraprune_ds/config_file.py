@@ -14,10 +14,14 @@ from loraprune_ds.config_sources import format_of
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import read_text
 
-SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
+# has launch/configs/ and ds_configs/, in a checkout and in a wheel
+SHIPPED = Path(__file__).parent / "shipped"
 RUN = TypeAdapter(RunConfig)
-SECTIONS: dict[Any, Any] = {f.name: f.type for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.type)}
-SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]  # of `data` and a mixture's entries
+SECTIONS: dict[Any, Any] = {
+    f.name: f.type for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.type)
+}
+# of `data` and a mixture's entries
+SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]
 
 
 class Removed(NamedTuple):
@@ -42,7 +46,9 @@ class _UniqueKeys(yaml.SafeLoader):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -84,9 +90,12 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), list):
-        given["data"] = data | {"path": [_complete(entry, i, data) for i, entry in enumerate(data["path"])]}
+        given["data"] = data | {
+            "path": [_complete(entry, i, data) for i, entry in enumerate(data["path"])]
+        }
     try:
-        return RUN.validate_json(json.dumps(given, default=str))  # strict Python values would not be sections
+        # strict Python values would not be sections
+        return RUN.validate_json(json.dumps(given, default=str))
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     except (TypeError, ValueError) as error:
@@ -132,7 +141,8 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     merged = dict(saved)
     for key, value in given.items():
         section = saved.get(key)
-        if isinstance(section, dict) and isinstance(value, dict | None):  # an empty section is None in YAML
+        # an empty section is None in YAML
+        if isinstance(section, dict) and isinstance(value, dict | None):
             value = merge(section, value or {})
         merged[key] = value
     return merged
@@ -158,7 +168,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
     """Fills the missing or empty keys of a mixture's entry from `data`. A path alone has the format of its file."""
     if entry and isinstance(entry, str):
-        entry = {"path": entry, "format": format_of(DataSource(entry, section=f"data.path[{i}]"), data)}
+        entry = {
+            "path": entry,
+            "format": format_of(DataSource(entry, section=f"data.path[{i}]"), data),
+        }
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}
@@ -168,14 +181,24 @@ def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
 def _describe(error: ValidationError) -> str:
     """Describes the most likely cause in one line: an unknown key, then a wrong value, in outer sections first."""
     unknown = "unexpected_keyword_argument"
-    first = min(error.errors(), key=lambda problem: (problem["type"] != unknown, len(problem["loc"])))
+    first = min(
+        error.errors(), key=lambda problem: (problem["type"] != unknown, len(problem["loc"]))
+    )
     path = [part for part in first["loc"] if part not in (ONE, LIST)]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    key = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path
+    ).removeprefix(".")
     match first["type"]:
         case "unexpected_keyword_argument" if key in REMOVED:
             return f"unknown key {key}; {REMOVED[key].instead}"
         case "unexpected_keyword_argument":
-            section = MixtureEntry if len(path) > 2 else SECTIONS[path[0]] if len(path) == 2 else RunConfig
+            section = (
+                MixtureEntry
+                if len(path) > 2
+                else SECTIONS[path[0]]
+                if len(path) == 2
+                else RunConfig
+            )
             return f"unknown key {key}; known keys there: {', '.join(f.name for f in dataclasses.fields(section))}"
         case "missing":
             return f"the key {key} is missing"

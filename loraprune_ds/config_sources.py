@@ -21,7 +21,8 @@ FIELD_SETTINGS = {
     "seq2seq": ("source_field", "target_field"),
     "chat": (),
 }
-CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first form that a row has is used
+# the first form that a row has is used
+CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))
 FIRST_ROW = 2**24  # its most characters
 
 
@@ -54,7 +55,9 @@ def files_of(source: DataSource) -> list[Path] | None:
 def refuse_hub_settings(source: DataSource) -> None:
     """Raises UserError if a source that is no data set of the hub has `data_files` or a `revision`."""
     for key in ("data_files", "revision"):
-        no_effect = f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set"
+        no_effect = (
+            f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set"
+        )
         require(getattr(source, key) is None, no_effect)
 
 
@@ -74,9 +77,14 @@ def format_of(source: DataSource, data: dict[str, Any]) -> object:
     if first.suffix in TEXT_SUFFIXES:
         return "text"
     known, given = _first_fields(first), data.get("format")
-    forms = [(name, keys[:2]) for name, keys in FIELD_SETTINGS.items() if keys]  # an instruction may have no input
+    # an instruction may have no input
+    forms = [(name, keys[:2]) for name, keys in FIELD_SETTINGS.items() if keys]
     forms += [("chat", fields) for fields in CHAT_FIELDS]
-    names = {name for name, keys in forms if all(data.get(key, getattr(DataSource, key, key)) in known for key in keys)}
+    names = {
+        name
+        for name, keys in forms
+        if all(data.get(key, getattr(DataSource, key, key)) in known for key in keys)
+    }
     if given in names or not names:
         return given or DataSource.format
     several = f"{source.path} has the fields of {' and '.join(sorted(names))}; write {{path: ..., format: ...}}"

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from loraprune_ds.errors import MAKE_ROOM, RunError, UserError, fail_point, one_line, require
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from a file system without locks, such as some Lustre
+# from a file system without locks, such as some Lustre
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -117,7 +118,8 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # a waiting process finds the folder or makes another. Both are right
+            # a waiting process finds the folder or makes another. Both are right
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -127,7 +129,9 @@ def open_text(path: Path, key: str) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UserError(
+            f"{key}: {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
 
@@ -148,7 +152,8 @@ def json_text(value: Any, **options: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file atomically. It is not flushed to the disk, because this may run on every step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # another process may write the same file
+    # another process may write the same file
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -177,7 +182,9 @@ def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False
         return {}
     require(path.is_file(), f"{path} does not exist")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None)
+        value = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None
+        )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON

@@ -28,7 +28,11 @@ def format_duration(seconds: float) -> str:
 def format_change(before: float, after: float) -> str:
     """Writes a change from 4 to 3 as '25.0 % less'."""
     percent = format_percent(abs(after / before - 1))
-    return "unchanged" if percent == format_percent(0) else f"{percent} {'less' if after < before else 'more'}"
+    return (
+        "unchanged"
+        if percent == format_percent(0)
+        else f"{percent} {'less' if after < before else 'more'}"
+    )
 
 
 def format_percent(fraction: float) -> str:
@@ -47,7 +51,9 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
     """Yields the rows of a table as lines. `sides` has one sign per column: "<" is flush left, ">" flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        cells = (
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        )
         yield "  ".join(cells).rstrip()
 
 

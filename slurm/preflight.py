@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reports every wait in many lines. It reads this once
+# torch reports every wait in many lines. It reads this once
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 try:
     import torch
     from torch import distributed
@@ -33,14 +34,17 @@ try:
     from loraprune_ds.errors import UserError, leave, one_line, require
     from loraprune_ds.ranks.job import gloo_interface
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
+    sys.exit(
+        f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh"
+    )
 except ImportError as broken:  # a library of torch that does not load, for example
     sys.exit(f"error: {sys.executable} on {os.uname().nodename}: {broken}")
 
 MOST_SECONDS = 86_400
 VERDICT_READ_WITHIN = 5.0  # seconds that the first node waits for others to read the verdict
 VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
-GPU_NUMEL, CPU_NUMEL = 1 << 26, 1 << 18  # fp32 elements that a rank sends: 256 MiB, or 1 MiB over gloo
+# fp32 elements that a rank sends: 256 MiB, or 1 MiB over gloo
+GPU_NUMEL, CPU_NUMEL = 1 << 26, 1 << 18
 REPEATS = 3
 
 
@@ -48,7 +52,9 @@ class Unfit(Exception):
     """A problem of this node."""
 
 
-def check_nodes(nodes: list[str], index: int, port: int, timeout: float, ranks_per_node: int, output: Path) -> bool:
+def check_nodes(
+    nodes: list[str], index: int, port: int, timeout: float, ranks_per_node: int, output: Path
+) -> bool:
     """Checks this node, `index`, and all nodes together. Returns True if all are fit."""
     try:
         rendezvous = Rendezvous(nodes, index, port, timeout)
@@ -93,9 +99,13 @@ class Rendezvous:
         self.nodes, self.index, self.port, self.timeout = nodes, index, port, timeout
         limit = timedelta(seconds=timeout)
         try:
-            self.store = TCPStore(nodes[0], port, is_master=index == 0, timeout=limit, wait_for_workers=False)
+            self.store = TCPStore(
+                nodes[0], port, is_master=index == 0, timeout=limit, wait_for_workers=False
+            )
         except DistError as error:
-            raise Unfit(f"cannot meet the other nodes at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
+            raise Unfit(
+                f"cannot meet the other nodes at {nodes[0]}:{port}: {str(error).splitlines()[0]}"
+            ) from None
 
     def agree(self, stage: str, check: Callable[[], None]) -> bool:
         """Returns True if every node passes `check`. The first node names the others. All nodes must call it."""
@@ -106,7 +116,8 @@ class Rendezvous:
             problem = one_line(error)
         self.store.set(f"{stage} {self.index}", problem)
         if self.index > 0:
-            verdict = self._read(f"{stage} all", 2 * self.timeout)  # the first node itself waits for one timeout
+            # the first node itself waits for one timeout
+            verdict = self._read(f"{stage} all", 2 * self.timeout)
             if verdict is None:
                 tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
             self.store.set(f"{stage} heard {self.index}", "")
@@ -136,7 +147,9 @@ class Rendezvous:
 def check_accelerators(ranks: int) -> None:
     """Computes a small product on every accelerator that a rank will use."""
     from loraprune_ds.ranks.device import is_cpu
-    from loraprune_ds.zero.device import accelerator  # not at the top, because spawned ranks need no DeepSpeed
+
+    # not at the top, because spawned ranks need no DeepSpeed
+    from loraprune_ds.zero.device import accelerator
 
     count = 1 if is_cpu() else accelerator().device_count()
     if not is_cpu() and count < ranks:
@@ -160,7 +173,9 @@ def check_visible(probe: Path, first_node: str) -> None:
     deadline = time.monotonic() + VISIBLE_WITHIN
     while not probe.exists():
         if time.monotonic() > deadline:
-            raise Unfit(f"output_dir is not shared: it has no {probe}, which {first_node} has written")
+            raise Unfit(
+                f"output_dir is not shared: it has no {probe}, which {first_node} has written"
+            )
         time.sleep(0.5)
 
 
@@ -192,13 +207,20 @@ def check_ranks(rendezvous: Rendezvous, ranks_per_node: int, backend: str | None
 
     backend = backend or accelerator().communication_backend_name()
     index, world_size = rendezvous.index, len(rendezvous.nodes) * ranks_per_node
-    context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + 2 * rendezvous.timeout
+    context, deadline = (
+        multiprocessing.get_context("spawn"),
+        time.monotonic() + 2 * rendezvous.timeout,
+    )
     where = (rendezvous.nodes[0], rendezvous.port, rendezvous.timeout)
     connections, processes = [], []
     for local in range(ranks_per_node):
         ours, theirs = context.Pipe(duplex=False)
         rank = index * ranks_per_node + local
-        processes.append(context.Process(target=_be_rank, args=(*where, backend, rank, local, world_size, theirs)))
+        processes.append(
+            context.Process(
+                target=_be_rank, args=(*where, backend, rank, local, world_size, theirs)
+            )
+        )
         processes[-1].start()
         theirs.close()  # or the pipe would not end with the rank
         connections.append(ours)
@@ -210,18 +232,31 @@ def check_ranks(rendezvous: Rendezvous, ranks_per_node: int, backend: str | None
             raise Unfit(f"rank {rank}: {answer}")
     if index == 0 and world_size > 1:
         exchange = f"all-to-all over {world_size} ranks by {backend}"
-        sys.stdout.write(f"preflight: {exchange}: {cast(float, answers[0]):.3g} GB/s to the slowest\n")
+        sys.stdout.write(
+            f"preflight: {exchange}: {cast(float, answers[0]):.3g} GB/s to the slowest\n"
+        )
 
 
 def _answer(connection: Connection, deadline: float) -> float | str:
     try:
-        return connection.recv() if connection.poll(max(0.0, deadline - time.monotonic())) else "no answer"
+        return (
+            connection.recv()
+            if connection.poll(max(0.0, deadline - time.monotonic()))
+            else "no answer"
+        )
     except EOFError:
         return "no answer"
 
 
 def _be_rank(
-    host: str, port: int, timeout: float, backend: str, rank: int, local: int, world_size: int, answer: Connection
+    host: str,
+    port: int,
+    timeout: float,
+    backend: str,
+    rank: int,
+    local: int,
+    world_size: int,
+    answer: Connection,
 ) -> None:
     """Runs the collectives on one rank. Answers with the speed, or a line about the problem."""
     limit = timedelta(seconds=timeout)
@@ -230,7 +265,9 @@ def _be_rank(
         if backend != "gloo":
             torch.cuda.set_device(local)
         store = PrefixStore("ranks", TCPStore(host, port, is_master=False, timeout=limit))
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
+        )
         slowest = _exchange(rank, world_size, device)
         distributed.barrier()
         distributed.destroy_process_group()
@@ -248,7 +285,8 @@ def _exchange(rank: int, world_size: int, device: str) -> float:
     numel = (CPU_NUMEL if device == "cpu" else GPU_NUMEL) // world_size
     sent = torch.full((world_size * numel,), float(rank), device=device)
     received = torch.empty_like(sent)
-    distributed.all_to_all_single(received, sent)  # connects first, which takes longer than the exchange
+    # connects first, which takes longer than the exchange
+    distributed.all_to_all_single(received, sent)
     if received.view(world_size, -1)[:, -1].tolist() != list(range(world_size)):
         raise ValueError("an all-to-all brought wrong numbers")
     distributed.barrier()
@@ -264,17 +302,29 @@ def _exchange(rank: int, world_size: int, device: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--nodes", required=True, nargs="+", metavar="NAME", help="all nodes, in Slurm's order")
+    parser.add_argument(
+        "--nodes", required=True, nargs="+", metavar="NAME", help="all nodes, in Slurm's order"
+    )
     parser.add_argument("--port", required=True, type=int, help="a free port on the first node")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="output_dir; need not exist")
-    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="accelerators that will be used")
-    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for all nodes to answer")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="output_dir; need not exist"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=int, default=1, metavar="N", help="accelerators that will be used"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="SECONDS", help="for all nodes to answer"
+    )
     arguments = parser.parse_args()
-    require(0 < arguments.port < 1 << 16, f"--port must be between 1 and 65535; got {arguments.port}")
+    require(
+        0 < arguments.port < 1 << 16, f"--port must be between 1 and 65535; got {arguments.port}"
+    )
     ranks, timeout = arguments.ranks_per_node, arguments.timeout
     require(ranks >= 1, f"--ranks-per-node must be at least 1; got {ranks}")
     in_range = 1 <= timeout < MOST_SECONDS
-    require(in_range, f"--timeout must be at least 1 second and below {MOST_SECONDS}; got {timeout:g}")
+    require(
+        in_range, f"--timeout must be at least 1 second and below {MOST_SECONDS}; got {timeout:g}"
+    )
     return arguments
 
 
@@ -292,7 +342,12 @@ def main() -> int:
         print(f"preflight: {arguments.nodes[index]}: {sys.executable}: {error}", file=sys.stderr)
         return 1
     fit = check_nodes(
-        arguments.nodes, index, arguments.port, arguments.timeout, arguments.ranks_per_node, arguments.output
+        arguments.nodes,
+        index,
+        arguments.port,
+        arguments.timeout,
+        arguments.ranks_per_node,
+        arguments.output,
     )
     return 0 if fit else 1
 

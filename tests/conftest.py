@@ -10,7 +10,8 @@ import pytest
 
 from tests.ranks import RankPool
 
-TOKENS = tempfile.TemporaryDirectory(prefix="tokens-", ignore_cleanup_errors=True)  # of all tests, child processes too
+# of all tests, child processes too
+TOKENS = tempfile.TemporaryDirectory(prefix="tokens-", ignore_cleanup_errors=True)
 # Before anything imports torch or DeepSpeed: both read these at import.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ |= {

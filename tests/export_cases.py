@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.huggingface import begin, publish, write_model
@@ -28,7 +34,11 @@ from tests.published import LLAMA_3
 
 VOCAB = 400
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-LLAMA3 = LLAMA_3["rope_scaling"] | {"factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5000.0}
+LLAMA3 = LLAMA_3["rope_scaling"] | {
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 5000.0,
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,21 @@ class Case:
         return self.name
 
 
-MHA = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 37}
+MHA = {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 8,
+    "intermediate_size": 37,
+}
 # head_dim is not hidden_size / heads. 9 of the 12 query heads do not divide hidden_size.
-GQA = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 53}
+GQA = {
+    "hidden_size": 48,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "intermediate_size": 53,
+}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
 NO_WINDOW = {"sliding_window": None}
@@ -59,20 +81,53 @@ CASES = [
     Case("mha", "llama", MHA, [(4, 21)] * 3, "llama"),
     Case("gqa_tied", "llama", GQA, [(2, 31)] * 3, "llama", options=TIED),
     Case("biases", "llama", GQA, [(2, 31)] * 3, "llama", options=BIASES),
-    Case("stand_in", "llama", GQA, [(3, 31)] * 3, "mistral", options=TIED | {"rope_parameters": LINEAR}),
+    Case(
+        "stand_in",
+        "llama",
+        GQA,
+        [(3, 31)] * 3,
+        "mistral",
+        options=TIED | {"rope_parameters": LINEAR},
+    ),
     Case("biases_odd_heads", "llama", GQA, [(3, 31)] * 3, "pruned_llama", options=BIASES),
     Case("layers_mha_tied", "llama", MHA, [(5, 37), (1, 1), (5, 20)], "pruned_llama", options=TIED),
-    Case("layers_gqa_biases", "llama", GQA, UNEQUAL, "pruned_llama", options=BIASES | {"rope_parameters": LLAMA3}),
-    Case("layers_bf16", "llama", GQA, [(4, 53), (1, 17), (2, 40)], "pruned_llama", dtype="bfloat16"),
+    Case(
+        "layers_gqa_biases",
+        "llama",
+        GQA,
+        UNEQUAL,
+        "pruned_llama",
+        options=BIASES | {"rope_parameters": LLAMA3},
+    ),
+    Case(
+        "layers_bf16", "llama", GQA, [(4, 53), (1, 17), (2, 40)], "pruned_llama", dtype="bfloat16"
+    ),
     Case("window", "mistral", GQA, [(3, 31)] * 3, "mistral", options={"sliding_window": 5}),
-    Case("layers_window", "mistral", GQA, [(3, 53), (1, 17), (4, 40)], "pruned_mistral", options={"sliding_window": 5}),
-    Case("layers_no_window", "mistral", MHA, [(5, 37), (1, 9), (5, 20)], "pruned_mistral", options=NO_WINDOW),
+    Case(
+        "layers_window",
+        "mistral",
+        GQA,
+        [(3, 53), (1, 17), (4, 40)],
+        "pruned_mistral",
+        options={"sliding_window": 5},
+    ),
+    Case(
+        "layers_no_window",
+        "mistral",
+        MHA,
+        [(5, 37), (1, 9), (5, 20)],
+        "pruned_mistral",
+        options=NO_WINDOW,
+    ),
 ]
 
 
 def dense_model(case: Case) -> PreTrainedModel:
     """Makes the random dense model, fp32. Biases and norms are random too, so that losing one shows."""
-    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+    classes = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }
     config_class, model_class = classes[case.family]
     options = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}} | case.options
     sizes: Any = {**case.sizes, **options, "vocab_size": VOCAB, "num_hidden_layers": len(case.keep)}
@@ -90,16 +145,26 @@ def dense_model(case: Case) -> PreTrainedModel:
 def widths(case: Case) -> tuple[int, int]:
     """Returns (query columns, key-value columns) of one group of heads."""
     head_dim = case.sizes["head_dim"]
-    return case.sizes["num_attention_heads"] // case.sizes["num_key_value_heads"] * head_dim, head_dim
+    return case.sizes["num_attention_heads"] // case.sizes[
+        "num_key_value_heads"
+    ] * head_dim, head_dim
 
 
 def cut(model: PreTrainedModel, case: Case) -> PreTrainedModel:
     """Copies the dense model, still of the stock class. Each layer of the copy holds only its kept groups."""
     model, draw = copy.deepcopy(model), random.Random(case.name)
     heads, channels = case.sizes["num_key_value_heads"], case.sizes["intermediate_size"]
-    for layer, (h, c) in zip(model.get_submodule("model.layers").children(), case.keep, strict=True):
-        groups, kept = sorted(draw.sample(range(heads), h)), torch.tensor(sorted(draw.sample(range(channels), c)))
-        queries, keys = (torch.tensor([g * width + i for g in groups for i in range(width)]) for width in widths(case))
+    for layer, (h, c) in zip(
+        model.get_submodule("model.layers").children(), case.keep, strict=True
+    ):
+        groups, kept = (
+            sorted(draw.sample(range(heads), h)),
+            torch.tensor(sorted(draw.sample(range(channels), c))),
+        )
+        queries, keys = (
+            torch.tensor([g * width + i for g in groups for i in range(width)])
+            for width in widths(case)
+        )
         for name, rows in [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]:
             _select(layer.get_submodule(f"self_attn.{name}"), 0, rows)
         _select(layer.get_submodule("self_attn.o_proj"), 1, queries)
@@ -118,11 +183,15 @@ def _select(linear: nn.Module, axis: int, kept: Tensor) -> None:
         linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept))
 
 
-def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig, ModelShape, ModelShape]:
+def exported_config(
+    model: PreTrainedModel, case: Case
+) -> tuple[ExportedConfig, ModelShape, ModelShape]:
     """Returns (contents of config.json, dense shape, pruned shape)."""
     source = json.loads(model.config.to_json_string(use_diff=False))
     dense = shape_from_config(source, case.name)
-    pruned = dense.resized(tuple(LayerCounts(heads=heads, channels=channels) for heads, channels in case.keep))
+    pruned = dense.resized(
+        tuple(LayerCounts(heads=heads, channels=channels) for heads, channels in case.keep)
+    )
     return export_config(source, pruned, case.dtype), dense, pruned
 
 
@@ -136,10 +205,19 @@ class InMemory:
     dense_folder: Path
     tower: Tower | None = None
 
-    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(
+        self, ranks: Communicator, *, merge: bool = True
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         tensors = dict(self.model.named_parameters())  # a tied head appears once, as the embedding
         for k in range(len(self.shape.layers)):
-            yield k, {name: tensors.pop(name) for name in list(tensors) if name.startswith(self.shape.prefix(k))}
+            yield (
+                k,
+                {
+                    name: tensors.pop(name)
+                    for name in list(tensors)
+                    if name.startswith(self.shape.prefix(k))
+                },
+            )
         yield len(self.shape.layers), tensors
 
 
@@ -153,6 +231,12 @@ def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> Expor
 
 
 def model_card(dense: ModelShape, pruned: ModelShape) -> ModelCard:
-    run: Any = {"base_model": "tiny", "data": "nothing", "steps": 1000, "asked": 0.5, "perplexity_data": "nothing"}
+    run: Any = {
+        "base_model": "tiny",
+        "data": "nothing",
+        "steps": 1000,
+        "asked": 0.5,
+        "perplexity_data": "nothing",
+    }
     prune = PruneConfig(criterion="lora", ranking="uniform")
     return ModelCard(**run, prune=prune, dense=dense, pruned=pruned, perplexity_pruned=12.345)

@@ -44,7 +44,12 @@ YARN: dict[str, Any] = {
         "original_max_position_embeddings": 16,
     }
 }
-SCALED = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 3.0}
+SCALED = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
 DELTA = {
     "head_dim": 12,  # of which a quarter is rotary
     "linear_key_head_dim": 10,
@@ -87,9 +92,15 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": WIDE,
     "smollm3": {"no_rope_layers": [1, 0]},
-    "seed_oss": WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0},  # else both are random while it trains
+    # else both are random while it trains
+    "seed_oss": WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "helium": {"head_dim": 6},
-    "stablelm": {"head_dim": 6, "use_qkv_bias": True, "qk_layernorm": True, "partial_rotary_factor": 0.67},
+    "stablelm": {
+        "head_dim": 6,
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "partial_rotary_factor": 0.67,
+    },
     "olmo": {"clip_qkv": 0.1},
     "exaone4": BOTH,
     "ernie4_5": WIDE,
@@ -107,7 +118,12 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo3": BOTH,
     "muse_glimmer_text": BOTH
     | {"head_dim": 6, "num_attention_heads": 5, "num_key_value_heads": 1}
-    | {"layer_rope_theta": [1e4, 0], "output_multiplier": 0.3, "final_logit_softcapping": 8.0, "qk_scale_factor": 2.0},
+    | {
+        "layer_rope_theta": [1e4, 0],
+        "output_multiplier": 0.3,
+        "final_logit_softcapping": 8.0,
+        "qk_scale_factor": 2.0,
+    },
     "phi3": {},
     "glm": WIDE | {"attention_bias": True},
     "glm4": WIDE | {"attention_bias": True, "num_key_value_heads": 2},
@@ -116,7 +132,8 @@ TINY: dict[str, dict[str, Any]] = {
     "nemotron": WIDE,
     "apertus": WIDE,
     "jais2": WIDE,
-    "minimax_m2": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3, "rotary_dim": 6},
+    "minimax_m2": WIDE
+    | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3, "rotary_dim": 6},
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | SPARSE,
     "qwen2_moe": SPARSE
@@ -139,15 +156,33 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral4": LATENT | GROUPED,
     "glm4_moe_lite": LATENT | {"intermediate_size": 31},
     "dots1": WIDE
-    | {"moe_intermediate_size": 8, "n_routed_experts": 23, "num_experts_per_tok": 3, "n_shared_experts": 1}
+    | {
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 23,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+    }
     | {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1},
     "exaone_moe": WIDE | BOTH | SPARSE | {"first_k_dense_replace": 1, "tie_word_embeddings": False},
     "hunyuan_v1_moe": WIDE | {"intermediate_size": 8, "num_experts": 23, "moe_topk": 3},
     "lfm2_moe": SPARSE
-    | {"head_dim": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "routed_scaling_factor": 1.5},
-    "lfm3": WIDE | {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3} | WINDOW,
+    | {
+        "head_dim": 6,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+        "routed_scaling_factor": 1.5,
+    },
+    "lfm3": WIDE
+    | {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3}
+    | WINDOW,
     "glm_moe_dsa": LATENT
-    | {"intermediate_size": 31, "first_k_dense_replace": 1, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
+    | {
+        "intermediate_size": 31,
+        "first_k_dense_replace": 1,
+        "index_topk": 4,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+    }
     | {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense", "sparse"]},
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
@@ -198,8 +233,12 @@ TINY: dict[str, dict[str, Any]] = {
     "mt5": T5 | OWN_HEAD,
     "umt5": T5,
     "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
-    "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
-    "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
+    "granitemoe": SCALED
+    | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
+    "gpt_oss": WIDE
+    | BOTH
+    | YARN
+    | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 COARSE = ("heads", "delta", "cross_heads", QUERY_HEADS)
 
@@ -244,12 +283,17 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerCount
     def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
         if kind in shape.family.fixed or own == 0:
             return own
-        return heads * shape.layers[layer].ranges[kind] if kind in COARSE else others * shape.times(layer, kind)
+        return (
+            heads * shape.layers[layer].ranges[kind]
+            if kind in COARSE
+            else others * shape.times(layer, kind)
+        )
 
     assert 0 < len(counts) <= len(shape.counts)
     layers = enumerate(zip(shape.counts, cycle(counts), strict=False))
     return tuple(
-        LayerCounts((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers
+        LayerCounts((kind, other(i, kind, own, *x)) for kind, own in layer.items())
+        for i, (layer, x) in layers
     )
 
 
@@ -291,7 +335,9 @@ def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:
 
 def heavy(*values: Any) -> Any:
     """Returns a case that waits for tests/run_heavy.sh."""
-    wait = pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh")
+    wait = pytest.mark.skipif(
+        "LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"
+    )
     return pytest.param(*values, marks=[pytest.mark.heavy, wait])
 
 
@@ -327,14 +373,17 @@ def tiny_model(
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
                 if name.endswith("A_log"):
-                    parameter.fill_(-3)  # as initialised, sums of decays are so large that they round away what counts
+                    # as initialised, sums of decays are so large that they round away what counts
+                    parameter.fill_(-3)
                 parameter.add_(noise * 0.3)
                 if family == "nemotron" and name.endswith("norm.weight"):
-                    parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
+                    # the norm adds one, and its weights begin with one all the same
+                    parameter.sub_(1)
             elif name.endswith(CORRECTION):  # more would leave experts that no token chooses
                 parameter.copy_(noise * 0.03)
             else:
-                unscaled = name.endswith((".q.weight", ".k.weight"))  # in a T5, whose attention would be saturated
+                # in a T5, whose attention would be saturated
+                unscaled = name.endswith((".q.weight", ".k.weight"))
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.05 if unscaled else 0.25))
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():

@@ -64,14 +64,19 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
     generator = torch.Generator().manual_seed(2)
     layers = decoder_layers(wrapped)
     for i, linear in shape.linears():
-        lora_weights(lora_linear(layers[i], linear.linear))[1].data.normal_(0, 0.1, generator=generator)
+        lora_weights(lora_linear(layers[i], linear.linear))[1].data.normal_(
+            0, 0.1, generator=generator
+        )
     return Network(wrapped, shape, config)
 
 
 def dense(family: str, **changes: Any) -> Network:
     model = tiny_model(family, **changes, **(TINY_EPSILON if norms_are_wide(family) else {}))
     config = json.loads(model.config.to_json_string(use_diff=False))
-    config |= {key: value for key, value in (TINY[family] | changes).items() if key == "layer_types"}  # as published
+    # as published
+    config |= {
+        key: value for key, value in (TINY[family] | changes).items() if key == "layer_types"
+    }
     return with_lora(in_memory(model, config, family), config, family)
 
 
@@ -82,7 +87,9 @@ def in_memory(model: PreTrainedModel, config: dict[str, Any], family: str) -> Pr
     config |= {"tie_word_embeddings": "lm_head.weight" not in dict(model.named_parameters())}
     shape, modules = read_model(config, family)
     stock = model.get_parameter
-    return filled(modules, shape, lambda name: stock(shape.shared_tensors.get(name, name)).detach().clone())
+    return filled(
+        modules, shape, lambda name: stock(shape.shared_tensors.get(name, name)).detach().clone()
+    )
 
 
 def sparse_layers(shape: ModelShape) -> list[int]:
@@ -92,8 +99,14 @@ def sparse_layers(shape: ModelShape) -> list[int]:
 
 def find_router(layer: nn.Module) -> Any:
     """Returns the module of a decoder layer that chooses experts."""
-    routers = (module for module in layer.modules() if hasattr(module, "top_k") and hasattr(module, "weight"))
-    linears = (module for name, module in layer.named_modules() if name in ("router.proj", "mlp.gate.wg"))
+    routers = (
+        module
+        for module in layer.modules()
+        if hasattr(module, "top_k") and hasattr(module, "weight")
+    )
+    linears = (
+        module for name, module in layer.named_modules() if name in ("router.proj", "mlp.gate.wg")
+    )
     return next(routers, None) or next(linears)
 
 
@@ -106,12 +119,20 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     generator = torch.Generator().manual_seed(3)
 
     def some(total: int, kept: int, ranges: int) -> Tensor:
-        of_range = (torch.randperm(total // ranges, generator=generator)[: kept // ranges] for _ in range(ranges))
-        return torch.cat([own + i * (total // ranges) for i, own in enumerate(of_range)]).sort().values
+        of_range = (
+            torch.randperm(total // ranges, generator=generator)[: kept // ranges]
+            for _ in range(ranges)
+        )
+        return (
+            torch.cat([own + i * (total // ranges) for i, own in enumerate(of_range)]).sort().values
+        )
 
     layers = zip(shape.layers, shape.counts, layers_with(shape, *counts), strict=True)
     return [
-        LayerKeep((kind, some(count, wanted[kind], layer.ranges.get(kind, 1))) for kind, count in now.items())
+        LayerKeep(
+            (kind, some(count, wanted[kind], layer.ranges.get(kind, 1)))
+            for kind, count in now.items()
+        )
         for layer, now, wanted in layers
     ]
 
@@ -144,7 +165,10 @@ def cut_and_export(
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
     tower = source.tower if source else None
-    exported, staging = export_config(network.config, network.shape, "float32", tower and tower.config), begin(folder)
+    exported, staging = (
+        export_config(network.config, network.shape, "float32", tower and tower.config),
+        begin(folder),
+    )
     written = InMemory(merged, network.shape, exported, source.folder if source else staging, tower)
     write_model(written, staging, model_card(before, network.shape), Communicator())
     publish(folder)
@@ -173,11 +197,15 @@ def reopened(pretrained: PretrainedModel) -> PreTrainedModel:
     sizes, read = pretrained.shape.parameters(), pretrained.weights.read_flat
     modules = copy.deepcopy(pretrained.modules)
     return filled(
-        modules, pretrained.shape, lambda name: read(name, 0, math.prod(sizes[name]), torch.float32).view(sizes[name])
+        modules,
+        pretrained.shape,
+        lambda name: read(name, 0, math.prod(sizes[name]), torch.float32).view(sizes[name]),
     )
 
 
-def filled(model: PreTrainedModel, shape: ModelShape, read: Callable[[str], Tensor]) -> PreTrainedModel:
+def filled(
+    model: PreTrainedModel, shape: ModelShape, read: Callable[[str], Tensor]
+) -> PreTrainedModel:
     """Makes modules on the meta device as small as a shape, and fills them."""
     shrink_on_meta(model, shape)
     for name in shape.parameters():

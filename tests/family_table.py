@@ -7,15 +7,31 @@ from typing import Any
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.family import FAMILIES, REFUSED
-from tests.families import heads_divide_hidden, kinds, marks, norms_are_wide, tiny_config, tiny_model
+from tests.families import (
+    heads_divide_hidden,
+    kinds,
+    marks,
+    norms_are_wide,
+    tiny_config,
+    tiny_model,
+)
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 from tests.multimodal import TOWERS
 
 PAGE = Path(__file__).parents[1] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "leaves", "stays", "stored as", "GGUF", "vLLM", "text of", "note")
 STAYS = {"q_proj": "attention", "mlp.gate_proj": "dense MLPs", "shared": "shared experts"}
-STAYS |= {"_a_proj": "latent projections", "_latent_proj": "latent projections", "conv.": "convolutions"}
-STAYS |= {"mamba.": "Mamba", "mixer.in_proj": "Mamba", "indexer.": "indexers", "feed_forward.w1": "dense MLPs"}
+STAYS |= {
+    "_a_proj": "latent projections",
+    "_latent_proj": "latent projections",
+    "conv.": "convolutions",
+}
+STAYS |= {
+    "mamba.": "Mamba",
+    "mixer.in_proj": "Mamba",
+    "indexer.": "indexers",
+    "feed_forward.w1": "dense MLPs",
+}
 IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
 
 
@@ -40,14 +56,23 @@ def family_rows() -> list[tuple[str, ...]]:
 def describe(name: str, family: Family) -> tuple[str, ...]:
     there = weights(name)
     whole = [x.linear for x in marks(name) if not x.runs and x.linear in there]
-    stays = [*family.fixed, *(words for part, words in STAYS.items() if any(part in x for x in whole))]
+    stays = [
+        *family.fixed,
+        *(words for part, words in STAYS.items() if any(part in x for x in whole)),
+    ]
     stored = "stock if heads divide hidden_size" if heads_divide_hidden(name) else "stock"
     found = ARCHITECTURES.get(name)
     gguf = "" if found is None else "equal" if found.unequal is None else "any"
     vllm = "any" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else ""
     towers = ", ".join(outer for outer, (text, *_) in TOWERS.items() if text == name)
     leaves = [kind for kind in kinds(name) if kind not in family.fixed]
-    stored = "stock with its tower" if family.lm_class() else "stock alone" if family.equal_layers else stored
+    stored = (
+        "stock with its tower"
+        if family.lm_class()
+        else "stock alone"
+        if family.equal_layers
+        else stored
+    )
     cells = (", ".join(leaves), ", ".join(stays), stored, gguf, vllm, towers)
     return *cells, "; ".join(notes(name, family))
 

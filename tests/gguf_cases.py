@@ -5,12 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraprune_ds.files import write_json
 
-TRAINING_TEXT = [f"the import statement defines {i} names, isn't it, in one two  three\n\tlines" for i in range(400)]
+TRAINING_TEXT = [
+    f"the import statement defines {i} names, isn't it, in one two  three\n\tlines"
+    for i in range(400)
+]
 TEXTS = [
     "The  import statement\n\tdef f(x): return 2024 + x",
     " lead and trail  ",
@@ -19,7 +31,9 @@ TEXTS = [
     "x",
 ]
 SPECIAL = ("<unk>", "<s>", "</s>")
-SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+SMOLLM = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+)
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 AFTER = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -29,7 +43,9 @@ BEFORE = r"[^\r\n\p{L}\p{N}]?"
 def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
     """Splits text into words by a pattern, as published tokenizers do before they merge bytes."""
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 PRE_TOKENIZERS = {
@@ -47,7 +63,9 @@ PRE_TOKENIZERS = {
 }
 
 
-def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False) -> Path:
+def byte_level_tokenizer(
+    folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False
+) -> Path:
     """Makes a byte-level BPE tokenizer of fewer than `vocab` tokens. Some are added, one of them not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
@@ -67,28 +85,47 @@ def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: b
     if bos:
         from tokenizers.processors import TemplateProcessing
 
-        tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, bos_token=begin, eos_token=end)
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, bos_token=begin, eos_token=end
+    )
     fast.chat_template = "{{ messages[0].content }}"
     fast.save_pretrained(folder)
     return folder
 
 
 # As LLaMA's was trained. Its ids of <unk>, <s> and </s> are sentencepiece's defaults.
-SENTENCEPIECE: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+SENTENCEPIECE: dict[str, Any] = {
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "minloglevel": 2,
+}
 SENTENCEPIECE |= {"remove_extra_whitespaces": False}
 
 
-def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe", **changes: Any) -> Path:
+def sentencepiece_tokenizer(
+    folder: Path, vocab: int, model_type: str = "bpe", **changes: Any
+) -> Path:
     """Makes a folder that has LLaMA's kind of tokenizer.model and no tokenizer.json."""
     folder.mkdir()
     text = folder.with_suffix(".txt")
     text.write_text("\n".join(line.replace("\n", " ") for line in TRAINING_TEXT))
     files = {"input": str(text), "model_prefix": str(folder / "tokenizer")}
-    settings = SENTENCEPIECE | {"vocab_size": vocab, "model_type": model_type, "hard_vocab_limit": False} | changes
+    settings = (
+        SENTENCEPIECE
+        | {"vocab_size": vocab, "model_type": model_type, "hard_vocab_limit": False}
+        | changes
+    )
     sentencepiece.SentencePieceTrainer.train(**files, **settings)
     (folder / "tokenizer.vocab").unlink()
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -99,11 +136,15 @@ def unigram_tokenizer(folder: Path, vocab: int) -> Path:
     ids |= {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
     sentencepiece_tokenizer(folder, vocab - 10, "unigram", **ids)
     (folder / "tokenizer.model").rename(folder / "spiece.model")
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10})
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10}
+    )
     return folder
 
 
 def without_sentencepiece(folder: Path, vocab: int) -> Path:
     """Makes such a tokenizer in `spm` beside the folder, and saves it as transformers 5 does, as tokenizer.json."""
-    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("spm"), vocab)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        sentencepiece_tokenizer(folder.with_name("spm"), vocab)
+    ).save_pretrained(folder)
     return folder

@@ -11,12 +11,34 @@ from loraprune_ds.model.family import FAMILIES
 from tests.families import SIZES, tiny_config
 from tests.oracle.models import make_tokenizer
 
-SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 SIGLIP |= {"image_size": 28, "patch_size": 14}
-QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "in_channels": 3}
-QWEN |= {"spatial_merge_size": 2, "temporal_patch_size": 1, "num_position_embeddings": 16, "out_hidden_size": 60}
+QWEN = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "patch_size": 4,
+    "in_channels": 3,
+}
+QWEN |= {
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 1,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 60,
+}
 IMAGE, START, END = 90, 92, 93  # ids
-OF_QWEN = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": START, "vision_end_token_id": END}
+OF_QWEN = {
+    "image_token_id": IMAGE,
+    "video_token_id": 91,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 OF_ROWS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}
 # The family of the text part, the type of the tower, and whether head and embedding are one.
 TOWERS = {
@@ -38,7 +60,10 @@ TOWERS = {
     "muse_glimmer": ("muse_glimmer_text", "muse_glimmer_vision", False),
 }
 ROWS_IN_TURN = OF_ROWS | {"mrope_interleaved": True}
-QWEN3_5 = {"mtp_num_hidden_layers": 1, "rope_parameters": ROWS_IN_TURN | {"partial_rotary_factor": 0.5}}
+QWEN3_5 = {
+    "mtp_num_hidden_layers": 1,
+    "rope_parameters": ROWS_IN_TURN | {"partial_rotary_factor": 0.5},
+}
 QWEN3 = {"head_dim": 12, "rope_parameters": ROWS_IN_TURN | {"mrope_section": [2, 2, 2]}}
 TEXT: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": OF_ROWS},
@@ -57,7 +82,8 @@ TEXT: dict[str, dict[str, Any]] = {
 GEMMA4_HEADS = {"head_dim": 8, "num_key_value_heads": 2}
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {"image_size": 16, "patch_size": 4},
-    "gemma4": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16} | GEMMA4_HEADS,
+    "gemma4": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16}
+    | GEMMA4_HEADS,
     "muse_glimmer": {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4},
     "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"deepstack_visual_indexes": [0]},
@@ -70,7 +96,9 @@ def multimodal(outer: str, text_type: str | None = None) -> transformers.PreTrai
     family, tower, tied = TOWERS[outer]
     family = text_type or family
     text = FAMILIES[family].explicit(tiny_config(family).to_dict())
-    text |= {"tie_word_embeddings": tied} | ({} if outer == "muse_glimmer" else {"final_logit_softcapping": None})
+    text |= {"tie_word_embeddings": tied} | (
+        {} if outer == "muse_glimmer" else {"final_logit_softcapping": None}
+    )
     vision = (SIGLIP | {"model_type": tower} if tower else QWEN) | VISION.get(outer, {})
     more: dict[str, Any] = {} if tower else dict(OF_QWEN)
     if outer == "gemma3":
@@ -78,9 +106,18 @@ def multimodal(outer: str, text_type: str | None = None) -> transformers.PreTrai
     if outer == "gemma4":
         more = {"audio_config": None, "image_token_id": IMAGE, "video_token_id": 91}
     if outer == "muse_glimmer":
-        more = {"image_token_id": IMAGE, "video_token_id": 91, "out_hidden_size": 64, "projector_hidden_size": 16}
+        more = {
+            "image_token_id": IMAGE,
+            "video_token_id": 91,
+            "out_hidden_size": 64,
+            "projector_hidden_size": 16,
+        }
     config = transformers.AutoConfig.for_model(
-        outer, text_config=text | TEXT.get(outer, {}), vision_config=vision, tie_word_embeddings=tied, **more
+        outer,
+        text_config=text | TEXT.get(outer, {}),
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        **more,
     )
     torch.manual_seed(3)
     eager: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -91,7 +128,9 @@ def multimodal(outer: str, text_type: str | None = None) -> transformers.PreTrai
     return model.eval()
 
 
-def load_whole(folder: Path, auto: Any = transformers.AutoModelForImageTextToText, **settings: Any) -> Any:
+def load_whole(
+    folder: Path, auto: Any = transformers.AutoModelForImageTextToText, **settings: Any
+) -> Any:
     """Loads an export by a stock class. No tensor may be missing, surplus or of another shape."""
     model, info = auto.from_pretrained(folder, output_loading_info=True, **settings)
     assert not any(info.values()), info
@@ -122,7 +161,12 @@ def inputs_with_image(outer: str) -> dict[str, Tensor]:
     if outer == "gemma4":
         at = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None]
         pixels = torch.rand(1, 16, 48, generator=generator).double()
-        return {"input_ids": ids, "pixel_values": pixels, "image_position_ids": at, "mm_token_type_ids": is_image}
+        return {
+            "input_ids": ids,
+            "pixel_values": pixels,
+            "image_position_ids": at,
+            "mm_token_type_ids": is_image,
+        }
     ids[0, 3], ids[0, 8] = START, END
     size = 96 if outer == "muse_glimmer" else 48  # of a patch, there of two frames
     pixels, grid = torch.randn(16, size, generator=generator).double(), torch.tensor([[1, 4, 4]])

@@ -60,10 +60,18 @@ class Case:
 
     def request(self, world_size: int) -> Request:
         schedule: Any = {"prune_every": 1, "warmup_fraction": 0.25, "cooldown_fraction": 0.5}
-        prune: Any = {"channel_multiple": 1, "ratio": self.ratio, "head_ratio": self.head_ratio, "ranking": "uniform"}
+        prune: Any = {
+            "channel_multiple": 1,
+            "ratio": self.ratio,
+            "head_ratio": self.head_ratio,
+            "ranking": "uniform",
+        }
         prune |= {"criterion": self.criterion, "normalize": "l2", "compensate": self.compensate}
         size = self.micro_batch_size
-        train: Any = {"micro_batch_size": size, "global_batch_size": size * self.micro_batches * world_size}
+        train: Any = {
+            "micro_batch_size": size,
+            "global_batch_size": size * self.micro_batches * world_size,
+        }
         train |= {"steps": STEPS, "distill_weight": 0.5 * self.distilled}
         run = config.RunConfig(
             output_dir="unused",
@@ -71,11 +79,16 @@ class Case:
             model=config.ModelConfig(path=str(self.folder), dtype=self.dtype, frozen=self.frozen),
             lora=config.LoraConfig(lora_dropout=self.dropout),
             data=config.DataConfig(window=self.window),
-            prune=config.PruneConfig(**prune, **schedule, protected_first=self.protected_first, protected_last=0),
+            prune=config.PruneConfig(
+                **prune, **schedule, protected_first=self.protected_first, protected_last=0
+            ),
             train=config.TrainConfig(**train, gradient_checkpointing=self.checkpointing),
         )
         name, per_node = str(self.folder), self.per_node or world_size
-        source, where = read_model_config(name), Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
+        source, where = (
+            read_model_config(name),
+            Cluster(nodes=world_size // per_node, gpus_per_node=per_node),
+        )
         return build_request(name, source, shape_from_config(source, name), run, where)
 
 
@@ -85,7 +98,9 @@ def build(request: Request) -> ShardedTrainer:
     pretrained = open_for_pruning(Path(run.model.path), run.model)
     generator = torch.Generator().manual_seed(0)
     size = run.train.global_batch_size
-    ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, run.data.window), generator=generator)
+    ids = torch.randint(
+        3, request.shape.vocab_size, (STEPS * size, run.data.window), generator=generator
+    )
     labels = ids.clone()
     if request.shape.family.has_encoder:  # the first half of each window is a source
         labels[:, : run.data.window // 2 + 1] = IGNORE_INDEX
@@ -107,7 +122,8 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
     """Counts bytes that this rank sends by collective. All-gathers of a part of the ranks are `IN_GROUP`."""
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
-    rules: dict[str, tuple[int, Callable[[Tensor], float]]] = {  # position of what is given, elements sent of it
+    # position of what is given, elements sent of it
+    rules: dict[str, tuple[int, Callable[[Tensor], float]]] = {
         "all_gather_into_tensor": (1, lambda given: given.numel() * others),
         "reduce_scatter_tensor": (1, lambda given: given.numel() // world_size * others),
         "all_reduce": (0, lambda given: given.numel() if others else 0),
@@ -120,7 +136,9 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
             given = tensors[position]
             if group is not None and group is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP:
                 assert name == "all_gather_into_tensor", f"{name} of a part of the ranks"
-                sent[IN_GROUP] += given.numel() * (ds_comm.get_world_size(group) - 1) * given.element_size()
+                sent[IN_GROUP] += (
+                    given.numel() * (ds_comm.get_world_size(group) - 1) * given.element_size()
+                )
             else:
                 sent[name] += int(elements(given)) * given.element_size()
 
@@ -135,7 +153,10 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     request = case.request(world_size)
     trainer = build(request)
-    rows, steps = [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)], list[dict[str, Any]]()
+    rows, steps = (
+        [_state_row("loaded", request, trainer, stepped=False, baseline=baseline)],
+        list[dict[str, Any]](),
+    )
     for step in range(1, STEPS + 1):
         steps.append(_measured_step(step, request, trainer, baseline))
         before, sent_before = trainer.model.shape, trainer.model.comm.bytes_sent
@@ -145,19 +166,35 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
             continue
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        layers = [(layer, keep[i]) for i, layer in enumerate(before.layers) if layer.counts != after.layers[i].counts]
+        layers = [
+            (layer, keep[i])
+            for i, layer in enumerate(before.layers)
+            if layer.counts != after.layers[i].counts
+        ]
         cut_layers = [cut for layer, kept in layers for cut in layer_cuts(layer, kept, request)]
         moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
-        counts = {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent}
+        counts = {
+            "most": cut_cost(request, before, after).sent["cut"],
+            "moved": moved,
+            "counted": sent,
+        }
         rows[-1] |= {"sent": counts, "peak_rss": cutting.peak - baseline}
     return {"rank": rank, "states": rows, "steps": steps}
 
 
 def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tuple[AxisCut, int]]:
     """Lists (cut, bytes of an element) of every tensor that is cut in a layer, LoRA's master and moments too."""
-    cuts, lora_rank, element_size = list[tuple[AxisCut, int]](), request.config.lora.r, request.element_size
-    of_layer = {name: x for spec in layer.tensors for name, x in spec.stored(element_size, request.int8).items()}
+    cuts, lora_rank, element_size = (
+        list[tuple[AxisCut, int]](),
+        request.config.lora.r,
+        request.element_size,
+    )
+    of_layer = {
+        name: x
+        for spec in layer.tensors
+        for name, x in spec.stored(element_size, request.int8).items()
+    }
     for name, kept, linear in layer.cuts(keep, int8=request.int8):
         stored = of_layer[name]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
@@ -176,7 +213,9 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def _state_row(name: str, request: Request, trainer: ShardedTrainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
+def _state_row(
+    name: str, request: Request, trainer: ShardedTrainer, *, stepped: bool, baseline: int
+) -> dict[str, Any]:
     gc.collect()
     terms, _ = split_state(request, trainer.model.shape)
     terms["lora_moments"] *= stepped
@@ -184,13 +223,17 @@ def _state_row(name: str, request: Request, trainer: ShardedTrainer, *, stepped:
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
-        "storages": storage_bytes([*state_tensors(trainer.model), *chain(*map(weight_shards, modules(trainer)))]),
+        "storages": storage_bytes(
+            [*state_tensors(trainer.model), *chain(*map(weight_shards, modules(trainer)))]
+        ),
         "rss": resident_bytes() - baseline,
         "terms": terms,
     }
 
 
-def _measured_step(step: int, request: Request, trainer: ShardedTrainer, baseline: int) -> dict[str, Any]:
+def _measured_step(
+    step: int, request: Request, trainer: ShardedTrainer, baseline: int
+) -> dict[str, Any]:
     shape, world_size, rank = trainer.model.shape, request.world_size, trainer.model.rank
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
@@ -203,13 +246,19 @@ def _measured_step(step: int, request: Request, trainer: ShardedTrainer, baselin
     agreed = 5 * 8 * (world_size - 1)  # fp64 numbers for the report
     return {
         "step": step,
-        "weights": {"most": planned["weights"], "counted": sent["all_gather_into_tensor"] - of_lora - agreed},
+        "weights": {
+            "most": planned["weights"],
+            "counted": sent["all_gather_into_tensor"] - of_lora - agreed,
+        },
         IN_GROUP: {"most": planned[IN_GROUP], "counted": sent[IN_GROUP]},
         "second_copy": {
             "planned": split_state(request, shape)[0].get("second_copy", 0),
             "counted": storage_bytes(chain(*map(second_copies, modules(trainer)))),
         },
-        "lora_gradients": {"planned": planned["lora_gradients"], "counted": sent["reduce_scatter_tensor"]},
+        "lora_gradients": {
+            "planned": planned["lora_gradients"],
+            "counted": sent["reduce_scatter_tensor"],
+        },
         "pruning": {"planned": pruning, "counted": own - agreed},
         "resident_planned": training_stage("", request, shape, scores=scores).resident,
         "peak_planned": planned_peak(request, shape, scores=scores),
@@ -221,7 +270,11 @@ def _measured_step(step: int, request: Request, trainer: ShardedTrainer, baselin
 def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:
     """Returns the peak of a step, without evaluation and export."""
     stage = training_stage("", request, shape, scores=scores)
-    phases = (sum(terms.values()) for name, terms in stage.phases.items() if name not in ("evaluation", "export"))
+    phases = (
+        sum(terms.values())
+        for name, terms in stage.phases.items()
+        if name not in ("evaluation", "export")
+    )
     return stage.resident + max(phases)
 
 
@@ -230,13 +283,15 @@ def saved_activations(case: Case) -> dict[str, int]:
     request = case.request(torch.distributed.get_world_size())
     trainer = build(request)
     parameters = list(trainer.model.module.parameters())
-    kept: dict[int, torch.UntypedStorage] = {}  # held: a delta net drops a part of its graph, and its memory with it
+    # held: a delta net drops a part of its graph, and its memory with it
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if (
             storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in parameters}
-            and (tensor.is_floating_point() or tensor.dtype == torch.uint8)  # which is the mask of a dropout
+            # which is the mask of a dropout
+            and (tensor.is_floating_point() or tensor.dtype == torch.uint8)
         ):
             kept[storage.data_ptr()] = storage
         return tensor
@@ -247,4 +302,7 @@ def saved_activations(case: Case) -> dict[str, int]:
     del loss
     batch, shape = request.batch(case.micro_batch_size, case.window), request.shape
     counted = sum(storage.nbytes() for storage in kept.values())
-    return {"counted": counted, "last_layer": saved_in_layer(request, shape, len(shape.layers) - 1, batch)}
+    return {
+        "counted": counted,
+        "last_layer": saved_in_layer(request, shape, len(shape.layers) - 1, batch),
+    }

@@ -55,7 +55,11 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     # As zero/engine.py does it. A build that a killed worker leaves behind would lock the cache of all checkouts.
     deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
-    place: Any = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": world_size}
+    place: Any = {
+        "init_method": f"file://{folder / 'store'}",
+        "rank": rank,
+        "world_size": world_size,
+    }
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, **place)
 
 
@@ -66,7 +70,9 @@ class RankPool:
         self._setup = setup
         self._sets: dict[int, _RankSet] = {}
 
-    def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180) -> list[T]:
+    def run(
+        self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180
+    ) -> list[T]:
         """Calls `function(*args)`, a top-level function, on every rank, and returns the values in rank order.
 
         Raises:
@@ -110,7 +116,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         arguments = (theirs, self.stack, setup, (rank, world_size, folder))
-        self.process = context.Process(target=_serve, args=arguments, name=f"rank-{rank}", daemon=True)
+        self.process = context.Process(
+            target=_serve, args=arguments, name=f"rank-{rank}", daemon=True
+        )
         self.process.start()
         theirs.close()  # the end of the worker is then the end of the pipe
 
@@ -140,7 +148,9 @@ class _RankSet:
 
     def __init__(self, world_size: int, setup: Setup) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self.workers = [_Worker(rank, world_size, Path(self._folder.name), setup) for rank in range(world_size)]
+        self.workers = [
+            _Worker(rank, world_size, Path(self._folder.name), setup) for rank in range(world_size)
+        ]
 
     def run(self, job: bytes, timeout: float) -> list[Any]:
         __tracebackhide__ = True
@@ -154,7 +164,11 @@ class _RankSet:
         answers: dict[int, Any] = {}
         for rank, answer in _arrivals(waiting, timeout):
             if isinstance(answer, _Failure):
-                others = [other for _, other in _arrivals(waiting, CAUSE_GRACE) if isinstance(other, _Failure)]
+                others = [
+                    other
+                    for _, other in _arrivals(waiting, CAUSE_GRACE)
+                    if isinstance(other, _Failure)
+                ]
                 raise RankFailure(self._name_cause([answer, *others]))
             answers[rank] = answer
         if waiting:
@@ -178,8 +192,13 @@ class _RankSet:
         for worker in self.workers:
             worker.ask_where()
         time.sleep(STACK_GRACE)
-        stands = {w.rank: "has finished\n" if w.rank in answers else w.read_stack() for w in self.workers}
-        return "\n".join(f"rank {rank} of {len(stands)}: {text or 'gave no answer'}" for rank, text in stands.items())
+        stands = {
+            w.rank: "has finished\n" if w.rank in answers else w.read_stack() for w in self.workers
+        }
+        return "\n".join(
+            f"rank {rank} of {len(stands)}: {text or 'gave no answer'}"
+            for rank, text in stands.items()
+        )
 
 
 def _arrivals(waiting: dict[Connection, _Worker], timeout: float) -> Iterator[tuple[int, Any]]:
@@ -197,7 +216,9 @@ def _how_it_ended(exitcode: int | None) -> str:
     return f"exited with code {exitcode}"
 
 
-def _serve(connection: Connection, stack: Path, setup: Setup, setup_arguments: tuple[int, int, Path]) -> None:
+def _serve(
+    connection: Connection, stack: Path, setup: Setup, setup_arguments: tuple[int, int, Path]
+) -> None:
     with stack.open("w") as stack_file:
         faulthandler.enable(stack_file)
         faulthandler.register(signal.SIGUSR1, stack_file)
@@ -218,4 +239,6 @@ def _answer(rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> b
     try:
         return pickle.dumps(function(*args))
     except BaseException as error:  # noqa: BLE001  # pytest.fail and sys.exit too: whatever stops a rank is a failure
-        return pickle.dumps(_Failure(rank, time.monotonic(), "".join(traceback.format_exception(error))))
+        return pickle.dumps(
+            _Failure(rank, time.monotonic(), "".join(traceback.format_exception(error)))
+        )

@@ -30,10 +30,14 @@ def truncate(name: str, left: int = -9) -> Spoil:
 
 
 def edit(name: str, **values: Any) -> Spoil:
-    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    return lambda folder: (folder / name).write_text(
+        json.dumps(json.loads((folder / name).read_text()) | values)
+    )
 
 
-def edit_tensors(act: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors") -> Spoil:
+def edit_tensors(
+    act: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors"
+) -> Spoil:
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / name)
         act(tensors)

@@ -15,9 +15,24 @@ from loraprune_ds.config import RunConfig
 PAGE = Path(__file__).parents[1] / "launch" / "configs" / "README.md"
 # Rarely worth a change: their rows come last, below a row that says so.
 ADVANCED = {
-    *(f"prune.{key}" for key in ("normalize", "moving_average", "warmup_fraction", "cooldown_fraction", "head_ratio")),
-    *(f"prune.{key}" for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")),
-    *(f"train.{key}" for key in ("adam_epsilon", "max_grad_norm", "distill_temperature", "deterministic")),
+    *(
+        f"prune.{key}"
+        for key in (
+            "normalize",
+            "moving_average",
+            "warmup_fraction",
+            "cooldown_fraction",
+            "head_ratio",
+        )
+    ),
+    *(
+        f"prune.{key}"
+        for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")
+    ),
+    *(
+        f"train.{key}"
+        for key in ("adam_epsilon", "max_grad_norm", "distill_temperature", "deterministic")
+    ),
     "evaluate.batch_size",
 }
 DIVIDER = "| *advanced* | | |\n"
@@ -35,9 +50,13 @@ class Setting(NamedTuple):
 def settings() -> dict[str, list[Setting]]:
     """Describes every setting, below the heading of its section."""
     fields = dataclasses.fields(RunConfig)
-    sections: dict[str, Any] = {field.name: field.type for field in fields if dataclasses.is_dataclass(field.type)}
+    sections: dict[str, Any] = {
+        field.name: field.type for field in fields if dataclasses.is_dataclass(field.type)
+    }
     top = [row for row in describe(RunConfig) if row.key not in sections]
-    return {"The run": top} | {name: describe(section, f"{name}.") for name, section in sections.items()}
+    return {"The run": top} | {
+        name: describe(section, f"{name}.") for name, section in sections.items()
+    }
 
 
 def describe(section: Any, prefix: str = "") -> list[Setting]:
@@ -45,7 +64,11 @@ def describe(section: Any, prefix: str = "") -> list[Setting]:
     for cls in section.__mro__[-2::-1]:  # from the first base class after `object`
         comments |= comments_of_fields(inspect.getsource(cls))
     return [
-        Setting(prefix + field.name, default_of(field), meaning(comments[field.name], choices(field.type)))
+        Setting(
+            prefix + field.name,
+            default_of(field),
+            meaning(comments[field.name], choices(field.type)),
+        )
         for field in dataclasses.fields(section)
     ]
 
@@ -62,7 +85,9 @@ def comments_of_fields(source: str) -> dict[str, str]:
             while lines[first - 1].lstrip().startswith("#"):
                 first -= 1
             parts = [*lines[first : field.lineno - 1], behind]
-            comments[field.target.id] = " ".join(part.strip().removeprefix("# ") for part in parts).strip()
+            comments[field.target.id] = " ".join(
+                part.strip().removeprefix("# ") for part in parts
+            ).strip()
     return comments
 
 
@@ -76,14 +101,20 @@ def choices(hint: Any) -> list[str]:
 def meaning(comment: str, words: list[str]) -> str:
     """Makes sentences of a comment, in the words of YAML. The words that are allowed come first."""
     allowed = " or ".join([*filter(None, [", ".join(words[:-1])]), *words[-1:]])
-    sentences = [text[:1].upper() + text[1:].removesuffix(".") + "." for text in (allowed, comment) if text]
+    sentences = [
+        text[:1].upper() + text[1:].removesuffix(".") + "." for text in (allowed, comment) if text
+    ]
     return re.sub(r"`?\bNone\b`?", "`null`", " ".join(sentences))
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return in_words(field.default)
-    return "required" if field.default_factory is dataclasses.MISSING else in_words(field.default_factory())
+    return (
+        "required"
+        if field.default_factory is dataclasses.MISSING
+        else in_words(field.default_factory())
+    )
 
 
 def in_words(default: Any) -> str:
@@ -96,7 +127,9 @@ def with_tables(page: str) -> str:
     """Replaces the first table below the heading of each section."""
     for name, rows in settings().items():
         lines = {row.key: f"| `{row.key}` | `{row.default}` | {row.meaning} |\n" for row in rows}
-        plain, advanced = ([lines[key] for key in lines if (key in ADVANCED) == last] for last in (False, True))
+        plain, advanced = (
+            [lines[key] for key in lines if (key in ADVANCED) == last] for last in (False, True)
+        )
         table = "".join([HEADER, *plain, *([DIVIDER, *advanced] if advanced else [])])
         old = re.search(rf"^### {name}\n[^|#]*^((?:\|.*\n)+)", page, re.MULTILINE)
         assert old, f"no table below {name}"

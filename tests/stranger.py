@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tests.integration.launching import run_to_end
 
-OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")  # a folder with another version (tests/run_heavy.sh)
+# a folder with another version (tests/run_heavy.sh)
+OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")
 WITHOUT_THE_PACKAGE = """
 import importlib.abc, sys
 
@@ -58,6 +59,10 @@ def ask_stranger(program: str, *arguments: str | Path, folder: Path) -> str:
     """Returns the output of a program that runs in an empty folder inside `folder`."""
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere), "PYTHONPATH": OTHER_TRANSFORMERS or ""}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(elsewhere),
+        "PYTHONPATH": OTHER_TRANSFORMERS or "",
+    }
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE + program, *map(str, arguments)]
     return run_to_end(command, cwd=elsewhere, environment=environment, timeout=900).check().out

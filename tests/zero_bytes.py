@@ -26,7 +26,8 @@ def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
     yield from weight_shards(model.module)
     for master in zero.fp32_partitioned_groups_flat:
         yield master.detach()
-        yield from (v for v in zero.optimizer.state.get(master, {}).values() if v.dim())  # not Adam's step count
+        # not Adam's step count
+        yield from (v for v in zero.optimizer.state.get(master, {}).values() if v.dim())
     yield zero.grad_partitions_flat_buffer
     yield from (bucket.buffer for bucket in zero.ipg_buckets.values())
 

@@ -17,15 +17,27 @@ WINDOW, WINDOWS = 512, 64  # tokens of a window, and how many are read
 
 name, text, out, count = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-tokens = tokenizer(Path(text).read_text(), return_tensors="pt").input_ids[:, : WINDOW * WINDOWS].to(model.device)
-numbers = list(range(model.config.num_hidden_layers))  # of the layers that are left, in the whole model
+model = (
+    AutoModelForCausalLM.from_pretrained(name)
+    .to("cuda" if torch.cuda.is_available() else "cpu")
+    .eval()
+)
+tokens = (
+    tokenizer(Path(text).read_text(), return_tensors="pt")
+    .input_ids[:, : WINDOW * WINDOWS]
+    .to(model.device)
+)
+# of the layers that are left, in the whole model
+numbers = list(range(model.config.num_hidden_layers))
 for _ in range(int(count)):
-    influence = torch.zeros(len(numbers) - 1)  # the last state is normalised, so the last layer stays
+    # the last state is normalised, so the last layer stays
+    influence = torch.zeros(len(numbers) - 1)
     for window in tokens.split(WINDOW, dim=1):
         with torch.no_grad():
             states = model(window, output_hidden_states=True, use_cache=False).hidden_states
-        changes = [1 - cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairwise(states[:-1])]
+        changes = [
+            1 - cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairwise(states[:-1])
+        ]
         influence += torch.stack([change.sum() for change in changes]).cpu()
     least = 1 + int(influence[1:].argmin())  # the first layer stays, too
     drop_layers(model, [least])

@@ -15,16 +15,22 @@ class Trainer(DistillationTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if pruning.cuts or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1)
+            for x in ("ids", "mask")
+        )
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, : inputs["prompt_ids"].shape[1]] = -100
         tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
-        return model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=tokens).loss
+        return model(
+            input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=tokens
+        ).loss
 
 
 parser = HfArgumentParser((PruneConfig, DistillationConfig))
 prune, args, (model, data) = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-args.warmup_steps = args.warmup_steps or 0.1  # before the first cut, updates only follow the noise of samples
+# before the first cut, updates only follow the noise of samples
+args.warmup_steps = args.warmup_steps or 0.1
 teacher = args.teacher_model_name_or_path or model
 rows = load_dataset("json", data_files=data, split="train")
 lora = LoraConfig(target_modules=linear_names(model))

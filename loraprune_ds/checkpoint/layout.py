@@ -23,7 +23,8 @@ from loraprune_ds.files import flush, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
 FORMAT = 7
-READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")  # the last commit that reads a format
+# the last commit that reads a format
+READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")
 
 STATUS_FILE = "status.json"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -48,7 +49,9 @@ def recorded_config(raw: dict[str, Any], path: Path) -> RunConfig:
     try:
         return config_from_dict(without_removed(raw))
     except UserError as error:
-        raise CheckpointMismatch(f"{path} has format {FORMAT} with settings of another version: {error}") from None
+        raise CheckpointMismatch(
+            f"{path} has format {FORMAT} with settings of another version: {error}"
+        ) from None
 
 
 def _reader(version: object) -> str:
@@ -67,7 +70,9 @@ def layer_file(part: str, layer: int) -> str:
 
 def numbered(root: Path, kind: str) -> list[int]:
     """Returns the numbers of the folders `{kind}-{number}`, ascending."""
-    numbers = [path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()]
+    numbers = [
+        path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()
+    ]
     return sorted(int(number) for number in numbers if number.isdigit())
 
 
@@ -81,7 +86,8 @@ class Status:
     error: str | None = None
     updated: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     mark: str = field(default_factory=lambda: uuid4().hex[:8])  # tells one start from another
-    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))  # slurm/job.sh compares it
+    # slurm/job.sh compares it
+    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
     format: int = FORMAT
 
     def __str__(self) -> str:
@@ -113,7 +119,8 @@ class RunData:
     samples: str  # digest
     held_out: str  # digest of the text
     source: str  # digest of the dense model (`load.source_digest`)
-    commits: dict[str, str] = field(default_factory=dict)  # of data sets of the hub, by their sections of the config
+    # of data sets of the hub, by their sections of the config
+    commits: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,10 @@ class ResumeState:
 def read_resume_state(folder: Path) -> ResumeState:
     """Reads the counters of a step like `read_record`."""
     path = folder / RESUME_FOLDER / STATE_FILE
-    require(path.parent.is_dir(), f"{folder} has no {RESUME_FOLDER}/: only exports need the step of an earlier size")
+    require(
+        path.parent.is_dir(),
+        f"{folder} has no {RESUME_FOLDER}/: only exports need the step of an earlier size",
+    )
     return read_record(path, ResumeState)
 
 
@@ -176,18 +186,25 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is missing or cannot be read") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(
+            f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def newest_state(root: Path) -> RunState | None:
     """Reads the newest state under `root` without verifying the checkpoint, to see whose run it is."""
-    return newest_usable(root, numbered(root, "step"), lambda folder: read_record(folder / STATE_FILE, RunState))
+    return newest_usable(
+        root, numbered(root, "step"), lambda folder: read_record(folder / STATE_FILE, RunState)
+    )
 
 
 def newest_usable(
-    root: Path, steps: list[int], read: Callable[[Path], T], warn: Callable[[str], object] = lambda line: None
+    root: Path,
+    steps: list[int],
+    read: Callable[[Path], T],
+    warn: Callable[[str], object] = lambda line: None,
 ) -> T | None:
     """Reads the last of the `steps` that is not damaged, and warns of those after it. Raises CheckpointMismatch."""
     for step in reversed(steps):
@@ -221,7 +238,9 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th file of a folder against its manifest, so ranks can share the reading."""
     with _damage_in_one_line(folder / MANIFEST):
         entries = json.loads((folder / MANIFEST).read_text())["files"]
-        files = sorted((name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items())
+        files = sorted(
+            (name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()
+        )
     for i, (name, size, digest) in enumerate(files):
         path = folder / name
         require(path.is_file(), f"{path} is missing")

@@ -28,7 +28,8 @@ from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
 
-SAMPLES = "samples:"  # begins a digest. The first steps of format 7 have another kind, without a mark
+# begins a digest. The first steps of format 7 have another kind, without a mark
+SAMPLES = "samples:"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class TrainingCheckpoint:
         """The model without LoRA after the cuts of this step."""
         dense = self.dense
         if self.source.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(self.source, self.config.model, query_heads=self.state.query_heads)
+            dense = open_for_pruning(
+                self.source, self.config.model, query_heads=self.state.query_heads
+            )
         weights = dense.weights.cut(keep_from_lists(self.state.kept, dense.shape.kinds))
         return replace(dense, weights=weights.overlaid(open_refits(weights.shape, self.folder)))
 
@@ -72,10 +75,17 @@ class TrainingCheckpoint:
     def tower(self) -> Tower | None:
         return self.dense.tower
 
-    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(
+        self, ranks: Communicator, *, merge: bool = True
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         layers = len(self.shape.layers)
         for k in range(ranks.rank, layers + 1, ranks.world_size):
-            yield k, self._layer(k, merge) if k < layers else self._read(tensor.name for tensor in self.shape.outer)
+            yield (
+                k,
+                self._layer(k, merge)
+                if k < layers
+                else self._read(tensor.name for tensor in self.shape.outer),
+            )
 
     def lora(self, layer: int) -> dict[str, Tensor]:
         """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
@@ -87,7 +97,13 @@ class TrainingCheckpoint:
     def restore_pruner(self, pruner: Pruner) -> None:
         """Restores the pruner of a model that was built from this step."""
         counters = layout.read_resume_state(self.folder)
-        restore_pruner(pruner, self.resume_folder, self.state.kept, counters.updates_since_cut, counters.moment_tokens)
+        restore_pruner(
+            pruner,
+            self.resume_folder,
+            self.state.kept,
+            counters.updates_since_cut,
+            counters.moment_tokens,
+        )
 
     def _layer(self, layer: int, merge: bool) -> dict[str, Tensor]:
         prefix, spec = self.shape.prefix(layer), self.shape.layers[layer]
@@ -96,7 +112,9 @@ class TrainingCheckpoint:
             lora, scaling = self.lora(layer), self.config.lora.lora_alpha / self.config.lora.r
             for linear in spec.linears:
                 name, (a, b) = prefix + linear.name, (f"{linear.linear}.lora_{x}" for x in "AB")
-                tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
+                tensors[name] = merge_lora(
+                    tensors[name], lora[a], lora[b], scaling, tensors[name].dtype
+                )
         return tensors
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -142,9 +160,13 @@ def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:
         digest = source_digest if state.data.source.startswith(SAMPLES) else _digest_of_beginnings
         is_same = digest(source) == state.data.source
     except (UserError, OSError) as error:
-        raise CheckpointMismatch(f"the source model of {folder} cannot be read: {one_line(error)}") from None
+        raise CheckpointMismatch(
+            f"the source model of {folder} cannot be read: {one_line(error)}"
+        ) from None
     if not is_same:
-        raise CheckpointMismatch(f"{source} is not the source model of {folder}: its tensors differ")
+        raise CheckpointMismatch(
+            f"{source} is not the source model of {folder}: its tensors differ"
+        )
     return source
 
 
@@ -178,7 +200,9 @@ def open_refits(shape: ModelShape, folder: Path) -> ModelWeights:
     return ModelWeights(shape, files, {name: name for name in files}, {})
 
 
-def read_flat(lora: Path, adam: Path, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
+def read_flat(
+    lora: Path, adam: Path, layer: int, name: str, key: str, start: int, end: int
+) -> Tensor:
     """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
     path, own = lora / layout.layer_file("lora", layer), name
     if key != "master":
@@ -197,7 +221,11 @@ def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> li
 
 
 def restore_pruner(
-    pruner: Pruner, folder: Path, kept: list[list[list[int]]], updates_since_cut: int, moment_tokens: float
+    pruner: Pruner,
+    folder: Path,
+    kept: list[list[list[int]]],
+    updates_since_cut: int,
+    moment_tokens: float,
 ) -> None:
     """Restores the pruner of a model that has been cut, on any number of ranks.
 

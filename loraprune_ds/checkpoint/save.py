@@ -59,12 +59,20 @@ class Staging(AbstractContextManager["Staging"]):
     def publish(self) -> None:
         """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
         self._writes.agree()
-        sealed = {name: entry for part in self._comm.gather_objects(self._sealed) for name, entry in part.items()}
+        sealed = {
+            name: entry
+            for part in self._comm.gather_objects(self._sealed)
+            for name, entry in part.items()
+        }
         self._writes.do_on_rank_0(lambda: self._rename(sealed))
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
         for folder in {os.path.dirname(name) for name in sealed}:
-            own = {os.path.basename(name): x for name, x in sealed.items() if os.path.dirname(name) == folder}
+            own = {
+                os.path.basename(name): x
+                for name, x in sealed.items()
+                if os.path.dirname(name) == folder
+            }
             layout.write_manifest(self.folder / folder, own)
             files.flush(self.folder / folder)
         if self.target.exists():
@@ -74,19 +82,26 @@ class Staging(AbstractContextManager["Staging"]):
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState) -> Path:
+def save_step(
+    pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState
+) -> Path:
     """Publishes `step-{state.step}`. Collective."""
     with Staging(pruner.model.comm, layout.step_folder(root, state.step), "step") as staging:
         if pruner.model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
-            staging.write(f"{RESUME_FOLDER}/{STATE_FILE}", lambda path: path.write_text(files.json_text(resume)))
+            staging.write(
+                f"{RESUME_FOLDER}/{STATE_FILE}",
+                lambda path: path.write_text(files.json_text(resume)),
+            )
         write_tensors(staging, pruner, adam, f"{RESUME_FOLDER}/")
         fail_point("save.step_written")
         staging.publish()
     return staging.target
 
 
-def write_tensors(staging: Staging, pruner: Pruner, adam: OptimizerState | None, folder: str = "") -> None:
+def write_tensors(
+    staging: Staging, pruner: Pruner, adam: OptimizerState | None, folder: str = ""
+) -> None:
     """Writes the refits and the pruner's tensors, and LoRA if there is `adam`. Collective.
 
     Each layer is written by its owner, which has its input moments. `folder` gets the tensors that only a resume needs.
@@ -100,7 +115,9 @@ def write_tensors(staging: Staging, pruner: Pruner, adam: OptimizerState | None,
     _write_pruner(staging, pruner, folder)
 
 
-def _write_lora(staging: Staging, adam: OptimizerState, model: PrunableModel, layers: range, folder: str) -> None:
+def _write_lora(
+    staging: Staging, adam: OptimizerState, model: PrunableModel, layers: range, folder: str
+) -> None:
     """Writes LoRA's fp32 masters and Adam's moments of a round of layers, each on its owner. Collective."""
     lora = model.lora_parameters()
     collected = {i: adam.collect(lora[i], model.owner(i), model.comm) for i in layers}
@@ -111,11 +128,17 @@ def _write_lora(staging: Staging, adam: OptimizerState, model: PrunableModel, la
 
 def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> None:
     """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
-    model, collected = pruner.model, {layer: dict[str, Tensor]() for layer in layers if pruner.moments}
+    model, collected = (
+        pruner.model,
+        {layer: dict[str, Tensor]() for layer in layers if pruner.moments},
+    )
     for layer, tensors in collected.items():
         for name in refitted_linears(pruner.limits.dense, model.shape, layer):
             stored = model.collect_stored(LinearId(layer, name))
-            tensors |= {f"{model.shape.prefix(layer)}{name}.{part}": tensor for part, tensor in stored.items()}
+            tensors |= {
+                f"{model.shape.prefix(layer)}{name}.{part}": tensor
+                for part, tensor in stored.items()
+            }
     for layer, tensors in collected.items():  # all owners write in parallel
         _write_layer(staging, "refit", layer, tensors)
 

@@ -85,18 +85,28 @@ def _evaluate(folder: Path, arguments: list[str]) -> str:
     """Runs launch/evaluate.py, and returns its JSON."""
     command = [sys.executable, "-m", "loraprune_ds.cli.evaluate", *arguments]
     # With torchrun's variables the process would wait for the store of other ranks.
-    environment = {k: v for k, v in os.environ.items() if k not in RANK and not k.startswith("TORCHELASTIC_")}
-    answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    environment = {
+        k: v for k, v in os.environ.items() if k not in RANK and not k.startswith("TORCHELASTIC_")
+    }
+    answer = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
     if answer.returncode != 0:
         failed = f"evaluate.after failed with code {answer.returncode}"
-        raise RunError(f"{failed}; {folder} holds the finished run; start it again to measure again")
+        raise RunError(
+            f"{failed}; {folder} holds the finished run; start it again to measure again"
+        )
     return answer.stdout
 
 
 def _measured(text: str) -> dict[str, Any]:
     """Returns the part of an evaluation for report.json, without texts, which evaluation.json keeps."""
-    result = json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in TEXTS})
-    pruned, dense = ({key: model[key] for key in (TASKS, ANSWERS)} for model in (result, result["dense"]))
+    result = json.loads(
+        text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in TEXTS}
+    )
+    pruned, dense = (
+        {key: model[key] for key in (TASKS, ANSWERS)} for model in (result, result["dense"])
+    )
     return {"answers_plan": result["answers_plan"]} | pruned | {"dense": dense}
 
 

@@ -27,23 +27,37 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--tokens", type=at_least(1), metavar="N", help="write until the kept rows have as many")
+    amount.add_argument(
+        "--tokens", type=at_least(1), metavar="N", help="write until the kept rows have as many"
+    )
     amount.add_argument("--prompts", metavar="PROMPTS.jsonl", help="answer these")
     parser.add_argument("--text", type=Path, metavar="FILE", help="continue lines of this file")
     parser.add_argument(
-        "--max-new-tokens", type=at_least(1), default=512, metavar="N", help="per answer (default: 512)"
+        "--max-new-tokens",
+        type=at_least(1),
+        default=512,
+        metavar="N",
+        help="per answer (default: 512)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="of texts (default: 64)")
-    parser.add_argument("--engine", choices=("vllm", "transformers"), help="default: vllm if it is installed")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=64, metavar="N", help="of texts (default: 64)"
+    )
+    parser.add_argument(
+        "--engine", choices=("vllm", "transformers"), help="default: vllm if it is installed"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     options = parser.parse_args()
     out, folder, prompts = options.out, options.out.absolute().parent, options.prompts
     require(out.suffix == ".jsonl", f"--out {out}: give it the name of a .jsonl file")
     require(os.access(folder, os.W_OK), f"--out {out}: {folder} is not a writable folder")
     require(not (prompts and options.text), "--prompts and --text exclude each other")
-    options.prompts = prompts and read_prompts(prompts, "--prompts", max_new_tokens=options.max_new_tokens)
-    options.text = options.text and EvaluationText(options.text.name, None, read_text(options.text, "--text"))
+    options.prompts = prompts and read_prompts(
+        prompts, "--prompts", max_new_tokens=options.max_new_tokens
+    )
+    options.text = options.text and EvaluationText(
+        options.text.name, None, read_text(options.text, "--text")
+    )
     return options
 
 
@@ -62,7 +76,9 @@ def write(options: argparse.Namespace) -> None:
     from loraprune_ds.ranks.comm import stop_ranks
 
     with comm.patient() as waiting:  # the first rank of each node downloads
-        waiting.all_or_raise(lambda: find_model(options.model) if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        waiting.all_or_raise(
+            lambda: find_model(options.model) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        )
     selection = collect(options, comm)
     stop_ranks()
     if comm.rank == 0:

@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".pdf", ".svg")
-COLOURS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.ORANGE, pictures.PURPLE, pictures.SKY_BLUE)
+COLOURS = (
+    pictures.BLUE,
+    pictures.VERMILION,
+    pictures.GREEN,
+    pictures.ORANGE,
+    pictures.PURPLE,
+    pictures.SKY_BLUE,
+)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 STYLE = {"axes.titlepad": 6, "axes.grid.axis": "both", "figure.constrained_layout.h_pad": 0.12}
@@ -64,8 +71,12 @@ class ComparedModel:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("results", metavar="RUN", nargs="+", type=Path)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a picture too (.png, .pdf or .svg)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw a picture too (.png, .pdf or .svg)"
+    )
     return parser.parse_args()
 
 
@@ -75,7 +86,10 @@ def main() -> int:
 
 def compare(arguments: argparse.Namespace) -> None:
     picture, known = arguments.picture, ", ".join(SUFFIXES)
-    require(not picture or picture.suffix in SUFFIXES, f"--picture {picture}: its name must end in {known}")
+    require(
+        not picture or picture.suffix in SUFFIXES,
+        f"--picture {picture}: its name must end in {known}",
+    )
     models = read_results(arguments.results)
     if picture:
         draw_comparison(picture, models)
@@ -88,7 +102,11 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
     """Reads all results and sorts them by text, then by size."""
-    models = [model for path in paths for model in (_read_run if path.is_dir() else _read_evaluation)(path)]
+    models = [
+        model
+        for path in paths
+        for model in (_read_run if path.is_dir() else _read_evaluation)(path)
+    ]
     return sorted(models, key=lambda model: (model.text, model.removed_fraction or 0.0, model.name))
 
 
@@ -106,7 +124,9 @@ def _read_run(folder: Path) -> Iterator[ComparedModel]:
         measured = _tasks_and_answers(after, after.get("dense"))
         measured |= _value("perplexity", perplexity["pruned"], perplexity["dense"], text)
         method = describe_method(report)
-        yield ComparedModel(folder.name, method, params["pruned"], params["removed_fraction"], measured)
+        yield ComparedModel(
+            folder.name, method, params["pruned"], params["removed_fraction"], measured
+        )
         for row in report["shelf"][:-1]:  # the last one is the run's model
             of_size = _value("perplexity", row["perplexity"], perplexity["dense"], text)
             of_size |= _tasks_and_answers(row.get("after") or {}, None)
@@ -122,7 +142,11 @@ def _held_out(data: dict[str, Any]) -> str:
         return data["held_out"]
     sources = [data] if isinstance(data["path"], str) else data["path"]
     names = [
-        " ".join(source[key] for key in ("path", "name", "split") if source.get(key) and source[key] != "train")
+        " ".join(
+            source[key]
+            for key in ("path", "name", "split")
+            if source.get(key) and source[key] != "train"
+        )
         for source in sources
     ]
     return f"a held-out {100 * data['held_out_fraction']:g} % of {' + '.join(names)}"
@@ -136,7 +160,9 @@ def _read_evaluation(path: Path) -> Iterator[ComparedModel]:
         if text:
             name = f"{text['name']} {text['split'] or ''}".rstrip()
             basis = _describe(name, result["protocol"], result["dtype"])
-            measured |= _value("perplexity", result["perplexity"], dense["perplexity"] if dense else None, basis)
+            measured |= _value(
+                "perplexity", result["perplexity"], dense["perplexity"] if dense else None, basis
+            )
         size = result["cost"]["parameters"]
         yield ComparedModel(path.stem, result["method"], size, result["removed_fraction"], measured)
     except (KeyError, TypeError) as error:
@@ -157,7 +183,9 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
         basis = f"greedy answers to {plan['name']} ({plan['sha256'][:8]}), at most {plan['max_new_tokens']} tokens"
         for key in ("ended", "repetition", "empty", "dense_perplexity"):  # older files lack `empty`
             values = [each["answers"]["greedy"].get(key) for each in (model, dense) if each]
-            measured |= _value(key.replace("dense_", "answer "), values[0], values[1] if dense else None, basis)
+            measured |= _value(
+                key.replace("dense_", "answer "), values[0], values[1] if dense else None, basis
+            )
         if closeness := answers["closeness"]:
             for name in ("agreement", "overlap"):
                 on = f"{closeness['text']}, {closeness['predictions']:,} predictions"
@@ -168,13 +196,17 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
 def _counts(settings: dict[str, Any]) -> list[str]:
     """Describes how many documents tasks had, if the number is known and limited."""
     limit, questions = settings.get("limit"), (settings.get(GYM) or {}).get("documents", {})
-    return [f"{count} questions" for count in sorted(set(questions.values()))] + ([f"limit {limit}"] if limit else [])
+    return [f"{count} questions" for count in sorted(set(questions.values()))] + (
+        [f"limit {limit}"] if limit else []
+    )
 
 
 def _value(name: str, value: float | None, dense: float | None, basis: str) -> dict[str, Value]:
     if value is None or not math.isfinite(value):
         return {}
-    return {name: Value(value, dense if dense is not None and math.isfinite(dense) else None, basis)}
+    return {
+        name: Value(value, dense if dense is not None and math.isfinite(dense) else None, basis)
+    }
 
 
 def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
@@ -200,37 +232,53 @@ def _row(model: ComparedModel) -> dict[str, str]:
     """Returns the cells by column."""
     removed = "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %"
     parameters = f"{model.parameters:,}"
-    row = {"result": model.name, "method": model.method or "-", "parameters": parameters, "removed": removed}
+    row = {
+        "result": model.name,
+        "method": model.method or "-",
+        "parameters": parameters,
+        "removed": removed,
+    }
     for name, measure in MEASURES.items():
         value, dense, _ = model.measured.get(name, (None, None, ""))
         row[name] = "-" if value is None else measure.cell(value)
         row[f"dense {name}"] = "-" if dense is None else measure.cell(dense)
         if name == "perplexity":
-            row["times"] = "-" if value is None or dense is None else format_perplexity(value / dense)
+            row["times"] = (
+                "-" if value is None or dense is None else format_perplexity(value / dense)
+            )
     return row
 
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     """Draws a panel for each measure on each text or set of tasks."""
     drawable = [model for model in models if model.removed_fraction is not None]
-    panels: dict[tuple[str, str], list[ComparedModel]] = {}  # measure and basis -> models that compare by it
+    # measure and basis -> models that compare by it
+    panels: dict[tuple[str, str], list[ComparedModel]] = {}
     for name, model in product(MEASURES, drawable):
         if name in model.measured:
             panels.setdefault((name, model.measured[name].basis), []).append(model)
     lacking = "no result has a quality and a removed fraction; give launch/evaluate.py --dense"
     require(bool(panels), f"nothing to draw: {lacking}")
     methods = sorted({model.method for model in models}, key=str)
-    styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
+    styles = {
+        method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        for i, method in enumerate(methods)
+    }
     try:
         with pictures.picture(path, (8, 4.2 * len(panels)), STYLE) as figure:
             rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-            labels = [_draw_panel(axes, *key, panels[key], styles) for axes, key in zip(rows, panels, strict=True)]
+            labels = [
+                _draw_panel(axes, *key, panels[key], styles)
+                for axes, key in zip(rows, panels, strict=True)
+            ]
             pictures.label_points(figure, chain(*labels), color=pictures.TEXT, fontsize=9)
     except (OSError, ValueError) as error:
         raise UserError(f"--picture {path} cannot be written: {error}") from None
 
 
-def _draw_panel(axes: "Axes", name: str, basis: str, models: list[ComparedModel], styles: Styles) -> list[Label]:
+def _draw_panel(
+    axes: "Axes", name: str, basis: str, models: list[ComparedModel], styles: Styles
+) -> list[Label]:
     """Draws the curves of a measure. Returns the labels of their points."""
     labels: list[Label] = []
     measure, all_values = MEASURES[name], [model.measured[name] for model in models]
@@ -239,13 +287,34 @@ def _draw_panel(axes: "Axes", name: str, basis: str, models: list[ComparedModel]
         x = [100 * (model.removed_fraction or 0.0) for model in mine]
         y = [model.measured[name].value for model in mine]
         # A line joins models that differ in the ratio alone, by at least half a percent point. They need no names.
-        is_curve = method is not None and all(after - before >= 0.5 for before, after in pairwise(x))
+        is_curve = method is not None and all(
+            after - before >= 0.5 for before, after in pairwise(x)
+        )
         colour, marker = styles[method]
-        axes.plot(x, y, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            ls="-" if is_curve else "",
+            lw=1.2,
+            label=method or "evaluated",
+        )
         ends = ["" if is_curve else f" {model.name}" for model in mine]
-        labels += [(axes, measure.label(v) + end, (u, v)) for end, u, v in zip(ends, x, y, strict=True)]
+        labels += [
+            (axes, measure.label(v) + end, (u, v)) for end, u, v in zip(ends, x, y, strict=True)
+        ]
     baselines = sorted({float(f"{dense:.4g}") for _, dense, _ in all_values if dense is not None})
-    axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
+    axes.plot(
+        [0.0] * len(baselines),
+        baselines,
+        color=GREY,
+        marker="_",
+        ls="",
+        markersize=12,
+        mew=2,
+        label="dense",
+    )
     values = [value for value, *_ in all_values] + baselines
     if name == "perplexity":
         pictures.scale_perplexity(axes, values)

@@ -41,7 +41,9 @@ from loraprune_ds.files import json_text, read_text, write_text, writes_into
 from loraprune_ds.ranks import job
 
 ROUND = fields(settings.SpeedSettings)  # one option each
-TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
+TASKS_HELP = (
+    "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
+)
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 
 
@@ -54,25 +56,45 @@ def parse_arguments() -> argparse.Namespace:
     about = f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
     text.add_argument("--dataset", choices=settings.DATASETS, help=about)
     parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
-    parser.add_argument("--window", type=at_least(2), default=128, metavar="TOKENS", help="default: 128")
-    parser.add_argument("--max-windows", type=at_least(1), metavar="N", help="only the first N (default: all)")
+    parser.add_argument(
+        "--window", type=at_least(2), default=128, metavar="TOKENS", help="default: 128"
+    )
+    parser.add_argument(
+        "--max-windows", type=at_least(1), metavar="N", help="only the first N (default: all)"
+    )
     parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
     about = "windows or answers at once (default: about 2,048 tokens)"
     parser.add_argument("--batch-size", type=at_least(1), metavar="N", help=about)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
-    parser.add_argument("--num-fewshot", type=at_least(0), metavar="N", help="default: what each task says")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="documents per task, for trials")
+    parser.add_argument(
+        "--num-fewshot", type=at_least(0), metavar="N", help="default: what each task says"
+    )
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="documents per task, for trials"
+    )
     about = f"write answers and measure them (without a file: {settings.DEFAULT_PROMPTS}, 50 shipped prompts)"
-    parser.add_argument("--answers", nargs="?", const=settings.DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about)
-    parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="of an answer (default: 128)")
-    parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
+    parser.add_argument(
+        "--answers", nargs="?", const=settings.DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), metavar="N", help="of an answer (default: 128)"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE.html", help="write the answers side by side"
+    )
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
     for field in ROUND:
         about = f"of --speed (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=at_least(1), metavar="N", default=argparse.SUPPRESS, help=about)
-    parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        parser.add_argument(
+            f"--{field.name}", type=at_least(1), metavar="N", default=argparse.SUPPRESS, help=about
+        )
+    parser.add_argument(
+        "--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the messages of libraries")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     return parser.parse_args()
@@ -81,7 +103,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code: 0, 1 if a result cannot be written, or 2 for unusable input."""
     job.adopt_srun_ranks()
-    return run_command(lambda: show(parse_arguments()), agreed=False)  # lm-eval can fail on one rank alone
+    # lm-eval can fail on one rank alone
+    return run_command(lambda: show(parse_arguments()), agreed=False)
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -102,17 +125,29 @@ def show(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     sharded = arguments.sharded or job.several_ranks(os.environ)
-    require(not sharded or find_spec("deepspeed") is not None, "--sharded and several ranks need DeepSpeed; install it")
+    require(
+        not sharded or find_spec("deepspeed") is not None,
+        "--sharded and several ranks need DeepSpeed; install it",
+    )
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
     require_option(arguments, "speed", *(field.name for field in ROUND))
     require_option(arguments, "answers", "max_new_tokens", "page")
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
     how = arguments.include_path, arguments.num_fewshot, arguments.limit
     tasks = settings.TaskSettings(names, *how) if names else None
-    rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
+    rounds = {
+        field.name: getattr(arguments, field.name)
+        for field in ROUND
+        if hasattr(arguments, field.name)
+    }
     speed = settings.SpeedSettings(**rounds) if arguments.speed else None
-    given = {name: getattr(arguments, name) for name in ("window", "max_windows", "dtype", "batch_size", "sharded")}
-    chosen = settings.EvaluationSettings(**given, tasks=tasks, answers=answer_settings(arguments), speed=speed)
+    given = {
+        name: getattr(arguments, name)
+        for name in ("window", "max_windows", "dtype", "batch_size", "sharded")
+    }
+    chosen = settings.EvaluationSettings(
+        **given, tasks=tasks, answers=answer_settings(arguments), speed=speed
+    )
     if not arguments.verbose:  # progress bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
@@ -134,9 +169,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: [*map(find_model, models), read_evaluation_text(arguments)] if is_first else None)
+        waiting.all_or_raise(
+            lambda: (
+                [*map(find_model, models), read_evaluation_text(arguments)] if is_first else None
+            )
+        )
     chosen = replace(chosen, text=comm.all_or_raise(lambda: read_evaluation_text(arguments)))
-    bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)  # None: on a terminal
+    # None: on a terminal
+    bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)
     measurements = evaluate(models, chosen, comm, bar)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, chosen, comm.world_size, provenance)
@@ -148,24 +188,43 @@ def answer_settings(arguments: argparse.Namespace) -> settings.AnswerSettings | 
     """Reads the prompts, and checks that the page can be written, before any long work."""
     if arguments.answers is None:
         return None
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "--answers writes on one rank; start it without a launcher")
+    require(
+        os.environ.get("WORLD_SIZE", "1") == "1",
+        "--answers writes on one rank; start it without a launcher",
+    )
     if page := arguments.page:
-        require(page.suffix == ".html" and not page.is_dir(), f"--page {page}: give it the name of an .html file")
-        require(os.access(page.parent, os.W_OK), f"--page {page}: {page.parent} is not a writable folder")
+        require(
+            page.suffix == ".html" and not page.is_dir(),
+            f"--page {page}: give it the name of an .html file",
+        )
+        require(
+            os.access(page.parent, os.W_OK),
+            f"--page {page}: {page.parent} is not a writable folder",
+        )
     given = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
     return settings.read_prompts(arguments.answers, **given)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationText | None:
     """Reads the text that the user names. The default is WikiText-2, or no text if another measurement is asked for."""
-    require(not (arguments.text and arguments.split), "--split needs --dataset; --text is always read completely")
+    require(
+        not (arguments.text and arguments.split),
+        "--split needs --dataset; --text is always read completely",
+    )
     if arguments.text:
-        return settings.EvaluationText(arguments.text.name, None, read_text(arguments.text, "--text"))
+        return settings.EvaluationText(
+            arguments.text.name, None, read_text(arguments.text, "--text")
+        )
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
-        for option, value in (("--split", arguments.split), ("--max-windows", arguments.max_windows)):
+        for option, value in (
+            ("--split", arguments.split),
+            ("--max-windows", arguments.max_windows),
+        ):
             require(value is None, f"{option} has no effect without --dataset or --text")
         return None
-    return settings.load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
+    return settings.load_dataset_text(
+        arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT
+    )
 
 
 if __name__ == "__main__":

@@ -21,13 +21,25 @@ from loraprune_ds.errors import run_command
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
+    parser.add_argument(
+        "source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model"
+    )
     about = "a Hugging Face model (the default), separate base and LoRA, or a file for llama.cpp"
-    parser.add_argument("--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"), help=about)
-    parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
-    parser.add_argument("--mtp", metavar="DENSE", help="keep this model's layers that predict further tokens")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository")
-    parser.add_argument("--public", action="store_true", help="make that repository public, if it is new")
+    parser.add_argument(
+        "--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"), help=about
+    )
+    parser.add_argument(
+        "--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)"
+    )
+    parser.add_argument(
+        "--mtp", metavar="DENSE", help="keep this model's layers that predict further tokens"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="make that repository public, if it is new"
+    )
     about = "outputs of launch/evaluate.py --json, for the card on the hub"
     parser.add_argument("--results", nargs="+", default=[], type=Path, metavar="JSON", help=about)
     return parser.parse_args()

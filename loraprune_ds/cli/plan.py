@@ -27,16 +27,30 @@ CLUSTER = {field.name: field for field in dataclasses.fields(Cluster)}  # an opt
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", nargs="?", help="folder, hub id or name; default: the run config's model")
+    parser.add_argument(
+        "model", nargs="?", help="folder, hub id or name; default: the run config's model"
+    )
     parser.add_argument("--config", help="YAML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value of the run",
+    )
     samples = "in the training data, for a run that counts epochs; default: 1,000 steps are assumed"
     parser.add_argument("--samples", type=int, help=samples)
     server = "show what a server with this memory for weights and KV cache can hold"
     parser.add_argument("--server-memory", type=float, metavar="GIB", help=server)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs that suffice")
-    parser.add_argument("--explain", action="store_true", help="print the formula of every term and exit")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
+    parser.add_argument(
+        "--smallest", action="store_true", help="find the fewest such GPUs that suffice"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="print the formula of every term and exit"
+    )
     for name, field in CLUSTER.items():
         default, about = field.default, field.metadata["help"]
         kind, about = (float, about) if default is None else (type(default), f"{about} ({default})")
@@ -55,7 +69,10 @@ def plan(arguments: argparse.Namespace) -> int:
         return 0
     cluster = Cluster(**{key: value for key, value in vars(arguments).items() if key in CLUSTER})
     gib = arguments.server_memory
-    require(gib is None or 0 < gib < float("inf"), f"--server-memory must be a number above 0; got {gib}")
+    require(
+        gib is None or 0 < gib < float("inf"),
+        f"--server-memory must be a number above 0; got {gib}",
+    )
     silence_libraries()
     # These imports take seconds, so they come after the check of arguments.
     from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, plan_table, search, verdict
@@ -73,7 +90,11 @@ def plan(arguments: argparse.Namespace) -> int:
     else:
         planned, reason = make_plan(request), ""
     facts = plan_json(planned, gib)
-    print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else plan_table(planned, facts))
+    print(
+        json.dumps(facts, indent=2, allow_nan=False)
+        if arguments.json
+        else plan_table(planned, facts)
+    )
     if not planned.fits:
         tell(UserError(reason or verdict(planned)))
     return 0 if planned.fits else DOES_NOT_FIT_EXIT_CODE

@@ -58,7 +58,9 @@ SummaryRow = tuple[str, ...]  # four cells
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line, with options from `more` parsers."""
     parser = Parser(__doc__, parents=more)
-    parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
+    parser.add_argument(
+        "--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml"
+    )
     value = "override a value, e.g. --set prune.ratio=0.3; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=value)
     where = "go on from the newest undamaged checkpoint of output_dir, or of a run or step folder"
@@ -94,7 +96,10 @@ def main() -> int:
             try:
                 measure_after(output.config, output.path, lambda line: print(line, flush=True))
             finally:
-                print(summary_table(read_json(output.path / records.REPORT_FILE), output.path), flush=True)
+                print(
+                    summary_table(read_json(output.path / records.REPORT_FILE), output.path),
+                    flush=True,
+                )
             if (status := layout.read_status(output.path)) and status.error:
                 raise ShortfallError(status.error)
     except UserError as error:
@@ -108,18 +113,29 @@ def main() -> int:
 def launch() -> int:
     """Checks the arguments, or raises UserError, and runs `main`, on all ranks unless `deepspeed` is null."""
     own = Parser(None, add_help=False)
-    own.add_argument("--ranks", type=at_least(1), metavar="N", help="processes on this machine (default: one per GPU)")
+    own.add_argument(
+        "--ranks",
+        type=at_least(1),
+        metavar="N",
+        help="processes on this machine (default: one per GPU)",
+    )
     chosen, arguments = own.parse_known_args()
     options = parse_arguments(own)
     launcher = job.launcher_command(__name__, chosen.ranks, os.environ)
-    config = OutputFolder(read_config(options.config, options.set), options.resume).config  # before ranks print
+    # before ranks print
+    config = OutputFolder(read_config(options.config, options.set), options.resume).config
     alone = config.deepspeed is None
-    require(not alone or chosen.ranks in (None, 1), f"--ranks {chosen.ranks}: deepspeed: null has one rank")
+    require(
+        not alone or chosen.ranks in (None, 1),
+        f"--ranks {chosen.ranks}: deepspeed: null has one rank",
+    )
     if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()
     if chosen.ranks is not None:  # otherwise each rank on a CPU would use all cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.ranks)))
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.ranks))
+        )
     os.execv(launcher[0], [*launcher, *arguments])
 
 
@@ -167,13 +183,27 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
     head = ("", "dense", "pruned", "")
     rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
-    where = "one process" if report["config"]["deepspeed"] is None else _plural(report["world_size"], "ZeRO-3 rank")
+    where = (
+        "one process"
+        if report["config"]["deepspeed"] is None
+        else _plural(report["world_size"], "ZeRO-3 rank")
+    )
     title = f"{report['steps']} steps, {_plural(len(report['prune_steps']), 'cut')}, {where}"
     table = aligned(rows, "<>><")
     shelf = _shelf_rows(report.get("shelf") or [])
-    gpus, groups = (", ".join(map(str, report["serving"][key])) for key in ("tensor_parallel", "quantisation_groups"))
-    serving = f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups or 'none'}"
-    return "\n".join([title, "", *table, "", *_answer_lines(report), *shelf, serving, *_results(folder)]) + "\n"
+    gpus, groups = (
+        ", ".join(map(str, report["serving"][key]))
+        for key in ("tensor_parallel", "quantisation_groups")
+    )
+    serving = (
+        f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups or 'none'}"
+    )
+    return (
+        "\n".join(
+            [title, "", *table, "", *_answer_lines(report), *shelf, serving, *_results(folder)]
+        )
+        + "\n"
+    )
 
 
 def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
@@ -185,37 +215,75 @@ def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
         same = row.get("agreement")
         cells = format_count(row["parameters"]), format_percent(row["removed_fraction"])
         cells += format_bytes(row["kv_bytes_per_token"]), format_perplexity(row["perplexity"])
-        rows.append((row["size"], *cells, "-" if same is None else format_percent(same), f"{row['folder']}/"))
+        rows.append(
+            (
+                row["size"],
+                *cells,
+                "-" if same is None else format_percent(same),
+                f"{row['folder']}/",
+            )
+        )
     yield from (*aligned(rows, "<>>>>><"), "")
 
 
 def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    params, target, asked = report["params"], report["target"], report["params"]["linear_asked_fraction"]
+    params, target, asked = (
+        report["params"],
+        report["target"],
+        report["params"]["linear_asked_fraction"],
+    )
     aim = "" if asked is None else f" (asked {format_percent(asked)})"
     linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
     total, linear = (
-        [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")] for prefix in ("", "linear_")
+        [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")]
+        for prefix in ("", "linear_")
     )
-    yield ("parameters, whole model", *total, f"{format_percent(params['removed_fraction'])} removed")
-    yield ("  linear layers of the decoder", *linear, f"{format_percent(linear_removed)} removed{aim}")
+    yield (
+        "parameters, whole model",
+        *total,
+        f"{format_percent(params['removed_fraction'])} removed",
+    )
+    yield (
+        "  linear layers of the decoder",
+        *linear,
+        f"{format_percent(linear_removed)} removed{aim}",
+    )
     if target is not None:
         amount = read_amount(target["asked"], "target")
-        name = "  of prune.target" if target["unit"] == "parameters" else "weights and KV cache of a server"
-        yield name, amount.format(target["dense"]), amount.format(target["reached"]), f"target {target['asked']}"
+        name = (
+            "  of prune.target"
+            if target["unit"] == "parameters"
+            else "weights and KV cache of a server"
+        )
+        yield (
+            name,
+            amount.format(target["dense"]),
+            amount.format(target["reached"]),
+            f"target {target['asked']}",
+        )
 
 
 def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
     """Yields perplexity and the measurements of `evaluate.after`."""
-    dense, after_cut, exported = (report["perplexity"][name] for name in ("dense", "after_last_cut", "pruned"))
+    dense, after_cut, exported = (
+        report["perplexity"][name] for name in ("dense", "after_last_cut", "pruned")
+    )
     remark = "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut"
     yield "perplexity, held-out text", format_perplexity(dense), format_perplexity(exported), remark
     pruned = report.get("after", {})
     models = [model for model in (pruned.get("dense"), pruned) if model]
     if pruned.get("tasks"):
-        for metric, name in (("acc", "accuracy"), ("exact_match", "exact match of written answers")):
+        for metric, name in (
+            ("acc", "accuracy"),
+            ("exact_match", "exact match of written answers"),
+        ):
             means = [mean_metric(model["tasks"], metric) for model in models]
             if count := len(tasks_with(pruned["tasks"], metric)):
-                yield (name, *(format_percent(mean) for mean in means if mean is not None), _plural(count, "task"))
+                yield (
+                    name,
+                    *(format_percent(mean) for mean in means if mean is not None),
+                    _plural(count, "task"),
+                )
     if closeness := (pruned.get("answers") or {}).get("closeness"):
         yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
 
@@ -223,7 +291,11 @@ def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
 def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
     """Yields a table of the greedy answers."""
     pruned = report.get("after", {})
-    models = [model["answers"] for model in (pruned.get("dense"), pruned) if model and model.get("answers")]
+    models = [
+        model["answers"]
+        for model in (pruned.get("dense"), pruned)
+        if model and model.get("answers")
+    ]
     if models:
         yield from (*answers_table("greedy answers", [answers["greedy"] for answers in models]), "")
 
@@ -236,7 +308,13 @@ def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
     for name, first, last, written, compared in (
         ("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
         ("weights per rank", before, after, format_bytes, format_change),
-        ("peak memory of a step", peak.get("before"), peak.get("after"), format_bytes, format_change),
+        (
+            "peak memory of a step",
+            peak.get("before"),
+            peak.get("after"),
+            format_bytes,
+            format_change,
+        ),
     ):
         cells = ("-" if value is None else written(value) for value in (first, last))
         yield (name, *cells, compared(first, last) if first and last else "")

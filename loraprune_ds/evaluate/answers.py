@@ -29,7 +29,8 @@ from loraprune_ds.model.tokenizer import check_ids, rendering
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
-Limits = tuple[str, int | None, int]  # of a model: its path, the most tokens that it reads, its vocab_size
+# of a model: its path, the most tokens that it reads, its vocab_size
+Limits = tuple[str, int | None, int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Means:
     ended: float
     repetition: float
     empty: float
-    dense_perplexity: float | None  # of the answers and their ends, after the prompts. None without a dense model
+    # of the answers and their ends, after the prompts. None without a dense model
+    dense_perplexity: float | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,11 @@ class Generation:
 
 
 def encode_prompts(
-    settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, limits: Limits, option: str, **of_template: Any
+    settings: AnswerSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    option: str,
+    **of_template: Any,
 ) -> list[Ids]:
     """Returns the ids of each prompt: by the model's chat template, or as plain text if it has none.
 
@@ -108,7 +114,9 @@ def encode_prompts(
         length, new = len(encoded[-1]), settings.max_new_tokens
         asked = f"not a prompt of {length} tokens and {new} new ones"
         fits = not most or length + new <= most
-        require(fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}")
+        require(
+            fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}"
+        )
     return encoded
 
 
@@ -127,21 +135,33 @@ def write_answers(
     """
     size = batch_size or AT_ONCE
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
-    kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
-    written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
+    kinds = [
+        {"max_new_tokens": settings.max_new_tokens} | how
+        for how in ({"do_sample": False}, sampling)
+    ]
+    written = [
+        [_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers
+    ]
     dense = writers[1] if len(writers) > 1 else None
     losses = dense and losses_of(dense.model)
 
     def read(writer: Writer, ids: list[Ids]) -> Tensor | None:
-        return losses and torch.cat([losses(*batch).double().sum(1).cpu() for batch in _labelled(writer, ids, size)])
+        return losses and torch.cat(
+            [losses(*batch).double().sum(1).cpu() for batch in _labelled(writer, ids, size)]
+        )
 
     made: list[Generation] = []
     for writer, texts in zip(writers, written, strict=True):
         greedy, sampled = (_summarise(writer, ids, read(writer, ids), settings) for ids in texts)
         made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
     if dense is not None:
-        name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
-        made[0] = replace(made[0], closeness=measure_closeness(dense.model, writers[0].model, batches, name))
+        name, batches = text or (
+            "the dense model's greedy answers",
+            _labelled(dense, written[1][0], size),
+        )
+        made[0] = replace(
+            made[0], closeness=measure_closeness(dense.model, writers[0].model, batches, name)
+        )
     return made
 
 
@@ -153,42 +173,62 @@ def write_greedily(writer: Writer, settings: AnswerSettings, batch_size: int = A
     return _summarise(writer, written, None, settings)
 
 
-def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress) -> list[Ids]:
+def _write(
+    writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress
+) -> list[Ids]:
     torch.manual_seed(seed)
     starts = progress(range(0, len(writer.prompts), batch_size), "answers")
     batches = (writer.prompts[start : start + batch_size] for start in starts)
     return [ids for batch in batches for ids in writer.write(batch, **how)]
 
 
-def _summarise(writer: Writer, written: list[Ids], losses: Tensor | None, settings: AnswerSettings) -> Answers:
+def _summarise(
+    writer: Writer, written: list[Ids], losses: Tensor | None, settings: AnswerSettings
+) -> Answers:
     """Measures the answers. `losses` are the dense model's, (answers,), each summed over an answer and its end."""
     answers: list[Answer] = []
     for ids in written:
         ended = ids[-1] in writer.ends
         words = ids[:-1] if ended else ids
-        text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
+        # with special tokens, which a broken model may write
+        text = cast(str, writer.tokenizer.decode(words))
         empty = not cast(str, writer.tokenizer.decode(words, skip_special_tokens=True)).strip()
         answers.append(Answer(text, len(words), ended and not empty, repetition(words), empty))
 
     def means(rows: list[int]) -> Means:
         names = ("tokens", "ended", "repetition", "empty")
         measured = {name: fmean(getattr(answers[i], name) for i in rows) for name in names}
-        perplexity = None if losses is None else (losses[rows].sum() / sum(len(written[i]) for i in rows)).exp().item()
+        perplexity = (
+            None
+            if losses is None
+            else (losses[rows].sum() / sum(len(written[i]) for i in rows)).exp().item()
+        )
         return Means(**measured, dense_perplexity=perplexity)
 
     kinds = dict.fromkeys(prompt.kind for prompt in settings.prompts if prompt.kind)
-    pairs = list(zip(settings.targets, (one.text for one in answers), strict=True)) if settings.targets else []
+    pairs = (
+        list(zip(settings.targets, (one.text for one in answers), strict=True))
+        if settings.targets
+        else []
+    )
     return Answers(
         **vars(means([*range(len(answers))])),
-        by_kind={kind: means([i for i, one in enumerate(settings.prompts) if one.kind == kind]) for kind in kinds},
-        exact_match=fmean(target.strip() == text.strip() for target, text in pairs) if pairs else None,
+        by_kind={
+            kind: means([i for i, one in enumerate(settings.prompts) if one.kind == kind])
+            for kind in kinds
+        },
+        exact_match=fmean(target.strip() == text.strip() for target, text in pairs)
+        if pairs
+        else None,
         rouge_l=_rouge_l(pairs) if pairs else None,
         texts=answers,
     )
 
 
 def _rouge_l(pairs: list[tuple[str, str]]) -> float:
-    scorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    scorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(
+        ["rougeL"], use_stemmer=True
+    )
     return fmean(scorer.score(target, text)["rougeL"].fmeasure for target, text in pairs)
 
 
@@ -222,14 +262,19 @@ def measure_closeness(
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for input_ids, labels in batches:
         predicted = labels[:, 1:] != IGNORE_INDEX
-        hidden = [final_hidden(model, input_ids, labels)[:, :-1][predicted] for model in (dense, pruned)]
+        hidden = [
+            final_hidden(model, input_ids, labels)[:, :-1][predicted] for model in (dense, pruned)
+        ]
         for rows in zip(*(part.split(chunk_size(vocabulary)) for part in hidden), strict=True):
             log_p, log_q = (
-                head.logits(part)[:, :vocabulary].float().log_softmax(1) for head, part in zip(heads, rows, strict=True)
+                head.logits(part)[:, :vocabulary].float().log_softmax(1)
+                for head, part in zip(heads, rows, strict=True)
             )
             p, q = log_p.exp(), log_q.exp()
             same = (p.argmax(1) == q.argmax(1)).sum()
-            total += torch.stack([same, p.minimum(q).sum(), (p * (log_p - log_q)).sum()]).double().cpu()
+            total += (
+                torch.stack([same, p.minimum(q).sum(), (p * (log_p - log_q)).sum()]).double().cpu()
+            )
             count += len(p)
     agreement, overlap, kl = (total / count).tolist()
     return Closeness(text, agreement, overlap, kl, count)

@@ -26,7 +26,8 @@ from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.units import aligned, format_percent
 
 DECLINES = re.compile(rf"\b({'|'.join(DATA['declines'])})", re.IGNORECASE)
-ALIKE, DECLINED = 0.03, 0.05  # most of the kept rows that begin with the same three words, and that decline
+# most of the kept rows that begin with the same three words, and that decline
+ALIKE, DECLINED = 0.03, 0.05
 FREE = 5  # rows of either that are kept before the shares count
 HOPELESS = 1000  # draws of which one must be kept
 EXAMPLES = 10
@@ -46,8 +47,10 @@ class Selection:
     kept: list[Draw] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)  # the reasons
     tokens: int = 0  # of the kept rows, with their prompts
-    _waiting: dict[int, Draw] = field(default_factory=dict)  # until the draws before them have ended
-    _words: set[frozenset[str]] = field(default_factory=set)  # the telling ones of each kept message
+    # until the draws before them have ended
+    _waiting: dict[int, Draw] = field(default_factory=dict)
+    # the telling ones of each kept message
+    _words: set[frozenset[str]] = field(default_factory=set)
     _openings: Counter[str] = field(default_factory=Counter)  # the first words of kept messages
     _declined: int = 0  # kept answers that decline
 
@@ -70,9 +73,12 @@ class Selection:
         count = len(self.draws)
         needed = self.total - self.done
         if self.options.tokens:
-            mean = (self.tokens + self.options.max_new_tokens) / (count + 1)  # a long row more, as few draws say little
+            # a long row more, as few draws say little
+            mean = (self.tokens + self.options.max_new_tokens) / (count + 1)
             needed = max(least, ceil(needed / mean))
-        yield from (number for number in range(count, count + needed) if number not in self._waiting)
+        yield from (
+            number for number in range(count, count + needed) if number not in self._waiting
+        )
 
     def add(self, draw: Draw) -> None:
         """Takes this draw and those that waited for it, or lets it wait."""
@@ -93,7 +99,9 @@ class Selection:
         """Returns the first rule that a draw breaks. A draw that breaks none counts for the next ones."""
         message = draw.messages[-1]["content"] if draw.messages else draw.answer
         words = re.findall(r"\w+", message.lower()) or [message]
-        telling = frozenset(word for word in words if len(word) > 3 or word.isdigit()) or frozenset(words)
+        telling = frozenset(word for word in words if len(word) > 3 or word.isdigit()) or frozenset(
+            words
+        )
         opening = " ".join(words[:3])
         declines = bool(DECLINES.search(draw.answer[:160]))
         if not self.options.prompts:  # which may be alike
@@ -113,11 +121,19 @@ class Selection:
         rows = [("kind", "draws", "kept", "tokens of an answer", "repetition")]
         for kind, count in Counter(draw.kind for draw in self.draws).items():
             kept = [draw for draw in self.kept if draw.kind == kind]
-            tokens, repeated = sum(draw.answer_tokens for draw in kept), sum(draw.repetition for draw in kept)
-            means = f"{tokens / max(1, len(kept)):.0f}", format_percent(repeated / max(1, len(kept)))
+            tokens, repeated = (
+                sum(draw.answer_tokens for draw in kept),
+                sum(draw.repetition for draw in kept),
+            )
+            means = (
+                f"{tokens / max(1, len(kept)):.0f}",
+                format_percent(repeated / max(1, len(kept))),
+            )
             rows.append((kind or "-", f"{count:,}", f"{len(kept):,}", *means))
         yield from aligned(rows, "<>>>>")
-        yield from (f"{count:>7,} refused, {reason}" for reason, count in self.refused.most_common())
+        yield from (
+            f"{count:>7,} refused, {reason}" for reason, count in self.refused.most_common()
+        )
         for draw in self.kept[:: max(1, len(self.kept) // EXAMPLES)][:EXAMPLES]:
             yield f"\n--- draw {draw.number}, {draw.kind}"
             yield from (f"{message['role']}: {message['content']}" for message in draw.messages)
@@ -144,11 +160,15 @@ def collect(options: Namespace, ranks: Communicator) -> Selection:
     with display.bar:
         while selection.done < selection.total:
             count, reasons = len(selection.draws), ", ".join(selection.refused)
-            require(bool(selection.kept) or count < HOPELESS, f"none of {count} draws is fit: {reasons}")
+            require(
+                bool(selection.kept) or count < HOPELESS, f"none of {count} draws is fit: {reasons}"
+            )
             missing = selection.missing(options.batch_size * ranks.world_size)
             numbers = (number for number in missing if number % ranks.world_size == ranks.rank)
             with fast_half_products(half):
-                shares = ranks.gather_objects(ranks.all_or_raise(partial(drawer.draw, numbers, display.tick)))
+                shares = ranks.gather_objects(
+                    ranks.all_or_raise(partial(drawer.draw, numbers, display.tick))
+                )
             draws = sorted(chain(*shares), key=lambda draw: draw.number)
             ranks.write_on_rank_0(journal, partial(_append, journal, draws))
             for draw in draws:
@@ -179,7 +199,8 @@ class _Display:
         selection = self._selection
         on_rank = " on rank 0" if self._drawer.ranks.world_size > 1 else ""
         working = f"{self._written:,} tokens written, {len(self._drawer.in_work)} in work{on_rank}"
-        kept = f"{len(selection.kept):,} of {len(selection.draws):,} draws kept"  # a narrow terminal loses this first
+        # a narrow terminal loses this first
+        kept = f"{len(selection.kept):,} of {len(selection.draws):,} draws kept"
         self.bar.set_postfix_str(f"{working}, {kept}", refresh=False)
         self.bar.update(selection.done - self.bar.n)
 
@@ -187,7 +208,10 @@ class _Display:
 def _open_journal(journal: Path, out: Path, settings: dict[str, Any]) -> list[Draw]:
     """Returns the draws of an earlier start. Drops a line that was not finished."""
     if not journal.exists():
-        require(not out.exists(), f"--out {out} exists without {journal.name} to go on from; give another name")
+        require(
+            not out.exists(),
+            f"--out {out} exists without {journal.name} to go on from; give another name",
+        )
         write_text(journal, _lines(settings))
     *lines, unfinished = journal.read_bytes().split(b"\n")
     saved, *draws = _parse(lines or [b""], journal, out)
@@ -206,8 +230,14 @@ def _parse(lines: list[bytes], journal: Path, out: Path) -> list[Any]:
         try:
             parsed.append(kind.validate_json(line))
         except ValidationError:
-            redo = "the line, which is then drawn again" if parsed else f"the file and any {out.name} to start over"
-            raise UserError(f"{journal}, line {number} is damaged; delete {redo}, or give another --out") from None
+            redo = (
+                "the line, which is then drawn again"
+                if parsed
+                else f"the file and any {out.name} to start over"
+            )
+            raise UserError(
+                f"{journal}, line {number} is damaged; delete {redo}, or give another --out"
+            ) from None
     return parsed
 
 
@@ -217,7 +247,11 @@ def _append(journal: Path, draws: Sequence[Draw]) -> None:
 
 
 def _write(selection: Selection, out: Path, settings: dict[str, Any]) -> None:
-    counts = {"rows": len(selection.kept), "tokens": selection.tokens, "draws": len(selection.draws)}
+    counts = {
+        "rows": len(selection.kept),
+        "tokens": selection.tokens,
+        "draws": len(selection.draws),
+    }
     refused = {"refused": dict(selection.refused.most_common())}
     write_text(out, _lines(*(draw.row for draw in selection.kept)))
     write_json(out.with_suffix(".settings.json"), settings | counts | refused)

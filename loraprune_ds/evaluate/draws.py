@@ -82,15 +82,24 @@ class Drawer:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the draws. Raises UserError if the model cannot make them."""
-        options, folder, shape = self.options, self.source.pretrained.folder, self.source.pretrained.shape
-        require(not shape.family.has_encoder, f"{options.model} has an encoder, which writes no chats")
+        options, folder, shape = (
+            self.options,
+            self.source.pretrained.folder,
+            self.source.pretrained.shape,
+        )
+        require(
+            not shape.family.has_encoder, f"{options.model} has an encoder, which writes no chats"
+        )
         templated = bool(self.tokenizer.chat_template)
         if options.prompts:  # a row that does not fit is named before the first is answered
             require(templated, f"{options.model} has no chat template, which --prompts needs")
             self._encode(options.prompts, "--prompts")
         stock = not (self.source.adapter or shape.model_type.startswith(PRUNED))
         fits = find_spec("vllm") is not None and stock and self.ranks.world_size == 1
-        require(fits or options.engine != "vllm", "--engine vllm needs that package, a stock model and one process")
+        require(
+            fits or options.engine != "vllm",
+            "--engine vllm needs that package, a stock model and one process",
+        )
         return {
             "model": options.model,
             "seed": options.seed,
@@ -101,7 +110,8 @@ class Drawer:
             "prompts": options.prompts and options.prompts.sha256,
             "text": options.text and options.text.sha256,
             "chats": templated and not options.text,
-            "revision": folder.name if folder.parent.name == "snapshots" else None,  # in the hub's cache
+            # in the hub's cache
+            "revision": folder.name if folder.parent.name == "snapshots" else None,
             "dtype": choose_dtype(self.source, None),
         }
 
@@ -110,7 +120,9 @@ class Drawer:
         """Writes some tokens after each text. Loads the model first."""
         folder, dtype = self.source.pretrained.folder, self.settings["dtype"]
         if self.settings["engine"] == "vllm":
-            return partial(extend_by_vllm, importlib.import_module("vllm").LLM(str(folder), dtype=dtype))
+            return partial(
+                extend_by_vllm, importlib.import_module("vllm").LLM(str(folder), dtype=dtype)
+            )
         model = load_model(self.source, dtype, self.ranks.device)
         return partial(extend, Writer(model, self.tokenizer), self.options.batch_size)
 
@@ -151,11 +163,17 @@ class Drawer:
 
     def _answer(self, draw: Draw) -> Turn:
         prompts = (Prompt(draw.number, draw.messages),)
-        (ids,) = self._encode(AnswerSettings("draws", "", prompts, self.options.max_new_tokens), "chats")
+        (ids,) = self._encode(
+            AnswerSettings("draws", "", prompts, self.options.max_new_tokens), "chats"
+        )
         return self._turn("answer", draw, ids)
 
     def _turn(self, part: Part, draw: Draw, prompt: Ids, *ends: int) -> Turn:
-        how: Any = MESSAGE if part == "message" else {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
+        how: Any = (
+            MESSAGE
+            if part == "message"
+            else {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
+        )
         sampling = Sampling(**how, eos_token_id=[*self._ends, *ends])
         return Turn(part, draw, Text(prompt, self._hash(draw.number, part), sampling))
 
@@ -164,9 +182,13 @@ class Drawer:
         """The ids before the user's message in the template, and the special token after it."""
         path, chat = self.options.model, [{"role": "user", "content": MARK}]
         with rendering("chats", path, chat):
-            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            text = str(
+                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            )
         before, after = token_ids(list(text.partition(MARK)[::2]), self.tokenizer, special=False)
-        no_end = f"the chat template of {path} ends no message with a special token; give --prompts FILE"
+        no_end = (
+            f"the chat template of {path} ends no message with a special token; give --prompts FILE"
+        )
         require(bool(self._special & {*after[:1]}), no_end)
         return before, after[0]
 
@@ -221,8 +243,13 @@ class Drawer:
     @cached_property
     def _ends(self) -> set[int]:
         """The ids that end a text, named by the model's settings or by its tokenizer."""
-        own, config = self.source.pretrained.folder / "generation_config.json", self.source.pretrained.config
-        return end_ids((read_json(own) if own.is_file() else config).get("eos_token_id"), self.tokenizer)
+        own, config = (
+            self.source.pretrained.folder / "generation_config.json",
+            self.source.pretrained.config,
+        )
+        return end_ids(
+            (read_json(own) if own.is_file() else config).get("eos_token_id"), self.tokenizer
+        )
 
     @cached_property
     def _special(self) -> set[int]:
@@ -233,4 +260,6 @@ class Drawer:
 
     def _hash(self, number: int, name: str) -> int:
         """Returns a seed of 32 bits. A CPU's generator ignores more."""
-        return int.from_bytes(sha256(f"{self.options.seed}/{number}/{name}".encode()).digest()[:4], "big")
+        return int.from_bytes(
+            sha256(f"{self.options.seed}/{number}/{name}".encode()).digest()[:4], "big"
+        )

@@ -15,7 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import require
@@ -25,14 +31,24 @@ from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
+from loraprune_ds.model.perplexity import (
+    Labelled,
+    Perplexity,
+    Progress,
+    measure_perplexity,
+    split_batches,
+)
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
 
 # transformers renamed this argument within the range that pyproject.toml allows.
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+    else "past_key_values"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,8 @@ class Macs:
     attention: float  # sum over layers of 2 · query heads · head_dim · mean_context
     head: int  # vocabulary · hidden size. An embedding multiplies nothing
     total: float
-    mean_context: float  # positions that a token attends to, itself included, averaged over a window and all heads
+    # positions that a token attends to, itself included, averaged over a window and all heads
+    mean_context: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,8 @@ class ModelCost:
     parameters: int  # of the whole model. A tied head counts once
     linear_parameters: int  # of the decoder layers' linears, without biases
     weight_bytes: int
-    kv_bytes_per_token: int  # added to the cache: sum over layers of 2 · kv heads · head_dim · element size
+    # added to the cache: sum over layers of 2 · kv heads · head_dim · element size
+    kv_bytes_per_token: int
     macs_per_token: Macs
 
 
@@ -81,7 +99,8 @@ class Speed:
     """Speed of one model at batch size 1, by torch. Medians over the rounds."""
 
     prefill_tokens_per_second: float  # of a prompt in one pass, with logits of its last token only
-    decode_tokens_per_second: float  # of tokens written one by one after the prompt, with a key-value cache
+    # of tokens written one by one after the prompt, with a key-value cache
+    decode_tokens_per_second: float
     peak_bytes: int | None  # largest device memory beyond the weights. None on a CPU
 
 
@@ -103,26 +122,38 @@ class Measurement:
 
 
 def evaluate(
-    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
+    paths: list[str],
+    settings: EvaluationSettings,
+    comm: Communicator,
+    progress: Progress = lambda rounds, _: rounds,
 ) -> list[Measurement]:
     """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
     measurements, writers = list[Measurement](), list[Writer]()
     for prepared in models:
-        with fast_half_products(prepared.dtype):  # speed is measured outside, by torch's own products
+        # speed is measured outside, by torch's own products
+        with fast_half_products(prepared.dtype):
             measurement, writer = _measure(prepared, dense, settings, comm, progress)
         measurements.append(measurement)
         writers += [writer] if writer else []
     if plan := settings.answers:
-        on_device = ((ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches)
+        on_device = (
+            (ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches
+        )
         text = settings.text and (settings.text.name, on_device)
         with fast_half_products(models[0].dtype):
             made = write_answers(writers, plan, settings.batch_size, text, progress)
-        measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
+        measurements = [
+            replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)
+        ]
     if speed := settings.speed:
-        speeds = comm.on_rank_0(lambda: measure_speed([x.model for x in writers], speed)) or [None] * len(models)
-        measurements = [replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)]
+        speeds = comm.on_rank_0(lambda: measure_speed([x.model for x in writers], speed)) or [
+            None
+        ] * len(models)
+        measurements = [
+            replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)
+        ]
     return measurements
 
 
@@ -130,10 +161,17 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
     """Finds all models, checks the settings against them, and tokenises the text for each."""
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
-        both, pairs = f"{paths[0]} and {other.source.path}", zip_longest(models[0].batches, other.batches)
+        both, pairs = (
+            f"{paths[0]} and {other.source.path}",
+            zip_longest(models[0].batches, other.batches),
+        )
         alike = all(a and b and all(map(torch.equal, a, b)) for a, b in pairs)
-        require(alike, f"{both} tokenise the text differently, so their perplexities are not comparable")
-        same = not settings.answers or models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        require(
+            alike, f"{both} tokenise the text differently, so their perplexities are not comparable"
+        )
+        same = (
+            not settings.answers or models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        )
         require(same, f"{both} have different tokenizers; --answers cannot compare them")
     return models
 
@@ -145,8 +183,14 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         from loraprune_ds.zero.engine import check_device
 
         check_device(dtype)
-        require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    most, vocab_size = source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
+        require(
+            not source.adapter,
+            f"{path}: --sharded cannot merge an adapter; merge it into its base model first",
+        )
+    most, vocab_size = (
+        source.pretrained.config.get("max_position_embeddings"),
+        source.pretrained.shape.vocab_size,
+    )
     lengths = [settings.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
@@ -158,7 +202,9 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     how = settings.window, settings.max_windows, starts, settings.actual_batch_size, vocab_size
     batches = split_batches(settings.text.text, tokenizer, *how) if settings.text else []
     limits = path, most, vocab_size
-    prompts = encode_prompts(settings.answers, tokenizer, limits, "--answers") if settings.answers else []
+    prompts = (
+        encode_prompts(settings.answers, tokenizer, limits, "--answers") if settings.answers else []
+    )
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
 
@@ -166,26 +212,38 @@ def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
     """Returns `dtype`, or the one that the model's config.json declares, or float32."""
     config = source.pretrained.config
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    require(chosen in DTYPES, f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
+    require(
+        chosen in DTYPES, f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}"
+    )
     return cast(Dtype, chosen)
 
 
-def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
+def count_cost(
+    shape: ModelShape, config: dict[str, Any], window: int, element_size: int
+) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `config` says which layers have sliding windows."""
     made, (first, *decoder) = config_object(config), shape.layer_lists
     narrow = _mean_context(window, sliding_window(made))
     layers = DynamicCache(config=made).layers  # transformers finds the layers with a sliding window
     sliding = [getattr(layer, "is_sliding", False) for layer in layers]
     # Layers that share keys and values are absent.
-    sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][len(layers) :]
-    contexts: list[float] = [narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding]
+    sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][
+        len(layers) :
+    ]
+    contexts: list[float] = [
+        narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding
+    ]
     heads = [attention.queries for attention in shape.attention]
     if decoder:  # all heads see the whole window, except in the decoder's self-attention
         contexts = [window] * len(first) + [_mean_context(window, None)] * len(*decoder) + [window]
         heads.append(sum(counts["cross_heads"] for counts in shape.counts))
     context = sum(map(mul, contexts, heads)) / sum(heads)
-    linear, head = active_numel(shape) // len(shape.layer_lists), shape.vocab_size * shape.hidden_size
-    attention = attention_product(shape, context) / len(shape.layer_lists)  # two products of one multiply-add each
+    linear, head = (
+        active_numel(shape) // len(shape.layer_lists),
+        shape.vocab_size * shape.hidden_size,
+    )
+    # two products of one multiply-add each
+    attention = attention_product(shape, context) / len(shape.layer_lists)
     return ModelCost(
         parameters=shape.total_numel(),
         linear_parameters=shape.linear_numel(),
@@ -202,7 +260,11 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 
 
 def _measure(
-    prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
+    prepared: PreparedModel,
+    dense: int | None,
+    settings: EvaluationSettings,
+    comm: Communicator,
+    progress: Progress,
 ) -> tuple[Measurement, Writer | None]:
     """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
     source, shape = prepared.source, prepared.source.pretrained.shape
@@ -213,7 +275,9 @@ def _measure(
     elif prepared.batches or settings.tasks or is_kept:
         writer = comm.all_or_raise(lambda: prepared.load(comm.device))
         if prepared.batches:
-            perplexity = measure_perplexity(losses_of(writer.model), prepared.batches, comm, progress)
+            perplexity = measure_perplexity(
+                losses_of(writer.model), prepared.batches, comm, progress
+            )
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
@@ -224,7 +288,9 @@ def _measure(
         model_type=shape.model_type,
         dtype=prepared.dtype,
         removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
-        cost=count_cost(shape, source.pretrained.config, settings.window, DTYPES[prepared.dtype].itemsize),
+        cost=count_cost(
+            shape, source.pretrained.config, settings.window, DTYPES[prepared.dtype].itemsize
+        ),
         perplexity=perplexity,
         tasks=tasks,
     )
@@ -252,13 +318,23 @@ def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Prog
 def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) -> list[Speed]:
     """Returns one result per model."""
     vocabulary = min(int(model.config.vocab_size) for model in models)
-    prompt = torch.randint(vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
-    rounds = [[_run(model, prompt, settings.generated) for model in models] for _ in range(settings.rounds + 1)]
+    prompt = torch.randint(
+        vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0)
+    )
+    rounds = [
+        [_run(model, prompt, settings.generated) for model in models]
+        for _ in range(settings.rounds + 1)
+    ]
     speeds: list[Speed] = []
     for of_model in zip(*rounds[1:], strict=True):  # the first is a warm-up
         prefill, decode, peaks = zip(*of_model, strict=True)
-        rates = settings.prompt / statistics.median(prefill), settings.generated / statistics.median(decode)
-        speeds.append(Speed(*rates, max((peak for peak in peaks if peak is not None), default=None)))
+        rates = (
+            settings.prompt / statistics.median(prefill),
+            settings.generated / statistics.median(decode),
+        )
+        speeds.append(
+            Speed(*rates, max((peak for peak in peaks if peak is not None), default=None))
+        )
     return speeds
 
 
@@ -281,15 +357,24 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> tuple[float,
     return times[1] - times[0], times[2] - times[1], peak
 
 
-def _prefill(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _prefill(
+    model: PreTrainedModel, token_ids: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Reads the prompt. Returns the last logits, and a function that reads further tokens into the same caches."""
     if not model.config.is_encoder_decoder:
         read = partial(model, use_cache=True, **{CACHE: DynamicCache(config=model.config)})
-        return read(input_ids=token_ids, logits_to_keep=1).logits, lambda ids: read(input_ids=ids).logits
+        return read(
+            input_ids=token_ids, logits_to_keep=1
+        ).logits, lambda ids: read(input_ids=ids).logits
     own, of_source = (DynamicCache(config=model.get_decoder().config) for _ in range(2))
-    given = {"encoder_outputs": model.get_encoder()(input_ids=token_ids), CACHE: EncoderDecoderCache(own, of_source)}
+    given = {
+        "encoder_outputs": model.get_encoder()(input_ids=token_ids),
+        CACHE: EncoderDecoderCache(own, of_source),
+    }
     read = partial(model, use_cache=True, **given)
-    return read(decoder_input_ids=token_ids[:, :1]).logits, lambda ids: read(decoder_input_ids=ids).logits
+    return read(
+        decoder_input_ids=token_ids[:, :1]
+    ).logits, lambda ids: read(decoder_input_ids=ids).logits
 
 
 def _now(device: Any) -> float:

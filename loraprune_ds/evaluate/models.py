@@ -10,7 +10,12 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.logits_process import LogitsProcessorList
 
 from loraprune_ds.checkpoint import layout
@@ -36,7 +41,8 @@ class PruningResult:
     """A pruned model on disk, with the report of the run that made it. `open_result` makes it."""
 
     pretrained: PretrainedModel = field(repr=False)
-    report: dict[str, Any] | None = field(repr=False)  # report.json. None for an export without its run
+    # report.json. None for an export without its run
+    report: dict[str, Any] | None = field(repr=False)
     run: Path  # the folder of the run, or of the export without one
 
     @property
@@ -51,7 +57,9 @@ class PruningResult:
     def load_model(self, **options: Any) -> PreTrainedModel:
         """Loads the model with its tower, with `options` for `from_pretrained`. No code in its folder runs."""
         text_class, tower = causal_lm_class(self.pretrained.shape.model_type), self.pretrained.tower
-        return (AutoModelForImageTextToText if tower else text_class).from_pretrained(self.folder, **options)
+        return (AutoModelForImageTextToText if tower else text_class).from_pretrained(
+            self.folder, **options
+        )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)
@@ -65,11 +73,20 @@ def open_result(folder: str | Path) -> PruningResult:
     """
     folder = Path(folder).expanduser()
     is_model = (folder / "config.json").is_file() and not (folder / layout.STATUS_FILE).exists()
-    run = folder.absolute().parent if is_model and folder.absolute().name == records.MODEL_FOLDER else folder
+    run = (
+        folder.absolute().parent
+        if is_model and folder.absolute().name == records.MODEL_FOLDER
+        else folder
+    )
     report, status = run / records.REPORT_FILE, layout.read_status(run)
     unfinished = f"an unfinished run ({status}), which has no {records.MODEL_FOLDER}/ yet"
-    require(not status or status.state == "finished", f"{folder} holds {unfinished}; {EXPORT_FIRST}")
-    require(bool(is_model or status or report.is_file()), f"{folder} holds no finished run and no exported model")
+    require(
+        not status or status.state == "finished", f"{folder} holds {unfinished}; {EXPORT_FIRST}"
+    )
+    require(
+        bool(is_model or status or report.is_file()),
+        f"{folder} holds no finished run and no exported model",
+    )
     pretrained = open_pretrained(folder if is_model else folder / records.MODEL_FOLDER)
     return PruningResult(pretrained, read_json(report) if status or report.is_file() else None, run)
 
@@ -99,9 +116,12 @@ def find_model(path: str) -> ModelSource:
             dense, method = int(report["params"]["dense"]), records.describe_method(report)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / records.REPORT_FILE} is damaged: {error!r}") from None
-        return ModelSource(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
+        return ModelSource(
+            path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method
+        )
     if not (folder / "config.json").is_file():
-        for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter
+        # the second is made by launch/export.py --format adapter
+        for adapter in (folder, folder / ADAPTER_FOLDER):
             if (adapter / ADAPTER_FILE).is_file():
                 return _find_adapter(path, adapter)
     return ModelSource(path, "checkpoint", open_pretrained(folder), folder)
@@ -112,10 +132,15 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
     config = read_json(folder / ADAPTER_FILE)
     base = config.get("base_model_name_or_path")
     kind = config.get("peft_type")
-    require(kind == "LORA", f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {kind!r}")
+    require(
+        kind == "LORA", f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {kind!r}"
+    )
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path")
-    require((folder / "adapter_model.safetensors").is_file(), f"{folder / 'adapter_model.safetensors'} does not exist")
+    require(
+        (folder / "adapter_model.safetensors").is_file(),
+        f"{folder / 'adapter_model.safetensors'} does not exist",
+    )
     relative = folder / base
     try:
         base_model = find_model(str(relative) if relative.is_dir() else base)
@@ -123,21 +148,30 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
         raise UserError(f"base model of adapter {path}: {error}") from None
     require(not base_model.adapter, f"base model of adapter {path}: {base} is an adapter itself")
     tokenizer_folder = folder if has_tokenizer(folder) else base_model.tokenizer_folder
-    return replace(base_model, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
+    return replace(
+        base_model, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder
+    )
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
     """Loads the model on `device` for evaluation, without a tower. An adapter is merged in fp32 and rounded once."""
     pretrained, weights = source.pretrained, source.pretrained.weights
-    options: dict[str, Any] = {"attn_implementation": attn_implementation("sdpa", pretrained.shape.family)}
+    options: dict[str, Any] = {
+        "attn_implementation": attn_implementation("sdpa", pretrained.shape.family)
+    }
     if pretrained.tower:
-        options |= {"config": config_object(pretrained.config), "key_mapping": pretrained.tower.key_mapping}
+        options |= {
+            "config": config_object(pretrained.config),
+            "key_mapping": pretrained.tower.key_mapping,
+        }
     read_dtype = torch.float32 if source.adapter else DTYPES[dtype]
     if weights.transposed:  # the text class does not read these
         tensors = {name: weights.read_full(name, read_dtype) for name in weights.shape.parameters()}
         options |= {"state_dict": in_files(tensors, weights.shape, None), "key_mapping": None}
     folder = None if weights.transposed else pretrained.folder
-    model = causal_lm_class(pretrained.shape.model_type).from_pretrained(folder, dtype=read_dtype, **options)
+    model = causal_lm_class(pretrained.shape.model_type).from_pretrained(
+        folder, dtype=read_dtype, **options
+    )
     if source.adapter:
         model = _merge(model, source.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too
@@ -151,7 +185,9 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
     except (SafetensorError, RuntimeError, ValueError, TypeError, UserWarning) as error:
-        raise UserError(f"adapter {adapter} does not fit its base model: {one_line(error)[:200]}") from None
+        raise UserError(
+            f"adapter {adapter} does not fit its base model: {one_line(error)[:200]}"
+        ) from None
     return wrapped.merge_and_unload()
 
 
@@ -176,7 +212,9 @@ class Writer:
         settings: Any = self.model.generation_config
         return end_ids(settings.eos_token_id if settings else None, self.tokenizer)
 
-    def write(self, prompts: list[Ids], choose: LogitsProcessorList | None = None, **how: Any) -> Iterator[Ids]:
+    def write(
+        self, prompts: list[Ids], choose: LogitsProcessorList | None = None, **how: Any
+    ) -> Iterator[Ids]:
         """Yields the new ids for each prompt of a batch, with the end id if the model wrote one.
 
         Args:
@@ -185,13 +223,20 @@ class Writer:
                 repetition.
         """
         model, ends, width = self.model, self.ends, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=model.device)
+        ids = torch.tensor(
+            [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=model.device
+        )
         ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
         if model.config.is_encoder_decoder:
-            width, ended_by["decoder_start_token_id"] = 1, target_start(model.config.to_dict())  # of its outputs
+            # of its outputs
+            width, ended_by["decoder_start_token_id"] = 1, target_start(model.config.to_dict())
         # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
         model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
         generate: Any = model.generate  # a decorator hides its type
-        for row in generate(input_ids=ids, attention_mask=mask, logits_processor=choose)[:, width:].tolist():
+        for row in generate(input_ids=ids, attention_mask=mask, logits_processor=choose)[
+            :, width:
+        ].tolist():
             yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]

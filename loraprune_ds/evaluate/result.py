@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 KINDS = ("greedy", "sampled")
-PAGE = Path(__file__).with_name("answers.html")  # its columns become rows if two do not fit, as on a phone
+# its columns become rows if two do not fit, as on a phone
+PAGE = Path(__file__).with_name("answers.html")
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,25 @@ class Measure:
 
 
 MEASURES = {
-    "perplexity": Measure(format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"),
+    "perplexity": Measure(
+        format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"
+    ),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
     "ended": Measure(format_percent, format_percent),
     "repetition": Measure(format_percent, format_percent, "lower"),
     "empty": Measure(format_percent, format_percent, "lower"),
-    "answer perplexity": Measure(format_perplexity, "{:.2f}".format, "lower"),  # the dense model's, of the answers
+    # the dense model's, of the answers
+    "answer perplexity": Measure(format_perplexity, "{:.2f}".format, "lower"),
     "agreement": Measure(format_percent, format_percent),
     "overlap": Measure("{:.3f}".format, "{:.3f}".format),
 }
 # Those that show a model which no longer answers come first.
 ANSWER_MEASURES = {key: MEASURES[key].cell for key in ("ended", "repetition", "empty")}
-ANSWER_MEASURES |= {"dense_perplexity": MEASURES["answer perplexity"].cell, "tokens": "{:.1f}".format}
+ANSWER_MEASURES |= {
+    "dense_perplexity": MEASURES["answer perplexity"].cell,
+    "tokens": "{:.1f}".format,
+}
 
 
 def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
@@ -62,16 +69,23 @@ def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
         answers: the dense model's, if there are any, then the pruned model's, as in `--json`. Older files lack some.
     """
     shown = {key: form for key, form in ANSWER_MEASURES.items() if answers[0].get(key) is not None}
-    kinds = {kind: [one["by_kind"][kind] for one in answers] for kind in answers[0].get("by_kind", ())}
+    kinds = {
+        kind: [one["by_kind"][kind] for one in answers] for kind in answers[0].get("by_kind", ())
+    }
     rows = [("", *(key.replace("_", " ") for key in shown))]
     for name, means in (("all", answers), *kinds.items()):
-        rows.append((name, *(" -> ".join(form(one[key]) for one in means) for key, form in shown.items())))
+        rows.append(
+            (name, *(" -> ".join(form(one[key]) for one in means) for key, form in shown.items()))
+        )
     yield title + (", dense -> pruned" if len(answers) > 1 else "")
     yield from aligned(rows, "<" + ">" * len(shown))
 
 
 def make_result(
-    measurements: "list[Measurement]", settings: EvaluationSettings, world_size: int, provenance: dict[str, Any]
+    measurements: "list[Measurement]",
+    settings: EvaluationSettings,
+    world_size: int,
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """Builds the object of `--json`: the first model's values, the second's under `dense`, settings, provenance."""
     text = settings.text
@@ -124,7 +138,9 @@ def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
         if not model["answers"]["chat_template"]:
             yield f"        {model['path']} has no chat template: it continues the prompts as plain text"
     if result["answers"]["closeness"]:
-        cost, dense = (model["cost"]["macs_per_token"]["total"] for model in (result, result["dense"]))
+        cost, dense = (
+            model["cost"]["macs_per_token"]["total"] for model in (result, result["dense"])
+        )
         share = f"1/3 of the dense cost, here {cost / dense:.2f}"
         yield f"draft   accepted at the overlap's rate; pays off only below about {share}"
 
@@ -140,12 +156,20 @@ def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         ("  in the layers' linears", [cost["linear_parameters"] for cost in costs], ","),
         (context, [each["total"] / 1e6 for each in macs], ",.1f"),
         ("weights, MB", [cost["weight_bytes"] / 1e6 for cost in costs], ",.1f"),
-        ("key-value cache per token, kB", [cost["kv_bytes_per_token"] / 1e3 for cost in costs], ",.1f"),
+        (
+            "key-value cache per token, kB",
+            [cost["kv_bytes_per_token"] / 1e3 for cost in costs],
+            ",.1f",
+        ),
     ):
         yield name, [format(value, form) for value in values], _less(values)
     values = [model["perplexity"] for model in models]
     if values[0] is not None:
-        ratio = f"{values[1] / values[0]:.3f} times" if len(values) > 1 and all(map(math.isfinite, values)) else ""
+        ratio = (
+            f"{values[1] / values[0]:.3f} times"
+            if len(values) > 1 and all(map(math.isfinite, values))
+            else ""
+        )
         yield "perplexity", [format_perplexity(value, 3) for value in values], ratio
 
 
@@ -173,17 +197,28 @@ def _answer_rows(answers: list[dict[str, Any]]) -> Iterable[Row]:
     for kind in KINDS:
         of_kind = [one[kind] for one in answers]
         if of_kind[0]["exact_match"] is not None:
-            yield f"{kind} answers, exact match", [format_percent(one["exact_match"]) for one in of_kind], ""
+            yield (
+                f"{kind} answers, exact match",
+                [format_percent(one["exact_match"]) for one in of_kind],
+                "",
+            )
             yield "  ROUGE-L", [f"{one['rouge_l']:.3f}" for one in of_kind], ""
     if closeness := answers[-1]["closeness"]:
-        yield "same most probable token", ["-", format_percent(closeness["agreement"])], f"on {closeness['text']}"
+        yield (
+            "same most probable token",
+            ["-", format_percent(closeness["agreement"])],
+            f"on {closeness['text']}",
+        )
         yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
         yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
 
 
 def _answer_tables(models: list[dict[str, Any]]) -> Iterator[str]:
     for kind in KINDS if models[0]["answers"] else ():
-        yield from ("", *answers_table(f"{kind} answers", [model["answers"][kind] for model in models]))
+        yield from (
+            "",
+            *answers_table(f"{kind} answers", [model["answers"][kind] for model in models]),
+        )
 
 
 def _speed_rows(speeds: list[dict[str, Any]]) -> Iterable[Row]:
@@ -204,13 +239,17 @@ def answers_page(result: dict[str, Any]) -> str:
     """Builds one HTML file without server or script from the object of `--json`. All texts are escaped."""
     from jinja2 import Environment
 
-    models = [(name, model) for name, model in (("dense", result["dense"]), ("model", result)) if model]
+    models = [
+        (name, model) for name, model in (("dense", result["dense"]), ("model", result)) if model
+    ]
     made = {
         "plan": describe_plan(result["answers_plan"]),
         "tables": "\n".join(_answer_tables([model for _, model in models])).strip(),
         "percent": format_percent,
     }
-    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE.read_text(encoding="utf-8"))
+    page = Environment(autoescape=True, trim_blocks=True).from_string(
+        PAGE.read_text(encoding="utf-8")
+    )
     return page.render(result=result, models=models, kinds=KINDS, **made) + "\n"
 
 

@@ -14,7 +14,8 @@ from loraprune_ds.evaluate.models import Ids, Writer
 
 Tick = Callable[[int], None]  # is told how many tokens are being written
 CHUNK = 48  # tokens after which finished texts leave their batch, and others take their place
-NUCLEUS = 512  # likeliest tokens, of which `top_p` takes some. A sort of all would take longer than the model
+# likeliest tokens, of which `top_p` takes some. A sort of all would take longer than the model
+NUCLEUS = 512
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def _extend_batch(writer: Writer, batch: list[Text], tick: Tick) -> None:
     width = max(map(len, begun))
     ends = torch.tensor(sorted(writer.ends), dtype=torch.int64, device=device)
     numbers = torch.stack([text.numbers[len(text.ids) :][:CHUNK] for text in batch]).to(device)
-    nucleus = torch.tensor([(text.how.temperature, text.how.top_p) for text in batch], device=device)
+    nucleus = torch.tensor(
+        [(text.how.temperature, text.how.top_p) for text in batch], device=device
+    )
 
     def choose(ids: Tensor, scores: Tensor) -> Tensor:
         new = ids[:, width:]
@@ -105,8 +108,16 @@ def extend_by_vllm(engine: Any, texts: Sequence[Text], tick: Tick) -> None:
     parameters = importlib.import_module("vllm").SamplingParams
     settings = []
     for text in texts:
-        given = {"temperature": text.how.temperature, "top_p": text.how.top_p, "max_tokens": text.how.max_new_tokens}
-        settings.append(parameters(**given, stop_token_ids=text.how.eos_token_id, ignore_eos=True, seed=text.seed))
+        given = {
+            "temperature": text.how.temperature,
+            "top_p": text.how.top_p,
+            "max_tokens": text.how.max_new_tokens,
+        }
+        settings.append(
+            parameters(
+                **given, stop_token_ids=text.how.eos_token_id, ignore_eos=True, seed=text.seed
+            )
+        )
     prompts = [{"prompt_token_ids": text.prompt} for text in texts]
     for text, made in zip(texts, engine.generate(prompts, settings, use_tqdm=False), strict=True):
         text.add(list(made.outputs[0].token_ids))

@@ -34,7 +34,11 @@ class EvaluationText:
 # By name: how to load the rows, their column, and the line of the raw file that a row is, with its end.
 DATASETS: dict[str, tuple[dict[str, Any], str, Callable[[str], str]]] = {
     # Rows keep spaces and line ends. Only blank lines, " \n" in wiki.*.raw, are empty rows.
-    "wikitext2": ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, "text", lambda row: row or " \n"),
+    "wikitext2": (
+        {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+        "text",
+        lambda row: row or " \n",
+    ),
     # `datasets` no longer runs the published script. The hub keeps the script's output on this branch.
     # ptb.*.txt has a space before and after every sentence, which the rows lack.
     "ptb": (
@@ -55,7 +59,9 @@ def load_dataset_text(name: str, split: str) -> EvaluationText:
         rows: Any = datasets.load_dataset(**options, split=split)
     except Exception as error:  # noqa: BLE001  # `datasets` passes on the errors of four libraries
         advice = "cannot be loaded (offline? then --text FILE)"
-        raise UserError(f"--dataset {name}: {options['path']}, split {split}, {advice}: {one_line(error)}") from None
+        raise UserError(
+            f"--dataset {name}: {options['path']}, split {split}, {advice}: {one_line(error)}"
+        ) from None
     return EvaluationText(name, split, "".join(map(raw_line, rows[column])))
 
 
@@ -92,7 +98,10 @@ class AnswerSettings:
         some = f"--answers: {self.name} has {count} targets; give each row one, or none"
         require(count in (0, len(self.prompts)), some)
         installed = importlib.util.find_spec("rouge_score") is not None
-        require(not count or installed, "--answers with targets needs the package rouge-score: pip install rouge-score")
+        require(
+            not count or installed,
+            "--answers with targets needs the package rouge-score: pip install rouge-score",
+        )
 
 
 def read_prompts(name: str, option: str = "--answers", **settings: Any) -> AnswerSettings:
@@ -100,7 +109,9 @@ def read_prompts(name: str, option: str = "--answers", **settings: Any) -> Answe
     path = PROMPTS_FILE if name == DEFAULT_PROMPTS else Path(name)
     text = read_text(path, option)
     lines = enumerate(text.split("\n"), 1)  # other ends of lines may stand within a JSON text
-    prompts = tuple(_read_row(f"{option}: {path}, row {i}", i, line) for i, line in lines if line.strip())
+    prompts = tuple(
+        _read_row(f"{option}: {path}, row {i}", i, line) for i, line in lines if line.strip()
+    )
     name = name if name == DEFAULT_PROMPTS else path.name
     return AnswerSettings(name, hashlib.sha256(text.encode()).hexdigest(), prompts, **settings)
 
@@ -109,17 +120,24 @@ def _read_row(where: str, row: int, line: str) -> Prompt:
     try:
         value = from_json(line)
     except ValueError as error:
-        raise UserError(f'{where}: not JSON, {error}; a row is like {{"prompt": "2 + 3?"}}') from None
+        raise UserError(
+            f'{where}: not JSON, {error}; a row is like {{"prompt": "2 + 3?"}}'
+        ) from None
     value: Any = value if isinstance(value, dict) else {}
     prompt = value.get("prompt", value.get("source"))  # the second as in data.format seq2seq
     require(prompt is not None, f"{where}: not an object with the key prompt")
     notes = {key: value.get(key) for key in ("kind", "expected", "target")}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     wrong = f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty"
-    require(isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)), wrong)
+    require(
+        isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)), wrong
+    )
     require(messages[-1]["role"] == "user", f"{where}: the last message must be the user's")
     for key, note in notes.items():
-        require(note is None or isinstance(note, str), f"{where}: {key} must be a text; got {note!r:.80}")
+        require(
+            note is None or isinstance(note, str),
+            f"{where}: {key} must be a text; got {note!r:.80}",
+        )
     return Prompt(row, messages, **notes)
 
 
@@ -128,8 +146,10 @@ def _is_message(value: Any) -> bool:
     return all(isinstance(part, str) and part.strip() for part in parts)
 
 
-GYM = "reasoning_gym"  # prefix of its tasks, as in reasoning_gym:chain_sum. The prefix alone is a default set
-TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
+# prefix of its tasks, as in reasoning_gym:chain_sum. The prefix alone is a default set
+GYM = "reasoning_gym"
+# the default: enough work for one pass, and logits of some hundred megabytes
+TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,8 @@ class TaskSettings:
     # tasks, groups or tags from lm-eval or `include_path`, paths of task files, `paper`, `GYM` or `GYM`:task
     names: tuple[str, ...]
     include_path: Path | None = None
-    fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven and 3 for reasoning-gym
+    # None: the default of each task, 0 for the paper's seven and 3 for reasoning-gym
+    fewshot: int | None = None
     limit: int | None = None  # documents per task, for trials
 
 
@@ -166,7 +187,8 @@ class EvaluationSettings:
     max_windows: int | None = None
     text: EvaluationText | None = None
     dtype: str | None = None  # None: each model's own
-    batch_size: int | None = None  # windows, or requests of a task, per pass and rank. None: about TOKENS_PER_BATCH
+    # windows, or requests of a task, per pass and rank. None: about TOKENS_PER_BATCH
+    batch_size: int | None = None
     tasks: TaskSettings | None = None
     answers: AnswerSettings | None = None
     speed: SpeedSettings | None = None
@@ -174,7 +196,9 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if self.sharded and (self.tasks or self.answers or self.speed):
-            raise UserError("--sharded measures perplexity only; --tasks, --answers and --speed need the whole model")
+            raise UserError(
+                "--sharded measures perplexity only; --tasks, --answers and --speed need the whole model"
+            )
 
     @property
     def actual_batch_size(self) -> int:

@@ -19,30 +19,58 @@ from typing import Any
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.answers import encode_prompts
 from loraprune_ds.evaluate.models import Writer
-from loraprune_ds.evaluate.settings import GYM, AnswerSettings, Message, Prompt, TaskSettings, did_you_mean
+from loraprune_ds.evaluate.settings import (
+    GYM,
+    AnswerSettings,
+    Message,
+    Prompt,
+    TaskSettings,
+    did_you_mean,
+)
 from loraprune_ds.files import read_json
 from loraprune_ds.ranks.comm import Communicator
 
-ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]  # task -> metric -> value, and settings for the result
+# task -> metric -> value, and settings for the result
+ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
-PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-LM_EVAL_SETTINGS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
+PAPER_TASKS = (
+    "boolq",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+)
+LM_EVAL_SETTINGS = (
+    "random_seed",
+    "numpy_seed",
+    "torch_seed",
+    "fewshot_seed",
+    "limit",
+    "batch_size",
+)
 # Of 39 tasks of reasoning-gym SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
 # tests/benchmarks/results/reasoning_gym.json
 GYM_DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
-SETS = {"paper": PAPER_TASKS, GYM: tuple(f"{GYM}:{name}" for name in GYM_DEFAULT)}  # names for several tasks
+# names for several tasks
+SETS = {"paper": PAPER_TASKS, GYM: tuple(f"{GYM}:{name}" for name in GYM_DEFAULT)}
 EASY = "easy"  # the level that may follow a name
 FEWSHOT, QUESTIONS = 3, 100
 # Question i has the seed SEED + i, so the seed of the examples must be far away.
 SEED, EXAMPLES_SEED = 0, 10**6
 ROOM = 8  # tokens beyond the longest right answer
-REFUSED_TASKS = read_json(Path(__file__).with_name("refused_tasks.json"))  # of reasoning-gym, with the reasons
+# of reasoning-gym, with the reasons
+REFUSED_TASKS = read_json(Path(__file__).with_name("refused_tasks.json"))
 
 
 def check_tasks(settings: TaskSettings) -> None:
     """Checks that the packages are installed and can load all tasks. Raises UserError with the first that fails."""
     gym, others = _split(settings)
-    require(bool(others.names) or settings.include_path is None, f"--include-path has no effect on tasks of {GYM}")
+    require(
+        bool(others.names) or settings.include_path is None,
+        f"--include-path has no effect on tasks of {GYM}",
+    )
     if gym.names:
         load_tasks(gym)
     if not others.names:
@@ -58,7 +86,9 @@ def check_tasks(settings: TaskSettings) -> None:
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
-def run_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> dict[str, Any] | None:
+def run_tasks(
+    settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator
+) -> dict[str, Any] | None:
     """Runs all tasks. Collective.
 
     Returns:
@@ -80,7 +110,9 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
     return replace(settings, names=gym, include_path=None), replace(settings, names=others)
 
 
-def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> ResultsAndSettings:
+def _run_lm_eval(
+    settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator
+) -> ResultsAndSettings:
     """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Empty but on rank 0. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -115,7 +147,8 @@ def _model_on_ranks(writer: Writer, batch_size: int, comm: Communicator) -> Any:
     base: Any = _lm_eval(".models.huggingface").HFLM
     made = base(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
     made._rank, made._world_size = comm.rank, comm.world_size
-    made.all_gather = lambda tensor: comm.all_gather(tensor.view(1)).flatten()  # a scalar from each: (world_size,)
+    # a scalar from each: (world_size,)
+    made.all_gather = lambda tensor: comm.all_gather(tensor.view(1)).flatten()
     made.barrier = comm.barrier
     return made
 
@@ -175,11 +208,15 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     if task not in known.DATASETS:
         hint = did_you_mean(task, known.DATASETS.keys() - REFUSED_TASKS.keys())
         raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
-    require(level in ("", EASY), f"--tasks {GYM}:{name}: only :{EASY} may follow the name of a task")
+    require(
+        level in ("", EASY), f"--tasks {GYM}:{name}: only :{EASY} may follow the name of a task"
+    )
 
     def make(seed: int, size: int) -> Any:
         if level:  # the first level of its curriculum
-            settings = known.create_curriculum(task).generate_configuration({"seed": seed, "size": size})
+            settings = known.create_curriculum(task).generate_configuration(
+                {"seed": seed, "size": size}
+            )
             return known.DATASETS[task][0](settings)
         return known.create_dataset(task, seed=seed, size=size)
 
@@ -187,27 +224,42 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
         dataset, more = make(SEED, count), make(EXAMPLES_SEED, 4 * fewshot + 8)
         questions = [dataset[i] for i in range(count)]
         asked = {entry["question"] for entry in questions}
-        examples = [entry for entry in map(more.__getitem__, range(len(more))) if entry["question"] not in asked]
+        examples = [
+            entry
+            for entry in map(more.__getitem__, range(len(more)))
+            if entry["question"] not in asked
+        ]
     except Exception as error:  # a task may need more settings, and its generator raises anything
         raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
     answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
     require(answered, f"--tasks {GYM}:{name}: its questions have no right answer for the examples")
-    few = f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit"
+    few = (
+        f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit"
+    )
     require(len(examples) >= fewshot, few)
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
-def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> ResultsAndSettings:
+def _run_gym(
+    settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator
+) -> ResultsAndSettings:
     """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective."""
     tasks = load_tasks(settings)
     results = {}
     for task in tasks:
         answers = greedy_answers(task, writer, batch_size, comm)
-        scores = [task.score(answer, question) for answer, question in zip(answers, task.questions, strict=True)]
+        scores = [
+            task.score(answer, question)
+            for answer, question in zip(answers, task.questions, strict=True)
+        ]
         share = sum(score >= 1 for score in scores) / len(scores)  # of full scores
         error = math.sqrt(share * (1 - share) / max(1, len(scores) - 1))
         mean = sum(scores) / len(scores)
-        results[task.name] = {"exact_match,none": share, "exact_match_stderr,none": error, "score,none": mean}
+        results[task.name] = {
+            "exact_match,none": share,
+            "exact_match_stderr,none": error,
+            "score,none": mean,
+        }
     reported = {
         "reasoning_gym": version("reasoning-gym"),
         "fewshot": len(tasks[0].examples),
@@ -222,12 +274,23 @@ def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Comm
 def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
     """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
     model, tokenizer = writer.model, writer.tokenizer
-    answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)[
+        "input_ids"
+    ]
     most = max(map(len, answers)) + ROOM
-    chats = (_messages(task, entry["question"], bool(tokenizer.chat_template)) for entry in task.questions)
-    settings = AnswerSettings(task.name, task.digest, tuple(Prompt(*row) for row in enumerate(chats, 1)), most)
+    chats = (
+        _messages(task, entry["question"], bool(tokenizer.chat_template))
+        for entry in task.questions
+    )
+    settings = AnswerSettings(
+        task.name, task.digest, tuple(Prompt(*row) for row in enumerate(chats, 1)), most
+    )
     embedding: Any = model.get_input_embeddings()
-    limits = tokenizer.name_or_path, getattr(model.config, "max_position_embeddings", None), len(embedding.weight)
+    limits = (
+        tokenizer.name_or_path,
+        getattr(model.config, "max_position_embeddings", None),
+        len(embedding.weight),
+    )
     prompts = encode_prompts(settings, tokenizer, limits, "--tasks", enable_thinking=False)
     mine: dict[int, str] = {}
     for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
@@ -245,5 +308,7 @@ def _messages(task: GymTask, question: str, templated: bool) -> list[Message]:
         shown = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
         return [{"role": "user", "content": "".join([*shown, f"{question}\n"])}]
     parts = (("user", "question"), ("assistant", "answer"))
-    turns = [{"role": role, "content": entry[key]} for entry in task.examples for role, key in parts]
+    turns = [
+        {"role": role, "content": entry[key]} for entry in task.examples for role, key in parts
+    ]
     return [*turns, {"role": "user", "content": question}]

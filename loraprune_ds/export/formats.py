@@ -16,10 +16,24 @@ from loraprune_ds.errors import RunError, UserError, blame, one_line, require
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
-from loraprune_ds.export.huggingface import add_mtp, begin, copy_model, cut_mtp, publish, write_model
+from loraprune_ds.export.huggingface import (
+    add_mtp,
+    begin,
+    copy_model,
+    cut_mtp,
+    publish,
+    write_model,
+)
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file, task_type
+from loraprune_ds.model.adapters import (
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    BASE_FOLDER,
+    last_names,
+    name_in_file,
+    task_type,
+)
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
@@ -38,7 +52,8 @@ class ExportSource:
     name: str  # for file names
     model: Path | None
     checkpoints: list[Path]
-    mtp: Path | None = None  # a dense model, to keep its layers that predict further tokens (`cut_mtp`)
+    # a dense model, to keep its layers that predict further tokens (`cut_mtp`)
+    mtp: Path | None = None
 
 
 def find_source(path: Path) -> ExportSource:
@@ -51,13 +66,17 @@ def find_source(path: Path) -> ExportSource:
             model = path / records.MODEL_FOLDER
             return ExportSource(name, model, checkpoints[:1] if steps[:1] == [status.step] else [])
         if not checkpoints:
-            raise UserError(f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet")
+            raise UserError(
+                f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet"
+            )
         return ExportSource(name, None, checkpoints)
     if (path / layout.STATE_FILE).is_file():
         return ExportSource(name, None, [path])
     if (path / "config.json").is_file():
         return ExportSource(name, path, [])
-    raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
+    raise UserError(
+        f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}"
+    )
 
 
 def one_rank() -> Communicator:
@@ -140,7 +159,9 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     else:
         pretrained, remarks = open_pretrained(source.model), list[str]()
         has_them = source.mtp and any(name.startswith(MTP) for name in read_headers(source.model))
-        require(not has_them, f"{source.model} has layers that predict further tokens ({MTP}*) already")
+        require(
+            not has_them, f"{source.model} has layers that predict further tokens ({MTP}*) already"
+        )
         mtp = source.mtp and cut_mtp(source.mtp, pretrained.shape)
         copy_model(pretrained, folder)
     return [*remarks, add_mtp(mtp, folder)] if mtp else remarks
@@ -149,11 +170,14 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
 def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     if not source.checkpoints:
         others = ", ".join(name for name in FORMATS if name != "adapter")
-        raise UserError(f"{source.name} has no checkpoint with separate LoRA; possible formats: {others}")
+        raise UserError(
+            f"{source.name} has no checkpoint with separate LoRA; possible formats: {others}"
+        )
     step, remarks = open_newest(source.checkpoints)
     no_class = f"{source.name}: AutoModelForCausalLM lacks the class of a {step.shape.model_type}, an adapter's base"
     require(not step.shape.family.lm_class(), no_class)
-    step = replace(step, dense=replace(step.dense, tower=None))  # an adapter has the names of the text class
+    # an adapter has the names of the text class
+    step = replace(step, dense=replace(step.dense, tower=None))
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
     write_model(step, base, card_of_step(step), one_rank(), merge=False)
@@ -175,9 +199,17 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     pretrained = open_pretrained(model)
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
-    remarks += ["the file reads text alone, because a GGUF file has no tower"] * (pretrained.tower is not None)
+    remarks += ["the file reads text alone, because a GGUF file has no tower"] * (
+        pretrained.tower is not None
+    )
     arch = architecture_name(pretrained.config, pretrained.shape)
-    facts = {"file": path.name, "precision": precision, "arch": arch, "pretrained": pretrained, "remarks": remarks}
+    facts = {
+        "file": path.name,
+        "precision": precision,
+        "arch": arch,
+        "pretrained": pretrained,
+        "remarks": remarks,
+    }
     copy_model_card(model, folder, TEMPLATES.get_template("load_gguf.txt").render(facts))
     shutil.rmtree(scratch, ignore_errors=True)
     return remarks

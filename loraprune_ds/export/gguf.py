@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import (
+    GGML_QUANT_VERSION,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+)
 from gguf.quants import quant_shape_to_byte_shape
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_architecture import GROUPS, NUMBERS, Architecture, architecture_of, attention_interval
+from loraprune_ds.export.gguf_architecture import (
+    GROUPS,
+    NUMBERS,
+    Architecture,
+    architecture_of,
+    attention_interval,
+)
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
@@ -22,7 +35,9 @@ from loraprune_ds.model.tokenizer import target_start
 T5_TOKENS = 512  # a T5's training length. Its positions have no limit
 
 
-def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
+def write_gguf(
+    pretrained: PretrainedModel, path: Path, precision: Precision, name: str
+) -> list[str]:
     """Converts a merged model, with one tensor in memory at a time. Returns remarks for the user.
 
     Args:
@@ -68,21 +83,31 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
     """Writes the context length, limited by the sliding window if the architecture has none."""
-    positions, window = getattr(config, "max_position_embeddings", T5_TOKENS), sliding_window(config)
+    positions, window = (
+        getattr(config, "max_position_embeddings", T5_TOKENS),
+        sliding_window(config),
+    )
     if architecture.window_period:
         writer.add_sliding_window(int(config.sliding_window))
     if architecture.window_period or window is None or window >= positions:
         writer.add_context_length(positions)
         return []
     writer.add_context_length(window)
-    return [f"context length {window:,}, the sliding window, because llama.cpp attends to all earlier tokens"]
+    return [
+        f"context length {window:,}, the sliding window, because llama.cpp attends to all earlier tokens"
+    ]
 
 
-def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
+def _add_sizes(
+    writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture
+) -> None:
     heads = [layer.key_value_heads for layer in shape.layers]
     queries, mixture = [attention.queries for attention in shape.attention], shape.mixture
-    channels = [layer.get("channels", mixture.expert_size if mixture else 0) for layer in shape.counts]
-    if any(layer.get("experts") == 0 for layer in shape.counts):  # a dense layer has channels instead
+    channels = [
+        layer.get("channels", mixture.expert_size if mixture else 0) for layer in shape.counts
+    ]
+    # a dense layer has channels instead
+    if any(layer.get("experts") == 0 for layer in shape.counts):
         channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layer_lists[0]))
     writer.add_embedding_length(shape.hidden_size)
@@ -114,7 +139,9 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
         writer.add_value_length_mla(config.v_head_dim)
 
 
-def _add_rope(writer: GGUFWriter, config: Any, head_dim: int, architecture: Architecture, where: str) -> Array | None:
+def _add_rope(
+    writer: GGUFWriter, config: Any, head_dim: int, architecture: Architecture, where: str
+) -> Array | None:
     """Writes `rope_parameters`, if it has them. Returns the tensor `rope_freqs.weight` if the scaling needs one."""
     if (rope := getattr(config, "rope_parameters", None)) is None:
         return None
@@ -124,12 +151,24 @@ def _add_rope(writer: GGUFWriter, config: Any, head_dim: int, architecture: Arch
     part = full.get("partial_rotary_factor", 1.0)
     partial = part != 1.0 and not architecture.partial
     uneven = full.get("mscale") != full.get("mscale_all_dim")
-    if partial or uneven or rope_type not in architecture.ropes or (sliding and sliding["rope_type"] != "default"):
-        what = "a partial rotary embedding" if partial else f"rope scaling {rope_type}{' of its own mscale' * uneven}"
-        raise UserError(f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}")
+    if (
+        partial
+        or uneven
+        or rope_type not in architecture.ropes
+        or (sliding and sliding["rope_type"] != "default")
+    ):
+        what = (
+            "a partial rotary embedding"
+            if partial
+            else f"rope scaling {rope_type}{' of its own mscale' * uneven}"
+        )
+        raise UserError(
+            f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}"
+        )
     writer.add_rope_dimension_count(int(head_dim * part))
     writer.add_rope_freq_base(full["rope_theta"])
-    if architecture.delta:  # the pairs that rotate by time, height and width, which are equal in text
+    # the pairs that rotate by time, height and width, which are equal in text
+    if architecture.delta:
         pairs = int(head_dim * part) // 2
         writer.add_rope_dimension_sections([(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0])
     if sliding:
@@ -144,7 +183,12 @@ def _add_rope(writer: GGUFWriter, config: Any, head_dim: int, architecture: Arch
     return llama3_factors(full, head_dim) if rope_type == "llama3" else None
 
 
-def _write(writer: GGUFWriter, pretrained: PretrainedModel, tensors: list[GgufTensor], factors: Array | None) -> None:
+def _write(
+    writer: GGUFWriter,
+    pretrained: PretrainedModel,
+    tensors: list[GgufTensor],
+    factors: Array | None,
+) -> None:
     for tensor in tensors:
         nbytes = math.prod(quant_shape_to_byte_shape(tensor.shape, tensor.type))
         # The data type matters only without a raw type.

@@ -25,9 +25,12 @@ SIGMOID, SOFTMAX = ExpertGatingFuncType.SIGMOID, ExpertGatingFuncType.SOFTMAX
 # A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    **dict.fromkeys(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")),
+    **dict.fromkeys(
+        ("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")
+    ),
 }
-ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")  # fields that name the activation
+# fields that name the activation
+ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")
 # A config field, unless null -> the method of GGUFWriter for it. An architecture of llama.cpp ignores what it lacks.
 NUMBERS = {
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), "add_layer_norm_rms_eps"),
@@ -39,7 +42,10 @@ NUMBERS = {
     **dict.fromkeys(("logits_scaling", "logit_scale"), "add_logit_scale"),
     "final_logit_softcapping": "add_final_logit_softcapping",
     "attn_logit_softcapping": "add_attn_logit_softcapping",
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), "add_expert_shared_count"),
+    **dict.fromkeys(
+        ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+        "add_expert_shared_count",
+    ),
     "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
     "routed_scaling_factor": "add_expert_weights_scale",
     "norm_topk_prob": "add_expert_weights_norm",
@@ -63,28 +69,39 @@ class Architecture:
 
     uniform: MODEL_ARCH  # for layers of one size
     unequal: MODEL_ARCH | None = None  # for layers that differ
-    neighbours: bool = False  # the two rows of a rotary pair are adjacent; transformers has them half a head apart
+    # the two rows of a rotary pair are adjacent; transformers has them half a head apart
+    neighbours: bool = False
     activations: tuple[str, ...] = ("silu",)  # the ones that llama.cpp computes
     biases: frozenset[str] = frozenset()  # linears with a bias in llama.cpp
     ropes: tuple[str, ...] = ("default",)  # the supported kinds of rotary scaling
     norm_offset: float = 0.0  # transformers adds it to the weight of each norm
-    window_period: int = 0  # every n-th layer attends to all tokens, the others within a sliding window. 0: no window
+    # every n-th layer attends to all tokens, the others within a sliding window. 0: no window
+    window_period: int = 0
     rope_period: int = 0  # every n-th layer has no rotary embedding. 0: all have one
-    square: tuple[str, ...] = ()  # linears that must be hidden_size x hidden_size, so no heads may leave
-    only: Mapping[str, Any] = field(default_factory=dict[str, Any])  # config field -> its one supported value
+    # linears that must be hidden_size x hidden_size, so no heads may leave
+    square: tuple[str, ...] = ()
+    # config field -> its one supported value
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])
     in_turn: bool = False  # an expert's gate and up outputs alternate in transformers
     scaled: str | None = None  # the tensor to multiply by the ratio of the two attention scales
-    odd_depth: int = 0  # with this many layers, scores are divided by sqrt(hidden_size // query heads), not head_dim
+    # with this many layers, scores are divided by sqrt(hidden_size // query heads), not head_dim
+    odd_depth: int = 0
     partial: bool = False  # partial rotary embeddings are supported
-    gating: ExpertGatingFuncType | None = None  # converts router scores to weights, if the file must name it
+    # converts router scores to weights, if the file must name it
+    gating: ExpertGatingFuncType | None = None
     grouped: bool = False  # the router first chooses among groups of experts
     delta: bool = False  # gated delta nets, with keys as wide as values
-    lite: tuple[int, ...] = ()  # models with these numbers of layers have no latent queries, all others must have them
+    # models with these numbers of layers have no latent queries, all others must have them
+    lite: tuple[int, ...] = ()
     short: bool = False  # a layer without key-value heads is a short convolution
 
 
 LLAMA_ARCH = Architecture(
-    MODEL_ARCH.LLAMA, MODEL_ARCH.DECI, neighbours=True, biases=LINEARS, ropes=("default", "linear", "llama3")
+    MODEL_ARCH.LLAMA,
+    MODEL_ARCH.DECI,
+    neighbours=True,
+    biases=LINEARS,
+    ropes=("default", "linear", "llama3"),
 )
 DELTA = Architecture(MODEL_ARCH.QWEN35, norm_offset=1.0, partial=True, delta=True)
 LATENT = Architecture(
@@ -96,21 +113,35 @@ LATENT = Architecture(
     lite=(26, 27),
 )
 # llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
-T5_ARCH = Architecture(MODEL_ARCH.T5, activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128})
-GRANITE = Architecture(MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"})
+T5_ARCH = Architecture(
+    MODEL_ARCH.T5, activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128}
+)
+GRANITE = Architecture(
+    MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"}
+)
 GEMMA_ARCH = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA_ARCH, unequal=None)),
-    "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),  # a Helium has neighbours in transformers, too
-    "stablelm": Architecture(MODEL_ARCH.STABLELM, biases=QKV, only={"qk_layernorm": False}, partial=True),
+    # a Helium has neighbours in transformers, too
+    "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),
+    "stablelm": Architecture(
+        MODEL_ARCH.STABLELM, biases=QKV, only={"qk_layernorm": False}, partial=True
+    ),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA_ARCH, unequal=None),
-    "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
-    "qwen2_moe": Architecture(
-        MODEL_ARCH.QWEN2MOE, biases=QKV, square=QUERIES, only={"norm_topk_prob": False, "mlp_only_layers": []}
+    "qwen3_moe": Architecture(
+        MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}
     ),
-    "olmoe": Architecture(MODEL_ARCH.OLMOE, square=ROTARY, only={"norm_topk_prob": False, "clip_qkv": None}),
+    "qwen2_moe": Architecture(
+        MODEL_ARCH.QWEN2MOE,
+        biases=QKV,
+        square=QUERIES,
+        only={"norm_topk_prob": False, "mlp_only_layers": []},
+    ),
+    "olmoe": Architecture(
+        MODEL_ARCH.OLMOE, square=ROTARY, only={"norm_topk_prob": False, "clip_qkv": None}
+    ),
     "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True),
     "gpt_oss": Architecture(
         MODEL_ARCH.GPT_OSS,
@@ -120,9 +151,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         in_turn=True,
     ),
-    "glm4_moe": Architecture(MODEL_ARCH.GLM4_MOE, biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID),
+    "glm4_moe": Architecture(
+        MODEL_ARCH.GLM4_MOE, biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID
+    ),
     "dots1": Architecture(MODEL_ARCH.DOTS1, only={"n_group": 1}, gating=SIGMOID),
-    "exaone_moe": Architecture(MODEL_ARCH.EXAONE_MOE, window_period=4, only={"n_group": 1}, gating=SIGMOID),
+    "exaone_moe": Architecture(
+        MODEL_ARCH.EXAONE_MOE, window_period=4, only={"n_group": 1}, gating=SIGMOID
+    ),
     "deepseek_v3": LATENT,
     # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
@@ -140,14 +175,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": Architecture(MODEL_ARCH.LFM2, square=QUERIES, short=True),
     "cohere": Architecture(MODEL_ARCH.COMMAND_R, square=QUERIES, only={"use_qk_norm": False}),
     "jais2": Architecture(
-        MODEL_ARCH.JAIS2, biases=LINEARS, activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}
+        MODEL_ARCH.JAIS2,
+        biases=LINEARS,
+        activations=("relu2",),
+        only={"attention_bias": True, "mlp_bias": True},
     ),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
     "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activations=("relu2",)),
     "gemma": GEMMA_ARCH,
-    "gemma2": replace(GEMMA_ARCH, uniform=MODEL_ARCH.GEMMA2, window_period=2, scaled="self_attn.q_proj", odd_depth=46),
+    "gemma2": replace(
+        GEMMA_ARCH,
+        uniform=MODEL_ARCH.GEMMA2,
+        window_period=2,
+        scaled="self_attn.q_proj",
+        odd_depth=46,
+    ),
     "gemma3_text": replace(
         GEMMA_ARCH,
         uniform=MODEL_ARCH.GEMMA3,
@@ -168,7 +212,9 @@ def attention_interval(config: Any) -> int:
 def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
     """Returns llama.cpp's name of the architecture for a model, or None. `config` belongs to the export."""
     try:
-        return MODEL_ARCH_NAMES[architecture_of(config_object(text_config(config, "")), shape, "")[1]]
+        return MODEL_ARCH_NAMES[
+            architecture_of(config_object(text_config(config, "")), shape, "")[1]
+        ]
     except UserError:
         return None
 
@@ -182,9 +228,13 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Archite
     name = MODEL_ARCH_NAMES[architecture.uniform]
     arch = architecture.uniform if shape.is_uniform else architecture.unequal
     if arch is None:
-        raise UserError(f"{where}: llama.cpp's {name} needs layers of one size, but these differ; {FORMATS_LEFT}")
+        raise UserError(
+            f"{where}: llama.cpp's {name} needs layers of one size, but these differ; {FORMATS_LEFT}"
+        )
     for missing in _missing(architecture, config, shape):
-        raise UserError(f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}")
+        raise UserError(
+            f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}"
+        )
     return architecture, arch
 
 
@@ -213,14 +263,22 @@ def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) 
     dense = [i for i, layer in enumerate(shape.counts) if layer.get("experts") == 0]
     if architecture.gating and dense != [*range(len(dense))]:
         yield f"dense layers {dense} among those with experts"
-    if any(count > first for count in decoder):  # llama.cpp allocates as many decoder layers as the encoder has
+    # llama.cpp allocates as many decoder layers as the encoder has
+    if any(count > first for count in decoder):
         yield f"{decoder[0]} decoder layers after {first} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     for period, key, usual, special in (
         (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),
-        (architecture.delta and attention_interval(config), "layer_types", "linear_attention", "full_attention"),
+        (
+            architecture.delta and attention_interval(config),
+            "layer_types",
+            "linear_attention",
+            "full_attention",
+        ),
         (architecture.rope_period, "no_rope_layers", 1, 0),
     ):
-        if period and getattr(config, key) != [usual if (i + 1) % period else special for i in range(layers)]:
+        if period and getattr(config, key) != [
+            usual if (i + 1) % period else special for i in range(layers)
+        ]:
             yield f"this order of {key}"

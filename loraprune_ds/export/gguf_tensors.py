@@ -12,7 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quants
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    get_tensor_name_map,
+    quants,
+)
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
@@ -34,7 +41,10 @@ CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
 DELTA_NET, GATED_NORM, A_LOG = "linear_attn.", "linear_attn.norm", ".A_log"
 BIAS = "_proj_bias"  # end of the names of biases with a row per expert
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
-EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
+EXPERT_PARTS = {
+    "gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
+    "down": ("mlp.experts.down_proj",),
+}
 
 
 class SourcePart(NamedTuple):
@@ -50,7 +60,10 @@ class SourcePart(NamedTuple):
     def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
         """Reads the part. `read_flat`: (start, end) -> these elements of the source."""
         numel = math.prod(self.one)
-        parts = (read_flat(i * numel, (i + 1) * numel).view(self.one)[self.take] for i in range(self.count))
+        parts = (
+            read_flat(i * numel, (i + 1) * numel).view(self.one)[self.take]
+            for i in range(self.count)
+        )
         parts = [part.T if self.transposed else part for part in parts]
         return (torch.stack(parts) if len(parts) > 1 else parts[0]).reshape(self.shape)
 
@@ -68,7 +81,12 @@ class GgufTensor:
 
 
 def plan_tensors(
-    architecture: Architecture, arch: MODEL_ARCH, config: Any, shape: ModelShape, precision: Precision, where: str
+    architecture: Architecture,
+    arch: MODEL_ARCH,
+    config: Any,
+    shape: ModelShape,
+    precision: Precision,
+    where: str,
 ) -> list[GgufTensor]:
     """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32."""
     pieces, names = shape.pieces(), get_tensor_name_map(arch, len(shape.layers))
@@ -80,14 +98,25 @@ def plan_tensors(
             name = names.get_name(part_name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 arch_name = MODEL_ARCH_NAMES[arch]
-                raise UserError(f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}")
+                raise UserError(
+                    f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}"
+                )
             part_shape = part.shape[1:] if SHARED_GATE in name else part.shape  # a vector there
-            part_shape = (part.shape[0], *part.shape[2:]) if any(x in name for x in CONVOLUTIONS) else part_shape
+            part_shape = (
+                (part.shape[0], *part.shape[2:])
+                if any(x in name for x in CONVOLUTIONS)
+                else part_shape
+            )
             module = part_name.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             steps = tuple(_steps(spec, inner, architecture, config, shape))
-            tensors.append(GgufTensor(source, name, part_shape, _type(name, part_shape, precision), part, steps))
-    if getattr(config, "scale_decoder_outputs", False):  # the head has that scale, untied from the embedding
+            tensors.append(
+                GgufTensor(
+                    source, name, part_shape, _type(name, part_shape, precision), part, steps
+                )
+            )
+    # the head has that scale, untied from the embedding
+    if getattr(config, "scale_decoder_outputs", False):
         named = {tensor.name: tensor for tensor in tensors}
         scale = partial(shift, offset=0.0, factor=shape.hidden_size**-0.5)
         head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, steps=(scale,))
@@ -134,20 +163,27 @@ def shift(values: Array, offset: float, factor: float) -> Array:
     return (values + np.float32(offset)) * np.float32(factor)
 
 
-def _steps(spec: TensorSpec, module: str, architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[Step]:
+def _steps(
+    spec: TensorSpec, module: str, architecture: Architecture, config: Any, shape: ModelShape
+) -> Iterator[Step]:
     """Yields the changes of the values of a tensor. `module` is the name of its module inside the layer."""
     if architecture.neighbours and module in ROTARY:
         yield partial(permute, head_dim=shape.head_dim)
     if DELTA_NET in spec.name and spec.runs:
         start = sum(run.size for run in spec.runs[:-1])  # queries and keys come before the values
         each = config.linear_num_value_heads // config.linear_num_key_heads
-        yield partial(tile, keys=spec.runs[0].groups, each=each, start=start, columns=spec.axis == 1)
+        yield partial(
+            tile, keys=spec.runs[0].groups, each=each, start=start, columns=spec.axis == 1
+        )
     if spec.name.endswith(A_LOG):  # llama.cpp has -exp(value)
         yield lambda values: -np.exp(values)
     offset = architecture.norm_offset if module.endswith("norm") and module != GATED_NORM else 0.0
     factor = 1.0
     if module == architecture.scaled:  # turns llama.cpp's attention scale into transformers'
-        is_odd, of_heads = len(shape.layers) == architecture.odd_depth, shape.hidden_size // config.num_attention_heads
+        is_odd, of_heads = (
+            len(shape.layers) == architecture.odd_depth,
+            shape.hidden_size // config.num_attention_heads,
+        )
         factor = ((of_heads if is_odd else shape.head_dim) / config.query_pre_attn_scalar) ** 0.5
     if (offset, factor) != (0.0, 1.0):
         yield partial(shift, offset=offset, factor=factor)
@@ -176,13 +212,19 @@ def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePa
 def _fused_parts(names: list[str], spec: TensorSpec) -> Iterator[SourcePart]:
     start = 0
     for name, run in zip(names, spec.runs, strict=True):
-        yield SourcePart(name, (run.size, *spec.shape[1:]), spec.shape, (slice(start, start + run.size),))
+        yield SourcePart(
+            name, (run.size, *spec.shape[1:]), spec.shape, (slice(start, start + run.size),)
+        )
         start += run.size
 
 
 def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
     """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
-    experts, size, transposed = spec.runs[0].groups, spec.shape, bool(spec.stack and spec.stack.transposed)
+    experts, size, transposed = (
+        spec.runs[0].groups,
+        spec.shape,
+        bool(spec.stack and spec.stack.transposed),
+    )
     kind, one = ("weight", (size[0] // experts, size[1])) if spec.stack else ("bias", size[1:])
     outputs, *inputs = reversed(one) if transposed else one
     parts = EXPERT_PARTS[spec.linear.removesuffix(BIAS).rpartition(".")[2]]
@@ -196,14 +238,20 @@ def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[Sour
 def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
     """Returns the name in weight files, as gguf-py knows it: sinks are a weight, corrections and steps are biases."""
     name = pieces[source].names[0] if source in pieces else source
-    name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias")).replace("dt_bias", "dt_proj.bias")
+    name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias")).replace(
+        "dt_bias", "dt_proj.bias"
+    )
     name = name.replace("shared_mlp.output_linear", "mlp.down_proj")
     return name if name.endswith((".weight", ".bias", A_LOG)) else f"{name}.weight"
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
     """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and small biases."""
-    if len(size) == 1 or any(x in name for x in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS)) or name.endswith(".bias"):
+    if (
+        len(size) == 1
+        or any(x in name for x in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS))
+        or name.endswith(".bias")
+    ):
         return GGMLQuantizationType.F32
     matrix_type = GGMLQuantizationType[precision.upper()]
     block, _ = GGML_QUANT_SIZES[matrix_type]

@@ -22,12 +22,17 @@ from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 # The regular expressions are those of the tokenizer.json of such models.
 PRE_TOKENIZERS = Path(__file__).with_name("gguf_pre_tokenizers.json")
 # llama.cpp's own converter omits this step, too, for Qwen2 and similar models.
-NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it tokenises a text"
+NOT_COMPOSED = (
+    "llama.cpp does not compose letters and accents (Unicode NFC) before it tokenises a text"
+)
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
 # transformers' conversions describe the spaces of sentencepiece and llama.cpp like this. Older ones do not strip.
 STRIP = {"type": "Strip", "strip_left": False, "strip_right": True}
-EXTRA_SPACES = (STRIP, *({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": x} for x in (SPACE, " ")))
+EXTRA_SPACES = (
+    STRIP,
+    *({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": x} for x in (SPACE, " ")),
+)
 LAST_SPACE = "llama.cpp drops a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
 PROBE = "a"
@@ -42,8 +47,10 @@ class Vocabulary:
     pre: str  # its name of the splitting into words
     tokens: list[str]
     types: list[int]
-    scores: list[float] = field(default_factory=list)  # sentencepiece: pairs with higher scores merge first
-    merges: list[str] = field(default_factory=list)  # byte-level BPE: `left right`, in order of merging
+    # sentencepiece: pairs with higher scores merge first
+    scores: list[float] = field(default_factory=list)
+    # byte-level BPE: `left right`, in order of merging
+    merges: list[str] = field(default_factory=list)
     characters: bytes = b""  # unigrams: sentencepiece's table for normalisation
     remarks: list[str] = field(default_factory=list)
 
@@ -66,7 +73,9 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
     vocabulary = read_vocabulary(folder)
     _put_added_tokens(vocabulary, tokenizer)
     if len(vocabulary.tokens) > vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, but its model only {vocab_size}")
+        raise UserError(
+            f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, but its model only {vocab_size}"
+        )
     vocabulary.fill(vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -100,7 +109,9 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         return _unigrams(fast, path)
     if fast.get("model", {}).get("byte_fallback"):
         return _sentencepiece_from_merges(fast, path)
-    raise UserError(f"{folder}: its tokenizer is neither byte-level BPE nor sentencepiece; {FORMATS_LEFT}")
+    raise UserError(
+        f"{folder}: its tokenizer is neither byte-level BPE nor sentencepiece; {FORMATS_LEFT}"
+    )
 
 
 def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,8 +121,12 @@ def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
         if vocabulary.types[index] == TokenType.UNKNOWN:
             continue
         # llama.cpp compares with raw text, without sentencepiece spaces.
-        vocabulary.tokens[index] = added.content if added.special else added.content.replace(SPACE, " ")
-        vocabulary.types[index] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
+        vocabulary.tokens[index] = (
+            added.content if added.special else added.content.replace(SPACE, " ")
+        )
+        vocabulary.types[index] = int(
+            TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+        )
         if vocabulary.scores:
             vocabulary.scores[index] = ADDED_SCORE
 
@@ -122,10 +137,14 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
     complete = tokenizer(PROBE).input_ids
     start = next((i for i in range(len(complete)) if complete[i : i + len(plain)] == plain), None)
     if start is None:
-        raise UserError(f"{folder}: special tokens change how its tokenizer reads a text; {FORMATS_LEFT}")
+        raise UserError(
+            f"{folder}: special tokens change how its tokenizer reads a text; {FORMATS_LEFT}"
+        )
     before, after = complete[:start], complete[start + len(plain) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
-        raise UserError(f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}")
+        raise UserError(
+            f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}"
+        )
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
     apart, wide = (tokenizer(f"{PROBE}{spaces}{PROBE}").input_ids for spaces in (" ", "  "))
@@ -140,12 +159,16 @@ def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]
     return part[of_sequence] if part["type"] == "Sequence" else [part]
 
 
-def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path) -> Vocabulary:
+def _byte_level(
+    fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path
+) -> Vocabulary:
     steps = [_describe(step) for step in pre_tokenizer]
     pre = next((name for name, known in read_json(PRE_TOKENIZERS).items() if known == steps), None)
     normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
     if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
-        raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
+        raise UserError(
+            f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}"
+        )
     tokens, pairs = _tokens_and_merges(fast["model"])
     types, merges = [int(TokenType.NORMAL)] * len(tokens), [" ".join(pair) for pair in pairs]
     remarks = [NOT_COMPOSED] if normalizer else []
@@ -158,15 +181,21 @@ def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
     tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
     spaces = [step for step in normalizer if step in EXTRA_SPACES]
     if len(normalizer) > len(tables) + len(spaces) or len(tables) > 1:
-        raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
+        raise UserError(
+            f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}"
+        )
     model = fast["model"]
     unknown = model["vocab"][model["unk_id"]][0]
     tokens, scores = map(list, zip(*model["vocab"], strict=True))
     types = [_type_of(token, unknown) for token in tokens]
-    drops_last = STRIP in spaces or {"type": "WhitespaceSplit"} in _steps(fast["pre_tokenizer"], "pretokenizers")
+    drops_last = STRIP in spaces or {"type": "WhitespaceSplit"} in _steps(
+        fast["pre_tokenizer"], "pretokenizers"
+    )
     remarks = [LAST_SPACE] if spaces and not drops_last else []
     characters = b"".join(map(b64decode, tables))
-    return Vocabulary("t5", "default", tokens, types, scores, characters=characters, remarks=remarks)
+    return Vocabulary(
+        "t5", "default", tokens, types, scores, characters=characters, remarks=remarks
+    )
 
 
 def _describe(step: dict[str, Any]) -> str:
@@ -176,7 +205,12 @@ def _describe(step: dict[str, Any]) -> str:
             return "words" if use_regex else "bytes"
         case {"type": "Digits", "individual_digits": True}:
             return "digits"
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+        case {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }:
             return pattern
     return json.dumps(step)
 
@@ -184,7 +218,8 @@ def _describe(step: dict[str, Any]) -> str:
 def _tokens_and_merges(model: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     """Returns the tokens by id, without gaps, and the pairs to merge, in order."""
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])  # strings: older files
+    # strings: older files
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     return tokens, [(left, right) for left, right in pairs]
 
 
@@ -192,11 +227,19 @@ def _sentencepiece(path: Path) -> Vocabulary:
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != SENTENCEPIECE_BPE:
-        raise UserError(f"{path}: llama.cpp needs a sentencepiece model of type BPE, as LLaMA has; {FORMATS_LEFT}")
+        raise UserError(
+            f"{path}: llama.cpp needs a sentencepiece model of type BPE, as LLaMA has; {FORMATS_LEFT}"
+        )
     pieces = model.pieces
     # The numbers of sentencepiece's piece types are llama.cpp's token types.
     types = [piece.type for piece in pieces]
-    return Vocabulary("llama", "default", [piece.piece for piece in pieces], types, [piece.score for piece in pieces])
+    return Vocabulary(
+        "llama",
+        "default",
+        [piece.piece for piece in pieces],
+        types,
+        [piece.score for piece in pieces],
+    )
 
 
 def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
@@ -211,9 +254,17 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     known = set(tokens).difference(token["content"] for token in fast["added_tokens"])
     splits = ((token[:i], token[i:]) for token in known for i in range(1, len(token)))
     if not in_one_go or not {pair for pair in splits if known.issuperset(pair)} <= set(merges):
-        raise UserError(f"{path}: its merges do not come from a sentencepiece model; {FORMATS_LEFT}")
+        raise UserError(
+            f"{path}: its merges do not come from a sentencepiece model; {FORMATS_LEFT}"
+        )
     types = [_type_of(token, fast["model"].get("unk_token")) for token in tokens]
-    return Vocabulary("llama", "default", tokens, types, [places.get(token, float(-len(merges))) for token in tokens])
+    return Vocabulary(
+        "llama",
+        "default",
+        tokens,
+        types,
+        [places.get(token, float(-len(merges))) for token in tokens],
+    )
 
 
 def _type_of(token: str, unknown: str | None) -> int:

@@ -23,14 +23,31 @@ from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.export.model_card import ModelCard, write_model_card
-from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, staging_of, write_json
+from loraprune_ds.files import (
+    begin_folder,
+    flush,
+    publish_folder,
+    read_json,
+    staging_of,
+    write_json,
+)
 from loraprune_ds.model import weight_files
-from loraprune_ds.model.exported_config import MODELLING_FILE, NEXT_TOKENS, ExportedConfig, name_our_code
+from loraprune_ds.model.exported_config import (
+    MODELLING_FILE,
+    NEXT_TOKENS,
+    ExportedConfig,
+    name_our_code,
+)
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts, LayerKeep, TensorSpec
 from loraprune_ds.model.modeling_pruned import FAMILY
-from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, check_weights, open_pretrained
+from loraprune_ds.model.pretrained import (
+    ModelWeights,
+    PretrainedModel,
+    check_weights,
+    open_pretrained,
+)
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, in_files
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE, load_tokenizer
@@ -47,11 +64,14 @@ class LayerSource(Protocol):
     @property
     def exported(self) -> ExportedConfig: ...
     @property
-    def dense_folder(self) -> Path: ...  # config.json, tokenizer and settings of the dense model, at least on rank 0
+    # config.json, tokenizer and settings of the dense model, at least on rank 0
+    def dense_folder(self) -> Path: ...
     @property
     def tower(self) -> Tower | None: ...
 
-    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(
+        self, ranks: Communicator, *, merge: bool = True
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields this rank's layers r, r + ranks, ... Embedding, norm and head follow the last layer, like one more.
 
         Tensors have the names of the text class and the model's dtype. Collective: each rank reads to the end.
@@ -69,7 +89,9 @@ def begin(out: Path, mark: str = "") -> Path:
     return begin_folder(out, mark)
 
 
-def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Communicator, *, merge: bool = True) -> None:
+def write_model(
+    source: LayerSource, folder: Path, card: ModelCard, ranks: Communicator, *, merge: bool = True
+) -> None:
     """Fills a staging folder. Rank r writes files r, r + ranks, ... Each holds a layer. Collective.
 
     Args:
@@ -82,7 +104,8 @@ def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Commu
     shape, tower = card.pruned, source.tower
     own = len(shape.layers) + 1
     count = own + (tower is not None)
-    paths = [folder / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]  # transformers' names
+    # transformers' names
+    paths = [folder / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
     writes, files = LocalWrites(ranks, folder), source.files(ranks, merge=merge)
 
     def write_files() -> None:
@@ -97,7 +120,8 @@ def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Commu
         finish_folder(folder, source.exported, source.dense_folder, card)
 
     writes.do(write_files)
-    for _ in files:  # after a failed write, because other ranks gather their layers from this one, too
+    # after a failed write, because other ranks gather their layers from this one, too
+    for _ in files:
         pass
     writes.agree()
     writes.do_on_rank_0(complete)
@@ -110,7 +134,9 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         weight_files.copy_named(dense, folder, weight_files.PROCESSOR_FILES)
         weight_files.drop_auto_maps(folder)
     elif has_tokenizer(folder):
-        is_text_part = read_json(dense / "config.json", missing_ok=True).get("model_type") in MULTIMODAL
+        is_text_part = (
+            read_json(dense / "config.json", missing_ok=True).get("model_type") in MULTIMODAL
+        )
         if exported.renamed or is_text_part:  # the class has another model type
             _pin_tokenizer(dense, folder)
     write_json(folder / "config.json", exported.config)
@@ -122,7 +148,12 @@ def copy_model(model: PretrainedModel, out: Path) -> None:
     """Fills the folder `out` with a model's files of known names. Our modelling file is the only code in the copy."""
     for name in weight_files.weight_file_names(model.folder):
         shutil.copyfile(model.folder / name, out / name)
-    named = ("config.json", weight_files.INDEX_FILE, *weight_files.PROCESSOR_FILES, *weight_files.DOCUMENTS)
+    named = (
+        "config.json",
+        weight_files.INDEX_FILE,
+        *weight_files.PROCESSOR_FILES,
+        *weight_files.DOCUMENTS,
+    )
     weight_files.copy_named(model.folder, out, named)
     copy_tokenizer(model.folder, out)
     config = read_json(out / "config.json")
@@ -135,7 +166,9 @@ def _write_modelling_file(folder: Path, model_type: str) -> None:
     """Writes our modelling file with the name of the family, for a model that needs it."""
     if not model_type.startswith(PRUNED):
         return
-    code = resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
+    code = (
+        resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
+    )
     code = code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family_name(model_type)}"')
     (folder / MODELLING_FILE).write_text(code, encoding="utf-8")
 
@@ -154,7 +187,9 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     alone, so the files that the run derived from it are written, too.
     """
     weight_files.copy_named(source, out, weight_files.TOKENIZER_FILES)
-    sentencepiece = any((source / name).is_file() for name in (SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE))
+    sentencepiece = any(
+        (source / name).is_file() for name in (SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE)
+    )
     is_alone = sentencepiece and not (source / "tokenizer.json").is_file()
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
@@ -175,7 +210,9 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json"))
+    return any(
+        (folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
+    )
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:
@@ -196,7 +233,8 @@ def _pin_tokenizer(source: Path, out: Path) -> None:
 
 
 MTP_FILE = "mtp.safetensors"
-FC = f"{MTP}fc.weight"  # joins the embedding and the last hidden state of a token, before these layers
+# joins the embedding and the last hidden state of a token, before these layers
+FC = f"{MTP}fc.weight"
 LAYERS, IN_FILE = "model.layers.", f"{MTP}layers."
 NOTE = f"{MTP_FILE} has the layers that predict further tokens, cut by the norms of their weights and not tuned"
 
@@ -209,19 +247,31 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
             sizes. Also the errors of `check_weights`.
     """
     dense = open_pretrained(folder)
-    headers = {name: header for name, header in weight_files.read_headers(folder).items() if name.startswith(MTP)}
+    headers = {
+        name: header
+        for name, header in weight_files.read_headers(folder).items()
+        if name.startswith(MTP)
+    }
     count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
-    require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}")
+    require(
+        pruned.is_uniform,
+        f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}",
+    )
     one, left = _one_of_their_sort(shape), _one_of_their_sort(pruned)
-    sizes = {tensor.name: tensor.shape for _, tensor in left.tensors()}  # its groups may be of another kind
+    # its groups may be of another kind
+    sizes = {tensor.name: tensor.shape for _, tensor in left.tensors()}
     linears = [(x, sizes[x.name][x.axis]) for _, x in one.linears() if x.name in sizes]
     kept = {kind: size // x.group_width for x, size in linears for kind in x.kinds}
     counts = [LayerCounts(own | kept) for own in one.counts]
     fits = one.layers != () and one.resized(counts).parameters() == left.parameters()
     is_cut = fits and all(counts[0][kind] <= n for kind, n in one.counts[0].items())
     require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned model")
-    outer = tuple(TensorSpec(name, shape=x) for name, (x, *_) in headers.items() if not name.startswith(IN_FILE))
+    outer = tuple(
+        TensorSpec(name, shape=x)
+        for name, (x, *_) in headers.items()
+        if not name.startswith(IN_FILE)
+    )
     own = replace(one.only([0] * count), outer=outer)
     try:
         names = {name.replace(IN_FILE, LAYERS): name for name in headers}
@@ -233,7 +283,9 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
 
 def _one_of_their_sort(shape: ModelShape) -> ModelShape:
     """Returns the shape of a model with only the first attention layer, if any."""
-    layers = (i for i, x in enumerate(shape.layers) if x.key_value_heads and shape.kinds[-1] in x.counts)
+    layers = (
+        i for i, x in enumerate(shape.layers) if x.key_value_heads and shape.kinds[-1] in x.counts
+    )
     return shape.only(list(layers)[:1])
 
 
@@ -254,7 +306,9 @@ def add_mtp(weights: ModelWeights, folder: Path) -> str:
     with safe_open(weights.files[FC], framework="pt") as file:
         dtype = file.get_tensor(FC).dtype
     tensors = {name: weights.read_full(name, dtype) for name in weights.shape.parameters()}
-    on_disk = weight_files.as_on_disk(tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE))
+    on_disk = weight_files.as_on_disk(
+        tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE)
+    )
     weight_files.write_weight_file(folder / MTP_FILE, on_disk)
     weight_files.write_index(folder, [*weight_files.weight_file_names(folder), MTP_FILE])
     config = read_json(folder / "config.json")

@@ -67,7 +67,9 @@ class ModelCard:
     perplexity_pruned: float | None = None
 
 
-def card_of_step(step: TrainingCheckpoint, windows: int | None = None, perplexity: float | None = None) -> ModelCard:
+def card_of_step(
+    step: TrainingCheckpoint, windows: int | None = None, perplexity: float | None = None
+) -> ModelCard:
     """Collects the facts of a run at a step.
 
     Args:
@@ -76,9 +78,14 @@ def card_of_step(step: TrainingCheckpoint, windows: int | None = None, perplexit
     """
     config, state = step.config, step.state
     paths = [source.path for source in config.data.sources]
-    names = ("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
+    names = (
+        "Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name
+        for path in paths
+    )
     data = " + ".join(names)
-    held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data}"
+    held_out = (
+        Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data}"
+    )
     count = "" if windows is None else f"{windows} "
     return ModelCard(
         base_model=model_name(config.model),
@@ -101,7 +108,8 @@ def model_name(config: ModelConfig) -> str:
 
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
-    from loraprune_ds.export.gguf_architecture import architecture_name  # only writing a card loads gguf
+    # only writing a card loads gguf
+    from loraprune_ds.export.gguf_architecture import architecture_name
 
     text = TEMPLATES.get_template("model_card.txt").render(
         card=card,
@@ -121,7 +129,9 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
     path = source / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     facts = text.partition(LOAD_HEADING)[0].rstrip()
-    (folder / CARD_FILE).write_text(f"{facts}\n\n{LOAD_HEADING}\n\n{how_to_load}".lstrip(), encoding="utf-8")
+    (folder / CARD_FILE).write_text(
+        f"{facts}\n\n{LOAD_HEADING}\n\n{how_to_load}".lstrip(), encoding="utf-8"
+    )
 
 
 def answers_section(result: dict[str, Any]) -> str:
@@ -138,9 +148,14 @@ def check_push(repo: str, results: Sequence[Path]) -> None:
     except ValueError as error:
         raise UserError(f"--push-to-hub {repo}: {first_line(error)}") from None
     require(repo.count("/") == 1, f"--push-to-hub {repo}: give it as OWNER/NAME")
-    require(get_token() is not None, "--push-to-hub needs a token: set HF_TOKEN, or run `hf auth login`")
+    require(
+        get_token() is not None, "--push-to-hub needs a token: set HF_TOKEN, or run `hf auth login`"
+    )
     for path in results:
-        require({"perplexity", "tasks", "dense"} <= read_json(path).keys(), f"{path} is not from launch/evaluate.py")
+        require(
+            {"perplexity", "tasks", "dense"} <= read_json(path).keys(),
+            f"{path} is not from launch/evaluate.py",
+        )
 
 
 def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private: bool) -> str:
@@ -189,7 +204,10 @@ def _layer_rows(shape: ModelShape) -> list[str]:
     for counts, run in groupby(range(len(shape.layers)), key=lambda i: shape.counts[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        kept = (shape.layers[first].key_value_heads if kind == QUERY_HEADS else n for kind, n in counts.items())
+        kept = (
+            shape.layers[first].key_value_heads if kind == QUERY_HEADS else n
+            for kind, n in counts.items()
+        )
         rows.append(f"| {' | '.join(map(str, (span, attention[first].queries, *kept)))} |")
     return rows
 
@@ -198,14 +216,17 @@ def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
     value, config = report["perplexity"][which], report["config"]
     if value is not None:
         source = config["data"]["held_out"] or config["data"]["path"]
-        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]  # a mixture
+        # a mixture
+        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]
         text = " + ".join(Path(path).name for path in paths)
         yield _perplexity_result(value, text, config["evaluate"]["window"])
 
 
 def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
     if model.get("perplexity") is not None:
-        yield _perplexity_result(model["perplexity"], result["text"]["name"], result["protocol"]["window"])
+        yield _perplexity_result(
+            model["perplexity"], result["text"]["name"], result["protocol"]["window"]
+        )
     for task, metrics in ((model.get("tasks") or {}).get("results") or {}).items():
         for metric, value in metrics.items():
             name, _, variant = metric.partition(",")

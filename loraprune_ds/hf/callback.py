@@ -34,7 +34,13 @@ from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
 
 log = logging.getLogger(__name__)
-REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
+REPORTED = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "max_grad_norm",
+)
 LIMIT = "_save_total_limit"  # key in the Trainer's arguments for the user's value during a training
 TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs these
 RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))"
@@ -59,7 +65,8 @@ class LoraPruneCallback(TrainerCallback):
         self._output_dir = "."
         self._guard: RemovableHandle | None = None
         self._files = TrainerFiles()
-        self._stand_in: tempfile.TemporaryDirectory[str] | None = None  # of a checkpoint, for the Trainer
+        # of a checkpoint, for the Trainer
+        self._stand_in: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def pruning(self) -> Pruning:
@@ -106,7 +113,9 @@ class LoraPruneCallback(TrainerCallback):
         if not (checkpoint.restores_optimizer and files.ds_config):
             return str(checkpoint.folder)
         own = " and ".join(files.of_deepspeed)
-        require(not own, f"{checkpoint.folder} goes on here only without {own} in the DeepSpeed config")
+        require(
+            not own, f"{checkpoint.folder} goes on here only without {own} in the DeepSpeed config"
+        )
         self._stand_in = tempfile.TemporaryDirectory()
         checkpoint.write_stand_in(Path(self._stand_in.name), comm)
         return self._stand_in.name
@@ -123,15 +132,19 @@ class LoraPruneCallback(TrainerCallback):
         """
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
         """Refuses what DeepSpeed would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         ds_config = _ds_config(args)
         self._files = TrainerFiles(ds_config, bool(args.fp16))
         if ds_config is not None:
-            from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
+            # DeepSpeed, once it is needed
+            from loraprune_ds.zero.ds_config import check_reshardable
 
-            check_reshardable("the DeepSpeed config", ds_config)  # some settings fail at DeepSpeed's start
+            # some settings fail at DeepSpeed's start
+            check_reshardable("the DeepSpeed config", ds_config)
         if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
             check_arguments(args, model)  # before TRL starts an engine for generation
@@ -141,14 +154,19 @@ class LoraPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Checks the training, then attaches to the model and its optimizer."""
-        require(self._pruning is None, "LoraPruneCallback serves one training; make a new one for the next")
+        require(
+            self._pruning is None,
+            "LoraPruneCallback serves one training; make a new one for the next",
+        )
         model, checkpoint = cast(nn.Module, more["model"]), self._checkpoint
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()
         resumed_from = checkpoint.state.step if checkpoint else None
         if state.global_step != (resumed_from or 0):
-            raise UserError(f"training resumes at step {state.global_step}, but pruning does not: {RESUME}")
+            raise UserError(
+                f"training resumes at step {state.global_step}, but pruning does not: {RESUME}"
+            )
         self._tokenizer = more.get("processing_class")
         report_to, is_first = args.report_to or (), state.is_world_process_zero
         self._pruning = Pruning(
@@ -167,38 +185,53 @@ class LoraPruneCallback(TrainerCallback):
         args.__dict__.setdefault(LIMIT, args.save_total_limit)  # a failed training may have left it
         args.save_total_limit = None
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.pruning.begin_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Makes a due cut, then saves a finished size. The Trainer logs, evaluates and saves after that."""
         self.pruning.end_step()
         self.pruning.save_size(str(args.output_dir), self._tokenizer)
         _forget_overwritten(args, state, control)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         _forget_overwritten(args, state, control)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
         """Adds the loss to the records, a mean over the steps since the last log."""
         history = self.pruning.recorder.history
         loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Completes the Trainer's checkpoint. Then removes the oldest ones beyond `save_total_limit`."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.pruning.save(folder)
         if args.should_save:
-            spared = state.best_model_checkpoint or str(folder)  # otherwise the newest, in case files have no times
+            # otherwise the newest, in case files have no times
+            spared = state.best_model_checkpoint or str(folder)
             rotate_checkpoints(str(args.output_dir), args.__dict__[LIMIT], spared, use_mtime=True)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Writes the results and detaches from the engine. The model can still be saved."""
         args.save_total_limit = args.__dict__.pop(LIMIT)
         train = {name: getattr(args, name) for name in REPORTED}
-        self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
+        self.pruning.write_results(
+            str(args.output_dir), {"trainer": type(args).__name__, "train": train}
+        )
         self.pruning.close()
         if self._stand_in is not None:
             self._stand_in.cleanup()
@@ -206,9 +239,13 @@ class LoraPruneCallback(TrainerCallback):
     def _refuse_load(self, module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
         own = dict(module.named_parameters())
         in_engine = all(map(is_sharded, own.values()))
-        of_smaller = any(tensor.shape != own[name].shape for name, tensor in state.items() if name in own)
+        of_smaller = any(
+            tensor.shape != own[name].shape for name, tensor in state.items() if name in own
+        )
         if (in_engine or of_smaller) and self._checkpoint is None:
-            raise UserError(f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}")
+            raise UserError(
+                f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}"
+            )
 
 
 def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
@@ -218,22 +255,30 @@ def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
 
 def _advance(schedule: Any, updates: int) -> None:
     """Advances a new schedule. The saved one may have other parameter groups, since DeepSpeed removes empty ones."""
-    require(isinstance(schedule, LambdaLR), f"{type(schedule).__name__} needs its own saved state; {COMPLETE}")
+    require(
+        isinstance(schedule, LambdaLR),
+        f"{type(schedule).__name__} needs its own saved state; {COMPLETE}",
+    )
     schedule.last_epoch = updates - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the new optimizer has made no update
         schedule.step()
 
 
-def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+def _forget_overwritten(
+    args: TrainingArguments, state: TrainerState, control: TrainerControl
+) -> None:
     """Makes a checkpoint of an earlier training incomplete if the Trainer may overwrite it."""
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
-    may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
+    # the Trainer decides after its evaluation
+    may_save = control.should_save or args.save_strategy == "best"
     if may_save and args.should_save and old.exists():
         remove_folder(old)
 
 
-def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
+def find_reporters(
+    report_to: Iterable[str], output_dir: str, resumed_from: int | None
+) -> list[Sink]:
     """Makes the sinks for a Trainer's `report_to`, and one that prints a line for each cut.
 
     A callback cannot add to the Trainer's own log lines, because the reporters have already read them.

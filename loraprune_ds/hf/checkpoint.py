@@ -46,7 +46,8 @@ from loraprune_ds.report.records import METRICS_FILE, History, read_history, wri
 
 FOLDER = "pruning"
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
-OF_ENGINE = ("global_step", "latest", "optimizer", "scheduler")  # begin the names of files that need the same engine
+# begin the names of files that need the same engine
+OF_ENGINE = ("global_step", "latest", "optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class PruningState:
     seed: int
     prune: SkipValidation[PruneConfig]  # `recorded_config` tells of settings of another version
     dense: list[list[int]]  # per layer, the number of groups of each kind
-    kept: list[list[list[int]]]  # per layer, the kept groups of each kind, as indices into the dense model
+    # per layer, the kept groups of each kind, as indices into the dense model
+    kept: list[list[list[int]]]
     updates_since_cut: int
     moment_tokens: float
     resumed_from: list[int]
     zero: bool = True  # ZeRO-3 has saved the rest of the checkpoint
-    query_heads: bool = False  # some leave without their key-value head. In older checkpoints none does
+    # some leave without their key-value head. In older checkpoints none does
+    query_heads: bool = False
     adam: Any = None  # Adam's step and param_groups, if the folder has its state
     format: int = layout.FORMAT
     __pydantic_config__ = layout.NO_MORE
@@ -95,8 +98,15 @@ class PruningCheckpoint:
         """Restores LoRA and Adam's state, which the trainer could not load. Collective."""
         adam, folder = plain_adam(model), self.folder / FOLDER
         if adam is None:
-            raise UserError(f"{self.folder} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it")
-        adam.restore(model.lora_parameters(), partial(read_flat, folder, folder), self.state.adam["step"], model.comm)
+            raise UserError(
+                f"{self.folder} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it"
+            )
+        adam.restore(
+            model.lora_parameters(),
+            partial(read_flat, folder, folder),
+            self.state.adam["step"],
+            model.comm,
+        )
 
     def write_stand_in(self, folder: Path, comm: Communicator) -> None:
         """Fills a folder, on each rank its own, from which transformers' Trainer goes on with ZeRO-3.
@@ -108,21 +118,25 @@ class PruningCheckpoint:
         for path in self.folder.iterdir():
             if not path.name.startswith(OF_ENGINE):
                 (folder / path.name).symlink_to(path.resolve())
-        torch.save({"lr_lambdas": [None]}, folder / SCHEDULER_NAME)  # a schedule that changes nothing
+        # a schedule that changes nothing
+        torch.save({"lr_lambdas": [None]}, folder / SCHEDULER_NAME)
         write_stand_in(folder, self.state.step, self.state.adam["param_groups"], comm)
 
 
 def plain_adam(model: PrunableModel) -> OptimizerState | None:
     """Returns the state of torch's Adam or AdamW. None for others, whose checkpoints go on with one engine."""
     optimizer = model.optimizer
-    known = isinstance(optimizer, (Adam, AdamW)) and not any(group["amsgrad"] for group in optimizer.param_groups)
+    known = isinstance(optimizer, (Adam, AdamW)) and not any(
+        group["amsgrad"] for group in optimizer.param_groups
+    )
     return model.optimizer_state if known else None
 
 
 def describe_adam(adam: OptimizerState) -> dict[str, Any]:
     """Returns its step, and its param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
     groups = adam.optimizer.param_groups
-    groups = [group for group in groups if group["params"]] or groups  # DeepSpeed has all in buffers of its own
+    # DeepSpeed has all in buffers of its own
+    groups = [group for group in groups if group["params"]] or groups
     return {"step": adam.adam_step, "param_groups": [group | {"params": []} for group in groups]}
 
 
@@ -140,7 +154,11 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, history: Hi
 
 
 def cut_to_checkpoint(
-    model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator, files: TrainerFiles | None = None
+    model: nn.Module,
+    folder: Path,
+    config: PruneConfig,
+    comm: Communicator,
+    files: TrainerFiles | None = None,
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to match a checkpoint, before its training begins. None without a checkpoint. Collective.
 
@@ -157,13 +175,18 @@ def cut_to_checkpoint(
     sharded = any(map(is_sharded, peft_model.parameters()))
     zero = sharded or is_deepspeed_zero3_enabled()
     obstacle = comm.all_or_raise(lambda: _obstacle(checkpoint, state, files, comm, zero=zero))
-    obstacle = next(filter(None, comm.gather_objects(obstacle)), None)  # all ranks must load the same way
+    # all ranks must load the same way
+    obstacle = next(filter(None, comm.gather_objects(obstacle)), None)
     if obstacle is not None:
         _check_restorable(f"{checkpoint} {obstacle}", state, peft_model, zero=zero)
     if not state.query_heads:
-        setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)  # `live_shape` reads it
+        # `live_shape` reads it
+        setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)
     dense = live_shape(peft_model)
-    require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
+    require(
+        group_counts(dense) == state.dense,
+        f"{checkpoint} belongs to another model: its layers have other sizes",
+    )
     comm.all_or_raise(lambda: _check_lora_ranks(checkpoint, peft_model, dense, zero=zero))
     keep = keep_from_lists(state.kept, dense.kinds)
     if sharded:
@@ -189,8 +212,14 @@ def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> N
         if name in weights.files:
             parameter = base_parameter(layers[i], linear.name)
             numel = math.prod(full_shape(parameter))
-            start, end = owned_range(numel, comm.world_size, comm.rank) if is_sharded(parameter) else (0, numel)
-            held(parameter).view(-1)[: end - start].copy_(weights.read_flat(name, start, end, parameter.dtype))
+            start, end = (
+                owned_range(numel, comm.world_size, comm.rank)
+                if is_sharded(parameter)
+                else (0, numel)
+            )
+            held(parameter).view(-1)[: end - start].copy_(
+                weights.read_flat(name, start, end, parameter.dtype)
+            )
 
 
 def _find(folder: Path) -> Path | None:
@@ -201,32 +230,48 @@ def _find(folder: Path) -> Path | None:
     is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
     if checkpoints or is_checkpoint or (folder / TRAINER_STATE).is_file():
         newest = checkpoints[-1] if checkpoints else folder
-        raise UserError(f"{newest} has no {FOLDER}/: its save was interrupted, or LoraPruneCallback was absent")
+        raise UserError(
+            f"{newest} has no {FOLDER}/: its save was interrupted, or LoraPruneCallback was absent"
+        )
     return None
 
 
 def _obstacle(
-    checkpoint: Path, state: PruningState, files: TrainerFiles | None, comm: Communicator, *, zero: bool
+    checkpoint: Path,
+    state: PruningState,
+    files: TrainerFiles | None,
+    comm: Communicator,
+    *,
+    zero: bool,
 ) -> str | None:
     """Says why this rank's trainer cannot load LoRA and its optimizer itself, if it cannot."""
     if files is not None:
         files.check_readable(checkpoint)
     if state.zero != zero or (zero and state.world_size != comm.world_size):
-        return f"was saved on ZeRO-3 by {state.world_size} ranks" if state.zero else "was saved without ZeRO-3"
+        return (
+            f"was saved on ZeRO-3 by {state.world_size} ranks"
+            if state.zero
+            else "was saved without ZeRO-3"
+        )
     lacking = [] if files is None else files.lacks_state(checkpoint, comm.rank)
     return f"has no {' and no '.join(lacking)}" if lacking else None
 
 
 def _check_restorable(obstacle: str, state: PruningState, model: PeftModel, *, zero: bool) -> None:
     """Refuses a checkpoint whose folder `pruning/` has too little to go on from."""
-    require(state.adam is not None, f"{obstacle}, and {FOLDER}/ has no state of torch's Adam; {COMPLETE}")
+    require(
+        state.adam is not None,
+        f"{obstacle}, and {FOLDER}/ has no state of torch's Adam; {COMPLETE}",
+    )
     for name, parameter in model.named_parameters():
         require(
             ".lora_" in name or not parameter.requires_grad,
             f"{obstacle}, and {FOLDER}/ has Adam's state of LoRA, but not of {name}; {COMPLETE}",
         )
     halves = zero and any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    require(not halves, f"{obstacle}, and {FOLDER}/ has no loss scale for ZeRO-3 in fp16; {COMPLETE}")
+    require(
+        not halves, f"{obstacle}, and {FOLDER}/ has no loss scale for ZeRO-3 in fp16; {COMPLETE}"
+    )
 
 
 def _check_lora_ranks(checkpoint: Path, model: PeftModel, shape: ModelShape, *, zero: bool) -> None:
@@ -253,9 +298,13 @@ def _saved_ranks(checkpoint: Path, shape: ModelShape, *, zero: bool) -> dict[Pat
     for layer in range(len(shape.layers)):
         path = checkpoint / FOLDER / layout.layer_file("lora", layer)
         if path.is_file():
-            headers[path] = {name_in_file(shape, layer, name): entry for name, entry in read_header(path).items()}
+            headers[path] = {
+                name_in_file(shape, layer, name): entry for name, entry in read_header(path).items()
+            }
     return {
-        path: {name: sizes[0] for name, (sizes, _) in header.items() if name.endswith(".lora_A.weight")}
+        path: {
+            name: sizes[0] for name, (sizes, _) in header.items() if name.endswith(".lora_A.weight")
+        }
         for path, header in headers.items()
     }
 
@@ -263,9 +312,15 @@ def _saved_ranks(checkpoint: Path, shape: ModelShape, *, zero: bool) -> dict[Pat
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
     path = folder / FOLDER / layout.STATE_FILE
     state = layout.read_record(path, PruningState)
-    state = replace(state, prune=layout.recorded_config({"output_dir": str(folder), "prune": state.prune}, path).prune)
-    defaults, saved = asdict(PruneConfig()), asdict(state.prune)  # a default value leaves the choice to the checkpoint
-    different = [key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])]
+    state = replace(
+        state,
+        prune=layout.recorded_config({"output_dir": str(folder), "prune": state.prune}, path).prune,
+    )
+    # a default value leaves the choice to the checkpoint
+    defaults, saved = asdict(PruneConfig()), asdict(state.prune)
+    different = [
+        key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
+    ]
     require(not different, f"{folder} was saved with other settings: {', '.join(different)}")
     layout.verify(folder / FOLDER, part=comm.rank, parts=comm.world_size)
     return state

@@ -31,17 +31,25 @@ class LiveModel:
     dtype: Dtype
     tower = None
 
-    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(
+        self, ranks: Communicator, *, merge: bool = True
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
         for indices in owner_rounds(len(self.model.layers) + 1, ranks.world_size):
             gathered = ((k, self._gather(k, merge)) for k in indices)
             own = [(k, tensors) for k, tensors in gathered if tensors]
-            while own:  # the owners of a round work in parallel. None keeps its layer until the next round
+            # the owners of a round work in parallel. None keeps its layer until the next round
+            while own:
                 yield own.pop()
 
     def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
         """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
-        model, shape, owner, tensors = self.model, self.model.shape, self.model.owner(k), dict[str, Tensor]()
+        model, shape, owner, tensors = (
+            self.model,
+            self.model.shape,
+            self.model.owner(k),
+            dict[str, Tensor](),
+        )
         parent, prefix, others = cast(Any, model.module).get_base_model(), "", shape.outer
         if k < len(shape.layers):
             parent, prefix, others = model.layers[k], shape.prefix(k), shape.layers[k].others
@@ -50,13 +58,23 @@ class LiveModel:
                 if collected is not None:  # converted before the next linear arrives
                     tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
                 del collected
-        found = model.collect_named({x.name: base_parameter(parent, x.name, trained=merge) for x in others}, owner)
+        found = model.collect_named(
+            {x.name: base_parameter(parent, x.name, trained=merge) for x in others}, owner
+        )
         for tensor in others if found else ():
             value = found[tensor.name]
-            tensors[prefix + tensor.name] = value if tensor.keep_fp32 else value.to(DTYPES[self.dtype])
+            tensors[prefix + tensor.name] = (
+                value if tensor.keep_fp32 else value.to(DTYPES[self.dtype])
+            )
         return tensors
 
     def _convert(self, name: str, x: CollectedLinear, merge: bool) -> dict[str, Tensor]:
         dtype = DTYPES[self.dtype]
-        weight = merge_lora(x.weight, x.lora_A, x.lora_B, x.scaling, dtype) if merge else x.weight.to(dtype)
-        return {f"{name}.weight": weight} | ({} if x.bias is None else {f"{name}.bias": x.bias.to(dtype)})
+        weight = (
+            merge_lora(x.weight, x.lora_A, x.lora_B, x.scaling, dtype)
+            if merge
+            else x.weight.to(dtype)
+        )
+        return {f"{name}.weight": weight} | (
+            {} if x.bias is None else {f"{name}.bias": x.bias.to(dtype)}
+        )

@@ -53,10 +53,14 @@ def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
         UserError: the model is already sharded.
     """
     sharded = any(map(is_sharded, model.parameters()))
-    require(not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments")
+    require(
+        not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments"
+    )
     shape, made = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
     tensors = model.state_dict()
-    made.load_state_dict(tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True)
+    made.load_state_dict(
+        tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True
+    )
     made.tie_weights()
     made.generation_config = model.generation_config
     return made
@@ -68,7 +72,10 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     inner: Any = model
     while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
         inner = inner.module
-    require(isinstance(inner, PeftModel), f"pruning needs a PEFT model with LoRA; this is a {type(inner).__name__}")
+    require(
+        isinstance(inner, PeftModel),
+        f"pruning needs a PEFT model with LoRA; this is a {type(inner).__name__}",
+    )
     return inner
 
 
@@ -103,10 +110,14 @@ def live_shape(model: PeftModel) -> ModelShape:
     shape = base_shape(model)
 
     def counts(layer: nn.Module, spec: LayerSpec) -> LayerCounts:
-        sizes = ((x, full_shape(base_parameter(layer, x.name))[x.axis]) for x in spec.linears if x.runs)
+        sizes = (
+            (x, full_shape(base_parameter(layer, x.name))[x.axis]) for x in spec.linears if x.runs
+        )
         return LayerCounts((x.runs[0].kind, size // x.group_width) for x, size in sizes)
 
-    return shape.resized([counts(*pair) for pair in zip(decoder_layers(model), shape.layers, strict=True)])
+    return shape.resized(
+        [counts(*pair) for pair in zip(decoder_layers(model), shape.layers, strict=True)]
+    )
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
@@ -114,9 +125,15 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     name = shape.layers[0].linears[0].name
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     known = next((key for key, value in DTYPES.items() if value == dtype), None)
-    require(known is not None, f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned")
+    require(
+        known is not None,
+        f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned",
+    )
     overflows = known == "float16" and shape.family.has_encoder
-    require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
+    require(
+        not overflows,
+        f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16",
+    )
     return cast(Dtype, known)
 
 
@@ -125,31 +142,72 @@ log = logging.getLogger(__name__)
 Refused = Callable[[Any], bool]
 COMPILED = "compiled code keeps the sizes from before a cut"
 KEEPS_HEADS = "such a cache keeps the dense number of heads"
-GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others have the dense sizes of a config
+# others have the dense sizes of a config
+GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")
 # (argument of a Trainer or a part of one, whether its value is refused, reason). A Trainer may lack an argument.
 ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
-    ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut, and then does not fit the model"),
+    (
+        "load_best_model_at_end",
+        bool,
+        "the best checkpoint may be from before a cut, and then does not fit the model",
+    ),
     ("auto_find_batch_size", bool, "a second attempt would begin with a pruned model"),
     ("fsdp", bool, "FSDP's flat shards cannot be cut; use DDP, or DeepSpeed ZeRO-3"),
-    ("n_gpu", lambda count: (count or 0) > 1, "DataParallel copies the model in each pass; start a process per GPU"),
+    (
+        "n_gpu",
+        lambda count: (count or 0) > 1,
+        "DataParallel copies the model in each pass; start a process per GPU",
+    ),
     ("torch_compile", bool, COMPILED),
-    ("use_vllm", bool, "vLLM holds the dense model and cannot load smaller weights; generate with transformers"),
+    (
+        "use_vllm",
+        bool,
+        "vLLM holds the dense model and cannot load smaller weights; generate with transformers",
+    ),
     ("use_transformers_continuous_batching", bool, "its cache has the dense number of heads"),
     ("cache_implementation", lambda value: value not in GROWING_CACHES, KEEPS_HEADS),
-    ("generation_kwargs", lambda value: (value or {}).get("cache_implementation") not in GROWING_CACHES, KEEPS_HEADS),
-    ("parallelism_config.sp_size", lambda size: (size or 1) > 1, "Ulysses fixes the head counts when it starts"),
-    ("parallelism_config.cp_size", lambda size: (size or 1) > 1, "context parallelism splits samples over ranks"),
-    ("precompute_ref_log_probs", bool, "they come from the dense model, but the reference is the pruned base"),
+    (
+        "generation_kwargs",
+        lambda value: (value or {}).get("cache_implementation") not in GROWING_CACHES,
+        KEEPS_HEADS,
+    ),
+    (
+        "parallelism_config.sp_size",
+        lambda size: (size or 1) > 1,
+        "Ulysses fixes the head counts when it starts",
+    ),
+    (
+        "parallelism_config.cp_size",
+        lambda size: (size or 1) > 1,
+        "context parallelism splits samples over ranks",
+    ),
+    (
+        "precompute_ref_log_probs",
+        bool,
+        "they come from the dense model, but the reference is the pruned base",
+    ),
 )
 # (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
 LINEARS: tuple[tuple[Refused, str], ...] = (
     (lambda x: x is None, "does not exist"),
-    (lambda x: not hasattr(x, "base_layer"), "has no LoRA, which the criterion needs on every linear: {needed}"),
-    (lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear), "is a {kind}, not plain LoRA over a linear"),
+    (
+        lambda x: not hasattr(x, "base_layer"),
+        "has no LoRA, which the criterion needs on every linear: {needed}",
+    ),
+    (
+        lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear),
+        "is a {kind}, not plain LoRA over a linear",
+    ),
     (lambda x: ADAPTER not in x.lora_A, f"has no LoRA of the adapter {ADAPTER!r}: {{needed}}"),
-    (lambda x: any(map(x.lora_variant.get, x.lora_A)), "has a variant of LoRA, such as DoRA; use plain LoRA"),
+    (
+        lambda x: any(map(x.lora_variant.get, x.lora_A)),
+        "has a variant of LoRA, such as DoRA; use plain LoRA",
+    ),
     (lambda x: any(map(x.lora_bias.get, x.lora_A)), "has lora_bias, which is not supported"),
-    (lambda x: not all(weight.requires_grad for weight in lora_weights(x)), f"has frozen LoRA of {ADAPTER!r}"),
+    (
+        lambda x: not all(weight.requires_grad for weight in lora_weights(x)),
+        f"has frozen LoRA of {ADAPTER!r}",
+    ),
 )
 
 
@@ -159,7 +217,9 @@ def check_arguments(args: Any, model: nn.Module) -> None:
         value = reduce(lambda found, key: getattr(found, key, None), name.split("."), args)
         require(not refused(value), f"{name}={value}: {reason}")
     cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    require(cache in GROWING_CACHES, f"generation_config.cache_implementation={cache}: {KEEPS_HEADS}")
+    require(
+        cache in GROWING_CACHES, f"generation_config.cache_implementation={cache}: {KEEPS_HEADS}"
+    )
 
 
 def refuse_mixture(family: Family, where: str) -> None:
@@ -173,8 +233,12 @@ def check_one_dtype(model: nn.Module) -> None:
 
     PEFT makes LoRA fp32 by default, but not `modules_to_save`.
     """
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
-    several = f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer"
+    dtypes = sorted(
+        {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    )
+    several = (
+        f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer"
+    )
     fits = len(dtypes) < 2 or not any(map(is_sharded, model.parameters()))
     require(fits, f"{several}; call get_peft_model with autocast_adapter_dtype=False")
 
@@ -192,9 +256,16 @@ def check_accelerate() -> None:
 
 def check_not_compiled(model: nn.Module) -> None:
     """Raises UserError if torch.compile has compiled a module in place, or wraps it."""
-    names = (name or type(module).__name__ for name, module in model.named_modules() if _is_compiled(module))
+    names = (
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if _is_compiled(module)
+    )
     name = next(names, None)
-    require(name is None, f"{name} is compiled by torch.compile, and {COMPILED}; train without torch.compile")
+    require(
+        name is None,
+        f"{name} is compiled by torch.compile, and {COMPILED}; train without torch.compile",
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -204,7 +275,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 @torch.compiler.disable  # torch takes an error in compiled code for code that it cannot compile
 def _refuse_compiled() -> None:
-    raise UserError(f"the forward pass is compiled by torch.compile, and {COMPILED}; train without torch.compile")
+    raise UserError(
+        f"the forward pass is compiled by torch.compile, and {COMPILED}; train without torch.compile"
+    )
 
 
 def check_model(model: PeftModel) -> None:
@@ -219,11 +292,20 @@ def check_model(model: PeftModel) -> None:
     require(family.shared_bias is None, f"{shared}; pass unshare_bias(model) to get_peft_model")
     base = cast(Any, model.get_base_model())
     for name, value in family.changed_in_memory(base.config).items():
-        log.warning("%s=%s of the model makes scores random, and dependent on the ranks; set it to 0", name, value)
-    quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
+        log.warning(
+            "%s=%s of the model makes scores random, and dependent on the ranks; set it to 0",
+            name,
+            value,
+        )
+    quantised = getattr(base.config, "quantization_config", None) or getattr(
+        base, "is_quantized", False
+    )
     unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
     require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")
-    require(ADAPTER in model.peft_config, f"the trained adapter must be called {ADAPTER!r}, which is PEFT's default")
+    require(
+        ADAPTER in model.peft_config,
+        f"the trained adapter must be called {ADAPTER!r}, which is PEFT's default",
+    )
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
@@ -254,8 +336,14 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
         require(exported, f"{where}. {advice}")
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
-        require(isinstance(module, ModulesToSaveWrapper), f"{name}: trainable_token_indices are not supported")
-        require(not name.endswith(cut_along), f"modules_to_save: a cut makes {name} smaller, so it cannot train")
+        require(
+            isinstance(module, ModulesToSaveWrapper),
+            f"{name}: trainable_token_indices are not supported",
+        )
+        require(
+            not name.endswith(cut_along),
+            f"modules_to_save: a cut makes {name} smaller, so it cannot train",
+        )
         lost = "modules_to_save with tied embeddings: the exported model would lose one of the two"
         require(not shape.tie_word_embeddings, lost)
 
@@ -279,7 +367,9 @@ class ForwardWatch:
         base = cast(PeftModel, pruner.model.module).get_base_model()
         for layers in self._layer_lists:
             module = base.get_submodule(layers.path.rpartition(".")[0])
-            self._hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hooks.enter_context(
+                module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            )
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
 
     def take_tokens(self) -> Tensor:
@@ -296,9 +386,14 @@ class ForwardWatch:
             return
         if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
             _refuse_compiled()  # pyright: ignore[reportCallIssue]
-        inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+        inputs = next(
+            x
+            for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            if x is not None
+        )
         mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
-        if mask is None and "encoder_hidden_states" in kwargs:  # a target, whose last token predicts nothing
+        # a target, whose last token predicts nothing
+        if mask is None and "encoder_hidden_states" in kwargs:
             mask = ~torch.isin(inputs, inputs.new_tensor(_padding_and_ends(decoder.config)))
             mask[:, 0] = True  # the start token has the id of padding
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding

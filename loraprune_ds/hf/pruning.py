@@ -83,7 +83,10 @@ class Pruning:
         """Checks the model and attaches to it. Collective."""
         saved = checkpoint and checkpoint.state
         if saved:  # with others the training would make other cuts
-            require(saved.steps == steps, f"the checkpoint's schedule has {saved.steps} steps, not {steps}")
+            require(
+                saved.steps == steps,
+                f"the checkpoint's schedule has {saved.steps} steps, not {steps}",
+            )
             require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
         check_accelerate()
         self.peft_model = peft_model = find_peft_model(model)
@@ -97,14 +100,22 @@ class Pruning:
         self.steps, self.seed = steps, seed
         self.step = saved.step if saved else 0  # the last completed step
         self.resumed_from = [*saved.resumed_from, self.step] if saved else []
-        history, is_first = checkpoint.restore(self.pruner) if checkpoint else records.History(), self.model.rank == 0
+        history, is_first = (
+            checkpoint.restore(self.pruner) if checkpoint else records.History(),
+            self.model.rank == 0,
+        )
         self.recorder = records.Recorder(history, sinks if is_first else ())
-        self._scorer = PruningSteps(self.model, self.pruner, "float16" if self.model.skips_updates else self.dtype)
+        self._scorer = PruningSteps(
+            self.model, self.pruner, "float16" if self.model.skips_updates else self.dtype
+        )
         self._forward = ForwardWatch(self.pruner)
         self._recording = ExitStack()
         self._began = 0.0
-        self._update: tuple[float, RankNumbers] | None = None  # learning rate and rank numbers of the open step
-        self._detach = self.model.before_each_update(self._score, reads_gradients=config.criterion == "lora")
+        # learning rate and rank numbers of the open step
+        self._update: tuple[float, RankNumbers] | None = None
+        self._detach = self.model.before_each_update(
+            self._score, reads_gradients=config.criterion == "lora"
+        )
 
     @property
     def cuts(self) -> list[records.CutRecord]:
@@ -118,7 +129,10 @@ class Pruning:
     def begin_step(self) -> None:
         """Begins an optimizer step, before its first forward pass. Raises UserError inside a step."""
         step = self.step + 1
-        require(not self._forward.active, f"begin_step was called twice in step {step}, without end_step between")
+        require(
+            not self._forward.active,
+            f"begin_step was called twice in step {step}, without end_step between",
+        )
         check_not_compiled(self.peft_model)  # it may be by now
         self._forward.active, self._update, self._began = True, None, time.perf_counter()
         self._recording.enter_context(self.pruner.record_step(step))
@@ -134,7 +148,9 @@ class Pruning:
         if self._update is None and self.model.skips_updates:  # a gradient overflowed
             self._update, self._scorer.scored = self._exchange(), False
         if self._update is None:
-            raise UserError(f"end_step was called in step {step}, but the optimizer has made no update")
+            raise UserError(
+                f"end_step was called in step {step}, but the optimizer has made no update"
+            )
         learning_rate, numbers = self._update
         tokens, skipped = int(sum(numbers.own)), not self._scorer.scored
         self._recording.close()
@@ -192,10 +208,14 @@ class Pruning:
         if self.step not in sizes:
             return
         target = Path(folder) / records.export_folder(sizes, self.step)
-        self.model.comm.write_on_rank_0(target, lambda: remove_folder(target) if target.exists() else None)
+        self.model.comm.write_on_rank_0(
+            target, lambda: remove_folder(target) if target.exists() else None
+        )
         self.save_model(target, tokenizer)
 
-    def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
+    def save_base(
+        self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None
+    ) -> None:
         """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
 
         The live adapter cannot name it: at each save PEFT reads the base's config with the class of the dense model,
@@ -213,11 +233,17 @@ class Pruning:
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
-        from loraprune_ds.report.report import Outcome, write_results  # importing the callback must not load matplotlib
+        # importing the callback must not load matplotlib
+        from loraprune_ds.report.report import Outcome, write_results
 
         folder, pruner = Path(folder), self.pruner
         model = {"path": model_name(self.peft_model), "dtype": self.dtype}
-        config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
+        config = {
+            "seed": self.seed,
+            "steps": self.steps,
+            "model": model,
+            "prune": asdict(pruner.config),
+        }
         comm, history = self.model.comm, self.recorder.history
         outcome = Outcome(
             config=config | (settings or {}),
@@ -241,7 +267,12 @@ class Pruning:
         end = self.pruner.schedule.last_cut
         if self.step < end and self.model.rank == 0:
             removed = f"{100 * self.reached:.1f} % of {100 * self.pruner.schedule.ratio:.1f} % are removed"
-            log.warning("training stopped at step %d, before the last cut at step %d: %s", self.step, end, removed)
+            log.warning(
+                "training stopped at step %d, before the last cut at step %d: %s",
+                self.step,
+                end,
+                removed,
+            )
         self._detach()
         self._forward.close()
         self.pruner.detach()
@@ -250,8 +281,13 @@ class Pruning:
     def _score(self) -> None:
         """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""
         step = self.step + 1
-        require(self._forward.active, f"step {step}: the optimizer made an update without a begin_step")
-        require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
+        require(
+            self._forward.active, f"step {step}: the optimizer made an update without a begin_step"
+        )
+        require(
+            self._update is None,
+            f"step {step}: the optimizer made two updates between begin_step and end_step",
+        )
         _, numbers = self._update = self._exchange()
         unseen = f"step {step}: no forward pass was in training mode, so none was recorded; call model.train() before"
         require(any(numbers.own), unseen)
@@ -283,7 +319,9 @@ class Pruning:
         with tempfile.TemporaryDirectory() as path:
             dense = Path(path)  # has the files of the dense model next to its weights
             comm.write_on_rank_0(dense, lambda: self._save_settings(dense, source, tokenizer))
-            live = LiveModel(self.model, export_config(source, pruned, self.dtype), dense, self.dtype)
+            live = LiveModel(
+                self.model, export_config(source, pruned, self.dtype), dense, self.dtype
+            )
             write_model(live, staging_of(folder), card, comm, merge=merge)
         comm.write_on_rank_0(folder, lambda: publish(folder))
 
@@ -294,4 +332,5 @@ class Pruning:
             base.generation_config.save_pretrained(dense)
         if tokenizer is not None:
             tokenizer.save_pretrained(dense)
-            drop_auto_maps(dense)  # the trainer's user may trust a tokenizer's code; an export brings none
+            # the trainer's user may trust a tokenizer's code; an export brings none
+            drop_auto_maps(dense)

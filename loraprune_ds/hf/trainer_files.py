@@ -34,11 +34,16 @@ class TrainerFiles:
         needed = [TRAINER_STATE] if self.ds_config else [TRAINER_STATE, ADAPTER_WEIGHTS]
         for name in needed:
             path = folder / name
-            require(path.is_file(), f"{path} is missing, and the Trainer needs it; resume from another checkpoint")
+            require(
+                path.is_file(),
+                f"{path} is missing, and the Trainer needs it; resume from another checkpoint",
+            )
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
         """Names the missing files of the optimizer and its schedule. Without one of them the Trainer loads none."""
-        lacking = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
+        lacking = [
+            name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()
+        ]
         if not self.ds_config:
             return lacking
         from loraprune_ds.zero.external_engine import can_load
@@ -48,7 +53,9 @@ class TrainerFiles:
 
     def lost(self, folder: Path, ranks: int) -> list[str]:
         """Says what no other file can bring back. Names the file of the first rank that has none."""
-        names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+        names = (
+            ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+        )
         missing = [name for name in names if not (folder / name).is_file()]
         lost = [f"the random numbers of dropout (no {missing[0]})"] if missing else []
         has_scaler = self.fp16 and not self.ds_config

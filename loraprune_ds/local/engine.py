@@ -33,14 +33,20 @@ def start_ranks() -> Communicator:
 
 def check_device(dtype: str) -> None:
     """Raises UserError if the GPU would only emulate bf16, slower than fp32."""
-    slow = dtype == "bfloat16" and current_device().type == "cuda" and not torch.cuda.is_bf16_supported(False)
+    slow = (
+        dtype == "bfloat16"
+        and current_device().type == "cuda"
+        and not torch.cuda.is_bf16_supported(False)
+    )
     require(not slow, f"model.dtype {dtype} is not supported by the cuda device")
 
 
 class LocalEngine(TrainingEngine):
     """Trains a PEFT model with fp32 LoRA by torch's AdamW."""
 
-    def __init__(self, module: Any, shape: ModelShape, optimizer: AdamW, schedule: LambdaLR, max_norm: float) -> None:
+    def __init__(
+        self, module: Any, shape: ModelShape, optimizer: AdamW, schedule: LambdaLR, max_norm: float
+    ) -> None:
         model = LocalModel(module, shape, optimizer)
         super().__init__(module.train(), model, model.optimizer_state, schedule)
         self._optimizer, self._max_norm = optimizer, max_norm or math.inf
@@ -50,7 +56,8 @@ class LocalEngine(TrainingEngine):
 
     def update(self, *, skipped: bool) -> float | None:
         trained = self.optimizer_state.masters()
-        for parameter in (p for p in trained if p.grad is None):  # whose moments decay, as under ZeRO-3
+        # whose moments decay, as under ZeRO-3
+        for parameter in (p for p in trained if p.grad is None):
             parameter.grad = torch.zeros_like(parameter)
         norm = clip_grad_norm_(trained, self._max_norm)
         self._optimizer.step()
@@ -67,15 +74,24 @@ def build_training_engine(
     pretrained: PretrainedModel, _: dict[str, Any], cycles: Sequence[int], config: RunConfig
 ) -> LocalEngine:
     """Builds the model with fp32 LoRA, ready to train. Its products are in `model.dtype`, as under ZeRO-3."""
-    base = build_inference_engine(pretrained, config.model.attn_implementation, config.model.dtype, {})
+    base = build_inference_engine(
+        pretrained, config.model.attn_implementation, config.model.dtype, {}
+    )
     peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.data = parameter.data.float()
-    return LocalEngine(peft_model, pretrained.shape, optimizer, schedule, config.train.max_grad_norm)
+    return LocalEngine(
+        peft_model, pretrained.shape, optimizer, schedule, config.train.max_grad_norm
+    )
 
 
 def build_inference_engine(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, _: dict[str, Any], *, head: bool = True
+    pretrained: PretrainedModel,
+    attn_implementation: str,
+    dtype: Dtype,
+    _: dict[str, Any],
+    *,
+    head: bool = True,
 ) -> nn.Module:
     """Builds the frozen model in evaluation mode. Without `head` it returns `final_hidden`."""
     model, device = build_for_losses(pretrained, attn_implementation, head=head), current_device()

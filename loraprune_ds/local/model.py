@@ -32,7 +32,11 @@ from loraprune_ds.ranks.flat import owned_range
 
 AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 # Private names of torch, beside `_comm_hooks` of DDP. Every start checks them.
-PRIVATE = ((AUTOGRAD, "queue_callback"), (torch, "_foreach_norm"), (DistributedDataParallel, "_get_active_ddp_module"))
+PRIVATE = (
+    (AUTOGRAD, "queue_callback"),
+    (torch, "_foreach_norm"),
+    (DistributedDataParallel, "_get_active_ddp_module"),
+)
 OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # with other shapes than the parameter has
 
 
@@ -45,7 +49,11 @@ class LocalModel(PrunableModel):
     """
 
     def __init__(
-        self, module: nn.Module, shape: ModelShape, optimizer: torch.optim.Optimizer | None = None, scaler: Any = None
+        self,
+        module: nn.Module,
+        shape: ModelShape,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: Any = None,
     ) -> None:
         super().__init__(module, shape, Communicator(device=next(module.parameters()).device))
         self.optimizer, self.optimizer_state = optimizer, optimizer and WholeState(optimizer)
@@ -99,7 +107,9 @@ class LocalModel(PrunableModel):
         return 0
 
     def _select(self, parameter: nn.Parameter, kept: Slice) -> None:
-        state: dict[str, Any] = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
+        state: dict[str, Any] = (
+            {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
+        )
         indices = kept.keep.to(parameter.device)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -109,7 +119,9 @@ class LocalModel(PrunableModel):
 
     # Checkpoints and exports
 
-    def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
+    def collect(
+        self, parameter: nn.Parameter, owner: int, *, master: bool = False
+    ) -> Tensor | None:
         if self.rank != owner:
             return None
         return parameter.detach().float() if master else parameter.detach()
@@ -124,13 +136,23 @@ class LocalModel(PrunableModel):
         return vector_norm(self._gradient_norms() if self._norms is None else self._norms)
 
     def nonfinite_layer(self) -> int | None:
-        norms = dict(zip(self._trained, self._gradient_norms() if self._norms is None else self._norms, strict=True))
-        return self.first_nonfinite(map(norms.__getitem__, layer.values()) for layer in self.lora_parameters())
+        norms = dict(
+            zip(
+                self._trained,
+                self._gradient_norms() if self._norms is None else self._norms,
+                strict=True,
+            )
+        )
+        return self.first_nonfinite(
+            map(norms.__getitem__, layer.values()) for layer in self.lora_parameters()
+        )
 
     def gradient_norm(self) -> float:
         return float(self._norm)
 
-    def before_each_update(self, action: Callable[[], None], *, reads_gradients: bool = True) -> Callable[[], None]:
+    def before_each_update(
+        self, action: Callable[[], None], *, reads_gradients: bool = True
+    ) -> Callable[[], None]:
         def act(*_: Any) -> None:
             self._norm = self.gradient_sum() / self.loss_scale
             action()
@@ -141,7 +163,9 @@ class LocalModel(PrunableModel):
         undo, model = ExitStack(), cast(PeftModel, self.module)
         undo.enter_context(cast(torch.optim.Optimizer, self.optimizer).register_step_pre_hook(act))
         undo.enter_context(model.register_forward_pre_hook(self._find_ddp))
-        decoder = model.get_base_model().get_submodule(self.shape.family.layer_lists[-1].path.rpartition(".")[0])
+        decoder = model.get_base_model().get_submodule(
+            self.shape.family.layer_lists[-1].path.rpartition(".")[0]
+        )
         undo.enter_context(decoder.register_forward_hook(self._watch_backward))
         return undo.close
 
@@ -150,9 +174,15 @@ class LocalModel(PrunableModel):
         if self._ddp is None and module.training and torch.is_grad_enabled():
             ddp = self._ddp = DistributedDataParallel._get_active_ddp_module()
             if ddp is None:
-                require(self.world_size == 1, f"{self.world_size} processes train without DistributedDataParallel")
+                require(
+                    self.world_size == 1,
+                    f"{self.world_size} processes train without DistributedDataParallel",
+                )
                 return
-            require(not ddp.static_graph, "static_graph=True: DDP would keep the sizes from before a cut")
+            require(
+                not ddp.static_graph,
+                "static_graph=True: DDP would keep the sizes from before a cut",
+            )
             require(not ddp._comm_hooks, "a communication hook of DDP would be lost in a cut")
 
     def _watch_backward(self, decoder: nn.Module, args: Any, output: Any) -> None:
@@ -198,22 +228,29 @@ class WholeState(OptimizerState):
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         found = parameter.detach() if key == "master" else self.optimizer.state[parameter].get(key)
-        return (torch.zeros_like(parameter) if found is None else found).view(-1)  # None before its first gradient
+        # None before its first gradient
+        return (torch.zeros_like(parameter) if found is None else found).view(-1)
 
     def part(self, numel: int, comm: Communicator) -> tuple[int, int]:
         return 0, numel
 
     def restore(self, *given: Any) -> None:
         super().restore(*given)
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the counts to where a fused Adam has them
+        # moves the counts to where a fused Adam has them
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
 
 
 def check_optimizer(optimizer: Any) -> None:
     """Raises UserError if a cut does not know the optimizer's state, or if torch lacks a private name."""
     for holder, name in PRIVATE:
-        require(hasattr(holder, name), f"torch {torch.__version__} lacks {name}; install one of pyproject.toml")
+        require(
+            hasattr(holder, name),
+            f"torch {torch.__version__} lacks {name}; install one of pyproject.toml",
+        )
     kind = type(optimizer)
-    known = isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim")
+    known = isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith(
+        "torch.optim"
+    )
     state = f"the optimizer state of {kind.__module__}.{kind.__name__}"
     can_be_cut = known and kind.__name__ not in OTHER_STATE
     require(can_be_cut, f"{state} cannot be cut along with LoRA; use torch's AdamW")

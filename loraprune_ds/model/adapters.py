@@ -26,10 +26,12 @@ from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # folders of an export with unmerged LoRA
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_config.json"
-VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # variants that compute something else
+# variants that compute something else
+VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 STARTS_THAT_CHANGE_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
-LEAF_LAYER_HIDDEN = 4096  # up to this hidden_size a layer is gathered as one: 0.4 GB in bf16 for LLaMA-7B
+# up to this hidden_size a layer is gathered as one: 0.4 GB in bf16 for LLaMA-7B
+LEAF_LAYER_HIDDEN = 4096
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
@@ -46,11 +48,13 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
     own: Any = model.config
-    model_type, own.model_type = own.model_type, ""  # otherwise PEFT takes a dense MLP for experts of transformers 4
+    # otherwise PEFT takes a dense MLP for experts of transformers 4
+    model_type, own.model_type = own.model_type, ""
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     own.model_type = model_type
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
-        parameter.data = parameter.data.to(model.dtype)  # PEFT leaves LoRA on an int8 weight in fp32
+        # PEFT leaves LoRA on an int8 weight in fp32
+        parameter.data = parameter.data.to(model.dtype)
     return cast(PeftModel, wrapped)
 
 
@@ -96,13 +100,19 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     needed = last_names(x.stock_name if x.stack else x.linear for _, x in shape.linears() if x.runs)
     missing = sorted(set(needed) - set(named))
     refusals = {
-        "is not a plain LoRA adapter": settings.get("peft_type") != "LORA" or any(map(settings.get, VARIANTS)),
+        "is not a plain LoRA adapter": settings.get("peft_type") != "LORA"
+        or any(map(settings.get, VARIANTS)),
         "trains biases, which is not supported": settings.get("bias", "none") != "none",
         "has ranks or alphas per module, which is not supported": any(map(settings.get, PATTERNS)),
-        "trains more than LoRA (modules_to_save), which is not supported": settings.get("modules_to_save"),
+        "trains more than LoRA (modules_to_save), which is not supported": settings.get(
+            "modules_to_save"
+        ),
         f"began with init_lora_weights {start}, which changes the base weights; save it with PEFT's "
-        "path_initial_model_for_weight_conversion, or merge it": start.startswith(STARTS_THAT_CHANGE_W),
-        f"has r {settings.get('r')}; the run config says lora.r {config.r}": settings.get("r") != config.r,
+        "path_initial_model_for_weight_conversion, or merge it": start.startswith(
+            STARTS_THAT_CHANGE_W
+        ),
+        f"has r {settings.get('r')}; the run config says lora.r {config.r}": settings.get("r")
+        != config.r,
         f"has lora_alpha {settings.get('lora_alpha')}; the run config says lora.lora_alpha {config.lora_alpha}": (
             settings.get("lora_alpha") != config.lora_alpha
         ),
@@ -129,13 +139,17 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
         raise UserError(f"{path} does not fit the model: it {verb} {different[0]}")
     for name, sizes in on_disk.items():
         if sizes != expected[name]:
-            raise UserError(f"{path} does not fit the model: {name} has shape {[*sizes]}, not {[*expected[name]]}")
+            raise UserError(
+                f"{path} does not fit the model: {name} has shape {[*sizes]}, not {[*expected[name]]}"
+            )
 
 
 def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[TensorSpec]:
     """Lists the linears of a layer with LoRA in an adapter's file with these `names`. Whole linears may lack it."""
     return [
-        x for x in shape.layers[layer].linears if x.runs or name_in_file(shape, layer, f"{x.linear}.lora_A") in names
+        x
+        for x in shape.layers[layer].linears
+        if x.runs or name_in_file(shape, layer, f"{x.linear}.lora_A") in names
     ]
 
 
@@ -153,7 +167,9 @@ def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> N
     saved, own = load_file(folder / ADAPTER_WEIGHTS), dict[str, Tensor]()
     for layer in range(len(shape.layers)):
         linears = _with_lora(shape, layer, saved)
-        factors = {name: saved[name_in_file(shape, layer, name)] for name in _factors_in_peft(linears, r)}
+        factors = {
+            name: saved[name_in_file(shape, layer, name)] for name in _factors_in_peft(linears, r)
+        }
         ours = as_in_peft(factors, linears, back=True)
         own |= {name_in_file(shape, layer, name): factor for name, factor in ours.items()}
     result = set_peft_model_state_dict(model, own)
@@ -209,7 +225,9 @@ def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
             holder.out_features, holder.in_features = linear.matrix
         for adapter in getattr(module, "lora_A", ()):
             a, b = module.lora_A[adapter], module.lora_B[adapter]
-            (a.out_features, a.in_features), (b.out_features, b.in_features) = linear.lora_shapes(b.in_features)
+            (a.out_features, a.in_features), (b.out_features, b.in_features) = linear.lora_shapes(
+                b.in_features
+            )
     for attribute in spec.attributes:
         path, _, last = attribute.module.rpartition(".")
         holder = layer.get_submodule(path)

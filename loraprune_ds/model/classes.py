@@ -13,7 +13,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
@@ -29,25 +32,38 @@ _pruned = cache(pruned_classes)  # each family has one set of classes
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    return _pruned(family_name(model_type))[0] if model_type.startswith(PRUNED) else CONFIG_MAPPING[model_type]
+    return (
+        _pruned(family_name(model_type))[0]
+        if model_type.startswith(PRUNED)
+        else CONFIG_MAPPING[model_type]
+    )
 
 
 def config_object(config: dict[str, Any]) -> PreTrainedConfig:
     """Makes transformers' object from config.json, with all defaults. Does not change nested settings of `config`."""
-    plain = PreTrainedConfig._decode_special_floats(copy.deepcopy(config))  # transformers writes infinity as a dict
+    # transformers writes infinity as a dict
+    plain = PreTrainedConfig._decode_special_floats(copy.deepcopy(config))
     return config_class(config["model_type"]).from_dict(plain)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """Returns the sliding window. Some classes ignore this setting of config.json."""
-    return getattr(config, "sliding_window", None) or None if hasattr(type(config), "sliding_window") else None
+    return (
+        getattr(config, "sliding_window", None) or None
+        if hasattr(type(config), "sliding_window")
+        else None
+    )
 
 
 def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
         return _pruned(family_name(model_type))[2]
-    family, seq2seq, causal = FAMILIES[model_type], MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    family, seq2seq, causal = (
+        FAMILIES[model_type],
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+    )
     classes: Any = seq2seq if family.has_encoder else causal
     return family.lm_class() or classes[CONFIG_MAPPING[model_type]]
 
@@ -61,7 +77,9 @@ def attn_implementation(requested: str, family: Family) -> str:
 def describe_attention(requested: str, family: Family) -> str | None:
     """Names the implementation that replaces the requested one. None if there is no replacement."""
     used = attn_implementation(requested, family)
-    replaced = f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
+    replaced = (
+        f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
+    )
     return None if used == requested else replaced
 
 
@@ -69,7 +87,10 @@ def check_flash_attention(config: ModelConfig) -> None:
     """Raises UserError if flash attention is requested without a GPU or in fp32. transformers checks its package."""
     setting = f"model.attn_implementation {config.attn_implementation}"
     if config.attn_implementation.startswith("flash_attention"):
-        require(config.dtype != "float32", f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}")
+        require(
+            config.dtype != "float32",
+            f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}",
+        )
         require(torch.cuda.is_available(), f"{setting} needs a GPU, but this rank sees none")
 
 
@@ -90,7 +111,9 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     if family.has_encoder and not config.get("tie_word_embeddings", True):
         # transformers 5 ties the head in any case.
         tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
-        model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}
+        model._tied_weights_keys = {
+            name: to for name, to in tied.items() if name != "lm_head.weight"
+        }
     model.tie_weights()  # each had become a parameter of its own on the meta device
     return model
 
@@ -124,8 +147,11 @@ def refused_in_one_line(where: str, advice: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a config.json can hold anything
-        reason = f"{type(error).__name__}: {one_line(error)[:200].rstrip('.')}"  # some messages list all model types
-        raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}{advice}") from error
+        # some messages list all model types
+        reason = f"{type(error).__name__}: {one_line(error)[:200].rstrip('.')}"
+        raise UserError(
+            f"{where}: transformers cannot build this model from config.json: {reason}{advice}"
+        ) from error
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -50,7 +50,9 @@ class ExpertStack(FrozenLinear):
 class ExpertLora(LoraLinear):
     """PEFT's LoRA on a stack. Each expert has separate factors."""
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any
+    ) -> None:
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         experts = cast(ExpertStack, self.get_base_layer()).experts
         self.lora_A[adapter_name] = nn.Linear(cast(int, self.in_features), experts * r, bias=False)
@@ -63,10 +65,15 @@ class ExpertLora(LoraLinear):
             return result
         transposed = cast(ExpertStack, self.base_layer).transposed
         for name in self.active_adapters:
-            a, b = (cast(Tensor, factors[name].weight).to(x.dtype) for factors in (self.lora_A, self.lora_B))
+            a, b = (
+                cast(Tensor, factors[name].weight).to(x.dtype)
+                for factors in (self.lora_A, self.lora_B)
+            )
             first, second = (b, a) if transposed else (a, b)
             inside = multiply(self.lora_dropout[name](x), counts, transposed, DENSE, first)
-            result = result + multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]
+            result = (
+                result + multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]
+            )
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -77,7 +84,8 @@ class ExpertLora(LoraLinear):
 
 
 CORRECTION = "e_score_correction_bias"
-BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), if the stock class has biases
+# (experts, outputs), if the stock class has biases
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 
 class Experts(nn.Module):
@@ -86,12 +94,18 @@ class Experts(nn.Module):
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self._first = "gate_up" if stock.has_gate else "up"
-        self.add_module(self._first, ExpertStack(getattr(stock, f"{self._first}_proj"), stock.is_transposed))
+        self.add_module(
+            self._first, ExpertStack(getattr(stock, f"{self._first}_proj"), stock.is_transposed)
+        )
         self.down = ExpertStack(stock.down_proj, stock.is_transposed)
         for name in BIASES:
             bias = getattr(stock, name, None)
-            self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self._activate: Callable[[Tensor], Tensor] = stock._apply_gate if stock.has_gate else stock.act_fn
+            self.register_parameter(
+                name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            )
+        self._activate: Callable[[Tensor], Tensor] = (
+            stock._apply_gate if stock.has_gate else stock.act_fn
+        )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Maps (tokens, hidden_size) by the chosen experts (tokens, k) and their weights (tokens, k)."""
@@ -101,8 +115,11 @@ class Experts(nn.Module):
         counts = tokens_per_expert(chosen, down.experts)
         of_choice = chosen[order]
         first = getattr(self, self._first)
-        inside = self._add(0, first(hidden_states[order // top_k_index.shape[1]], counts), of_choice)
-        by_expert = self._add(1, self.down(self._activate(inside), counts), of_choice)  # (tokens · k, hidden_size)
+        inside = self._add(
+            0, first(hidden_states[order // top_k_index.shape[1]], counts), of_choice
+        )
+        # In shape (tokens · k, hidden_size)
+        by_expert = self._add(1, self.down(self._activate(inside), counts), of_choice)
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
@@ -115,7 +132,8 @@ def stack_experts(model: nn.Module) -> None:
     """Replaces the experts of all layers. Buffers in weight files become frozen parameters, which can be cut."""
     # DeepSeek keeps a router's correction in a buffer, because another rule trains it.
     for module in list(model.modules()):
-        for name, buffer in list(module._buffers.items()):  # in order, because a gather joins parameters in their order
+        # in order, because a gather joins parameters in their order
+        for name, buffer in list(module._buffers.items()):
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 del module._buffers[name]
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
@@ -128,11 +146,15 @@ def stack_experts(model: nn.Module) -> None:
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     """Counts how often each expert was chosen. Waits for the device. On the meta device all counts are equal."""
     if chosen.is_meta:
-        return [len(chosen) * (i + 1) // experts - len(chosen) * i // experts for i in range(experts)]
+        return [
+            len(chosen) * (i + 1) // experts - len(chosen) * i // experts for i in range(experts)
+        ]
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor) -> Tensor:
+def multiply(
+    x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor
+) -> Tensor:
     """Maps tokens (tokens, inputs), sorted by expert, each by the rows of its expert.
 
     Args:
@@ -156,7 +178,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor
+        ctx: Any,
+        x: Tensor,
+        counts: list[int],
+        transposed: bool,
+        stored_as: StorageFormat,
+        *stored: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, *stored)
         ctx.counts, ctx.transposed, ctx.stored_as = counts, transposed, stored_as
@@ -169,14 +196,21 @@ class _Product(torch.autograd.Function):
         x, *stored = ctx.saved_tensors
         of_x = of_stack = None
         if ctx.needs_input_grad[0]:
-            of_x = _multiply_into(torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.stored_as, stored)
+            of_x = _multiply_into(
+                torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.stored_as, stored
+            )
         if ctx.needs_input_grad[4]:
             of_stack = products(*((x, gradient) if ctx.transposed else (gradient, x)), ctx.counts)
         return of_x, None, None, None, of_stack, *[None] * (len(stored) - 1)
 
 
 def _multiply_into(
-    out: Tensor, x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, stored: Sequence[Tensor]
+    out: Tensor,
+    x: Tensor,
+    counts: list[int],
+    transposed: bool,
+    stored_as: StorageFormat,
+    stored: Sequence[Tensor],
 ) -> Tensor:
     """Maps the tokens of each expert by its matrix, (inputs, outputs) if transposed, otherwise (outputs, inputs)."""
     matrices = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
@@ -187,7 +221,9 @@ def _multiply_into(
     return out
 
 
-def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, back: bool = False) -> dict[str, Tensor]:
+def as_in_peft(
+    lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, back: bool = False
+) -> dict[str, Tensor]:
     """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") for PEFT's `target_parameters`.
 
     A stack's A is the same there, (experts * r, in_features). B is (out_features, r * experts), with the columns of the
@@ -209,7 +245,10 @@ def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, bac
             of_b = b.unflatten(1, split[::-1]).permute(2, 0, 1) if back else b.unflatten(0, split)
             if linear.stack.transposed:
                 of_a, of_b = of_b.mT, of_a.mT
-            a, b = of_a.flatten(0, 1), of_b.flatten(0, 1) if back else of_b.permute(1, 2, 0).flatten(1)
+            a, b = (
+                of_a.flatten(0, 1),
+                of_b.flatten(0, 1) if back else of_b.permute(1, 2, 0).flatten(1),
+            )
         to = ours if back else theirs
         tensors |= {f"{to}.lora_A": a.contiguous(), f"{to}.lora_B": b.contiguous()}
     return tensors

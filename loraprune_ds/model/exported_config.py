@@ -18,7 +18,8 @@ from loraprune_ds.model.weight_files import AUTO_MAP
 
 # Keys about the source's files and earlier pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config", QUERY_HEADS_LEAVE}
-NEXT_TOKENS = "mtp_num_hidden_layers"  # of layers that predict further tokens, which are left out. llama.cpp reads it
+# of layers that predict further tokens, which are left out. llama.cpp reads it
+NEXT_TOKENS = "mtp_num_hidden_layers"
 MODELLING_FILE = "modeling_pruned.py"
 EXPLICIT = ("llama", "mistral")  # a Llama may be written as a Mistral, whose defaults differ
 OLD_ROPE = {"rope_theta", "rope_scaling"}  # names of transformers 4
@@ -29,7 +30,8 @@ class ExportedConfig:
     """Describes a pruned model on disk."""
 
     config: dict[str, Any]
-    modelling_file: str | None  # in loraprune_ds/model. Belongs next to the weights. None for a stock model
+    # in loraprune_ds/model. Belongs next to the weights. None for a stock model
+    modelling_file: str | None
     renamed: bool  # the model type differs from the source's
     multimodal: bool = False  # with the tower of the source
 
@@ -67,14 +69,17 @@ def export_config(
         multimodal: config.json of the multimodal model around it, if the tower stays.
     """
     if multimodal is not None:
-        return ExportedConfig(multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True)
+        return ExportedConfig(
+            multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True
+        )
     own = family_name(shape.model_type)
     *stock, with_our_code = shape.family.export_types(own, source, shape.config, shape.layers)
     for model_type in stock if shape.is_uniform else []:
         config = _config_of(source, shape, dtype, model_type)
         try:
             config_object(config)
-        except StrictDataclassError:  # for the head count. Phi-3 computes the length of its long rotary factors from it
+        # for the head count. Phi-3 computes the length of its long rotary factors from it
+        except StrictDataclassError:
             continue
         return ExportedConfig(config, None, model_type != shape.model_type)
     config = name_our_code(_config_of(source, shape, dtype, with_our_code))
@@ -84,12 +89,17 @@ def export_config(
 def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
     """Returns config.json of a multimodal model with a text part of `shape`, whose layers are equal."""
     config = copy.deepcopy(source)
-    text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields at the top level
+    # the first Qwen2.5-VL have these fields at the top level
+    text = config.get("text_config", config)
     text |= shape.family.explicit(text)
     for part in (config, text):
         for key in _dropped(shape):
             part.pop(key, None)
-        part |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": shape.tie_word_embeddings}
+        part |= {
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "tie_word_embeddings": shape.tie_word_embeddings,
+        }
     text |= _sizes(text, shape)
     return config | {"transformers_version": version("transformers")}
 
@@ -102,14 +112,21 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     name = with_head.replace("AutoModel", "Pruned")
     # vLLM builds the model through AutoModel.
     ours = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel", with_head: name}
-    return config | {"architectures": [name], AUTO_MAP: {auto: f"{module}.{x}" for auto, x in ours.items()}}
+    return config | {
+        "architectures": [name],
+        AUTO_MAP: {auto: f"{module}.{x}" for auto, x in ours.items()},
+    }
 
 
-def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
+def _config_of(
+    source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str
+) -> dict[str, Any]:
     dropped = _dropped(shape)
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
-    config = {key: value for key, value in shape.family.explicit(source).items() if key not in dropped}
+    config = {
+        key: value for key, value in shape.family.explicit(source).items() if key not in dropped
+    }
     config |= _sizes(source, shape) | _rope(source, shape) | _explicit_options(shape, model_type)
     return config | {
         "architectures": [causal_lm_class(model_type).__name__],
@@ -134,9 +151,19 @@ def _sizes(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     def fields(counts: LayerCounts) -> dict[str, int]:
         return {field: count for field, count in family.layer_fields(made, counts).items() if count}
 
-    widest = LayerCounts((kind, max(layer.get(kind, 0) for layer in counted)) for kind in ("heads", *shape.kinds))
-    depths = {layers.count: len(x) for layers, x in zip(family.layer_lists, shape.layer_lists, strict=True)}
-    sizes = {"vocab_size": shape.vocab_size, **family.model_fields(made, counted), **depths, **fields(widest)}
+    widest = LayerCounts(
+        (kind, max(layer.get(kind, 0) for layer in counted)) for kind in ("heads", *shape.kinds)
+    )
+    depths = {
+        layers.count: len(x)
+        for layers, x in zip(family.layer_lists, shape.layer_lists, strict=True)
+    }
+    sizes = {
+        "vocab_size": shape.vocab_size,
+        **family.model_fields(made, counted),
+        **depths,
+        **fields(widest),
+    }
     if not shape.is_uniform:
         sizes[family.per_layer] = {str(i): fields(layer) for i, layer in enumerate(counted)}
     return sizes | ({NEXT_TOKENS: 0} if source.get(NEXT_TOKENS) else {})
@@ -148,9 +175,14 @@ def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     # with rope_theta, unless it is null. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings for
     # each kind of layer. Version 4 can scale only full attention.
     settings: dict[str, Any] = getattr(shape.config, "rope_parameters", None) or {}
-    full, is_explicit = dict(settings.get("full_attention", settings)), family_name(shape.model_type) in EXPLICIT
+    full, is_explicit = (
+        dict(settings.get("full_attention", settings)),
+        family_name(shape.model_type) in EXPLICIT,
+    )
     unknown = full.get("rope_type") == "proportional"  # in transformers 4
-    if unknown or (not is_explicit and (OLD_ROPE & source.keys() or not source.get("rope_parameters"))):
+    if unknown or (
+        not is_explicit and (OLD_ROPE & source.keys() or not source.get("rope_parameters"))
+    ):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta, rope_type = full.pop("rope_theta"), full.pop("rope_type")
     full.pop("type", None)  # an older name that transformers keeps
@@ -167,6 +199,13 @@ def _explicit_options(shape: ModelShape, model_type: str) -> dict[str, Any]:
     """Returns the fields of a Llama or Mistral whose defaults differ."""
     if family_name(shape.model_type) not in EXPLICIT:
         return {}
-    biases = {"attention_bias": "self_attn.o_proj" in shape.biases, "mlp_bias": "mlp.down_proj" in shape.biases}
-    own = {"sliding_window": sliding_window(shape.config)} if family_name(model_type) == "mistral" else biases
+    biases = {
+        "attention_bias": "self_attn.o_proj" in shape.biases,
+        "mlp_bias": "mlp.down_proj" in shape.biases,
+    }
+    own = (
+        {"sliding_window": sliding_window(shape.config)}
+        if family_name(model_type) == "mistral"
+        else biases
+    )
     return {"max_position_embeddings": shape.config.max_position_embeddings} | own

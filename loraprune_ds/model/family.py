@@ -16,28 +16,38 @@ LLAMA = llama.Llama()
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
 LLAMA_LIKE += " cwm internlm3 iquestcoder glm glm4 starcoder2 nemotron arcee apertus jais2"
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
-CAPPED_GEMMA = replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)")
+CAPPED_GEMMA = replace(
+    GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)"
+)
 LOCAL: dict[str, Any] = {"count": "num_local_experts", "size": "intermediate_size"}
 LISTED: dict[str, Any] = {"dense_fields": ("mlp_only_layers", "decoder_sparse_step")}
-ROUTED: dict[str, Any] = {"count": "n_routed_experts", "dense_fields": ("first_k_dense_replace", moe.NEXT)}
+ROUTED: dict[str, Any] = {
+    "count": "n_routed_experts",
+    "dense_fields": ("first_k_dense_replace", moe.NEXT),
+}
 INTERVAL = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", moe.NEXT)
 # The list is of transformers 5. vLLM reads the number.
 TYPES: dict[str, Any] = {"dense_fields": ("mlp_layer_types", *ROUTED["dense_fields"])}
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
-    "qwen2": replace(LLAMA, vllm="transformers"),  # vLLM's own class takes hidden_size // query heads for head_dim
+    # vLLM's own class takes hidden_size // query heads for head_dim
+    "qwen2": replace(LLAMA, vllm="transformers"),
     "gemma": GEMMA,
     **dict.fromkeys(("gemma2", "vaultgemma"), CAPPED_GEMMA),
     "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
     "gemma4_text": hybrid.Gemma4(
-        softcap="final_logit_softcapping", windows_begin_with_bos=True, chosen="top_k_experts", equal_layers=True
+        softcap="final_logit_softcapping",
+        windows_begin_with_bos=True,
+        chosen="top_k_experts",
+        equal_layers=True,
     ),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
     "granitemoe": moe.GraniteMoe(logit_divisor="logits_scaling", **LOCAL),
     "granitemoehybrid": llama.GraniteHybrid(logit_divisor="logits_scaling", packs=False),
     "hyperclovax": replace(LLAMA, logit_scale="logits_scaling"),
     "cohere": llama.Cohere(logit_scale="logit_scale"),
-    "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),  # its own class gives other logits
+    # its own class gives other logits
+    "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),
     **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, wide_norms=True)),
     # Their classes have hidden_size inputs in o_proj.
     **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
@@ -48,13 +58,17 @@ FAMILIES: dict[str, Family] = {
     "lfm2": llama.Lfm2(packs=False),
     "lfm3": llama.Lfm3(packs=False),
     "mixtral": moe.Mixtral(**LOCAL),
-    "minimax_m2": moe.Mixtral(correction_in_files="block_sparse_moe.e_score_correction_bias", wide_norms=True, **LOCAL),
+    "minimax_m2": moe.Mixtral(
+        correction_in_files="block_sparse_moe.e_score_correction_bias", wide_norms=True, **LOCAL
+    ),
     **dict.fromkeys(("qwen3_moe", "qwen2_moe"), moe.Moe(**LISTED)),
     # Its class has hidden_size weights in the norms.
     "olmoe": moe.Moe(size="intermediate_size", fixed=("heads",), wide_norms=True),
     "gpt_oss": moe.GptOss(eager_only="attention sinks", packs=False, **LOCAL),
     **dict.fromkeys(("glm4_moe", "dots1"), moe.Moe(best_of_group=2, **ROUTED)),
-    "exaone_moe": moe.Moe(best_of_group=2, correction_in_files="mlp.e_score_correction_bias", **TYPES),
+    "exaone_moe": moe.Moe(
+        best_of_group=2, correction_in_files="mlp.e_score_correction_bias", **TYPES
+    ),
     "hunyuan_v1_moe": moe.HunyuanMoe(size="intermediate_size", chosen="moe_topk"),
     "lfm2_moe": moe.Lfm2Moe(dense_fields=("num_dense_layers",), packs=False),
     "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k", dense_fields=INTERVAL),
@@ -63,7 +77,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": moe.Latent(best_of_group=1, **ROUTED),
     "glm4_moe_lite": moe.Latent(best_of_group=2, **ROUTED | TYPES),
     "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED | TYPES),
-    "nemotron_h": hybrid.NemotronH(count="n_routed_experts", best_of_group=2, dense_fields=(moe.NEXT,), packs=False),
+    "nemotron_h": hybrid.NemotronH(
+        count="n_routed_experts", best_of_group=2, dense_fields=(moe.NEXT,), packs=False
+    ),
     # Positions reset neither the states of delta nets nor their convolutions.
     "qwen3_5_text": hybrid.Qwen35(packs=False),
     "qwen3_5_moe_text": hybrid.DeltaMoe(packs=False),
@@ -84,7 +100,10 @@ REFUSED = {
     "laguna": "its layers have different numbers of query heads for each key-value head",
     "falcon_h1": "its class has scales in a buffer of the model's dtype, which runs keep in fp32",
     "deepseek_v4": "its first layers look up the experts of a token in a table",
-    **dict.fromkeys(("minimax_m3_vl", "olmo_hybrid"), "its class joins tensors that are separate in weight files"),
+    **dict.fromkeys(
+        ("minimax_m3_vl", "olmo_hybrid"),
+        "its class joins tensors that are separate in weight files",
+    ),
     "gemma3n": "its layers have several streams of hidden states, and share keys and values",
 }
 

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import Dtype, ModelConfig
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}  # the dtypes of a config
+# the dtypes of a config
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 WEIGHT, SCALE = "weight", "weight_scale"
 BLOCK = 64  # weights per scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
 UNSTACKED = 1 << 40  # more rows than any matrix has
-READ_CHUNK = 1 << 24  # elements converted at a time, so reading needs little memory beyond the shard
+# elements converted at a time, so reading needs little memory beyond the shard
+READ_CHUNK = 1 << 24
 
 Matrix = tuple[int, int]
 Rows = TypeVar("Rows", int, Tensor)
-ReadPart = Callable[[int, int], Tensor]  # (start, end) -> the flat elements [start, end) of a weight, fp32
+# (start, end) -> the flat elements [start, end) of a weight, fp32
+ReadPart = Callable[[int, int], Tensor]
 
 
 class Pieces(NamedTuple):
@@ -122,15 +125,25 @@ class Int8:
         return self._band_of(shape[0] - 1) + 1, shape[1]
 
     def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
-        return {WEIGHT: StoredTensor(shape, 1), SCALE: StoredTensor(self.scale_shape(shape), element_size)}
+        return {
+            WEIGHT: StoredTensor(shape, 1),
+            SCALE: StoredTensor(self.scale_shape(shape), element_size),
+        }
 
     @torch.no_grad()
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Computes these tensors like `Dense.split`, some rows in fp32 at a time. Raises NotFinite."""
         rows = self._band * max(1, READ_CHUNK // (self._band * weight.shape[1]))
         matrices = weight.split(self.rows)
-        parts = [self._quantise(part.float(), dtype) for matrix in matrices for part in matrix.split(rows)]
-        return {WEIGHT: torch.cat([q for q, _ in parts]), SCALE: torch.cat([scale for _, scale in parts])}
+        parts = [
+            self._quantise(part.float(), dtype)
+            for matrix in matrices
+            for part in matrix.split(rows)
+        ]
+        return {
+            WEIGHT: torch.cat([q for q, _ in parts]),
+            SCALE: torch.cat([scale for _, scale in parts]),
+        }
 
     def join(self, stored: Iterable[Tensor]) -> Tensor:
         weight, scale = stored
@@ -142,7 +155,9 @@ class Int8:
     def kept(self, axis: int, kept: Tensor) -> dict[str, Tensor]:
         return {WEIGHT: kept, SCALE: kept if axis == self.axis else self._band_of(kept).unique()}
 
-    def read(self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype) -> Tensor:
+    def read(
+        self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype
+    ) -> Tensor:
         """Returns the flat elements [start, end) of the tensor `name`, which stores a weight of `shape`.
 
         Args:
@@ -160,7 +175,9 @@ class Int8:
         for first, last in self._chunks(bands, max(1, READ_CHUNK // (self._band * columns))):
             top, bottom = self._top(first), min(self._top(last), rows)
             part = read(top * columns, bottom * columns).view(-1, columns)
-            values = dict(zip(self.tensors, self._quantise(part, dtype), strict=True))[name].reshape(-1)
+            values = dict(zip(self.tensors, self._quantise(part, dtype), strict=True))[
+                name
+            ].reshape(-1)
             fill(flat, start, values, (top if name == WEIGHT else first) * width)
         return flat
 
@@ -186,7 +203,9 @@ class Int8:
         """
         bands = self._band_of(torch.arange(first, first + len(rows), device=rows.device))
         scales = scales.index_select(0, bands - first_band)
-        decoded = dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
+        decoded = (
+            dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
+        )
         return decoded.float()
 
     def _quantise(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -196,8 +215,11 @@ class Int8:
             largest = part.abs().amax(hidden + 1)
             if not torch.isfinite(largest).all():
                 raise NotFinite
-            scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest above 0
-            out.copy_((part / scale.unsqueeze(hidden + 1).float()).round_().clamp_(-LARGEST, LARGEST))
+            # the smallest above 0
+            scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)
+            out.copy_(
+                (part / scale.unsqueeze(hidden + 1).float()).round_().clamp_(-LARGEST, LARGEST)
+            )
             scales.append(scale)
         return values, torch.cat(scales, hidden)
 
@@ -234,7 +256,10 @@ class FrozenLinear(nn.Linear):
     def store_as(self, stored_as: Int8, like: Tensor) -> None:
         """Replaces the weight with parameters of the format, without values, with dtype and device of `like`."""
         shape = (self.out_features, self.in_features)
-        weight, scale = like.new_empty(shape, dtype=torch.int8), like.new_empty(stored_as.scale_shape(shape))
+        weight, scale = (
+            like.new_empty(shape, dtype=torch.int8),
+            like.new_empty(stored_as.scale_shape(shape)),
+        )
         self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))
         self.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
         self.stored_as = stored_as

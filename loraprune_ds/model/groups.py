@@ -30,7 +30,15 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.frozen import DENSE, WEIGHT, Int8, Matrix, Pieces, StorageFormat, StoredTensor
+from loraprune_ds.model.frozen import (
+    DENSE,
+    WEIGHT,
+    Int8,
+    Matrix,
+    Pieces,
+    StorageFormat,
+    StoredTensor,
+)
 
 Kind = str
 QUERY_HEADS: Kind = "query_heads"
@@ -111,7 +119,8 @@ class Attribute(NamedTuple):
 class StackSpec(NamedTuple):
     """Describes how a stack of experts is stored: a linear of each, one below the other (experts.py)."""
 
-    names: tuple[str, ...]  # on disk, of one expert, with {} for its number. One without {} is a tensor of all experts
+    # on disk, of one expert, with {} for its number. One without {} is a tensor of all experts
+    names: tuple[str, ...]
     reads_channels: bool  # its inputs are an expert's channels, not the hidden states
     transposed: bool = False  # the rows of an expert are its inputs
 
@@ -171,7 +180,11 @@ class TensorSpec:
     @property
     def inputs(self) -> int:
         """The inputs of a linear, or of one expert's."""
-        return self.shape[0] // self.matrices if self.stack and self.stack.transposed else self.shape[1]
+        return (
+            self.shape[0] // self.matrices
+            if self.stack and self.stack.transposed
+            else self.shape[1]
+        )
 
     def lora_shapes(self, rank: int) -> tuple[Matrix, Matrix]:
         """Returns the shapes of A (r, in_features) and B (out_features, r). A stack has one A per expert."""
@@ -205,7 +218,9 @@ class TensorSpec:
         if not int8 or not self.lora:
             return DENSE
         rows = self.shape[0] // self.matrices
-        rows_are_hidden = self.stack.reads_channels != self.stack.transposed if self.stack else self.loses_inputs
+        rows_are_hidden = (
+            self.stack.reads_channels != self.stack.transposed if self.stack else self.loses_inputs
+        )
         return Int8(1, rows) if rows_are_hidden else Int8(0)
 
     def stored(self, element_size: int, int8: bool) -> dict[str, StoredTensor]:
@@ -241,7 +256,9 @@ def cut(spec: TensorSpec, keep: LayerKeep) -> tuple[TensorSpec, Tensor]:
     for run in spec.runs:
         kept.append(start + group_indices(keep[run.kind], run.width))
         start += run.size
-    return spec.resized(keep.counts), torch.cat(kept) if kept else torch.arange(spec.shape[spec.axis])
+    return spec.resized(keep.counts), torch.cat(kept) if kept else torch.arange(
+        spec.shape[spec.axis]
+    )
 
 
 @dataclass(frozen=True)
@@ -281,7 +298,9 @@ class LayerSpec:
     @cached_property
     def group_numel(self) -> Mapping[Kind, int]:
         """The linear parameters that leave with one group, without biases."""
-        sizes = [(x.kinds, x.group_width * x.numel // x.shape[x.axis]) for x in self.linears if x.runs]
+        sizes = [
+            (x.kinds, x.group_width * x.numel // x.shape[x.axis]) for x in self.linears if x.runs
+        ]
         return {kind: sum(size for kinds, size in sizes if kind in kinds) for kind in self.counts}
 
     @cached_property
@@ -300,7 +319,9 @@ class LayerSpec:
         """Returns the layer with these counts of groups, some of which may be of kinds that it lacks."""
         return _resized(self, counts)
 
-    def cuts(self, keep: LayerKeep, *, int8: bool = False) -> Iterator[tuple[str, Slice, TensorSpec | None]]:
+    def cuts(
+        self, keep: LayerKeep, *, int8: bool = False
+    ) -> Iterator[tuple[str, Slice, TensorSpec | None]]:
         """Yields the stored tensors that get smaller, apart from LoRA: name, slice that stays, and a weight's spec.
 
         Tensors that lose the same rows, such as k_proj and v_proj, share the tensor of indices. A linear that loses
@@ -312,7 +333,11 @@ class LayerSpec:
                 kept[spec.runs] = cut(spec, keep)[1]
             for tensor, stays in spec.format(int8).kept(spec.axis, kept[spec.runs]).items():
                 name = f"{spec.linear}.{tensor}" if spec.lora else spec.name
-                yield name, Slice(spec.axis, stays), spec if spec.lora and tensor == WEIGHT else None
+                yield (
+                    name,
+                    Slice(spec.axis, stays),
+                    spec if spec.lora and tensor == WEIGHT else None,
+                )
 
 
 @lru_cache(1 << 12)

@@ -78,14 +78,19 @@ def logits_transform(config: Any) -> LogitsTransform:
         setting = None if field is None else getattr(config, field)
         return None if setting is None or setting == nothing else float(setting)
 
-    return LogitsTransform(value(family.logit_scale, 1), value(family.logit_divisor, 1), value(family.softcap, None))
+    return LogitsTransform(
+        value(family.logit_scale, 1), value(family.logit_divisor, 1), value(family.softcap, None)
+    )
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
     """Returns the head of a causal LM. Refuses a bias, which the losses would not add."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    require(head.bias is None, f"{type(model).__name__}: lm_head has a bias; such heads are not supported")
+    require(
+        head.bias is None,
+        f"{type(model).__name__}: lm_head has a bias; such heads are not supported",
+    )
     return head
 
 
@@ -102,7 +107,12 @@ def chunk_size(vocab_size: int, *, buffers: int = BUFFERS) -> int:
 
 
 def chunk_losses(
-    hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None, distillation: Distillation | None, rows: slice
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    gradient: Tensor | None,
+    distillation: Distillation | None,
+    rows: slice,
 ) -> Tensor:
     """Returns the losses (tokens,) of a chunk with labels (tokens, 1), and writes their gradient into `gradient`."""
     if distillation is None:
@@ -111,7 +121,8 @@ def chunk_losses(
 
 
 def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
-    keep = gradient is not None and head.transform.softcap is not None  # the slope of a cap is computed from the logits
+    # the slope of a cap is computed from the logits
+    keep = gradient is not None and head.transform.softcap is not None
     logits = head.logits(hidden)
     probabilities = logits.to(torch.float32, copy=keep)
     largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
@@ -127,7 +138,12 @@ def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tenso
 
 
 def _distilled_losses(
-    hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None, distillation: Distillation, rows: slice
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    gradient: Tensor | None,
+    distillation: Distillation,
+    rows: slice,
 ) -> Tensor:
     w, temperature, transform = distillation.weight, distillation.temperature, head.transform
     logits = head.logits(hidden).float()

@@ -24,11 +24,16 @@ class FusedLoraLinear(LoraLinear):
         if self.disable_adapters:
             return base(x)
         (adapter,) = self.active_adapters
-        a, b = (cast(nn.Linear, factors[adapter]).weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
+        a, b = (
+            cast(nn.Linear, factors[adapter]).weight.to(x.dtype)
+            for factors in (self.lora_A, self.lora_B)
+        )
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         stored = stored_tensors(base)
-        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, storage_format(base), *stored)  # type: ignore[return-value]
+        return _Product.apply(
+            x, a, b, self.scaling[adapter], p, base.bias, storage_format(base), *stored
+        )  # type: ignore[return-value]
 
 
 class _Product(torch.autograd.Function):
@@ -70,7 +75,11 @@ class _Product(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = of_out @ ctx.stored_as.join(stored)
-            of_x = of_x.addmm(of_narrow, a) if mask is None else of_x.addcmul_(of_narrow @ a, _rows(mask))
+            of_x = (
+                of_x.addmm(of_narrow, a)
+                if mask is None
+                else of_x.addcmul_(of_narrow @ a, _rows(mask))
+            )
             of_x = of_x.view(x.shape)
         return of_x, of_a, of_b, *[None] * (4 + len(stored))
 
@@ -80,9 +89,13 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     # torch's dropout draws at least 32 bits per element, a tenth of a training step on a CPU. Here an element uses 16
     # bits, so p is rounded down to a multiple of 2⁻¹⁶.
     dropped = int(p * DRAW)
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)  # all 64 bits
+    # all 64 bits
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
+        -(1 << 63), None
+    )
     numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)
-    mask = torch.empty_like(x, dtype=torch.uint8)  # products with bytes are quicker on a CPU than those with bool
+    # products with bytes are quicker on a CPU than those with bool
+    mask = torch.empty_like(x, dtype=torch.uint8)
     return torch.ge(numbers, dropped - DRAW // 2, out=mask), 1 - dropped / DRAW
 
 
@@ -94,7 +107,9 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def merge_lora(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
     """Computes W + scaling·B·A in fp32, a block of rows at a time, and rounds once, to `dtype`.
 
     Args:

@@ -22,7 +22,8 @@ FAMILY = "llama"  # the export writes the model_type of the stock model here
 
 def layer_config(config: Any, layer: int) -> Any:
     per_layer = getattr(config, "per_layer_config", None)
-    if per_layer is not None and not isinstance(per_layer, dict):  # transformers 5 resolves the sizes itself
+    # transformers 5 resolves the sizes itself
+    if per_layer is not None and not isinstance(per_layer, dict):
         return per_layer[layer]
     resolved = copy.copy(config)
     for index, sizes in (per_layer or {}).items():

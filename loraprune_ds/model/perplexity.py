@@ -21,7 +21,8 @@ from loraprune_ds.model.tokenizer import Starts, begin_with, check_ids, tokenize
 from loraprune_ds.ranks.comm import Communicator
 
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
-Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
+# input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
+Labelled = tuple[Tensor, Tensor]
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
 # Wraps the rounds of a loop to show its progress, with a word for the work.
@@ -38,7 +39,13 @@ class Perplexity:
 
 
 def split_batches(
-    text: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int | None, starts: Starts, size: int, vocab: int
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    most: int | None,
+    starts: Starts,
+    size: int,
+    vocab: int,
 ) -> list[Labelled]:
     """Returns batches of `size` windows of a text. For an encoder-decoder a row is a line's target after its source.
 
@@ -53,8 +60,15 @@ def split_batches(
         batches = [(ids, ids) for ids in windows.split(size)]
     else:
         rows = list(tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target))
-        rows = [(source, target[: window - len(source)]) for source, target in rows if len(source) < window]
-        require(bool(rows), f"the evaluation text has no source that leaves room for a target in a window of {window}")
+        rows = [
+            (source, target[: window - len(source)])
+            for source, target in rows
+            if len(source) < window
+        ]
+        require(
+            bool(rows),
+            f"the evaluation text has no source that leaves room for a target in a window of {window}",
+        )
         batches = [label_answers(rows[i : i + size]) for i in range(0, len(rows), size)]
     check_ids(max(int(ids.max()) for ids, _ in batches), vocab, tokenizer, "the evaluation text")
     return batches
@@ -78,13 +92,22 @@ def _read_pairs(text: str) -> list[tuple[str, str]]:
 def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
     """Returns a batch of prompts with their answers, padded at the end. Only the answers have labels."""
     ids = [torch.tensor(prompt + answer, dtype=torch.int64) for prompt, answer in rows]
-    labels = [torch.tensor([IGNORE_INDEX] * len(prompt) + answer, dtype=torch.int64) for prompt, answer in rows]
+    labels = [
+        torch.tensor([IGNORE_INDEX] * len(prompt) + answer, dtype=torch.int64)
+        for prompt, answer in rows
+    ]
     # No id changes earlier losses, so any id can pad.
-    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+    return pad_sequence(ids, batch_first=True), pad_sequence(
+        labels, batch_first=True, padding_value=IGNORE_INDEX
+    )
 
 
 def split_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None, start: int | None = None
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_windows: int | None,
+    start: int | None = None,
 ) -> Tensor:
     """Returns adjacent windows, (windows, window) int64. The tail that fills no window is dropped.
 
@@ -110,7 +133,10 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) 
 
 @torch.no_grad()
 def measure_perplexity(
-    losses: Losses, batches: Sequence[Labelled], ranks: Communicator, progress: Progress = lambda rounds, _: rounds
+    losses: Losses,
+    batches: Sequence[Labelled],
+    ranks: Communicator,
+    progress: Progress = lambda rounds, _: rounds,
 ) -> Perplexity:
     """Measures the batches, dealt to the ranks in turn. The result does not depend on the number of ranks. Collective.
 
@@ -122,11 +148,14 @@ def measure_perplexity(
     total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     for round_start in progress(range(0, len(batches), ranks.world_size), "perplexity"):
         mine = round_start + ranks.rank
-        ids, labels = (part.to(ranks.device) for part in batches[mine if mine < len(batches) else 0])
+        ids, labels = (
+            part.to(ranks.device) for part in batches[mine if mine < len(batches) else 0]
+        )
         loss = losses(ids, labels).double().sum()
         if mine < len(batches):
             total += loss
     tokens = sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels in batches)
     mean = ranks.all_reduce(total).item() / tokens
-    perplexity = math.inf if mean > 700 else math.exp(mean)  # exp of more overflows a float. NaN stays NaN
+    # exp of more overflows a float. NaN stays NaN
+    perplexity = math.inf if mean > 700 else math.exp(mean)
     return Perplexity(perplexity, tokens, sum(len(ids) for ids, _ in batches))

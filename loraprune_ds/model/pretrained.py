@@ -19,7 +19,17 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
-from loraprune_ds.model.frozen import DENSE, READ_CHUNK, SCALE, WEIGHT, Int8, NotFinite, Pieces, StoredTensor, fill
+from loraprune_ds.model.frozen import (
+    DENSE,
+    READ_CHUNK,
+    SCALE,
+    WEIGHT,
+    Int8,
+    NotFinite,
+    Pieces,
+    StoredTensor,
+    fill,
+)
 from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
 from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.model.shape import ModelShape
@@ -28,7 +38,12 @@ from loraprune_ds.model.weight_files import Headers, have_equal_values, read_hea
 
 HEAD = "lm_head.weight"
 # Recomputed or tied tensors, and an unused tensor in early T5 files.
-IGNORED = (".rotary_emb.inv_freq", HEAD, "coder.embed_tokens.weight", ".EncDecAttention.relative_attention_bias.weight")
+IGNORED = (
+    ".rotary_emb.inv_freq",
+    HEAD,
+    "coder.embed_tokens.weight",
+    ".EncDecAttention.relative_attention_bias.weight",
+)
 ERNIE_MTP = "model.mtp_"  # an Ernie 4.5 has this prefix for the layers under `MTP`
 FUSED_EXPERTS = ".experts.gate_up_proj"  # end of the name if all experts of a layer are one tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
@@ -79,7 +94,9 @@ class ModelWeights:
         """Returns the weights with the tensors of `others`, which has them whole, in place of its own."""
         slices = {name: kept for name, kept in self.slices.items() if name not in others.files}
         names = {**self.names_on_disk, **others.names_on_disk}
-        return replace(self, files={**self.files, **others.files}, names_on_disk=names, slices=slices)
+        return replace(
+            self, files={**self.files, **others.files}, names_on_disk=names, slices=slices
+        )
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
@@ -134,13 +151,18 @@ class ModelWeights:
             names, size, _ = self.pieces.get(weight, Pieces((weight,), shape))
             parts = ((x, self.read_flat(x, 0, math.prod(size), torch.float32)) for x in names)
             bad = next(x for x, values in parts if not torch.isfinite(values).all())
-            raise UserError(f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold") from None
+            raise UserError(
+                f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold"
+            ) from None
 
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
         tensor = self._tensors[name]
         prefix, stored = name.removesuffix(tensor.name), tensor.stored(1, self.int8)
-        parts = (self.read_stored(prefix + x, 0, math.prod(n), dtype).view(n) for x, (n, _) in stored.items())
+        parts = (
+            self.read_stored(prefix + x, 0, math.prod(n), dtype).view(n)
+            for x, (n, _) in stored.items()
+        )
         return tensor.format(self.int8).join(parts)
 
     @cached_property
@@ -148,7 +170,9 @@ class ModelWeights:
         return {prefix + tensor.name: tensor for prefix, tensor in self.shape.tensors()}
 
 
-def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shape: ModelShape) -> ModelWeights:
+def check_weights(
+    folder: Path, headers: Headers, names: Mapping[str, str], shape: ModelShape
+) -> ModelWeights:
     """Checks the headers of weight files against the shape from config.json.
 
     Args:
@@ -159,14 +183,20 @@ def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shap
     """
     experts = next((name for name in names if name.endswith(FUSED_EXPERTS)), None)
     pieces = shape.pieces(fused=experts is not None)
-    transposed = any(experts in x.names and headers[names[experts]][0] != x.shape for x in pieces.values() if experts)
+    transposed = any(
+        experts in x.names and headers[names[experts]][0] != x.shape
+        for x in pieces.values()
+        if experts
+    )
     renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
     names = {renamed.get(name, name): in_file for name, in_file in names.items()}
     headers = {name: headers[in_file] for name, in_file in names.items()}
     expected = shape.stored(2, int8=False)
     for name, (parts, size, _) in pieces.items():
         size = (size[0], size[2], size[1]) if transposed and len(size) == 3 else size
-        expected |= dict.fromkeys([renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size))
+        expected |= dict.fromkeys(
+            [renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size)
+        )
     _check_tensors(folder, headers, expected)
     files = {name: headers[name][2] for name in expected}
     several = {name: stack for name, stack in pieces.items() if len(stack.names) > 1}
@@ -175,15 +205,21 @@ def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shap
 
 def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor]) -> None:
     if packed := next((name for name in headers if name.endswith(MXFP4)), None):
-        raise UserError(f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}")
+        raise UserError(
+            f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}"
+        )
     for name, (size, _) in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
         on_disk, dtype, path = headers[name]
         if on_disk != size:
-            raise UserError(f"{path}: {name} has shape {list(on_disk)}; config.json says {list(size)}")
+            raise UserError(
+                f"{path}: {name} has shape {list(on_disk)}; config.json says {list(size)}"
+            )
         if dtype not in FLOAT_TYPES:
-            raise UserError(f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned")
+            raise UserError(
+                f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned"
+            )
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
@@ -229,19 +265,31 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
     if full.get("model_type") in MULTIMODAL:
         layout = find_layout(headers, where)
         names = {layout.name_in_class(name): name for name in headers if name.startswith(layout)}
-        others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
+        others = {
+            name: file
+            for name, (_, _, file) in headers.items()
+            if not name.startswith((*layout, MTP))
+        }
         tower = Tower(full, layout, others)
     check_depth(config, family, names, where)
     shape, modules = read_model(config, where)
     embedding = shape.outer[0].name
-    tied = shape.tie_word_embeddings or config.get("scale_decoder_outputs") is False  # transformers ties every T5
-    tied = tied and (not names.keys() >= {embedding, HEAD} or have_equal_values(names[embedding], names[HEAD], headers))
+    # transformers ties every T5
+    tied = shape.tie_word_embeddings or config.get("scale_decoder_outputs") is False
+    tied = tied and (
+        not names.keys() >= {embedding, HEAD}
+        or have_equal_values(names[embedding], names[HEAD], headers)
+    )
     if tied and HEAD in names:
         names.setdefault(embedding, names[HEAD])
     if tied != shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": tied}
         shape, modules = read_model(config, where)
-    names |= {copy: first for copy, first in shape.shared_tensors.items() if first in names and copy not in names}
+    names |= {
+        copy: first
+        for copy, first in shape.shared_tensors.items()
+        if first in names and copy not in names
+    }
     extra = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
     beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
@@ -254,12 +302,16 @@ def open_for_pruning(
 ) -> PretrainedModel:
     """Opens the model of a run like `open_pretrained`, and checks that the run can use it."""
     pretrained = open_pretrained(folder, query_heads=query_heads)
-    check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
+    check_family(
+        pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing
+    )
     weights = replace(pretrained.weights, int8=model.frozen == "int8")
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)
 
 
-def replace_parameters(model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device) -> None:
+def replace_parameters(
+    model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device
+) -> None:
     """Replaces every parameter by the one that `make` returns for its name, once if it is tied, and moves buffers."""
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -267,7 +319,9 @@ def replace_parameters(model: nn.Module, make: Callable[[str, Tensor], nn.Parame
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = make(f"{module_name}.{name}" if module_name else name, parameter)
+                made[id(parameter)] = make(
+                    f"{module_name}.{name}" if module_name else name, parameter
+                )
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

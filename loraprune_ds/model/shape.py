@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 from loraprune_ds.model.families.base import Attention, Family, Mixture
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.frozen import Pieces, StoredTensor
-from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerCounts, LayerKeep, LayerSpec, Shape, TensorSpec
+from loraprune_ds.model.groups import (
+    QUERY_HEADS,
+    Kind,
+    LayerCounts,
+    LayerKeep,
+    LayerSpec,
+    Shape,
+    TensorSpec,
+)
 
 
 class LinearId(NamedTuple):
@@ -25,10 +33,12 @@ class ModelShape:
     """Holds the sizes of a model of a family."""
 
     model_type: str
-    kinds: tuple[Kind, ...]  # of groups, in the order of all masks, draws and files. The last is the finest
+    # of groups, in the order of all masks, draws and files. The last is the finest
+    kinds: tuple[Kind, ...]
     layers: tuple[LayerSpec, ...]  # of an encoder before those of its decoder
     outer: tuple[TensorSpec, ...]  # outside the layers: embedding, final norm, untied head
-    config: Any = field(compare=False)  # transformers' object of layer 0, with the counts of the source
+    # transformers' object of layer 0, with the counts of the source
+    config: Any = field(compare=False)
 
     @property
     def family(self) -> Family:
@@ -57,7 +67,10 @@ class ModelShape:
     @cached_property
     def counts(self) -> tuple[LayerCounts, ...]:
         """The groups of each layer, 0 of a kind that it lacks."""
-        return tuple(LayerCounts((kind, layer.counts.get(kind, 0)) for kind in self.kinds) for layer in self.layers)
+        return tuple(
+            LayerCounts((kind, layer.counts.get(kind, 0)) for kind in self.kinds)
+            for layer in self.layers
+        )
 
     def times(self, layer: int, kind: Kind) -> int:
         """Counts the groups of a layer for each that config.json says it has."""
@@ -71,7 +84,10 @@ class ModelShape:
     @cached_property
     def layer_lists(self) -> list[range]:
         """The layers of a decoder, or of an encoder and its decoder."""
-        sizes = [sum(layer.layer_list == n for layer in self.layers) for n in range(len(self.family.layer_lists))]
+        sizes = [
+            sum(layer.layer_list == n for layer in self.layers)
+            for n in range(len(self.family.layer_lists))
+        ]
         return [range(*pair) for pair in pairwise([0, *accumulate(sizes)])]
 
     def prefix(self, layer: int) -> str:
@@ -91,7 +107,11 @@ class ModelShape:
 
     def input_linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
         """Lists the linears that read groups, like o_proj and down_proj. To mask their inputs is to mask the groups."""
-        return [(i, x) for i, x in self.linears(layers) if x.loses_inputs or (x.stack and x.stack.reads_channels)]
+        return [
+            (i, x)
+            for i, x in self.linears(layers)
+            if x.loses_inputs or (x.stack and x.stack.reads_channels)
+        ]
 
     def linear(self, linear_id: LinearId) -> TensorSpec:
         """Returns the weight of a linear."""
@@ -101,7 +121,9 @@ class ModelShape:
     def biases(self) -> frozenset[str]:
         """The linears that have a bias in some layer."""
         names = {tensor.name for layer in self.layers for tensor in layer.tensors}
-        return frozenset(x.linear for layer in self.layers for x in layer.linears if f"{x.linear}.bias" in names)
+        return frozenset(
+            x.linear for layer in self.layers for x in layer.linears if f"{x.linear}.bias" in names
+        )
 
     def tensors(self) -> Iterator[tuple[str, TensorSpec]]:
         """Yields all parameters, each with the prefix of its layer's names. A tied head is the embedding."""
@@ -117,7 +139,9 @@ class ModelShape:
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
-        found = ((prefix + x.name, x.pieces(prefix, fused, transposed)) for prefix, x in self.tensors())
+        found = (
+            (prefix + x.name, x.pieces(prefix, fused, transposed)) for prefix, x in self.tensors()
+        )
         return {name: pieces for name, pieces in found if pieces}
 
     @property
@@ -125,15 +149,21 @@ class ModelShape:
         """Maps names of parameters to the one of their encoder or decoder that files hold for all."""
         shared = self.family.shares_bias(self.config, self.layers)
         bias, lists = self.family.shared_bias, self.layer_lists if shared else []
-        return {f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in lists for i in x[1:]}
+        return {
+            f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in lists for i in x[1:]
+        }
 
     def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
         stored = ((prefix, x.stored(element_size, int8)) for prefix, x in self.tensors())
-        return {prefix + name: tensor for prefix, of_one in stored for name, tensor in of_one.items()}
+        return {
+            prefix + name: tensor for prefix, of_one in stored for name, tensor in of_one.items()
+        }
 
     def total_numel(self) -> int:
-        return sum(tensor.numel for layer in self.layers for tensor in layer.tensors) + sum(x.numel for x in self.outer)
+        return sum(tensor.numel for layer in self.layers for tensor in layer.tensors) + sum(
+            x.numel for x in self.outer
+        )
 
     def linear_numel(self) -> int:
         """Counts the linear parameters that belong to groups, without biases."""
@@ -142,7 +172,10 @@ class ModelShape:
     @cached_property
     def group_numel(self) -> Mapping[Kind, int]:
         """The linear parameters that leave with one group of each kind, without biases."""
-        return {kind: max(layer.group_numel.get(kind, 0) for layer in self.layers) for kind in self.kinds}
+        return {
+            kind: max(layer.group_numel.get(kind, 0) for layer in self.layers)
+            for kind in self.kinds
+        }
 
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
@@ -178,8 +211,11 @@ def active_numel(shape: ModelShape) -> int:
     chosen = shape.mixture.experts_per_token if shape.mixture else 0
     idle = sum(max(0, counts.get("experts", 0) - chosen) for counts in shape.counts)
     tensors = (tensor for layer in shape.layers for tensor in layer.tensors)
-    linears = (x for x in tensors if x.lora or (len(x.shape) > 1 and not x.runs))  # some have no LoRA
-    return sum(linear.numel for linear in linears) - (idle * shape.group_numel["experts"] if idle else 0)
+    # some have no LoRA
+    linears = (x for x in tensors if x.lora or (len(x.shape) > 1 and not x.runs))
+    return sum(linear.numel for linear in linears) - (
+        idle * shape.group_numel["experts"] if idle else 0
+    )
 
 
 def cached_numel(shape: ModelShape) -> int:
@@ -201,7 +237,9 @@ def attention_product(shape: ModelShape, window: float) -> float:
     A delta net multiplies its state three times: by the key (Mamba-2: by a decay), by the query, and to add
     the value. That equals two products over half a window here.
     """
-    return 2 * sum(attention.width for attention in shape.attention) * window + 6 * state_numel(shape)
+    return 2 * sum(attention.width for attention in shape.attention) * window + 6 * state_numel(
+        shape
+    )
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:
@@ -214,5 +252,7 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     Args:
         window: the tokens that attention covers. The mean over all tokens if texts differ.
     """
-    frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
-    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.layer_lists)  # a token is in one
+    # the head is one more linear
+    frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size
+    # a token is in one
+    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.layer_lists)

@@ -44,7 +44,9 @@ FIELDS += "bos_token_id eos_token_id pad_token_id".split()
 log = logging.getLogger(__name__)
 
 
-def locate_model(config: ModelConfig, key: str = "model.path: ", files: Sequence[str] = HUB_FILES) -> Path:
+def locate_model(
+    config: ModelConfig, key: str = "model.path: ", files: Sequence[str] = HUB_FILES
+) -> Path:
     """Finds the local folder of `config.path`: a folder, the embedded default, or a hub id, whose `files` it downloads.
 
     Raises:
@@ -58,10 +60,14 @@ def locate_model(config: ModelConfig, key: str = "model.path: ", files: Sequence
     if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
         raise UserError(f"{key}folder {config.path} does not exist")
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(config.path, revision=config.revision, allow_patterns=list(files))
+        )
     except HUB_ERRORS as error:
         reason = first_line(error)
-        raise UserError(f"{key}no folder {config.path}, and not available from the hub: {reason}") from None
+        raise UserError(
+            f"{key}no folder {config.path}, and not available from the hub: {reason}"
+        ) from None
 
 
 def embedded_model_dir() -> Path:
@@ -79,7 +85,9 @@ def embedded_model_dir() -> Path:
     try:
         make_once(folder, lambda made: _convert(source, made))
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
-        raise UserError(f"the embedded model cannot be written to {folder}: {one_line(error)}") from None
+        raise UserError(
+            f"the embedded model cannot be written to {folder}: {one_line(error)}"
+        ) from None
     return folder
 
 
@@ -108,14 +116,22 @@ def _convert(source: Path, folder: Path) -> None:
     given: Any = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
     with redirect_stderr(StringIO()):  # a progress bar that no setting turns off
         model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **given)
-    tensors = {name: parameter.data for name, parameter in model.named_parameters()}  # a tied head only once
+    # a tied head only once
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", _config_json(model.config))
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, trust_remote_code=False
+    )
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = {k: x for k, x in read_json(path).items() if k not in ("backend", "is_local", "local_files_only")}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 also reads
+    settings = {
+        k: x
+        for k, x in read_json(path).items()
+        if k not in ("backend", "is_local", "local_files_only")
+    }
+    # its name in transformers 4, which 5 also reads
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, settings)
 
 

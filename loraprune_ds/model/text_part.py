@@ -24,7 +24,9 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
 
 # Without an image their forward equals that of the text class. Their weight files have one of LAYOUTS.
-MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
+MULTIMODAL = (
+    "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
+)
 MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4 muse_glimmer".split()
 # A text class without a causal LM -> the family that computes the same if all rows of positions are equal.
 STANDS_FOR: dict[str, dict[str, Any]] = {
@@ -32,7 +34,8 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
 }
-TRANSPOSED = ("qwen3_vl_moe",)  # their files have the experts of a layer in one tensor, each expert transposed
+# their files have the experts of a layer in one tensor, each expert transposed
+TRANSPOSED = ("qwen3_vl_moe",)
 OF_ROWS = ("mrope_section", "mrope_interleaved")
 # transformers saves the first one or two, and reads all.
 LAYOUTS = (
@@ -44,7 +47,8 @@ LAYOUTS = (
 # Published text configs omit sizes that are defaults of their class.
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
-SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # from outside the text config
+# from outside the text config
+SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 MTP = "mtp."  # prefix of the layers that predict further tokens, which are left out
 OR_TEXT = "or model.text_only: true, to export the text part alone"
 
@@ -66,16 +70,24 @@ class Tower:
     @property
     def key_mapping(self) -> dict[str, str]:
         """The option with which transformers' `from_pretrained` loads the text class."""
-        return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, Layout(), strict=True)}
+        return {
+            f"^{re.escape(prefix)}": text
+            for prefix, text in zip(self.layout, Layout(), strict=True)
+        }
 
 
-def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None) -> dict[str, Tensor]:
+def in_files(
+    tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None
+) -> dict[str, Tensor]:
     """Returns tensors under their names in weight files, of the text class or of the class with this tower.
 
     Copies of a bias that layers share are left out.
     """
     name_on_disk = (tower or shape.family).layout.name_on_disk
-    transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
+    transposed, copies = (
+        tower is not None and tower.config["model_type"] in TRANSPOSED,
+        shape.shared_tensors,
+    )
     tensors = {name: x for name, x in tensors.items() if name not in copies}
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)
 
@@ -95,7 +107,8 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
     with refused_in_one_line(where):
         made = config_object(config)
         inner = made.get_text_config()
-    tied = {"tie_word_embeddings": bool(made.tie_word_embeddings)}  # from the outer config, by the rules of its class
+    # from the outer config, by the rules of its class
+    tied = {"tie_word_embeddings": bool(made.tie_word_embeddings)}
     if inner.model_type in STANDS_FOR:
         text = json.loads(inner.to_json_string(use_diff=False))
         rope = {key: value for key, value in text["rope_parameters"].items() if key not in OF_ROWS}
@@ -112,7 +125,9 @@ def find_layout(stored: Collection[str], where: str) -> Layout:
     for layout in LAYOUTS:
         if f"{layout.decoder}embed_tokens.weight" in stored:
             return layout
-    raise UserError(f"{where}: its weight files have no text part under {' or '.join(x for x, _ in LAYOUTS)}")
+    raise UserError(
+        f"{where}: its weight files have no text part under {' or '.join(x for x, _ in LAYOUTS)}"
+    )
 
 
 def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -> None:
@@ -125,9 +140,13 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
         UserError: the class cannot hold it, or the tower is unknown. The line names `where`, the folder or hub id.
     """
     if pruned is None or not pruned.is_uniform:
-        raise UserError(f"{where}: a stock class with a tower needs layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
+        raise UserError(
+            f"{where}: a stock class with a tower needs layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}"
+        )
     full = multimodal_config(config, pruned, "float32")
-    advice = f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
+    advice = (
+        f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
+    )
     with refused_in_one_line(where, advice), init_empty_weights(include_buffers=False):
         made = config_object(full)
         stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
@@ -143,4 +162,6 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
 def check_processor(folder: Path) -> None:
     """Raises UserError if the folder of a multimodal model lacks the settings of its image processor."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise UserError(f"{folder} has none of {', '.join(PROCESSOR_FILES)}, which its tower needs; add it, {OR_TEXT}")
+        raise UserError(
+            f"{folder} has none of {', '.join(PROCESSOR_FILES)}, which its tower needs; add it, {OR_TEXT}"
+        )

@@ -13,8 +13,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.classes import attn_implementation, refused_in_one_line, shrink_on_meta, store_as_int8
-from loraprune_ds.model.logits import Distillation, Head, LogitsTransform, chunk_losses, logits_transform, output_head
+from loraprune_ds.model.classes import (
+    attn_implementation,
+    refused_in_one_line,
+    shrink_on_meta,
+    store_as_int8,
+)
+from loraprune_ds.model.logits import (
+    Distillation,
+    Head,
+    LogitsTransform,
+    chunk_losses,
+    logits_transform,
+    output_head,
+)
 from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # label of an unsupervised token, as in torch's cross_entropy
@@ -34,23 +46,38 @@ class SplitRows(NamedTuple):
     source_mask: Tensor  # False at padding
     target: Tensor  # (batch, longest target) ids: the start, then the target without its last token
     target_mask: Tensor
-    places: Tensor  # (batch · window,) int64: the flat place in `target` of each place of a row, if any
+    # (batch · window,) int64: the flat place in `target` of each place of a row, if any
+    places: Tensor
 
 
 def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
     """Splits rows (batch, window). The first supervised label marks the begin of the target, after its start."""
-    learnt, window = (labels != IGNORE_INDEX).int(), torch.arange(labels.shape[1], device=labels.device)
-    starts, ends = learnt.argmax(1, keepdim=True) - 1, window[-1] - learnt.flip(1).argmax(1, keepdim=True)
+    learnt, window = (
+        (labels != IGNORE_INDEX).int(),
+        torch.arange(labels.shape[1], device=labels.device),
+    )
+    starts, ends = (
+        learnt.argmax(1, keepdim=True) - 1,
+        window[-1] - learnt.flip(1).argmax(1, keepdim=True),
+    )
     steps = window[: int((ends - starts).max())]
     source_mask, target_mask = window[: int(starts.max())] < starts, steps < ends - starts
     target = input_ids.gather(1, (starts + steps).clamp(max=window[-1]))
-    places = (window - starts).clamp(0, len(steps) - 1) + torch.arange(len(starts)).to(starts)[:, None] * len(steps)
+    places = (window - starts).clamp(0, len(steps) - 1) + torch.arange(len(starts)).to(starts)[
+        :, None
+    ] * len(steps)
     source = input_ids[:, : source_mask.shape[1]]
-    return SplitRows(source * source_mask, source_mask, target * target_mask, target_mask, places.flatten())
+    return SplitRows(
+        source * source_mask, source_mask, target * target_mask, target_mask, places.flatten()
+    )
 
 
 def final_hidden(
-    model: Any, input_ids: Tensor, labels: Tensor, rows: SplitRows | None = None, position_ids: Tensor | None = None
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    rows: SplitRows | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Returns the hidden states (batch, window, hidden_size) that the head reads. Position t predicts label t + 1.
 
@@ -58,14 +85,20 @@ def final_hidden(
         rows: `split_rows` for an encoder-decoder, if they are already known.
     """
     if not model.config.is_encoder_decoder:
-        decoded = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        decoded = model.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        )
         return decoded.last_hidden_state
     source, source_mask, target, _, places = rows or split_rows(input_ids, labels)
     encoded = model.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
     decoded = model.get_decoder()(
-        input_ids=target, encoder_hidden_states=encoded, encoder_attention_mask=source_mask, use_cache=False
+        input_ids=target,
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=source_mask,
+        use_cache=False,
     ).last_hidden_state
-    if getattr(model.config, "scale_decoder_outputs", False):  # logits would round differently in 16 bits
+    # logits would round differently in 16 bits
+    if getattr(model.config, "scale_decoder_outputs", False):
         decoded = decoded * model.config.d_model**-0.5
     return decoded.flatten(0, 1).index_select(0, places).view(*input_ids.shape, -1)
 
@@ -88,9 +121,14 @@ def token_losses(
         supervised: `supervised_positions` of the labels, if they are already known.
     """
     positions = supervised_positions(labels) if supervised is None else supervised
-    rows, wanted = hidden.flatten(0, 1).index_select(0, positions), labels.flatten().index_select(0, positions + 1)
+    rows, wanted = (
+        hidden.flatten(0, 1).index_select(0, positions),
+        labels.flatten().index_select(0, positions + 1),
+    )
     differentiate = torch.is_grad_enabled() and rows.requires_grad
-    assert not (differentiate and head.weight.requires_grad), "the head is frozen, so it gets no gradient"
+    assert not (differentiate and head.weight.requires_grad), (
+        "the head is frozen, so it gets no gradient"
+    )
     losses: Any = _ChunkedLosses.apply(rows, head, wanted, distillation, differentiate)
     batch, window = labels.shape
     every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
@@ -102,7 +140,12 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation | None, differentiate: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        distillation: Distillation | None,
+        differentiate: bool,
     ) -> Tensor:
         chunk = head.chunk(distillation)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -110,7 +153,9 @@ class _ChunkedLosses(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             of_rows = None if gradient is None else gradient[rows]
-            losses[rows] = chunk_losses(hidden[rows], head, labels[rows, None], of_rows, distillation, rows)
+            losses[rows] = chunk_losses(
+                hidden[rows], head, labels[rows, None], of_rows, distillation, rows
+            )
         ctx.save_for_backward(gradient)
         ctx.transform = head.transform
         return losses
@@ -165,19 +210,29 @@ class TokenLosses:
             settings["position_ids"] = position_ids
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
         hidden = final_hidden(self, input_ids, labels, rows, position_ids)
-        return hidden if self.lm_head is None else self.lm_head(hidden, labels, distillation, supervised)
+        return (
+            hidden
+            if self.lm_head is None
+            else self.lm_head(hidden, labels, distillation, supervised)
+        )
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
     head: Any = output_head(model)
-    head.__class__, head.transform, head.chunk_tokens = LossHead, logits_transform(model.config), chunk_tokens
+    head.__class__, head.transform, head.chunk_tokens = (
+        LossHead,
+        logits_transform(model.config),
+        chunk_tokens,
+    )
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model
 
 
-def build_for_losses(pretrained: PretrainedModel, attention: str, *, head: bool = True) -> PreTrainedModel:
+def build_for_losses(
+    pretrained: PretrainedModel, attention: str, *, head: bool = True
+) -> PreTrainedModel:
     """Copies the modules of a pretrained model without weights, in the sizes of its shape, with token losses.
 
     Without `head` it returns `final_hidden`.

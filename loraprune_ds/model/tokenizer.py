@@ -25,7 +25,9 @@ LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, possibly from LLaMA's sentencepiece file alone."""
-    sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+    sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (
+        folder / "tokenizer.json"
+    ).is_file()
     try:
         tokenizer = _load_llama(folder) if sentencepiece_only else _load_auto(folder)
     except UserError:
@@ -45,7 +47,9 @@ class Starts(NamedTuple):
     target: int | None = None  # first token of a decoder after an encoder. None without an encoder
 
 
-def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
+def text_starts(
+    tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]
+) -> Starts:
     bos: Any = tokenizer.bos_token_id if family.windows_begin_with_bos else None
     return Starts(bos, target_start(config) if family.has_encoder else None)
 
@@ -81,11 +85,18 @@ def tokenize_pairs(
 def check_ids(largest: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Raises UserError if the `largest` id of a text has no row in the embedding. A tokenizer may have more ids."""
     of = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
-    require(largest < vocab_size, f"{text}: {of} gives id {largest}, but the model's vocab_size is {vocab_size}")
+    require(
+        largest < vocab_size,
+        f"{text}: {of} gives id {largest}, but the model's vocab_size is {vocab_size}",
+    )
 
 
-def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+def token_ids(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool
+) -> list[list[int]]:
+    encoded = tokenizer(
+        texts, add_special_tokens=special, return_attention_mask=False, verbose=False
+    )
     return encoded["input_ids"]  # pyright: ignore[reportReturnType]
 
 
@@ -111,9 +122,14 @@ def rendering(where: str, name: str, messages: Sequence[Mapping[str, Any]]) -> I
         with _time_limit(RENDERING):
             yield
     except Exception as error:  # a template can hold any code
-        roles, reason = ", ".join(message["role"] for message in messages), f"{type(error).__name__}: {one_line(error)}"
+        roles, reason = (
+            ", ".join(message["role"] for message in messages),
+            f"{type(error).__name__}: {one_line(error)}",
+        )
         refuses = f"the chat template of {name} refuses a conversation of {roles}: {reason}"
-        raise UserError(f"{where}: {refuses}; it begins with {messages[0].get('content')!r:.60}") from error
+        raise UserError(
+            f"{where}: {refuses}; it begins with {messages[0].get('content')!r:.60}"
+        ) from error
 
 
 @contextmanager
@@ -126,7 +142,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(f"no end after {seconds:g} s")
 
-    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler, timer = (
+        signal.signal(signal.SIGALRM, stop),
+        signal.setitimer(signal.ITIMER_REAL, seconds),
+    )
     try:
         yield
     finally:
@@ -135,7 +154,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
-    for family in (name for name, x in FAMILIES.items() if not x.equal_layers):  # AutoTokenizer must know all types
+    # AutoTokenizer must know all types
+    for family in (name for name, x in FAMILIES.items() if not x.equal_layers):
         AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

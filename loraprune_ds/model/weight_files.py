@@ -31,11 +31,26 @@ PER_SAMPLE = 16 << 20  # bytes of a tensor
 SAMPLERS = 16  # threads. On a network file system each sample may take a millisecond
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", TOKENIZER_CONFIG)
-TOKENIZER_FILES += ("chat_template.*", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    TOKENIZER_CONFIG,
+)
+TOKENIZER_FILES += (
+    "chat_template.*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 TOKENIZER_FILES += ("vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 DOCUMENTS = ("README.md", *(f"{name}{end}" for name in LEGAL for end in ("", ".md", ".txt")))
 AUTO_MAP = "auto_map"  # JSON key that names classes in the folder's code
 
@@ -61,7 +76,9 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
         with safe_open(path, framework="pt") as file:
             views = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+            return {
+                name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()
+            }
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
@@ -73,7 +90,9 @@ def read_samples(path: Path) -> Iterator[bytes]:
         header = file.read(int.from_bytes(file.read(8), "little"))
         yield header
         begin, entries = file.tell(), json.loads(header)
-        spans = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
+        spans = sorted(
+            entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"
+        )
         samples = [(size, begin + start) for span in spans for size, start in _samples(*span)]
         yield from pool.map(lambda sample: os.pread(file.fileno(), *sample), samples)
 
@@ -94,7 +113,9 @@ def have_equal_values(name: str, other: str, headers: Headers) -> bool:
         return False
     rows = max(1, READ_CHUNK // math.prod(size[1:]))
     with safe_open(file, framework="pt") as one, safe_open(other_file, framework="pt") as two:
-        chunks = zip(one.get_tensor(name).split(rows), two.get_tensor(other).split(rows), strict=True)
+        chunks = zip(
+            one.get_tensor(name).split(rows), two.get_tensor(other).split(rows), strict=True
+        )
         return all(torch.equal(a.float(), b.float()) for a, b in chunks)
 
 
@@ -102,15 +123,22 @@ def weight_file_names(folder: Path) -> list[str]:
     """Lists the weight files of a folder, from its index if there is one, which may name only files next to it."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
-        require(bool(names), f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}")
+        names = sorted(
+            path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS
+        )
+        require(
+            bool(names),
+            f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}",
+        )
         return names
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     for tensor, name in weight_map.items():
         if Path(str(name)).name != str(name):
-            raise UserError(f"{index}: {tensor} is in {name}; only files next to the index are read")
+            raise UserError(
+                f"{index}: {tensor} is in {name}; only files next to the index are read"
+            )
     return sorted(set(map(str, weight_map.values())))
 
 
@@ -129,7 +157,9 @@ def copy_tensors(files: Mapping[str, Path], path: Path) -> None:
 
 
 def as_on_disk(
-    tensors: Mapping[str, Tensor], pieces: Mapping[str, Pieces], name_on_disk: Callable[[str], str] = str
+    tensors: Mapping[str, Tensor],
+    pieces: Mapping[str, Pieces],
+    name_on_disk: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
     """Splits or reshapes stacks of experts into the tensors of a weight file (`ModelShape.pieces`)."""
     on_disk: dict[str, Tensor] = {}
@@ -149,7 +179,9 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
         weight_map |= dict.fromkeys(tensors, path.name)
         with path.open("rb") as file:  # it begins with the length of its header
             total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    write_json(
+        folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    )
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -39,14 +39,19 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
     e = batch.element_size
     mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
-    scores = max((e + 4 + batch.copy_size) * batch.probabilities(layer) for layer in shape.attention)
+    scores = max(
+        (e + 4 + batch.copy_size) * batch.probabilities(layer) for layer in shape.attention
+    )
     return max(mlp, scores) + batch.causal_mask
 
 
 def logits(shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes of a chunk's logits, in the model's dtype and in fp32, and of all tokens' hidden states."""
     chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
-    return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size
+    return (
+        chunk * shape.vocab_size * (4 + batch.copy_size)
+        + 2 * batch.tokens * shape.hidden_size * batch.element_size
+    )
 
 
 def mlp_width(shape: ModelShape, layer: int) -> int:
@@ -69,7 +74,13 @@ def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: Plann
 
 @cache
 def _saved(
-    text: str, shape: ModelShape, index: int, batch: PlannedBatch, dtype: Dtype, int8: bool, lora: LoraConfig
+    text: str,
+    shape: ModelShape,
+    index: int,
+    batch: PlannedBatch,
+    dtype: Dtype,
+    int8: bool,
+    lora: LoraConfig,
 ) -> int:
     """Counts the storages that a layer saves, including its input, excluding the shared rotary angles."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
@@ -92,21 +103,30 @@ def _saved(
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
     def enter(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        others.extend(x for x in pytree.tree_leaves((positional[1:], named)) if isinstance(x, Tensor))
+        others.extend(
+            x for x in pytree.tree_leaves((positional[1:], named)) if isinstance(x, Tensor)
+        )
         hooks.__enter__()
 
     layer = decoder_layers(model)[index]
-    causal_lm.enable_input_require_grads()  # the inputs come from embeddings, as in every layer but the first
+    # the inputs come from embeddings, as in every layer but the first
+    causal_lm.enable_input_require_grads()
     differentiate_input(layer)  # encoder and decoder embed tokens in separate modules
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(batch.samples, batch.window, dtype=torch.int64, device="meta")
     # transformers uses a four-dimensional mask unchanged. It would inspect other masks, or ids without one.
     mask = tokens.new_empty(batch.samples, 1, batch.window, batch.window, dtype=torch.bool)
-    decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.family.has_encoder else {}
+    decoder = (
+        {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+        if shape.family.has_encoder
+        else {}
+    )
     causal_lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
     apart = {tensor.untyped_storage()._cdata for tensor in others}
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept
+    }
     return sum(count for key, count in storages.items() if key not in apart)
 
 
@@ -115,9 +135,16 @@ def _fused_attention(
 ) -> tuple[Tensor, None]:
     """Saves the same tensors as sdpa."""
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
-    bias = None if settings.get("position_bias") is None else queries.new_empty(*queries.shape[:3], window)
-    if sliding is not None and sliding <= window:  # a mask as the queries, and keys and values per query head
-        keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+    bias = (
+        None
+        if settings.get("position_bias") is None
+        else queries.new_empty(*queries.shape[:3], window)
+    )
+    # a mask as the queries, and keys and values per query head
+    if sliding is not None and sliding <= window:
+        keys, values = (
+            x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values)
+        )
         bias = queries.new_empty(len(queries), 1, window, window)
     if settings.get("indices") is not None:  # of the tokens that each query reads
         bias = queries.new_empty(len(queries), 1, window, window)
@@ -129,7 +156,12 @@ class _FusedAttention(torch.autograd.Function):
     """Saves its inputs, the output and the fp32 log-sum-exp. All are (batch, heads, window, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        out = torch.empty_like(queries[..., : values.shape[-1]])  # with the memory layout of the queries, as on GPUs
-        ctx.save_for_backward(queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        # with the memory layout of the queries, as on GPUs
+        out = torch.empty_like(queries[..., : values.shape[-1]])
+        ctx.save_for_backward(
+            queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32)
+        )
         return out

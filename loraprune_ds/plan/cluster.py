@@ -27,23 +27,36 @@ class Cluster:
     gpus_per_node: int = _option(8, "GPUs of one machine")
     gpu_memory: float = _option(80.0, "GiB of one GPU")
     host_memory: float = _option(512.0, "GiB of host memory of one machine")
-    reserve: float = _option(3.0, "GiB of a GPU for the CUDA context and the allocator's gaps. NCCL's come on top")
-    nccl: float | None = _option(None, "GiB of a GPU that NCCL takes; default: by the number of ranks")
-    host_reserve: float = _option(3.0, "GiB of host memory of a rank's process before it loads anything")
+    reserve: float = _option(
+        3.0, "GiB of a GPU for the CUDA context and the allocator's gaps. NCCL's come on top"
+    )
+    nccl: float | None = _option(
+        None, "GiB of a GPU that NCCL takes; default: by the number of ranks"
+    )
+    host_reserve: float = _option(
+        3.0, "GiB of host memory of a rank's process before it loads anything"
+    )
     intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
-    inter_bandwidth: float = _option(25.0, "GB/s that a machine receives from the others")  # over all its network cards
+    # over all its network cards
+    inter_bandwidth: float = _option(25.0, "GB/s that a machine receives from the others")
     host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
-    flops: float = _option(312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, by its data sheet")
+    flops: float = _option(
+        312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, by its data sheet"
+    )
     utilisation: float = _option(0.4, "fraction of --flops that a run reaches")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             may_be_zero = name in ("reserve", "nccl", "host_reserve")
-            good = value is None or (math.isfinite(value) and value >= 0 and (value > 0 or may_be_zero))
+            good = value is None or (
+                math.isfinite(value) and value >= 0 and (value > 0 or may_be_zero)
+            )
             require(good, f"--{name.replace('_', '-')} must be a number above 0; got {value}")
         gpus = f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}"
         require(self.world_size <= MOST_GPUS, f"{gpus} is more than {MOST_GPUS} GPUs")
-        taken = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
+        taken = f"--reserve {self.reserve}" + (
+            f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else ""
+        )
         require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing after {taken}")
 
     @property

@@ -44,7 +44,12 @@ class Plan:
     def in_all(self) -> Total:
         """The total of the run. Every cut counts as the first, which costs most."""
         cuts, steps = len(self.request.pruning.cut_steps), all_steps(self.request, self.final)
-        return Total(*(step + cuts * cut for step, cut in zip(steps, self.costs["first_cut"].total, strict=True)))
+        return Total(
+            *(
+                step + cuts * cut
+                for step, cut in zip(steps, self.costs["first_cut"].total, strict=True)
+            )
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -56,7 +61,9 @@ class Plan:
         request, lora = self.request, 12 * sum(shape.lora_numel(self.request.config.lora.r))
         measured = [linear for _, linear in request.measured(shape)]
         pairs = zip(request.measured(request.shape), measured, strict=True)
-        refits = full_bytes(request.stored_as(*(left for (_, linear), left in pairs if left.shape != linear.shape)))
+        refits = full_bytes(
+            request.stored_as(*(left for (_, linear), left in pairs if left.shape != linear.shape))
+        )
         more_cuts = len(request.pruning.cut_steps) > (shape is not request.shape)
         return lora + refits + more_cuts * sum(4 * numel_sent(linear.inputs) for linear in measured)
 
@@ -104,9 +111,14 @@ def suggestions(plan: Plan) -> list[dict[str, Any]]:
     smallest, reason = search(request, request.cluster, MOST_NODES)
     if not reason:
         where = smallest.request.cluster
-        plans.append(("more GPUs", f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}", smallest))
+        plans.append(
+            ("more GPUs", f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}", smallest)
+        )
     keys = ("change", "setting", "device_bytes", "host_bytes", "fits")
-    return [dict(zip(keys, (*x, plan.device_bytes, plan.host_bytes, plan.fits), strict=True)) for *x, plan in plans]
+    return [
+        dict(zip(keys, (*x, plan.device_bytes, plan.host_bytes, plan.fits), strict=True))
+        for *x, plan in plans
+    ]
 
 
 def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
@@ -115,18 +127,51 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
     few = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
     in_json = ", ".join(f"{key} {value}" for key, value in few.items()) + " in the DeepSpeed JSON"
     optimizer, files = {"offload_optimizer": PINNED}, "--set deepspeed=ds_configs/zero3_offload"
-    both, on_gpu = optimizer | {"offload_param": PINNED}, {x: not request.offloads(x) for x in ("optimizer", "param")}
+    both, on_gpu = (
+        optimizer | {"offload_param": PINNED},
+        {x: not request.offloads(x) for x in ("optimizer", "param")},
+    )
     int8, again = request.config.model.frozen, train.gradient_checkpointing
     refits = bool(request.measured(request.shape))
     changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
-        (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
-        (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
-        (bool(request.taught), "no distillation", "--set train.distill_weight=0", {"train": {"distill_weight": 0.0}}),
+        (
+            train.micro_batch_size > 1,
+            "one sample at a time",
+            "--set train.micro_batch_size=1",
+            {"train": ONE},
+        ),
+        (
+            not again,
+            "activation checkpointing",
+            "--set train.gradient_checkpointing=true",
+            {"train": AGAIN},
+        ),
+        (
+            bool(request.taught),
+            "no distillation",
+            "--set train.distill_weight=0",
+            {"train": {"distill_weight": 0.0}},
+        ),
         (refits, "no refit", "--set prune.compensate=none", {"prune": {"compensate": "none"}}),
         (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
-        (request.fetch.max_live_parameters > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
-        (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),
-        (on_gpu["param"], "optimizer and weights on the host", f"{files}.json", {"deepspeed": both}),
+        (
+            request.fetch.max_live_parameters > layer,
+            "fewer gathered weights",
+            in_json,
+            {"deepspeed": few},
+        ),
+        (
+            on_gpu["optimizer"],
+            "optimizer on the host",
+            f"{files}_optimizer.json",
+            {"deepspeed": optimizer},
+        ),
+        (
+            on_gpu["param"],
+            "optimizer and weights on the host",
+            f"{files}.json",
+            {"deepspeed": both},
+        ),
     ]
     return [(change, setting, values) for wanted, change, setting, values in changes if wanted]
 
@@ -139,7 +184,9 @@ def largest_micro_batch(plan: Plan) -> int | None:
     return next((size for size, larger in tried if larger and larger.fits), None)
 
 
-def _try_plan(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Plan | None:
+def _try_plan(
+    request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]
+) -> Plan | None:
     """Plans a changed run. Returns None if such a run would be refused."""
     try:
         return make_plan(changed(request, cluster, **sections))
@@ -152,7 +199,8 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
 
     Returns the plan on the fewest GPUs that fit, or on the most that were tried, and a line for the user.
     """
-    plan, most, passes = None, largest.gpus_per_node, request.micro_batches * request.world_size  # of a step
+    # of a step
+    plan, most, passes = None, largest.gpus_per_node, request.micro_batches * request.world_size
     sizes = [(1, gpus) for gpus in range(1, most + 1)]
     sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
     for nodes, gpus in sizes:
@@ -165,7 +213,10 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
         if plan.fits:
             return plan, ""
     gpus = f"{most_nodes} x {most} GPUs of {largest.gpu_memory:g} GiB"
-    host, batch = f"{largest.host_memory:g} GiB of host memory per node", request.config.train.global_batch_size
+    host, batch = (
+        f"{largest.host_memory:g} GiB of host memory per node",
+        request.config.train.global_batch_size,
+    )
     reason = f"{request.model} fits on no cluster of up to {gpus} with {host} that splits the global batch of {batch}"
     return plan or make_plan(request), reason
 
@@ -184,7 +235,10 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "device_bytes_available": cluster.gpu_bytes,
         "host_bytes_per_node": plan.host_bytes,
         "host_bytes_available": cluster.host_bytes,
-        "stages": [asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase} for stage in plan.stages],
+        "stages": [
+            asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase}
+            for stage in plan.stages
+        ],
         "costs": {name: asdict(cost) | cost.total._asdict() for name, cost in plan.costs.items()},
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
@@ -196,7 +250,10 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
             {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
             for step, size in request.pruning.ends().items()
         ],
-        "serving": [{"model": name} | on_a_server(prune, shape, (server_gib or 0) * GIB) for name, shape in served],
+        "serving": [
+            {"model": name} | on_a_server(prune, shape, (server_gib or 0) * GIB)
+            for name, shape in served
+        ],
         "notes": notes(plan),
         "cluster": asdict(cluster),
         "config": request.config.to_dict(),
@@ -217,9 +274,15 @@ def notes(plan: Plan) -> list[str]:
     step, groups = plan.costs["step"], request.fetch.zero_hpz_partition_size
     if step.communication > step.compute and nodes > 1 and groups == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
-        lines.append(f"sending takes longer than the arithmetic; {setting} keeps a copy of the weights on every node")
-    lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")
-    lines.append("not counted: loading, evaluations, saving, the host's work; every sample counts as a full window")
+        lines.append(
+            f"sending takes longer than the arithmetic; {setting} keeps a copy of the weights on every node"
+        )
+    lines.append(
+        "gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements"
+    )
+    lines.append(
+        "not counted: loading, evaluations, saving, the host's work; every sample counts as a full window"
+    )
     return lines
 
 
@@ -246,17 +309,28 @@ def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
         reached = f"{amount.format(target['reached'])} reached by prune.ratio {facts['ratio']:.4f}"
         lines.append(f"prune.target {target['asked']}: {reached}")
     for row in facts["sizes"]:
-        lines.append(f"prune.sizes {row['size']}: {row['parameters']:,} parameters at step {row['step']:,}")
-    lines += ["", *_memory_rows(facts["stages"]), "", *_cost_rows(facts, steps_known=request.steps_known)]
+        lines.append(
+            f"prune.sizes {row['size']}: {row['parameters']:,} parameters at step {row['step']:,}"
+        )
+    lines += [
+        "",
+        *_memory_rows(facts["stages"]),
+        "",
+        *_cost_rows(facts, steps_known=request.steps_known),
+    ]
     lines += ["", verdict(plan), *(f"note: {note}" for note in facts["notes"])]
     for served in facts["serving"]:
         room = f"{served['tokens']:,} tokens of KV cache" if served["tokens"] else "they do not fit"
-        lines.append(f"on the server, {served['model']}: {_gib(served['weights'])} GiB of weights, {room}")
+        lines.append(
+            f"on the server, {served['model']}: {_gib(served['weights'])} GiB of weights, {room}"
+        )
     for x in facts["suggestions"]:
         fits = "fits" if x["fits"] else "does not fit"
         lines.append(f"  {fits:<13}{_gib(x['device_bytes']):>8} GiB  {x['change']}: {x['setting']}")
     if most := facts["largest_micro_batch"]:
-        lines.append(f"the largest micro-batch that fits, with the same result: --set train.micro_batch_size={most}")
+        lines.append(
+            f"the largest micro-batch that fits, with the same result: --set train.micro_batch_size={most}"
+        )
     return "\n".join(lines)
 
 
@@ -266,7 +340,9 @@ def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
     worst = [stage["phases"][stage["peak_phase"]] for stage in stages]
     for sign, parts in (("", [stage["state"] for stage in stages]), ("+ ", worst)):
         for term in dict.fromkeys(term for part in parts for term in part if part[term]):
-            rows.append(_row(sign + term, (_gib(part[term]) if term in part else "" for part in parts)))
+            rows.append(
+                _row(sign + term, (_gib(part[term]) if term in part else "" for part in parts))
+            )
     rows.append(_row("peak", (_gib(stage["peak"]) for stage in stages)))
     rows.append(_row("  while", (stage["peak_phase"] for stage in stages)))
     return [*rows, _row("host, per rank", (_gib(sum(stage["host"].values())) for stage in stages))]
@@ -276,9 +352,21 @@ def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
     """Returns a column per kind of step and for the cut, and rows for the whole run."""
     costs, in_all = facts["costs"], facts["in_all"]
     rows = [_row("", costs)]
-    for term in dict.fromkeys(term for cost in costs.values() for term, sent in cost["sent"].items() if sent):
-        rows.append(_row(f"GB sent: {term}", (f"{cost['sent'].get(term, 0) / 1e9:.3f}" for cost in costs.values())))
-    rows.append(_row("GB of it to other nodes", (f"{cost['between_nodes'] / 1e9:.3f}" for cost in costs.values())))
+    for term in dict.fromkeys(
+        term for cost in costs.values() for term, sent in cost["sent"].items() if sent
+    ):
+        rows.append(
+            _row(
+                f"GB sent: {term}",
+                (f"{cost['sent'].get(term, 0) / 1e9:.3f}" for cost in costs.values()),
+            )
+        )
+    rows.append(
+        _row(
+            "GB of it to other nodes",
+            (f"{cost['between_nodes'] / 1e9:.3f}" for cost in costs.values()),
+        )
+    )
     for name in ("compute", "communication", "host_copies"):
         rows.append(_row(f"seconds: {name}", (f"{cost[name]:.3f}" for cost in costs.values())))
     for name in ("at_least", "at_most"):
@@ -286,11 +374,16 @@ def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
     hours = f"{in_all['at_least'] / 3600:.1f} to {in_all['at_most'] / 3600:.1f} hours"
     steps = f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts"
     rows.append(f"in all: {hours}, {in_all['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}")
-    return [*rows, f"on the shared disk: a checkpoint {facts['disk_bytes']['checkpoint'] / 1e9:.1f} GB"]
+    return [
+        *rows,
+        f"on the shared disk: a checkpoint {facts['disk_bytes']['checkpoint'] / 1e9:.1f} GB",
+    ]
 
 
 def _row(name: str, cells: Iterable[str]) -> str:
-    return f"{name.replace('_', ' '):<28}" + "".join(f"{cell.replace('_', ' '):>20}" for cell in cells)
+    return f"{name.replace('_', ' '):<28}" + "".join(
+        f"{cell.replace('_', ' '):>20}" for cell in cells
+    )
 
 
 def _gib(count: float) -> str:

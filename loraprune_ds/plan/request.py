@@ -13,7 +13,12 @@ from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.families.base import Attention
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
-from loraprune_ds.model.read_shape import LLAMA_SIZES, check_family, read_model_config, shape_from_config
+from loraprune_ds.model.read_shape import (
+    LLAMA_SIZES,
+    check_family,
+    read_model_config,
+    shape_from_config,
+)
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
@@ -96,7 +101,9 @@ class Request:
         return measured_linears(shape, layers)
 
     def batch(self, samples: int, window: int) -> PlannedBatch:
-        eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
+        eager = (
+            attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
+        )
         return PlannedBatch(samples, window, self.element_size, eager)
 
     def stored(self, shape: ModelShape) -> list[StoredTensor]:
@@ -105,7 +112,9 @@ class Request:
 
     def stored_as(self, *tensors: TensorSpec) -> list[StoredTensor]:
         """As `stored`, of some tensors of a layer."""
-        return [stored for x in tensors for stored in x.stored(self.element_size, self.int8).values()]
+        return [
+            stored for x in tensors for stored in x.stored(self.element_size, self.int8).values()
+        ]
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
@@ -121,7 +130,9 @@ class Request:
 
     def shard_bytes(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's shards."""
-        return sum(x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in tensors)
+        return sum(
+            x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in tensors
+        )
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of LoRA."""
@@ -144,9 +155,13 @@ class Request:
             return limits.with_equal(counts, dense)
         layers, numel, budget = list(dense.counts), limits.numel(dense.counts), section.budget(step)
         leaving = limits.leaving(budget.ratio)
-        stays = {kind: 1 - leaving * share / max(1, numel[kind]) for kind, share in budget.shares.items()}
+        stays = {
+            kind: 1 - leaving * share / max(1, numel[kind]) for kind, share in budget.shares.items()
+        }
         for i in limits.open_layers:
-            layers[i] = LayerCounts((kind, max(min(1, n), round(n * stays[kind]))) for kind, n in layers[i].items())
+            layers[i] = LayerCounts(
+                (kind, max(min(1, n), round(n * stays[kind]))) for kind, n in layers[i].items()
+            )
         return dense.resized(layers)
 
 
@@ -162,13 +177,19 @@ def make_request(
     if model in LLAMA_SIZES:
         config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
     require(model is not None or config_path is not None, "give a model or --config")
-    raw = {"output_dir": "unused", "train": {"steps": 100}} if config_path is None else read_config(config_path)
+    raw = (
+        {"output_dir": "unused", "train": {"steps": 100}}
+        if config_path is None
+        else read_config(config_path)
+    )
     for override in overrides:
         apply_override(raw, override)
     config = config_from_dict(raw)
     name = model or config.model.path
     source = read_model_config(name, config.model.revision)
-    return build_request(name, source, shape_from_config(source, name), config, cluster, samples=samples)
+    return build_request(
+        name, source, shape_from_config(source, name), config, cluster, samples=samples
+    )
 
 
 def build_request(
@@ -200,7 +221,10 @@ def build_request(
     if train.steps or of_epochs:  # an assumed number of steps refuses nothing
         train.check_warmup(pruning.cycles()[0])
     per_node = cluster.gpus_per_node
-    require(config.deepspeed is not None, "deepspeed is null, but a plan needs ds_configs/zero3.json or another")
+    require(
+        config.deepspeed is not None,
+        "deepspeed is null, but a plan needs ds_configs/zero3.json or another",
+    )
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
     bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
@@ -208,14 +232,20 @@ def build_request(
     return Request(name, text, shape, config, cluster, pruning, ds_config, samples)
 
 
-def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
+def changed(
+    request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]
+) -> Request:
     """Builds the same request with another cluster, or other values in sections: `train={...}`.
 
     `deepspeed={...}` are keys of zero_optimization. hpZ's "auto" depends on the cluster and is resolved again.
     """
     zero, where = sections.pop("deepspeed", {}), cluster or request.cluster
     config = config_from_dict(merge(request.config.to_dict(), sections))
-    new = build_request(request.model, request.source, request.shape, config, where, samples=request.samples)
-    kept = {key: value for key, value in request.ds_config["zero_optimization"].items() if key != HPZ}
+    new = build_request(
+        request.model, request.source, request.shape, config, where, samples=request.samples
+    )
+    kept = {
+        key: value for key, value in request.ds_config["zero_optimization"].items() if key != HPZ
+    }
     new.ds_config["zero_optimization"].update(kept | zero)
     return new

@@ -42,7 +42,10 @@ class Stage:
 
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
     """Plans the memory of the run. The first cut is the largest; `after` is the shape after it."""
-    dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
+    dense, cut = (
+        training_stage("dense", request, request.shape),
+        _cut(request, request.shape, after),
+    )
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
@@ -55,7 +58,9 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
     """Builds the stage of steps, evaluations and the export at a shape. Its steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
-    factors = [StoredTensor((n,), request.element_size) for n in shape.lora_numel(request.config.lora.r)]
+    factors = [
+        StoredTensor((n,), request.element_size) for n in shape.lora_numel(request.config.lora.r)
+    ]
     embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
@@ -77,7 +82,9 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     return Stage(name, state, phases, host | {"export": written})
 
 
-def split_state(request: Request, shape: ModelShape, *, measures: bool = False) -> tuple[Terms, Terms]:
+def split_state(
+    request: Request, shape: ModelShape, *, measures: bool = False
+) -> tuple[Terms, Terms]:
     """Returns the terms (on the GPU, in host memory)."""
     lora, e = request.lora_shards(shape), request.element_size
     frozen = [*(stored := request.stored(shape)), *(taught := request.taught)]
@@ -93,13 +100,17 @@ def split_state(request: Request, shape: ModelShape, *, measures: bool = False) 
     if copies := request.second_copies(frozen):
         terms["second_copy"] = copies
     away = ["weights", "teacher", "lora", "second_copy"] if request.offloads("param") else []
-    away += ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
+    away += (
+        ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
+    )
     host = {name: terms.pop(name) for name in list(terms) if name in away}
     blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
     if request.offloads("optimizer"):
-        host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has a separate copy
+        # DeepSpeed's CPU optimizer has a separate copy
+        host["lora_gradients_for_the_step"] = host["lora_gradients"]
         blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
-    if request.offloads("param", pinned=True):  # each frozen shard is a block, and LoRA's share a buffer
+    # each frozen shard is a block, and LoRA's share a buffer
+    if request.offloads("param", pinned=True):
         second = [request.second_copies([x]) for x in frozen] if copies else []
         blocks += [host["lora"], *(request.shard_bytes([x]) for x in frozen), *second]
     if blocks:
@@ -139,7 +150,8 @@ def passes_of_weights(request: Request, shape: ModelShape) -> int:
     numel, _ = _model_size(request, shape)
     stays = numel <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
     again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
-    return (1 if stays else 2) + again  # a layer that is gathered as one is still there for recomputation
+    # a layer that is gathered as one is still there for recomputation
+    return (1 if stays else 2) + again
 
 
 def full_bytes(tensors: Iterable[StoredTensor]) -> int:
@@ -150,7 +162,9 @@ def full_bytes(tensors: Iterable[StoredTensor]) -> int:
 def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
     """Returns (elements, bytes) of the unsharded model with LoRA."""
     stored, lora = request.stored(shape), sum(shape.lora_numel(request.config.lora.r))
-    return sum(math.prod(x.shape) for x in stored) + lora, full_bytes(stored) + lora * request.element_size
+    return sum(math.prod(x.shape) for x in stored) + lora, full_bytes(
+        stored
+    ) + lora * request.element_size
 
 
 def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
@@ -159,12 +173,16 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     """
     e, r = request.element_size, request.config.lora.r
     one_of_each = set(shape.layers)
-    layer = max(full_bytes(request.stored_as(*x.tensors)) + e * sum(x.lora_numel(r)) for x in one_of_each)
+    layer = max(
+        full_bytes(request.stored_as(*x.tensors)) + e * sum(x.lora_numel(r)) for x in one_of_each
+    )
     module, dequantised = e * max(tensor.numel for tensor in shape.outer), 0
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         module = max(module, layer)
     for x in (linear for layer_spec in one_of_each for linear in layer_spec.linears):
-        module = max(module, full_bytes(request.stored_as(x)) + e * sum(map(math.prod, x.lora_shapes(r))))
+        module = max(
+            module, full_bytes(request.stored_as(x)) + e * sum(map(math.prod, x.lora_shapes(r)))
+        )
         dequantised = max(dequantised, request.int8 * e * x.numel // x.matrices)
     return layer, module, dequantised
 
@@ -173,7 +191,9 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
     refit, e, r = 0, request.element_size, request.config.lora.r
-    for (_, linear), (_, left) in zip(request.measured(before), request.measured(after), strict=True):
+    for (_, linear), (_, left) in zip(
+        request.measured(before), request.measured(after), strict=True
+    ):
         (m, n), k = linear.matrix, left.matrix[1]
         system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
         refit = max(refit, 2 * e * m * (n + k) + 4 * r * (n + m) + system)
@@ -201,7 +221,9 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     tokens = config.train.micro_batch_size * config.data.window
     if config.prune.criterion == "fisher":
         chosen = shape.mixture.experts_per_token if shape.mixture else 1
-        widths = [(x.stack, x.inputs * (chosen if x.stack else 1)) for _, x in shape.input_linears()]
+        widths = [
+            (x.stack, x.inputs * (chosen if x.stack else 1)) for _, x in shape.input_linears()
+        ]
         # Dropout replaces the inputs of expert stacks, so the originals are kept.
         kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
         blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
@@ -212,11 +234,16 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     return terms
 
 
-def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch, *, prefetches: bool = False) -> Terms:
+def _forward_pass(
+    request: Request, shape: ModelShape, batch: PlannedBatch, *, prefetches: bool = False
+) -> Terms:
     """Returns the terms of a pass without backward and without the head."""
     hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
     gathered = gathered_weights(request, shape, trains=prefetches)
-    return {"gathered_weights": gathered, "activations": hidden_states + forward_temporaries(shape, batch)}
+    return {
+        "gathered_weights": gathered,
+        "activations": hidden_states + forward_temporaries(shape, batch),
+    }
 
 
 def _evaluation(request: Request, shape: ModelShape) -> Terms:
@@ -231,5 +258,6 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
     sizes = {x.matrix for _, x in shape.linears() if x.runs}
-    block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
+    # whole rows
+    block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}

@@ -22,7 +22,8 @@ from loraprune_ds.model.groups import LayerKeep, TensorSpec, cut
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
 
-RIDGE = 0.05  # 0.01 gave 47.7/60.7/133 instead of 45.7/56.4/126 (tests/benchmarks/README.md of commit 95c06ca)
+# 0.01 gave 47.7/60.7/133 instead of 45.7/56.4/126 (tests/benchmarks/README.md of commit 95c06ca)
+RIDGE = 0.05
 TILE_ROWS = 1024  # rows of a second moment that are computed at a time
 
 
@@ -34,15 +35,19 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
     factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
     """
-    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
+    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(
+        0, kept, False
+    )
     removed = leaves.nonzero().flatten()
     system = moment.index_select(0, kept).index_select(1, kept).double()
     system.diagonal().add_(ridge * moment.diagonal().double().mean())
     factor, info = cast(Any, torch.linalg).cholesky_ex(system)
     del system
     effective = linear.weight.index_select(1, removed).float()
-    effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)  # W'[:, R]
-    right = moment.index_select(0, kept).index_select(1, removed).double() @ effective.double().T  # (k, m)
+    # W'[:, R]
+    effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)
+    # In shape (k, m)
+    right = moment.index_select(0, kept).index_select(1, removed).double() @ effective.double().T
     del effective
     delta = torch.cholesky_solve(right, factor).T
     if info.item() != 0 or not torch.isfinite(delta).all():
@@ -62,7 +67,9 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     return weight
 
 
-def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+def measured_linears(
+    shape: ModelShape, layers: Iterable[int] | None = None
+) -> list[tuple[int, TensorSpec]]:
     """Lists the linears that lose inputs, of some layers or all. Stacks lose experts, not inputs."""
     return [(i, linear) for i, linear in shape.linears(layers) if linear.loses_inputs]
 
@@ -131,7 +138,9 @@ class InputMoments:
             try:
                 return refit(linear, moment, kept.to(moment.device))
             except RunError as error:
-                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.name}: {error}") from None
+                raise RunError(
+                    f"step {step}: layer {linear_id.layer} {linear_id.name}: {error}"
+                ) from None
 
         self._model.replace_weights(list(shrinking), compute)
 
@@ -142,11 +151,17 @@ class InputMoments:
             if linear.shrinks(keep[layer]):
                 kept = cut(linear, keep[layer])[1].to(self._model.device)
                 half = take_half(moment.index_select(0, kept).index_select(1, kept))
-                self.sums[LinearId(layer, name)] = add_half(half.new_zeros(len(kept), len(kept)), half)
+                self.sums[LinearId(layer, name)] = add_half(
+                    half.new_zeros(len(kept), len(kept)), half
+                )
 
     def halves(self, layer: int) -> dict[str, Tensor]:
         """Returns half of one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
-        return {linear_id.name: take_half(value) for linear_id, value in self.sums.items() if linear_id.layer == layer}
+        return {
+            linear_id.name: take_half(value)
+            for linear_id, value in self.sums.items()
+            if linear_id.layer == layer
+        }
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
         """Restores a checkpoint. `read` returns the `halves` of the rank that owned the layer."""
@@ -155,7 +170,10 @@ class InputMoments:
             if self._model.owner(layer) == self._model.rank:
                 for name, half in read(layer).items():
                     linear_id = LinearId(layer, name)
-                    n, half = self._model.shape.linear(linear_id).inputs, half.to(self._model.device)
+                    n, half = (
+                        self._model.shape.linear(linear_id).inputs,
+                        half.to(self._model.device),
+                    )
                     self.sums[linear_id] = add_half(half.new_zeros(n, n), half)
 
     def clear(self) -> None:
@@ -167,7 +185,8 @@ class InputMoments:
         if self._masks is None:
             return
         x, mask = inputs.detach(), self._masks[self._model.shape.layers[linear_id.layer].layer_list]
-        rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n), without padding
+        # (tokens, n), without padding
+        rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()
         if linear_id == self._first:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):

@@ -27,7 +27,8 @@ from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, Prunabl
 # fewer kernel launches, and the two fp32 copies of a block take 64 MiB.
 CPU_BLOCK_NUMEL = 1 << 18
 DEVICE_BLOCK_NUMEL = 1 << 23
-CPU_INPUTS = 1 << 17  # elements of inputs at a time, so their fp32 copies and squares stay in a CPU's cache
+# elements of inputs at a time, so their fp32 copies and squares stay in a CPU's cache
+CPU_INPUTS = 1 << 17
 
 # (rows of W in fp32, which it may overwrite; their LoRA factors) -> element importance up to its sign, in their shape.
 ElementCriterion = Callable[[Tensor, LoraFactors], Tensor]
@@ -41,7 +42,9 @@ def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
 def gradient_estimate(factors: LoraFactors) -> Tensor:
     """Returns G = gB·A + B·gA − gB·gA (LoRAPrune, arXiv 2305.18403, eq. 8): the change of B·A by one unit SGD step."""
     # gB·(A − gA) + B·gA as one product of twice the rank
-    return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat([factors.A - factors.grad_A, factors.grad_A])
+    return torch.cat([factors.grad_B, factors.B], 1) @ torch.cat(
+        [factors.A - factors.grad_A, factors.grad_A]
+    )
 
 
 def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
@@ -54,7 +57,9 @@ ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "magnitude": effe
 
 
 @torch.no_grad()
-def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCriterion, axis: int) -> Tensor:
+def score_shard(
+    shard: OwnedShard, factors: LoraFactors, criterion: ElementCriterion, axis: int
+) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight.
 
     Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). Only owned elements
@@ -69,17 +74,24 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
         return total
     block_numel = CPU_BLOCK_NUMEL if shard.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     of_experts = list(zip(factors.A.chunk(experts), factors.grad_A.chunk(experts), strict=True))
-    row, last_row, block_rows = start // columns, (end - 1) // columns + 1, max(1, block_numel // columns)
+    row, last_row, block_rows = (
+        start // columns,
+        (end - 1) // columns + 1,
+        max(1, block_numel // columns),
+    )
     while row < last_row:
         expert = row // rows
         stop = min(row + block_rows, last_row, (expert + 1) * rows)
-        low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
+        # the owned part of these rows
+        low, high = max(start, row * columns), min(end, stop * columns)
         head, tail = low - row * columns, stop * columns - high
         owned = shard.flat[low - start : high - start]
         # Zeros fill the first and the last row.
         stored = (pad(owned, (head, tail)) if head or tail else owned).view(-1, columns)
         a, grad_a = of_experts[expert]
-        of_rows = LoraFactors(a, factors.B[row:stop], grad_a, factors.grad_B[row:stop], factors.scaling)
+        of_rows = LoraFactors(
+            a, factors.B[row:stop], grad_a, factors.grad_B[row:stop], factors.scaling
+        )
         importance = criterion(shard.decode(stored, row), of_rows)
         if head or tail:
             flat = importance.view(-1)
@@ -99,7 +111,9 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(saved)
         ctx.receive = receive
         return passed.view_as(passed)
@@ -136,7 +150,8 @@ class MaskGradients:
         self._model = model
         self._active = False
         self._squares: dict[LinearId, Tensor] = {}
-        self._runs = {LinearId(i, linear.linear): linear.runs[0] for i, linear in self.linears}  # no cut changes widths
+        # no cut changes widths
+        self._runs = {LinearId(i, linear.linear): linear.runs[0] for i, linear in self.linears}
         self.detach = hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
@@ -160,19 +175,27 @@ class MaskGradients:
         scale = self._model.world_size * self._model.loss_scale
         return [self._squares[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
 
-    def _tap(self, linear_id: LinearId, inputs: Tensor, counts: list[int] | None = None) -> Tensor | None:
+    def _tap(
+        self, linear_id: LinearId, inputs: Tensor, counts: list[int] | None = None
+    ) -> Tensor | None:
         if not self._active:
             return None
         return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id, counts)))
 
-    def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
+    def _receive(
+        self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor
+    ) -> None:
         if counts is None:
             run = self._runs[linear_id]
             s = mask_gradients(inputs, gradient, run.width)
-            squares = second_moments(s, run.ranges) if run.kind == QUERY_HEADS else sum_of_squares(s)
+            squares = (
+                second_moments(s, run.ranges) if run.kind == QUERY_HEADS else sum_of_squares(s)
+            )
         else:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
-            squares = torch.cat([sum_of_squares(mask_gradients(x, g, x.shape[1])) for x, g in of_experts])
+            squares = torch.cat(
+                [sum_of_squares(mask_gradients(x, g, x.shape[1])) for x, g in of_experts]
+            )
         self._squares[linear_id] = self._squares.get(linear_id, 0.0) + squares.double()
 
 

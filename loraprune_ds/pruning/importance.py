@@ -35,11 +35,17 @@ class GroupSums:
         of_runs, zeros = self.of_runs, self.of_runs[0].new_zeros
         if normalization != "none":
             total = self._sum()
-            divisors = (cast(Any, scores).norm() if normalization == "l2" else total for scores in of_runs)
-            of_runs = [x / by.where(by > 0, 1.0) for x, by in zip(of_runs, divisors, strict=True)]  # all may be zero
-        layers = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts]
+            divisors = (
+                cast(Any, scores).norm() if normalization == "l2" else total for scores in of_runs
+            )
+            # all may be zero
+            of_runs = [x / by.where(by > 0, 1.0) for x, by in zip(of_runs, divisors, strict=True)]
+        layers = [
+            {kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts
+        ]
         for (layer, _, kind), scores in zip(self._places(), of_runs, strict=True):
-            layers[layer][kind] = layers[layer][kind] + scores if scores.ndim == 1 else scores  # moments are of one run
+            # moments are of one run
+            layers[layer][kind] = layers[layer][kind] + scores if scores.ndim == 1 else scores
         return list(map(LayerScores, layers))
 
     def check(self) -> None:
@@ -54,7 +60,11 @@ class GroupSums:
         return torch.cat([scores.flatten() for scores in self.of_runs]).sum()
 
     def _places(self) -> Iterator[tuple[int, str, Kind]]:
-        return ((layer, linear.linear, run.kind) for layer, linear in self.linears for run in linear.runs)
+        return (
+            (layer, linear.linear, run.kind)
+            for layer, linear in self.linears
+            for run in linear.runs
+        )
 
 
 def score_groups(
@@ -70,7 +80,9 @@ def score_groups(
     for layer, factors in enumerate(model.lora_factors()):
         for linear in (x for x in shape.layers[layer].linears if x.runs):
             owned = model.owned_weight(LinearId(layer, linear.linear))
-            sums = score_shard(owned, factors[linear.linear], ELEMENT_CRITERIA[criterion], linear.axis)
+            sums = score_shard(
+                owned, factors[linear.linear], ELEMENT_CRITERIA[criterion], linear.axis
+            )
             partial += sums_of_runs(linear, sums)
     return add_over_ranks(model, shape.linears(), partial, step)
 
@@ -82,7 +94,10 @@ def sums_of_runs(linear: TensorSpec, values: Tensor) -> list[Tensor]:
 
 
 def add_over_ranks(
-    model: PrunableModel, linears: Sequence[tuple[int, TensorSpec]], partial: list[Tensor], step: int
+    model: PrunableModel,
+    linears: Sequence[tuple[int, TensorSpec]],
+    partial: list[Tensor],
+    step: int,
 ) -> GroupSums:
     """Sums the ranks' scores of all runs."""
     totals = model.comm.all_reduce(torch.cat([scores.flatten() for scores in partial]))
@@ -100,9 +115,14 @@ class MovingAverage:
 
     def update(self, now: list[LayerScores]) -> None:
         """Adds the scores of one more step."""
-        old = self.scores or [LayerScores((kind, torch.zeros_like(s)) for kind, s in layer.items()) for layer in now]
+        old = self.scores or [
+            LayerScores((kind, torch.zeros_like(s)) for kind, s in layer.items()) for layer in now
+        ]
         self.scores = [
-            LayerScores((kind, self.decay * a[kind].to(b[kind].device) + (1 - self.decay) * b[kind]) for kind in b)
+            LayerScores(
+                (kind, self.decay * a[kind].to(b[kind].device) + (1 - self.decay) * b[kind])
+                for kind in b
+            )
             for a, b in zip(old, now, strict=True)
         ]
         self.updates_since_cut += 1
@@ -111,7 +131,10 @@ class MovingAverage:
         """Returns the scores in host memory. None if nothing was scored yet."""
         if self.scores is None:
             return None
-        return [LayerScores((kind, scores.cpu()) for kind, scores in layer.items()) for layer in self.scores]
+        return [
+            LayerScores((kind, scores.cpu()) for kind, scores in layer.items())
+            for layer in self.scores
+        ]
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Keeps the scores of the groups that a cut leaves."""

@@ -25,7 +25,9 @@ class LayerScores(LayerTensors):
 
     def select(self, keep: LayerKeep) -> Self:
         chosen = ((kind, x, keep[kind]) for kind, x in self.items())
-        return type(self)((kind, x[kept] if x.ndim == 1 else select(x, kept)) for kind, x, kept in chosen)
+        return type(self)(
+            (kind, x[kept] if x.ndim == 1 else select(x, kept)) for kind, x, kept in chosen
+        )
 
     def of_groups(self) -> "LayerScores":
         """Returns (groups,) of each kind."""
@@ -37,7 +39,10 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
     scores: list[LayerScores] = []
     for i, layer in enumerate(shape.counts):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        draws = {kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
+        draws = {
+            kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64)
+            for kind in shape.kinds
+        }
         scores.append(LayerScores(draws))
     return scores
 
@@ -50,7 +55,8 @@ def second_moments(gradients: Iterable[Tensor], ranges: int) -> Tensor:
 
 def select(moments: Tensor, keep: Tensor) -> Tensor:
     """Returns M of the heads that stay: ascending indices, of each range the same number."""
-    own = keep.view(len(moments), -1).to(moments.device) % moments.shape[1]  # (ranges, kept), inside their range
+    # (ranges, kept), inside their range
+    own = keep.view(len(moments), -1).to(moments.device) % moments.shape[1]
     return moments.take_along_dim(own[:, :, None], 1).take_along_dim(own[:, None, :], 2)
 
 
@@ -65,7 +71,9 @@ def add_in_turn(moments: Tensor) -> Tensor:
         added, before = own.diagonal().clone(), torch.tensor(-math.inf, dtype=own.dtype)
         for _ in range(len(own)):
             least = len(own) - 1 - int(added.flip(0).argmin())
-            before = result[least] = torch.maximum(added[least], before.nextafter(torch.tensor(math.inf)))
+            before = result[least] = torch.maximum(
+                added[least], before.nextafter(torch.tensor(math.inf))
+            )
             added += 2 * own[least]
             added[least] = math.inf
     return scores.flatten()

@@ -97,12 +97,16 @@ class PrunableModel(ABC):
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
 
-    def _named_factors(self, layer: int, weights: Iterator[Tensor], grads: Iterator[Tensor]) -> dict[str, LoraFactors]:
+    def _named_factors(
+        self, layer: int, weights: Iterator[Tensor], grads: Iterator[Tensor]
+    ) -> dict[str, LoraFactors]:
         """Names the factors of a layer. The iterators give A and B of each linear, in turn. Not collective."""
         factors = dict[str, LoraFactors]()
         for name in (linear.linear for linear in self.shape.layers[layer].linears):
             a_and_b = (next(weights), next(weights), next(grads), next(grads))
-            factors[name] = LoraFactors(*a_and_b, scaling=self._module(LinearId(layer, name)).scaling[ADAPTER])
+            factors[name] = LoraFactors(
+                *a_and_b, scaling=self._module(LinearId(layer, name)).scaling[ADAPTER]
+            )
         return factors
 
     @abstractmethod
@@ -129,11 +133,15 @@ class PrunableModel(ABC):
         """
         grouped: dict[tuple[int, str], list[LinearId]] = {}
         for linear_id in linear_ids:
-            grouped.setdefault((linear_id.layer // self.world_size, linear_id.name), []).append(linear_id)
+            grouped.setdefault((linear_id.layer // self.world_size, linear_id.name), []).append(
+                linear_id
+            )
         for ids_of_round in grouped.values():
             collected = {each: self.collect_linear(each) for each in ids_of_round}
             results = self.comm.all_or_raise(
-                lambda collected=collected: {each: compute(each, x) for each, x in collected.items() if x is not None}
+                lambda collected=collected: {
+                    each: compute(each, x) for each, x in collected.items() if x is not None
+                }
             )
             collected.clear()
             for linear_id in ids_of_round:
@@ -143,7 +151,9 @@ class PrunableModel(ABC):
         """Overwrites a weight on all ranks by that of its owner, in its storage format."""
         base, owner = self._module(linear_id).base_layer, self.owner(linear_id.layer)
         stored_as = storage_format(base)
-        tensors: dict[str, Tensor] = {} if weight is None else {**stored_as.split(weight, weight.dtype)}
+        tensors: dict[str, Tensor] = (
+            {} if weight is None else {**stored_as.split(weight, weight.dtype)}
+        )
         del weight
         for name in stored_as.tensors:
             self.overwrite(getattr(base, name), owner, tensors.pop(name, None))
@@ -162,7 +172,9 @@ class PrunableModel(ABC):
     # Checkpoints and exports
 
     @abstractmethod
-    def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
+    def collect(
+        self, parameter: nn.Parameter, owner: int, *, master: bool = False
+    ) -> Tensor | None:
         """Returns a full parameter, or its fp32 master, on rank `owner`. None elsewhere."""
 
     def collect_named(self, named: dict[str, nn.Parameter], owner: int) -> dict[str, Tensor]:
@@ -181,7 +193,10 @@ class PrunableModel(ABC):
         module, owner = self._module(linear_id), self.owner(linear_id.layer)
         stored, base = self.collect_stored(linear_id), module.base_layer
         bias = None if base.bias is None else self.collect(base.bias, owner)
-        a, b = (cast(Tensor, self.collect(factor, owner, master=True)) for factor in lora_weights(module))
+        a, b = (
+            cast(Tensor, self.collect(factor, owner, master=True))
+            for factor in lora_weights(module)
+        )
         if self.rank != owner:
             return None
         return CollectedLinear(stored, bias, a, b, module.scaling[ADAPTER], storage_format(base))
@@ -221,7 +236,9 @@ class PrunableModel(ABC):
         """Returns the first layer with an inf or NaN in this rank's averaged LoRA gradients. Not collective."""
         if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
             return None
-        return self.first_nonfinite(map(self.gradient, layer.values()) for layer in self.lora_parameters())
+        return self.first_nonfinite(
+            map(self.gradient, layer.values()) for layer in self.lora_parameters()
+        )
 
     def nonfinite_weights(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's weights, frozen or LoRA. Not collective."""
@@ -230,12 +247,21 @@ class PrunableModel(ABC):
     @staticmethod
     def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
         """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
-        return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
+        return next(
+            (
+                i
+                for i, layer in enumerate(layers)
+                if not all(torch.isfinite(x).all() for x in layer)
+            ),
+            None,
+        )
 
     # Inside another trainer
 
     @abstractmethod
-    def before_each_update(self, action: Callable[[], None], *, reads_gradients: bool = True) -> Callable[[], None]:
+    def before_each_update(
+        self, action: Callable[[], None], *, reads_gradients: bool = True
+    ) -> Callable[[], None]:
         """Runs `action` right before each update, on averaged gradients without clipping. Returns an undo.
 
         Args:
@@ -272,20 +298,25 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.data = data
 
 
-def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterator[tuple[nn.Parameter, Slice]]:
+def parameter_cuts(
+    layer: nn.Module, spec: LayerSpec, keep: LayerKeep
+) -> Iterator[tuple[nn.Parameter, Slice]]:
     """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
     for name, kept, linear in spec.cuts(keep, int8=holds_int8(layer)):
         yield base_parameter(layer, name), kept
         if linear:
             module: Any = lora_linear(layer, linear.linear)
-            for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
+            # the reference model of DPO or GRPO may be a second adapter
+            for adapter in module.lora_A:
                 factors = lora_weights(module, adapter)
                 for which, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
                     yield factors[which], factor_kept
 
 
 def hook_inputs(
-    model: PrunableModel, linears: Iterable[tuple[int, TensorSpec]], see: Callable[..., Tensor | None]
+    model: PrunableModel,
+    linears: Iterable[tuple[int, TensorSpec]],
+    see: Callable[..., Tensor | None],
 ) -> Callable[[], None]:
     """Calls `see` in every forward pass with each linear and its input, and uses the input that it returns, if any.
 
@@ -297,11 +328,15 @@ def hook_inputs(
     """
     hooks = ExitStack()
 
-    def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def hook(
+        linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
         changed = see(linear_id, *inputs)
         return None if changed is None else (changed, *inputs[1:])
 
     for i, linear in linears:
         module = lora_linear(model.layers[i], linear.linear)
-        hooks.enter_context(module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear))))
+        hooks.enter_context(
+            module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear)))
+        )
     return hooks.close

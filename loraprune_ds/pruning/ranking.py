@@ -30,7 +30,10 @@ def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCount
     """Returns the counts at a fraction `part` of the way down the bounds, which never grow with `part`."""
     goal, start = bounds
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in start.items()}
-    near = {kind: _nearest_multiple(n, goal[kind], start[kind], limits.multiples[kind]) for kind, n in counts.items()}
+    near = {
+        kind: _nearest_multiple(n, goal[kind], start[kind], limits.multiples[kind])
+        for kind, n in counts.items()
+    }
     return LayerCounts(near)
 
 
@@ -56,7 +59,11 @@ def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -
         channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], multiple)
         distance = abs(lost + numel[fine] * (dense[fine] - channels) - wanted)
         shares = sum(abs(narrowest[kind] - share[kind]) for kind in coarse)
-        return max(distance, multiple * numel[fine] / 2), shares, LayerCounts({**narrowest, fine: channels})
+        return (
+            max(distance, multiple * numel[fine] / 2),
+            shares,
+            LayerCounts({**narrowest, fine: channels}),
+        )
 
     return min(map(option, limits.narrowest(bounds)), key=lambda distances: distances[:2])[-1]
 
@@ -64,10 +71,15 @@ def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
     """Returns the multiple nearest to `count` between the bounds, or one of them."""
     below = math.floor(count / multiple) * multiple
-    return min((min(max(c, lowest), highest) for c in (below, below + multiple)), key=lambda c: abs(c - count))
+    return min(
+        (min(max(c, lowest), highest) for c in (below, below + multiple)),
+        key=lambda c: abs(c - count),
+    )
 
 
-def keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape) -> list[LayerKeep]:
+def keep_best(
+    scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape
+) -> list[LayerKeep]:
     """Keeps the given number of groups of every layer, those with the highest scores."""
     return [
         LayerKeep(
@@ -81,11 +93,16 @@ def keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], c
 def best_first(scores: Tensor, parts: int) -> Tensor:
     """Returns the indices of all groups: first the best of each of `parts` equal ranges, then the second best, …"""
     ranges = scores.view(parts, len(scores) // parts)
-    order = ranges.argsort(descending=True, stable=True) + torch.arange(parts)[:, None] * ranges.shape[1]
+    order = (
+        ranges.argsort(descending=True, stable=True)
+        + torch.arange(parts)[:, None] * ranges.shape[1]
+    )
     return order.T.flatten()
 
 
-def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, budget: Budget) -> list[LayerKeep]:
+def rank_global(
+    scores: list[LayerScores], current: ModelShape, limits: Limits, budget: Budget
+) -> list[LayerKeep]:
     """Removes the least important groups of all open layers until the budget is spent. Arguments as for `rank_uniform`.
 
     Heads give their share of the ratio, channels the rest. The total ends within one group (or multiple) of the
@@ -113,7 +130,9 @@ class _Removal:
     def gone_beside(self, kind: Kind) -> int:
         """Counts the parameters of the other kinds that are gone so far, including earlier cuts."""
         dense = self.limits.dense
-        lost = sum(before[kind] - left[kind] for before, left in zip(dense.counts, self.left, strict=True))
+        lost = sum(
+            before[kind] - left[kind] for before, left in zip(dense.counts, self.left, strict=True)
+        )
         return self.gone - lost * dense.group_numel[kind]
 
     def take(self, kind: Kind, budget: int) -> None:

@@ -62,14 +62,23 @@ class Section:
 
         With multiples `global` waits until each open layer could lose one more on average. Its last step always cuts.
         """
-        steps, limits = [*range(self.start + self.every, self.end, self.every), self.end], self.limits
+        steps, limits = (
+            [*range(self.start + self.every, self.end, self.every), self.end],
+            self.limits,
+        )
         fine = limits.dense.kinds[-1]
         if not limits.uniform and limits.multiples[fine] == 1:
             return steps
         chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
         always = set[int]() if limits.uniform else {self.end}
-        widths = pairwise(self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps))
-        return [step for step, (old, new) in zip(steps, widths, strict=True) if old != new or step in always]
+        widths = pairwise(
+            self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps)
+        )
+        return [
+            step
+            for step, (old, new) in zip(steps, widths, strict=True)
+            if old != new or step in always
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,9 @@ class Schedule:
 
     def section(self, step: int) -> Section:
         """Returns the section of a step. Steps after the last section belong to it."""
-        return next((section for section in self.sections if step <= section.last), self.sections[-1])
+        return next(
+            (section for section in self.sections if step <= section.last), self.sections[-1]
+        )
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
@@ -131,11 +142,16 @@ class Schedule:
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
     """Returns the number of complete steps in some epochs, at least one."""
-    return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))  # 0.29 * 100 is 29, not 28.999...
+    # 0.29 * 100 is 29, not 28.999...
+    return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))
 
 
 def plan_pruning(
-    config: PruneConfig, limits: Limits, sizes: Sequence[Size], steps: int, recovery: Sequence[int] = ()
+    config: PruneConfig,
+    limits: Limits,
+    sizes: Sequence[Size],
+    steps: int,
+    recovery: Sequence[int] = (),
 ) -> Schedule:
     """Plans the pruning of a run, with the values of `resolve`.
 
@@ -157,7 +173,9 @@ def plan_pruning(
         few = f"train.steps {own}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
         require(end > start, few)
         last = first + own + (recovery[size.place] if recovery else 0)
-        section = Section(limits, size, before, first, start, end, first + own, last, config.prune_every)
+        section = Section(
+            limits, size, before, first, start, end, first + own, last, config.prune_every
+        )
         small = f"prune.ratio {section.ratio:.6g}{to} is too small to change a width with prune.channel_multiple"
         require(bool(section.cut_steps), f"{small} {config.channel_multiple}")
         sections.append(section)

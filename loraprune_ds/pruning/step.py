@@ -71,7 +71,11 @@ class Pruner:
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"
-        self.moments = InputMoments(model, limits.open_layers, config.compensate_decay) if compensates else None
+        self.moments = (
+            InputMoments(model, limits.open_layers, config.compensate_decay)
+            if compensates
+            else None
+        )
         self._measures = False  # the moments record this step
         self.recorder = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
@@ -90,7 +94,11 @@ class Pruner:
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
         """Records one micro-batch, around its forward pass alone. `masks` as in `InputMoments.record_forward`."""
-        return self.moments.record_forward(*masks) if self.moments is not None and self._measures else nullcontext()
+        return (
+            self.moments.record_forward(*masks)
+            if self.moments is not None and self._measures
+            else nullcontext()
+        )
 
     def score(self, step: int) -> None:
         """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
@@ -99,7 +107,10 @@ class Pruner:
         fail_point("scoring")
         criterion = self.config.criterion
         if criterion == "random":
-            scores = [drawn.select(keep) for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)]
+            scores = [
+                drawn.select(keep)
+                for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)
+            ]
         else:
             self._unchecked = score_groups(self.model, criterion, step, self.recorder)
             scores = self._unchecked.by_layer(self.config.normalize)
@@ -119,7 +130,9 @@ class Pruner:
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
-        if not self.schedule.is_cut(step) or not (scored or step == self.schedule.section(step).cut_steps[-1]):
+        if not self.schedule.is_cut(step) or not (
+            scored or step == self.schedule.section(step).cut_steps[-1]
+        ):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
@@ -137,7 +150,9 @@ class Pruner:
             fail_point("cut.compensated")
         sent = self.model.cut(keep)
         self.average.cut(keep)
-        self.kept_of_dense = [kept.select(k) for kept, k in zip(self.kept_of_dense, keep, strict=True)]
+        self.kept_of_dense = [
+            kept.select(k) for kept, k in zip(self.kept_of_dense, keep, strict=True)
+        ]
         return Cut(step, target, self.reached(), keep, sent, time.perf_counter() - began)
 
     def detach(self) -> None:
@@ -164,7 +179,9 @@ class Pruner:
         if scores is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last cut")
         if not any(values.any() for layer in scores for values in layer.values()):
-            raise RunError(f"step {step}: a cut is due but all scores are zero; is the model identical to its teacher?")
+            raise RunError(
+                f"step {step}: a cut is due but all scores are zero; is the model identical to its teacher?"
+            )
         return [layer.of_groups() for layer in scores]
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
@@ -184,4 +201,7 @@ def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> N
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
     """Keeps every group of every layer."""
-    return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.counts]
+    return [
+        LayerKeep((kind, torch.arange(count)) for kind, count in layer.items())
+        for layer in shape.counts
+    ]

@@ -23,7 +23,8 @@ class RankNumbers:
     gradient_sums: list[float]
     resident_bytes: list[int]
     reserved_bytes: list[int]
-    peak_bytes: list[int]  # of this step, without a refit's moments. 0 if a rank has not measured it
+    # of this step, without a refit's moments. 0 if a rank has not measured it
+    peak_bytes: list[int]
     requests: list[int]  # to stop or save (stop.py)
 
 
@@ -31,7 +32,8 @@ class PruningSteps:
     """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
 
     def __init__(self, model: PrunableModel, pruner: Pruner, dtype: Dtype) -> None:
-        self.weight_bytes = self.weight_bytes_before = model.weight_bytes()  # (world_size,), before the last cut
+        # (world_size,), before the last cut
+        self.weight_bytes = self.weight_bytes_before = model.weight_bytes()
         self.model, self.pruner = model, pruner
         self._dtype: Dtype = dtype
         self.peak = StepPeak()  # of a trainer that begins it at each step
@@ -46,14 +48,20 @@ class PruningSteps:
         """
         on_device = torch.stack([own, self.model.gradient_sum().to(own)])
         peak = max(0, self.peak.of_step() - self.pruner.moment_bytes())
-        on_host = torch.tensor([resident_bytes(), reserved_bytes(), peak, request], dtype=torch.float64)
+        on_host = torch.tensor(
+            [resident_bytes(), reserved_bytes(), peak, request], dtype=torch.float64
+        )
         gathered = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
-        own_numbers, gradient_sums, *counts = cast(list[list[float]], cast(Any, gathered).T.tolist())
+        own_numbers, gradient_sums, *counts = cast(
+            list[list[float]], cast(Any, gathered).T.tolist()
+        )
         return RankNumbers(own_numbers, gradient_sums, *([int(x) for x in row] for row in counts))
 
     def score(self, step: int, numbers: RankNumbers, losses: Sequence[float] = ()) -> None:
         """Scores the groups, unless the step must be skipped. `numbers` come from `exchange`."""
-        self.scored = can_update(self._find_bad_layers(numbers), losses, dtype=self._dtype, step=step)
+        self.scored = can_update(
+            self._find_bad_layers(numbers), losses, dtype=self._dtype, step=step
+        )
         if self.scored:
             self.pruner.score(step)
 
@@ -61,7 +69,10 @@ class PruningSteps:
         """Cuts the model if the schedule says so."""
         cut = self.pruner.cut(step, scored=self.scored)
         if cut is not None:
-            self.weight_bytes_before, self.weight_bytes = self.weight_bytes, self.model.weight_bytes()
+            self.weight_bytes_before, self.weight_bytes = (
+                self.weight_bytes,
+                self.model.weight_bytes(),
+            )
             trim_heap()
         return cut
 
@@ -74,7 +85,9 @@ class PruningSteps:
         return self.model.comm.gather_objects(find())
 
 
-def can_update(bad_layers: list[int | None], losses: Sequence[float], *, dtype: Dtype, step: int) -> bool:
+def can_update(
+    bad_layers: list[int | None], losses: Sequence[float], *, dtype: Dtype, step: int
+) -> bool:
     """Decides whether a step's gradients can be scored and applied. fp16 skips a step with overflowed gradients.
 
     Args:

@@ -8,7 +8,15 @@ from loraprune_ds.config import Amount, PruneConfig, read_amount
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
-from loraprune_ds.pruning.limits import Bounds, Budget, Limits, check_reachable, make_budget, make_limits, reachable
+from loraprune_ds.pruning.limits import (
+    Bounds,
+    Budget,
+    Limits,
+    check_reachable,
+    make_budget,
+    make_limits,
+    reachable,
+)
 from loraprune_ds.pruning.ranking import uniform_goal
 
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
@@ -24,7 +32,9 @@ class Size:
     bounds: Bounds | None = None  # `uniform`: the equal counts at its end and at its start
 
 
-def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> tuple[PruneConfig, Limits, list[Size]]:
+def resolve(
+    config: PruneConfig, dense: ModelShape, *, tower: bool = False
+) -> tuple[PruneConfig, Limits, list[Size]]:
     """Fills in `prune.ranking` and `prune.compensate`, and decides the limits and the sizes of a run.
 
     Args:
@@ -44,8 +54,15 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     require(fits, f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}")
     refits = any(share > 0 for kind, share in sizes[-1].budget.shares.items() if kind != "experts")
     useless = f"prune.compensate: {config.compensate} makes up for heads and channels, but here only experts leave; "
-    require(refits or config.compensate in (None, "none"), useless + "set prune.head_ratio, or remove prune.compensate")
-    return replace(config, compensate=config.compensate or ("least_squares" if refits else "none")), limits, sizes
+    require(
+        refits or config.compensate in (None, "none"),
+        useless + "set prune.head_ratio, or remove prune.compensate",
+    )
+    return (
+        replace(config, compensate=config.compensate or ("least_squares" if refits else "none")),
+        limits,
+        sizes,
+    )
 
 
 def final_shape(limits: Limits, sizes: list[Size]) -> ModelShape | None:
@@ -61,16 +78,24 @@ def make_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     """
     last = _last_budget(config, limits)
     check_reachable(config, limits, last.ratio)
-    bounds: Bounds | None = (uniform_goal(limits, last), limits.bounds[1]) if limits.uniform else None
+    bounds: Bounds | None = (
+        (uniform_goal(limits, last), limits.bounds[1]) if limits.uniform else None
+    )
     names, sizes, before = config.sizes, list[Size](), 0.0
     if names is None:
         return [Size(None, 0, last, bounds)]
     for place in sorted(range(len(names)), key=lambda i: _ratio_of(config, limits, names[i], last)):
         is_last = len(sizes) + 1 == len(names)
-        budget = last if is_last else Budget(_ratio_of(config, limits, names[place], last, bounds), last.shares)
+        budget = (
+            last
+            if is_last
+            else Budget(_ratio_of(config, limits, names[place], last, bounds), last.shares)
+        )
         own = bounds and (uniform_goal(limits, budget, bounds), bounds[1])
         removes = budget.ratio > before and (own is None or own[0] != own[1])
-        least = f"removes no more than {sizes[-1].name}" if sizes else "is too small to change a width"
+        least = (
+            f"removes no more than {sizes[-1].name}" if sizes else "is too small to change a width"
+        )
         require(removes, f"prune.sizes: {names[place]} {least}")
         sizes.append(Size(names[place], place, budget, own))
         before, bounds = budget.ratio, bounds and own and (bounds[0], own[0])
@@ -87,7 +112,9 @@ def _last_budget(config: PruneConfig, limits: Limits) -> Budget:
             other = f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; remove it"
             require(given in (None, asked), other)
     assert asked is not None, "the config has a ratio or a target"
-    return make_budget(config, limits, _find_ratio(config, limits, asked) if isinstance(asked, str) else asked)
+    return make_budget(
+        config, limits, _find_ratio(config, limits, asked) if isinstance(asked, str) else asked
+    )
 
 
 def _fraction(size: str) -> float | None:
@@ -97,14 +124,24 @@ def _fraction(size: str) -> float | None:
 
 
 def _ratio_of(
-    config: PruneConfig, limits: Limits, size: str, last: Budget | None = None, bounds: Bounds | None = None
+    config: PruneConfig,
+    limits: Limits,
+    size: str,
+    last: Budget | None = None,
+    bounds: Bounds | None = None,
 ) -> float:
     """Returns the ratio that one of `prune.sizes` removes. All have the shares of the last."""
-    return _fraction(size) or _find_ratio(replace(config, head_ratio=None), limits, size, last, bounds)
+    return _fraction(size) or _find_ratio(
+        replace(config, head_ratio=None), limits, size, last, bounds
+    )
 
 
 def _find_ratio(
-    config: PruneConfig, limits: Limits, asked: str, last: Budget | None = None, bounds: Bounds | None = None
+    config: PruneConfig,
+    limits: Limits,
+    asked: str,
+    last: Budget | None = None,
+    bounds: Bounds | None = None,
 ) -> float:
     """Finds the ratio that reaches a number of parameters or the memory of a server.
 
@@ -119,7 +156,11 @@ def _find_ratio(
     def size_at(ratio: float) -> float:
         budget = Budget(ratio, last.shares) if last else make_budget(config, limits, ratio)
         if limits.uniform:
-            return measure(config, limits.with_equal(uniform_goal(limits, budget, bounds), limits.dense), amount)
+            return measure(
+                config,
+                limits.with_equal(uniform_goal(limits, budget, bounds), limits.dense),
+                amount,
+            )
         return _size_of_global(config, limits, budget, amount)
 
     least, most = (gone / numel for gone in reachable(config, limits))
@@ -132,7 +173,9 @@ def _find_ratio(
         middle = (low + high) / 2
         low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
     if config.head_ratio and high - least < 1 / numel:
-        raise UserError(f"prune.head_ratio {config.head_ratio} alone removes more than {key} {asked} asks for")
+        raise UserError(
+            f"prune.head_ratio {config.head_ratio} alone removes more than {key} {asked} asks for"
+        )
     return high
 
 
@@ -141,7 +184,8 @@ def _size_of_global(config: PruneConfig, limits: Limits, budget: Budget, amount:
     dense = limits.dense
     size = dense_size = measure(config, dense, amount)
     for kind, share in budget.shares.items():
-        index = max(range(len(dense.layers)), key=lambda i: dense.counts[i][kind])  # some layers lack this kind
+        # some layers lack this kind
+        index = max(range(len(dense.layers)), key=lambda i: dense.counts[i][kind])
         layers = list(dense.counts)
         layers[index] = LayerCounts({**layers[index], kind: layers[index][kind] - 1})
         of_a_group = dense_size - measure(config, dense.resized(layers), amount)
@@ -163,16 +207,24 @@ def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
     """Returns the bytes of weights, and how many tokens of KV cache fit into the rest of `memory` bytes."""
     weights = server_memory(config, shape)["weights"]
-    tokens = max(0, math.floor((memory - weights - 4 * state_numel(shape)) / (BYTES * cached_numel(shape))))
+    tokens = max(
+        0, math.floor((memory - weights - 4 * state_numel(shape)) / (BYTES * cached_numel(shape)))
+    )
     return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
 
 
 def measure(config: PruneConfig, shape: ModelShape, amount: Amount) -> float:
     """Returns the size of a model in the unit of an amount."""
-    return sum(server_memory(config, shape).values()) if amount.unit == "bytes" else shape.total_numel()
+    return (
+        sum(server_memory(config, shape).values())
+        if amount.unit == "bytes"
+        else shape.total_numel()
+    )
 
 
-def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) -> dict[str, Any] | None:
+def describe_target(
+    config: PruneConfig, dense: ModelShape, pruned: ModelShape
+) -> dict[str, Any] | None:
     """Makes the report's entry about the target, or None without a target."""
     amount = config.target_amount
     if amount is None:

@@ -63,14 +63,23 @@ class OptimizerState(ABC):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gathers a layer's masters ("{linear}.lora_A") and moments ("….lora_A.exp_avg") on its owner. Collective."""
         shards = ((name, key, p) for name, p in parameters.items() for key in self.keys())
-        found = {(n, key): collect_shards(self.shard(p, key), full_shape(p), owner, comm) for n, key, p in shards}
+        found = {
+            (n, key): collect_shards(self.shard(p, key), full_shape(p), owner, comm)
+            for n, key, p in shards
+        }
         whole = {pair: tensor for pair, tensor in found.items() if tensor is not None}
-        moments = {f"{name}.{key}": tensor for (name, key), tensor in whole.items() if key != "master"}
+        moments = {
+            f"{name}.{key}": tensor for (name, key), tensor in whole.items() if key != "master"
+        }
         return {name: tensor for (name, key), tensor in whole.items() if key == "master"}, moments
 
     @torch.no_grad()
     def restore(
-        self, layers: Iterable[dict[str, nn.Parameter]], read: ReadState, adam_step: int, comm: Communicator
+        self,
+        layers: Iterable[dict[str, nn.Parameter]],
+        read: ReadState,
+        adam_step: int,
+        comm: Communicator,
     ) -> None:
         """Reads this rank's shards of the state."""
         if adam_step:
@@ -85,17 +94,27 @@ class OptimizerState(ABC):
                     shard.copy_(pad(read_shard, len(shard)))
 
 
-def collect_shards(shard: Tensor, shape: Sequence[int], owner: int, comm: Communicator) -> Tensor | None:
+def collect_shards(
+    shard: Tensor, shape: Sequence[int], owner: int, comm: Communicator
+) -> Tensor | None:
     """Gathers a tensor of `shape` from the flat, padded shards of all ranks, on rank `owner`. Collective."""
-    gathered = comm.gather_to(owner, shard.detach().to(comm.device))  # an offloaded shard is on the host
+    # an offloaded shard is on the host
+    gathered = comm.gather_to(owner, shard.detach().to(comm.device))
     return None if gathered is None else gathered.reshape(-1)[: math.prod(shape)].view(tuple(shape))
 
 
 class TrainingEngine(ABC):
     """Trains the LoRA of `model`. `module` makes the passes. Every method is collective."""
 
-    def __init__(self, module: Any, model: PrunableModel, state: OptimizerState, schedule: LambdaLR) -> None:
-        self.module, self.model, self.optimizer_state, self.schedule = module, model, state, schedule
+    def __init__(
+        self, module: Any, model: PrunableModel, state: OptimizerState, schedule: LambdaLR
+    ) -> None:
+        self.module, self.model, self.optimizer_state, self.schedule = (
+            module,
+            model,
+            state,
+            schedule,
+        )
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -117,10 +136,14 @@ class TrainingEngine(ABC):
         """Returns the state of fp16's loss scaler for JSON, if there is one."""
         return {}
 
-    def restore_counters(self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]) -> None:
+    def restore_counters(
+        self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]
+    ) -> None:
         """Restores the schedule, the loss scale and the counts of steps."""
         self.schedule.load_state_dict(schedule)
-        for group, rate in zip(self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+        for group, rate in zip(
+            self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
+        ):
             group["lr"] = rate
 
     @abstractmethod
@@ -128,7 +151,9 @@ class TrainingEngine(ABC):
         """Frees weights and optimizer state, even if they are still referenced. The engine is unusable then."""
 
 
-def build_lora(base: Any, shape: ModelShape, config: RunConfig, cycles: Sequence[int]) -> tuple[Any, AdamW, LambdaLR]:
+def build_lora(
+    base: Any, shape: ModelShape, config: RunConfig, cycles: Sequence[int]
+) -> tuple[Any, AdamW, LambdaLR]:
     """Adds LoRA to the frozen model, fresh or from `model.adapter`, with its AdamW and learning-rate schedule."""
     lora, train = config.lora, config.train
     model = add_lora(base, shape, lora, config.seed)
@@ -138,7 +163,11 @@ def build_lora(base: Any, shape: ModelShape, config: RunConfig, cycles: Sequence
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=train.learning_rate, eps=train.adam_epsilon, weight_decay=0.0)
-    return model, optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step))
+    return (
+        model,
+        optimizer,
+        LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step)),
+    )
 
 
 def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) -> float:

@@ -37,7 +37,9 @@ class Communicator:
     Without a process group there is one rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | None = None
+    ) -> None:
         self.group = group
         self.device = device or current_device()
         joined = dist.is_available() and dist.is_initialized()
@@ -49,8 +51,11 @@ class Communicator:
         """Gathers (n,) from every rank. Returns (world_size, n)."""
         if self.world_size == 1:
             return local[None]
-        gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gathered = torch.empty(
+            self.world_size * local.numel(), dtype=local.dtype, device=local.device
+        )
+        # its name before torch 2.13
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, local.contiguous(), group=self.group)
         self._count(local.numel() * (self.world_size - 1), local.element_size())
         return gathered.view(self.world_size, -1)
@@ -75,7 +80,11 @@ class Communicator:
         """Gathers (n,) from every rank. Returns (world_size, n) on `owner` only."""
         if self.world_size == 1:
             return local[None]
-        into = [torch.empty_like(local) for _ in range(self.world_size)] if self.rank == owner else None
+        into = (
+            [torch.empty_like(local) for _ in range(self.world_size)]
+            if self.rank == owner
+            else None
+        )
         dist.gather(local.contiguous(), into, dst=owner, group=self.group)
         self._count(0 if self.rank == owner else local.numel(), local.element_size())
         return torch.stack(into) if into is not None else None
@@ -91,11 +100,18 @@ class Communicator:
         """Overwrites the tensor of every rank by that of `owner`."""
         if self.world_size > 1:
             dist.broadcast(tensor, owner, group=self.group)
-            self._count(tensor.numel() * (self.world_size - 1) if self.rank == owner else 0, tensor.element_size())
+            self._count(
+                tensor.numel() * (self.world_size - 1) if self.rank == owner else 0,
+                tensor.element_size(),
+            )
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
-        parts = None if flat is None else list(pad(flat, len(shard) * self.world_size).split(len(shard)))
+        parts = (
+            None
+            if flat is None
+            else list(pad(flat, len(shard) * self.world_size).split(len(shard)))
+        )
         if self.world_size == 1:
             shard.copy_(cast(list[Tensor], parts)[0])
             return

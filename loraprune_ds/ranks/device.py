@@ -42,7 +42,9 @@ def current_device() -> torch.device:
 
 def device_name() -> str:
     """Returns the GPU's product name, or the type of the device."""
-    return torch.cuda.get_device_name() if current_device().type == "cuda" else current_device().type
+    return (
+        torch.cuda.get_device_name() if current_device().type == "cuda" else current_device().type
+    )
 
 
 def peak_flops(device: str, dtype: Dtype) -> float | None:
@@ -71,13 +73,18 @@ def limit_kernels() -> None:
 
 def trim_heap() -> None:
     """Returns the unused heap of a CPU rank to the system. glibc would keep what lies between used blocks."""
-    if is_cpu() and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # other C libraries lack it
+    # other C libraries lack it
+    if is_cpu() and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
 def resident_bytes() -> int:
     """Returns the allocated device memory, or the anonymous and shared pages of a CPU process."""
-    return _process_bytes("RssAnon", "RssShmem") if is_cpu() else int(torch.get_device_module().memory_allocated())
+    return (
+        _process_bytes("RssAnon", "RssShmem")
+        if is_cpu()
+        else int(torch.get_device_module().memory_allocated())
+    )
 
 
 def reserved_bytes() -> int:
@@ -87,7 +94,11 @@ def reserved_bytes() -> int:
 
 def peak_bytes() -> int:
     """Returns this rank's peak since `reset_peak`: of the device allocator, or the resident peak of a CPU process."""
-    return _process_bytes("VmHWM") if is_cpu() else int(torch.get_device_module().max_memory_allocated())
+    return (
+        _process_bytes("VmHWM")
+        if is_cpu()
+        else int(torch.get_device_module().max_memory_allocated())
+    )
 
 
 def reset_peak() -> bool:
@@ -134,7 +145,9 @@ def _process_bytes(*keys: str) -> int:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Returns the bytes of the storages of some tensors. Views and aliases count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()
+    }
     return sum(storages.values())
 
 
@@ -143,7 +156,10 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
     if not is_cpu():
         return nullcontext()
     mkldnn = torch.ops.mkldnn
-    native = {"bfloat16": mkldnn._is_mkldnn_bf16_supported, "float16": mkldnn._is_mkldnn_fp16_supported}
+    native = {
+        "bfloat16": mkldnn._is_mkldnn_bf16_supported,
+        "float16": mkldnn._is_mkldnn_fp16_supported,
+    }
     return nullcontext() if dtype not in native or native[dtype]() else ThroughFloat32()
 
 
@@ -163,7 +179,9 @@ class ThroughFloat32(TorchDispatchMode):
         if isinstance(wide, Tensor):
             return wide.to(first.dtype)
         # Attention's log-sum-exp stays fp32.
-        return tuple(result.to(first.dtype) if result.dim() == first.dim() else result for result in wide)
+        return tuple(
+            result.to(first.dtype) if result.dim() == first.dim() else result for result in wide
+        )
 
 
 def _widen(value: Any) -> Any:

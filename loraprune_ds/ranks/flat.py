@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-GATHERED_NUMEL = 1 << 23  # elements of LoRA's factors and gradients in one all-gather: 32 MiB, or one layer
+# elements of LoRA's factors and gradients in one all-gather: 32 MiB, or one layer
+GATHERED_NUMEL = 1 << 23
 
 
 def partition_numel(numel: int, world_size: int) -> int:
@@ -90,7 +91,11 @@ class ReshardPlan:
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
-        old_numel, new_numel, ranks = math.prod(cut.shape), math.prod(cut.new_shape), torch.arange(world_size + 1)
+        old_numel, new_numel, ranks = (
+            math.prod(cut.shape),
+            math.prod(cut.new_shape),
+            torch.arange(world_size + 1),
+        )
         self.cut = cut
         self.owned = owned_range(old_numel, world_size, rank)  # before the cut
         self.new_partition = partition_numel(new_numel, world_size)  # padding included
@@ -109,9 +114,14 @@ class ReshardPlan:
         self._keep = self._keep.to(shard.device)
         while position < end:
             row, first = divmod(position, columns)
-            rows = max(1, (end - position) // columns) if first == 0 else 1  # the shard may begin and end inside a row
+            # the shard may begin and end inside a row
+            rows = max(1, (end - position) // columns) if first == 0 else 1
             width = min(columns - first, end - position)
-            kept = self._kept_within(row, row + rows) if self.cut.axis == 0 else self._kept_within(first, first + width)
+            kept = (
+                self._kept_within(row, row + rows)
+                if self.cut.axis == 0
+                else self._kept_within(first, first + width)
+            )
             block = shard[position - start : position - start + rows * width].view(rows, width)
             parts.append(block.index_select(self.cut.axis, kept).reshape(-1))
             position += rows * width

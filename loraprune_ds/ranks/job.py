@@ -39,10 +39,20 @@ def launcher_command(module: str, ranks: int | None, environment: Mapping[str, s
     with socket.socket() as probe:  # another run may use the launcher's default port
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--master_port",
+        str(port),
+    ]
     if ranks is not None:
         chosen = environment.get("CUDA_VISIBLE_DEVICES")  # DeepSpeed would ignore it
-        require(not chosen, f"--ranks and CUDA_VISIBLE_DEVICES={chosen} both choose the GPUs; give one of them")
+        require(
+            not chosen,
+            f"--ranks and CUDA_VISIBLE_DEVICES={chosen} both choose the GPUs; give one of them",
+        )
         command += ["--num_accelerators", str(ranks)]
     return [*command, "--module", module]
 
@@ -58,8 +68,10 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     # SLURM_NTASKS is not enough. A batch script has it, too, and its commands without srun are one process.
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
-    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
-    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0. scontrol may be missing
+    # gpu[01-04,7],login -> gpu[01-04,7]
+    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])
+    # -> gpu01, which has task 0. scontrol may be missing
+    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])
     port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -77,7 +89,9 @@ def check_ranks(environment: Mapping[str, str]) -> None:
         require(size == "1", f"WORLD_SIZE is {size!r}, but RANK is not set; {HINT}")
         return
     for name in LAUNCHED:
-        require(name in environment, f"RANK is {environment['RANK']!r}, but {name} is not set; {HINT}")
+        require(
+            name in environment, f"RANK is {environment['RANK']!r}, but {name} is not set; {HINT}"
+        )
     for name in NUMBERS:
         value = environment.get(name, "0")
         require(value.isdecimal(), f"{name} must be a whole number; got {value!r}")
@@ -104,7 +118,9 @@ def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     text = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
     minutes = int(text) if text.isdecimal() else 0
     in_range = 1 <= minutes <= MOST_MINUTES
-    require(in_range, f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {text!r}")
+    require(
+        in_range, f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {text!r}"
+    )
     return timedelta(minutes=minutes)
 
 
@@ -115,7 +131,9 @@ def longest_silence(environment: Mapping[str, str]) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    require(1 <= seconds <= 86_400, f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {text!r}")
+    require(
+        1 <= seconds <= 86_400, f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {text!r}"
+    )
     return seconds
 
 

@@ -7,7 +7,13 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord
+from loraprune_ds.report.records import (
+    CutRecord,
+    EvaluationName,
+    EvaluationRecord,
+    History,
+    StepRecord,
+)
 from loraprune_ds.units import format_percent, format_perplexity
 
 if TYPE_CHECKING:  # they take a second to import, which only pictures need
@@ -22,22 +28,45 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
 
 Label = tuple["Axes", str, tuple[float, float]]  # a text and its point
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY_BLUE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY_BLUE = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
 TEXT = "#444444"
 STYLE = Path(__file__).with_name("pictures.mplstyle")
 LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
 # Places of a label near its point: distances in points of a font, then directions and the end of the text that is near.
 DISTANCES = (8, 15, 24, 36, 48, 60)
-DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
+DIRECTIONS = (
+    (1, -1, "left"),
+    (1, 1, "left"),
+    (1, 0, "left"),
+    (-1, -1, "right"),
+    (-1, 1, "right"),
+    (-1, 0, "right"),
+)
 PALE, CUT = "#DDDDDD", "#C4C4C4"
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
-LEGEND_ABOVE: Any = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2}
+LEGEND_ABOVE: Any = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1, 1),
+    "ncols": 3,
+    "borderaxespad": 0.2,
+}
 MOST_CELLS = 384  # of a strip: more would be narrower than a pixel or two
 MOST_CELLS_APART = 64  # with gaps between the cells
 MOST_NUMBERED = 48  # layers whose counts are written down
 # Evaluations during the run have no label.
-NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after the last cut", "pruned": "exported"}
+NAMES: dict[EvaluationName, str] = {
+    "dense": "dense",
+    "after_last_cut": "after the last cut",
+    "pruned": "exported",
+}
 # The title and colour of a kind.
 PANELS: "dict[Kind, tuple[str, str]]" = {
     "heads": ("Key-value heads", BLUE),
@@ -50,7 +79,9 @@ PANELS: "dict[Kind, tuple[str, str]]" = {
 
 
 @contextmanager
-def picture(path: Path, size: tuple[float, float], style: dict[str, Any] | None = None) -> Iterator["Figure"]:
+def picture(
+    path: Path, size: tuple[float, float], style: dict[str, Any] | None = None
+) -> Iterator["Figure"]:
     """Yields an empty figure, and saves it at the end. Without pyplot it needs no display and no global state.
 
     Args:
@@ -88,16 +119,27 @@ def label_points(figure: "Figure", labels: Iterable[Label], **options: Any) -> N
 
     figure.draw_without_rendering()  # settles where the points are
     places = [((d * x, d * y), side) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
-    how: Any = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    how: Any = {
+        "xytext": (0, 0),
+        "textcoords": "offset points",
+        "va": "center",
+        "annotation_clip": False,
+    }
     for axes, text, at in labels:
-        taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
+        taken, inside = (
+            [label.get_window_extent() for label in axes.texts],
+            axes.get_window_extent(),
+        )
         curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
         label = axes.annotate(text, at, **how, **options)
-        label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # makes it readable on a curve
+        # makes it readable on a curve
+        label.set_path_effects([withStroke(linewidth=3, foreground="white")])
         for place, side in (*places, places[0]):  # the first one if none is free
             label.set(position=place, ha=side)
             box = label.get_window_extent()
-            hit = box.count_overlaps(taken) or any(curve.intersects_bbox(box, filled=False) for curve in curves)
+            hit = box.count_overlaps(taken) or any(
+                curve.intersects_bbox(box, filled=False) for curve in curves
+            )
             if not hit and inside.contains(*box.min) and inside.contains(*box.max):
                 break
 
@@ -109,13 +151,19 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
     height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
     with picture(path, (11, height), {"axes.grid": False}) as figure:
         most = {kind: max(layer[kind] for layer in dense.counts) for kind in dense.kinds}
-        widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
+        widths = [
+            width
+            for kind in dense.kinds
+            for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)
+        ]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
         for kind, strips, counts in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
             had, have = [layer[kind] for layer in dense.counts], [len(keep[kind]) for keep in kept]
             title, colour = PANELS[kind]
             _draw_strips(strips, [keep[kind].numpy() for keep in kept], had, colour)
-            strips.set_title(f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)")
+            strips.set_title(
+                f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)"
+            )
             _draw_counts(counts, had, have, colour)
         axes[0].set(ylabel="decoder layer", ylim=(len(dense.layers) - 0.5, -0.5))
         axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -137,11 +185,15 @@ def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], col
         np.divide(np.bincount(cell[groups], minlength=cells), there, out=row, where=there > 0)
     shades = LinearSegmentedColormap.from_list("kept", [PALE, colour])
     extent = (-0.5, cells * together - 0.5, len(had) - 0.5, -0.5)
-    axes.imshow(share, cmap=shades, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
+    axes.imshow(
+        share, cmap=shades, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest"
+    )
     axes.hlines(np.arange(1, len(had)) - 0.5, -0.5, most - 0.5, color="white", lw=0.8)
     if most <= MOST_CELLS_APART:
         axes.vlines(np.arange(1, most) - 0.5, -0.5, len(had) - 0.5, color="white", lw=0.8)
-    label = "number in the dense model, grey is removed" + f", one shade for {together}" * (together > 1)
+    label = "number in the dense model, grey is removed" + f", one shade for {together}" * (
+        together > 1
+    )
     axes.set(xlim=(-0.5, most - 0.5), xlabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -165,14 +217,24 @@ def draw_training(path: Path, history: History) -> None:
         grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
         measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
         loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
-        sparsity, seconds, weights, memory = (figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4))
+        sparsity, seconds, weights, memory = (
+            figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4)
+        )
         _draw_loss(loss, history.steps, measured)
         _draw_sparsity(sparsity, history)
         steps, timed = [s.step for s in history.steps], history.steps[1:]  # the first is a warm-up
         seconds.plot([s.step for s in timed], [s.seconds for s in timed], color=BLUE, lw=1.3)
         seconds.set(title="Time per step", ylabel="seconds", ylim=(0, None))
-        _draw_bytes(weights, "Weights per rank", steps, [s.weight_bytes for s in history.steps], BLUE)
-        _draw_bytes(memory, "Memory in use per rank", steps, [s.resident_bytes for s in history.steps], GREEN)
+        _draw_bytes(
+            weights, "Weights per rank", steps, [s.weight_bytes for s in history.steps], BLUE
+        )
+        _draw_bytes(
+            memory,
+            "Memory in use per rank",
+            steps,
+            [s.resident_bytes for s in history.steps],
+            GREEN,
+        )
         thin = min(0.8, 24 / max(len(history.cuts), 1))
         for axes in (loss, sparsity, seconds, weights, memory):
             for cut in history.cuts:
@@ -188,21 +250,37 @@ def draw_training(path: Path, history: History) -> None:
             label_points(figure, labels, color=VERMILION, in_layout=False)
 
 
-def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]) -> None:
+def _draw_loss(
+    axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]
+) -> None:
     """Draws the loss, and held-out losses, which are logarithms of perplexities."""
-    known = [s for s in steps if math.isfinite(s.loss)]  # other trainers report the loss only for some steps
-    axes.plot([s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training")
+    # other trainers report the loss only for some steps
+    known = [s for s in steps if math.isfinite(s.loss)]
+    axes.plot(
+        [s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training"
+    )
     if measured:
         points = [e.step for e in measured], [math.log(e.perplexity) for e in measured]
-        dots: Any = {"color": VERMILION, "ls": "", "marker": "o", "markersize": 5, "zorder": 4, **UNCLIPPED}
+        dots: Any = {
+            "color": VERMILION,
+            "ls": "",
+            "marker": "o",
+            "markersize": 5,
+            "zorder": 4,
+            **UNCLIPPED,
+        }
         axes.plot(*points, label="held-out text", **dots)
     axes.set(title="Loss", ylabel="nats per token")
     axes.margins(y=0.08)
 
 
-def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]) -> list[Label]:
+def _draw_perplexity(
+    axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]
+) -> list[Label]:
     """Draws held-out perplexity over the removed fraction, in the order of measurement. Returns the points' labels."""
-    removed = [100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured]
+    removed = [
+        100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured
+    ]
     values = [e.perplexity for e in measured]
     axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
     scale_perplexity(axes, values)
@@ -211,20 +289,29 @@ def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence
     axes.set(xlim=(-0.05 * most, 1.6 * most))  # with room for the labels of the last points
     axes.set(title="Perplexity, held-out text", xlabel="% of the decoder's linear layers removed")
     named = [(x, e) for x, e in zip(removed, measured, strict=True) if e.name in NAMES]
-    return [(axes, f"{format_perplexity(e.perplexity)} {NAMES[e.name]}", (x, e.perplexity)) for x, e in named]
+    return [
+        (axes, f"{format_perplexity(e.perplexity)} {NAMES[e.name]}", (x, e.perplexity))
+        for x, e in named
+    ]
 
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
     steps, percent = [s.step for s in history.steps], [100 * s.sparsity for s in history.steps]
     # A cut follows its step, so the curve keeps the value up to that step and jumps on the line of the cut.
-    axes.plot(steps, percent, color=BLUE, lw=1.6, drawstyle="steps-pre", label="reached", **UNCLIPPED)
+    axes.plot(
+        steps, percent, color=BLUE, lw=1.6, drawstyle="steps-pre", label="reached", **UNCLIPPED
+    )
     targets = [100 * c.target for c in history.cuts]
-    axes.plot([c.step for c in history.cuts], targets, color=VERMILION, lw=1, ls="--", label="target")
+    axes.plot(
+        [c.step for c in history.cuts], targets, color=VERMILION, lw=1, ls="--", label="target"
+    )
     axes.set(title="Decoder linear layers", ylabel="% removed", ylim=(0, None))
     axes.legend(**LEGEND_ABOVE)
 
 
-def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str) -> None:
+def _draw_bytes(
+    axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str
+) -> None:
     """Draws the fullest rank as a line, and the others as a band below it."""
     most, least = [max(b) for b in per_rank], [min(b) for b in per_rank]
     scale, unit = (1e9, "GB") if max(most, default=0) >= 1e9 else (1e6, "MB")
@@ -240,7 +327,9 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
     Returns:
         Whether there is a picture. Without a perplexity there is nothing to draw.
     """
-    points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
+    points = [
+        (row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]
+    ]
     if not points:
         return False
     with picture(path, (7, 4)) as figure:
@@ -248,12 +337,20 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
         x, y, _ = zip(*points, strict=True)
         axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)
         if dense is not None:
-            axes.axhline(dense, color=CUT, lw=1, ls=":", label=f"dense model: {format_perplexity(dense)}")
+            axes.axhline(
+                dense, color=CUT, lw=1, ls=":", label=f"dense model: {format_perplexity(dense)}"
+            )
             axes.legend(**LEGEND_ABOVE)
         scale_perplexity(axes, y)
         axes.margins(x=0.3, y=0.25)
-        axes.set(title="Sizes of one run", xlabel="parameters, millions", ylabel="perplexity, held-out text")
-        label_points(figure, [(axes, _describe_size(row), (x, y)) for x, y, row in points], color=TEXT)
+        axes.set(
+            title="Sizes of one run",
+            xlabel="parameters, millions",
+            ylabel="perplexity, held-out text",
+        )
+        label_points(
+            figure, [(axes, _describe_size(row), (x, y)) for x, y, row in points], color=TEXT
+        )
     return True
 
 

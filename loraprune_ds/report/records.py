@@ -30,7 +30,8 @@ EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.
 ANSWERS_PAGE = "answers.html"
 MODEL_FOLDER = "model"
 TENSORBOARD_FOLDER = "tensorboard"
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
+# JSON has no NaN
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 EvaluationName = Literal["dense", "after_last_cut", "pruned", "size", "step"]
 
 
@@ -50,8 +51,10 @@ class StepRecord:
     resident_bytes: list[int]  # current memory, not its peak
     skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
     reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
-    peak_bytes: list[int] = field(default_factory=list)  # of the step, without a refit's moments. 0 or empty: unknown
-    mfu: float | None = None  # needed operations (model/shape.py) / the GPUs' peak. None if the peak is unknown
+    # of the step, without a refit's moments. 0 or empty: unknown
+    peak_bytes: list[int] = field(default_factory=list)
+    # needed operations (model/shape.py) / the GPUs' peak. None if the peak is unknown
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class CutRecord:
     bytes_sent: int  # by all ranks together
     weight_bytes_before: list[int]  # per rank
     weight_bytes_after: list[int]
-    heads: list[int] = field(default_factory=list)  # kept by each layer. Empty for a kind that the family lacks
+    # kept by each layer. Empty for a kind that the family lacks
+    heads: list[int] = field(default_factory=list)
     query_heads: list[int] = field(default_factory=list)
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
@@ -92,7 +96,9 @@ def record_cut(cut: "Cut", steps: "PruningSteps") -> CutRecord:
 
 def cut_line(cut: CutRecord) -> str:
     """Describes a cut in one line, with the weights of the fullest rank."""
-    before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
+    before, after = (
+        format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after)
+    )
     return (
         f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
         f"in {format_duration(cut.seconds)}, {format_bytes(cut.bytes_sent)} sent, weights per rank {before} → {after}"
@@ -111,8 +117,14 @@ class EvaluationRecord:
 
 
 Record = StepRecord | CutRecord | EvaluationRecord
-KINDS: dict[type[Record], str] = {StepRecord: "step", CutRecord: "cut", EvaluationRecord: "evaluation"}
-READERS: dict[str, TypeAdapter[Record]] = {kind: TypeAdapter(record) for record, kind in KINDS.items()}
+KINDS: dict[type[Record], str] = {
+    StepRecord: "step",
+    CutRecord: "cut",
+    EvaluationRecord: "evaluation",
+}
+READERS: dict[str, TypeAdapter[Record]] = {
+    kind: TypeAdapter(record) for record, kind in KINDS.items()
+}
 
 
 class Sink:
@@ -134,7 +146,11 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        of: dict[type, list[Any]] = {StepRecord: self.steps, CutRecord: self.cuts, EvaluationRecord: self.evaluations}
+        of: dict[type, list[Any]] = {
+            StepRecord: self.steps,
+            CutRecord: self.cuts,
+            EvaluationRecord: self.evaluations,
+        }
         of[type(record)].append(record)
 
     def perplexity(self, name: EvaluationName) -> float | None:
@@ -183,7 +199,9 @@ class MetricsLog(Sink):
 
 
 def write_history(path: Path, history: History) -> None:
-    records = sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step)
+    records = sorted(
+        (*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step
+    )
     write_text(path, "".join(map(_line, records)))
 
 

@@ -23,8 +23,10 @@ from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 
-KINDS = ("heads", QUERY_HEADS, "channels", "experts", "delta", "cross_heads")  # a cut record counts these per layer
-QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
+# a cut record counts these per layer
+KINDS = ("heads", QUERY_HEADS, "channels", "experts", "delta", "cross_heads")
+# inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
+QUANTISATION_GROUPS = (128, 64, 32)
 CHECKOUT = Path(__file__).resolve().parents[2]  # if the package runs from one
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
 RESULTS = "tests/benchmarks/results"  # a benchmark's output, not its code
@@ -50,7 +52,11 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     dense, ends = outcome.schedule.limits.dense, outcome.schedule.ends()
     write_kept_groups(folder, outcome.kept_of_dense, dense)
     # The last size is the run's own model.
-    made = {n: size for n, size in ends.items() if n == max(ends) or (folder / records.export_folder(ends, n)).is_dir()}
+    made = {
+        n: size
+        for n, size in ends.items()
+        if n == max(ends) or (folder / records.export_folder(ends, n)).is_dir()
+    }
     report = make_report(outcome, made)
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
@@ -64,7 +70,11 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
 
 def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
-    dense, pruned, resumed_from = outcome.schedule.limits.dense, outcome.pruned, outcome.resumed_from
+    dense, pruned, resumed_from = (
+        outcome.schedule.limits.dense,
+        outcome.pruned,
+        outcome.resumed_from,
+    )
     history, steps, cuts = outcome.history, outcome.history.steps, outcome.history.cuts
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
@@ -81,7 +91,9 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
         "target": describe_target(outcome.schedule.config, dense, pruned),
         "shelf": [*_shelf(dense, history, sizes)],
         "serving": _serving(pruned),
-        "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
+        "perplexity": {
+            name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")
+        },
         "world_size": len(outcome.peak_bytes),
         "steps": steps[-1].step if steps else 0,
         "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in cuts],
@@ -89,7 +101,10 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
             "before": _seconds_per_step(steps_before, resumed_from),
             "after": _seconds_per_step(steps_after, resumed_from),
         },
-        "resident_bytes": {"before": before and before.resident_bytes, "after": after and after.resident_bytes},
+        "resident_bytes": {
+            "before": before and before.resident_bytes,
+            "after": after and after.resident_bytes,
+        },
         "step_peak_bytes": {
             "before": _step_peak(_without_refit(steps_before, outcome.schedule), resumed_from),
             "after": _step_peak(steps_after, resumed_from),
@@ -105,14 +120,18 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     }
 
 
-def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -> Iterator[dict[str, Any]]:
+def _shelf(
+    dense: ModelShape, history: records.History, sizes: dict[int, str]
+) -> Iterator[dict[str, Any]]:
     """Yields a row per size, in order. KV bytes are per token, in 16 bits."""
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
         shape = dense  # there is no cut if no group could leave
         if cuts:
             layers = zip(*(getattr(cuts[-1], kind) for kind in dense.kinds), strict=True)
-            shape = dense.resized([LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers])
+            shape = dense.resized(
+                [LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers]
+            )
         name = "pruned" if step == max(sizes) else "size"
         measured = [e for e in history.evaluations if e.step == step and e.name == name]
         yield {
@@ -129,17 +148,23 @@ def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     """Returns the tensor-parallel sizes and the quantisation groups that divide every layer."""
-    divided = [count for layer in pruned.counts for kind, count in layer.items() if kind != "experts"]
+    divided = [
+        count for layer in pruned.counts for kind, count in layer.items() if kind != "experts"
+    ]
     expert_size = pruned.mixture.expert_size if pruned.mixture else 0
     together = math.gcd(expert_size, *divided)  # a server splits an expert by channels
     inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
     return {
-        "tensor_parallel": [n for n in range(1, together + 1) if together % n == 0 and pruned.has_heads_for(n)],
+        "tensor_parallel": [
+            n for n in range(1, together + 1) if together % n == 0 and pruned.has_heads_for(n)
+        ],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
 
 
-def _without_refit(steps: Sequence[records.StepRecord], schedule: Schedule) -> Sequence[records.StepRecord]:
+def _without_refit(
+    steps: Sequence[records.StepRecord], schedule: Schedule
+) -> Sequence[records.StepRecord]:
     """Leaves out steps that record inputs for a refit, which takes memory. If all do, all stay."""
     prune = schedule.config
     plain = [s for s in steps if not schedule.precedes_cut(s.step, prune.compensate_steps)]
@@ -148,17 +173,25 @@ def _without_refit(steps: Sequence[records.StepRecord], schedule: Schedule) -> S
 
 def _step_peak(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> int | None:
     """Returns the median peak of the fullest rank, excluding the first step of every process."""
-    peaks = [max(s.peak_bytes) for s in _after_warm_up(steps, resumed_from) if s.peak_bytes and all(s.peak_bytes)]
+    peaks = [
+        max(s.peak_bytes)
+        for s in _after_warm_up(steps, resumed_from)
+        if s.peak_bytes and all(s.peak_bytes)
+    ]
     return int(statistics.median(peaks)) if peaks else None
 
 
-def _seconds_per_step(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> float | None:
+def _seconds_per_step(
+    steps: Sequence[records.StepRecord], resumed_from: Sequence[int]
+) -> float | None:
     """Returns the median, excluding skipped steps and the first step of every process."""
     times = [s.seconds for s in _after_warm_up(steps, resumed_from) if not s.skipped]
     return statistics.median(times) if times else None
 
 
-def _after_warm_up(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> list[records.StepRecord]:
+def _after_warm_up(
+    steps: Sequence[records.StepRecord], resumed_from: Sequence[int]
+) -> list[records.StepRecord]:
     warm_up = {1, *(step + 1 for step in resumed_from)}
     return [s for s in steps if s.step not in warm_up]
 
@@ -169,7 +202,8 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
     `heads` are key-value heads, with all query heads that read them.
     """
     layers = [
-        {kind: groups.tolist() for kind, groups in keep.items()} | {f"{kind}_dense": n for kind, n in layer.items()}
+        {kind: groups.tolist() for kind, groups in keep.items()}
+        | {f"{kind}_dense": n for kind, n in layer.items()}
         for keep, layer in zip(kept_of_dense, dense.counts, strict=True)
     ]
     lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
@@ -178,7 +212,9 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
 
 def versions() -> dict[str, str | None]:
     """Returns the installed versions, and the commit if this is a git checkout."""
-    installed = {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
+    installed = {
+        name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES
+    }
     return installed | {"python": platform.python_version(), "commit": commit(CHECKOUT)}
 
 
@@ -193,7 +229,9 @@ def commit(checkout: Path) -> str | None:
 
 def _git(checkout: Path, *arguments: str) -> str | None:
     try:
-        answer = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
@@ -201,7 +239,10 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 def hardware(accelerator: str) -> dict[str, Any]:
     """Describes this machine. `instructions` are the widest ones that torch uses, for example "AVX2"."""
-    fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+    fields = (
+        line.partition(":")
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    )
     models = (value.strip() for key, _, value in fields if key.startswith("model name"))
     return {
         "cpu": next(models, platform.processor() or platform.machine()),

@@ -19,7 +19,8 @@ from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Sin
 
 PROJECT = "loraprune_ds"
 STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may repeat values of this axis
-MOST_CURVES = 8  # one per rank. With more ranks, only the smallest and the largest value have a curve
+# one per rank. With more ranks, only the smallest and the largest value have a curve
+MOST_CURVES = 8
 Curves = Callable[[Record], dict[str, float]]
 
 
@@ -32,7 +33,8 @@ def scalars(record: Record) -> dict[str, float]:
                 "train/learning_rate": record.learning_rate,
                 "train/sparsity": record.sparsity,
                 "speed/tokens_per_second": record.tokens_per_second,
-                "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
+                "speed/tokens_per_second_per_rank": record.tokens_per_second
+                / len(record.weight_bytes),
                 "speed/seconds_per_step": record.seconds,
                 "speed/mfu": record.mfu,
                 "train/grad_norm": record.grad_norm,
@@ -40,7 +42,11 @@ def scalars(record: Record) -> dict[str, float]:
             for name in ("weight_bytes", "resident_bytes", "peak_bytes", "reserved_bytes"):
                 values: list[int] = getattr(record, name)
                 ranks = {f"rank_{rank}": value for rank, value in enumerate(values)}
-                shown = ranks if len(values) <= MOST_CURVES else {"min": min(values), "max": max(values)}
+                shown = (
+                    ranks
+                    if len(values) <= MOST_CURVES
+                    else {"min": min(values), "max": max(values)}
+                )
                 scalars |= {f"{name}/{which}": value for which, value in shown.items()}
             return {curve: value for curve, value in scalars.items() if value is not None}
         case CutRecord():
@@ -53,8 +59,11 @@ def scalars(record: Record) -> dict[str, float]:
 class TensorBoardLog(Sink):
     """Writes the same records as TensorBoard scalars, in a run of its own: two writers hide each other's points."""
 
-    def __init__(self, folder: Path, resumed_from: int | None = None, curves: Curves = scalars) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes half a second, so only runs that use it import it
+    def __init__(
+        self, folder: Path, resumed_from: int | None = None, curves: Curves = scalars
+    ) -> None:
+        # takes half a second, so only runs that use it import it
+        from torch.utils.tensorboard import SummaryWriter
 
         purge_step = None if resumed_from is None else resumed_from + 1
         self._folder, self._curves = folder, curves
@@ -106,7 +115,9 @@ class Wandb:
 class Trackio(Wandb):
     def start(self, folder: Path, settings: dict[str, Any]) -> None:
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        self.module.init(project=project, name=folder.name, config=settings, resume="allow", embed=False)
+        self.module.init(
+            project=project, name=folder.name, config=settings, resume="allow", embed=False
+        )
 
     def open_run(self) -> Any:
         return self.module
@@ -114,11 +125,14 @@ class Trackio(Wandb):
 
 class Mlflow(Wandb):
     def start(self, folder: Path, settings: dict[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes, while all ranks wait
+        # its own 7 take minutes, while all ranks wait
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
             self.module.set_experiment(PROJECT)
         self.module.start_run(run_name=folder.name)
-        self.module.log_params({key: value for key, value in dotted_values(settings) if value is not None})
+        self.module.log_params(
+            {key: value for key, value in dotted_values(settings) if value is not None}
+        )
 
     def open_run(self) -> Any:
         return self.module.active_run()
@@ -140,7 +154,9 @@ def check_installed(report_to: Iterable[str]) -> None:
     """Checks that the packages of all services are installed."""
     for name in report_to:
         there = name not in SERVICES or importlib.util.find_spec(name) is not None
-        require(there, f"logging.report_to names {name}, which is not installed; pip install {name}")
+        require(
+            there, f"logging.report_to names {name}, which is not installed; pip install {name}"
+        )
 
 
 class ModuleLog(Sink):
@@ -177,7 +193,9 @@ class ModuleLog(Sink):
 class ReportedRun(ModuleLog):
     """Opens a new run with the settings and logs to it. Raises RankError if it cannot be opened."""
 
-    def __init__(self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]
+    ) -> None:
         super().__init__(name, warn)
 
         def start() -> None:

@@ -72,11 +72,17 @@ def find_checkpoint(
     config, path = output.config, output.resume_path
     open_step = partial(open_checkpoint, ranks=comm, dense=dense, resume=True)
     # A step's folder, even if it lost its state. A run may have any name, even step-1.
-    if path is not None and ((path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER):
+    if path is not None and (
+        (path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER
+    ):
         checkpoint = open_step(path)
     else:
         root = path or output.path
-        root = root if root.resolve().name == layout.CHECKPOINTS_FOLDER else root / layout.CHECKPOINTS_FOLDER
+        root = (
+            root
+            if root.resolve().name == layout.CHECKPOINTS_FOLDER
+            else root / layout.CHECKPOINTS_FOLDER
+        )
         # This comes before full reads, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(layout.newest_state(root), root, config))
         steps = comm.gather_objects(layout.numbered(root, "step"))[0]
@@ -93,7 +99,9 @@ def find_checkpoint(
 
 def _check_settings(state: layout.RunState | None, folder: Path, config: RunConfig) -> None:
     if state is not None:
-        different = ", ".join(differences(layout.recorded_config(state.config, folder), config, MAY_DIFFER))
+        different = ", ".join(
+            differences(layout.recorded_config(state.config, folder), config, MAY_DIFFER)
+        )
         require(not different, f"{folder} belongs to a run with other settings: {different}")
 
 
@@ -110,29 +118,42 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     """Builds the training engine, fresh or from a checkpoint. Collective."""
     config, frozen = prepared.config, prepared.pretrained
     if checkpoint is not None:
-        config = replace(config, model=replace(config.model, adapter=None))  # the checkpoint has its LoRA
+        # the checkpoint has its LoRA
+        config = replace(config, model=replace(config.model, adapter=None))
         frozen = checkpoint.frozen_model
     cycles = prepared.pruning.cycles()
-    engine: TrainingEngine = prepared.engines.build_training_engine(frozen, prepared.ds_config, cycles, config)
+    engine: TrainingEngine = prepared.engines.build_training_engine(
+        frozen, prepared.ds_config, cycles, config
+    )
     if checkpoint is None:
         return engine
     counters = layout.read_resume_state(checkpoint.folder)
     model = engine.model
-    engine.optimizer_state.restore(model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm)
+    engine.optimizer_state.restore(
+        model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm
+    )
     engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
 
-def save_checkpoint(context: RunContext, engine: TrainingEngine, steps: PruningSteps, step: int) -> None:
+def save_checkpoint(
+    context: RunContext, engine: TrainingEngine, steps: PruningSteps, step: int
+) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
-    root, config, prepared = context.folder / layout.CHECKPOINTS_FOLDER, context.config, context.prepared
+    root, config, prepared = (
+        context.folder / layout.CHECKPOINTS_FOLDER,
+        context.config,
+        context.prepared,
+    )
     model, pruner, history = engine.model, steps.pruner, context.recorder.history
     earlier = context.checkpoint and context.checkpoint.state
     here = [e.perplexity for e in history.evaluations if e.step == step and e.name != "dense"]
     state = layout.RunState(
         step=step,
         # On rank 0, which writes them. Only its history has the records from before a resume.
-        totals=layout.RunTotals(sum(s.tokens for s in history.steps), history.perplexity("dense"), *here[-1:]),
+        totals=layout.RunTotals(
+            sum(s.tokens for s in history.steps), history.perplexity("dense"), *here[-1:]
+        ),
         kept=keep_to_lists(pruner.kept_of_dense, model.shape.kinds),
         query_heads=QUERY_HEADS in model.shape.kinds,
         source=str(prepared.pretrained.folder.resolve()),

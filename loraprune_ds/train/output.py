@@ -28,7 +28,8 @@ NOT_THE_RUN = ("logging", "output_dir", "evaluate.after")
 MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "model.text_only", "train.micro_batch_size")
 CHOOSE = "choose another output_dir"
 GO_ON = f"go on with --resume auto, or {CHOOSE}"
-SHARED_WAIT = 60.0  # seconds; a network file system may cache for half a minute that a file is missing
+# seconds; a network file system may cache for half a minute that a file is missing
+SHARED_WAIT = 60.0
 
 
 @dataclass
@@ -70,13 +71,16 @@ class OutputFolder:
     def __init__(self, given: dict[str, Any], resume: str | None = None) -> None:
         self._resume, output_dir = resume, given.get("output_dir")
         with _unreadable_in_one_line(output_dir):
-            self.resume_path = None if resume is None or resume == "auto" else Path(resume).resolve()
+            self.resume_path = (
+                None if resume is None or resume == "auto" else Path(resume).resolve()
+            )
             own = [Path(output_dir).expanduser()] if isinstance(output_dir, str) else []
             # A run, its folder of checkpoints, or one checkpoint.
             named = [self.resume_path, *self.resume_path.parents[:2]] if self.resume_path else []
             earlier = [EarlierRun(folder) for folder in (*own, *named)]
             saved = next(filter(None, (run.config for run in earlier)), None)
-            if saved is None:  # a crash may have lost the file, but every checkpoint holds the config
+            # a crash may have lost the file, but every checkpoint holds the config
+            if saved is None:
                 saved = next((run.newest_state.config for run in earlier if run.newest_state), {})
         try:
             config = config_from_dict(merge(without_removed(saved), given))
@@ -113,7 +117,10 @@ class OutputFolder:
             if self._resume is not None:
                 self._check_resume(self.resume_path)
                 return "resume"
-            require(status is None, f"output_dir {self.path} holds an unfinished run ({status}); {GO_ON}")
+            require(
+                status is None,
+                f"output_dir {self.path} holds an unfinished run ({status}); {GO_ON}",
+            )
             self._refuse_foreign()
             return "fresh"
 
@@ -128,9 +135,13 @@ class OutputFolder:
             remove_leftovers(self.path / layout.CHECKPOINTS_FOLDER)
             write_text(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
         except FileExistsError:
-            raise UserError(f"output_dir {self.path}: another start has just taken it; {CHOOSE}") from None
+            raise UserError(
+                f"output_dir {self.path}: another start has just taken it; {CHOOSE}"
+            ) from None
         except OSError as error:
-            raise blame(error, f"output_dir {self.path} cannot be written: {error.strerror}") from None
+            raise blame(
+                error, f"output_dir {self.path} cannot be written: {error.strerror}"
+            ) from None
 
     def check_shared(self, comm: "Communicator") -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
@@ -162,7 +173,9 @@ class OutputFolder:
             return None
 
     def _check_access(self, mode: int, what: str) -> None:
-        there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
+        there = next(
+            path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path)
+        )
         require(there.is_dir(), f"output_dir {self.path}: {there} is not a folder")
         require(os.access(there, mode), f"output_dir {self.path}: {there} is not {what}")
 
@@ -175,7 +188,9 @@ class OutputFolder:
         if not any((self.path / name).exists() for name in files_of_a_run):
             self._refuse_foreign()
         elif path is not None and not path.is_relative_to(self.path.resolve()):
-            raise UserError(f"output_dir {self.path} holds a run already, so it cannot resume from {path}; {GO_ON}")
+            raise UserError(
+                f"output_dir {self.path} holds a run already, so it cannot resume from {path}; {GO_ON}"
+            )
         _ = self._earlier.newest_state  # raises the error line for another format
         if self._earlier.config:
             self._check_same_run(MAY_DIFFER)
@@ -183,9 +198,15 @@ class OutputFolder:
     def _check_same_run(self, ignored: Sequence[str]) -> None:
         saved, folder = self._earlier.config, self.path
         if saved is None:
-            raise UserError(f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or {CHOOSE}")
-        different = ", ".join(differences(layout.recorded_config(saved, folder / CONFIG_FILE), self.config, ignored))
-        require(not different, f"output_dir {folder} holds another run ({different} differs); {CHOOSE}")
+            raise UserError(
+                f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or {CHOOSE}"
+            )
+        different = ", ".join(
+            differences(layout.recorded_config(saved, folder / CONFIG_FILE), self.config, ignored)
+        )
+        require(
+            not different, f"output_dir {folder} holds another run ({different} differs); {CHOOSE}"
+        )
 
 
 @contextmanager
@@ -207,7 +228,9 @@ class RunStatus:
         mark: identifies this start. The same on all ranks.
     """
 
-    def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.folder, self.steps = folder, steps
         self.step, self.mark = first, mark
         self._rank, self._ranks = rank, ranks
@@ -222,7 +245,8 @@ class RunStatus:
         self.step = step
         if self._rank == 0:  # one rank is enough. A thousand would read the file at every step
             recorded = self.check_owner(RankError)
-            if recorded is None or recorded.state != "failed":  # otherwise another rank has written its error
+            # otherwise another rank has written its error
+            if recorded is None or recorded.state != "failed":
                 self._write("running")
 
     def check_owner(self, error: type[RunError] = RunError) -> layout.Status | None:
@@ -230,7 +254,9 @@ class RunStatus:
         # A process on a lost node may wake up again. By then the run may continue on other nodes, or be finished.
         recorded = self._recorded()
         if recorded is not None and recorded.mark != self.mark:
-            raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
+            raise error(
+                f"output_dir {self.folder}: another process has taken over this run, so this one ends"
+            )
         return recorded
 
     def end(self, state: Literal["finished", "stopped"], error: str | None = None) -> None:

@@ -57,7 +57,10 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, comm: Communicator, earlier: RunState | None = None, check_tokenizer: CheckTokenizer = None
+    config: RunConfig,
+    comm: Communicator,
+    earlier: RunState | None = None,
+    check_tokenizer: CheckTokenizer = None,
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
 
@@ -70,14 +73,26 @@ def prepare(
     query_heads = earlier is None or earlier.query_heads
     # From rank 0, since the hub may change from rank to rank.
     found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
-    own = partial(_prepare, config, found or {}, query_heads, comm.world_size, comm.ranks_per_node(), check_tokenizer)
+    own = partial(
+        _prepare,
+        config,
+        found or {},
+        query_heads,
+        comm.world_size,
+        comm.ranks_per_node(),
+        check_tokenizer,
+    )
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        first = waiting.all_or_raise(lambda: own() if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        first = waiting.all_or_raise(
+            lambda: own() if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        )
         prepared = waiting.all_or_raise(lambda: first or own())
     rank = comm.differing_rank(prepared.data)
     same = "model.path and data.path must be the same everywhere"
-    require(rank is None, f"rank {rank} reads another model or other training data than rank 0; {same}")
+    require(
+        rank is None, f"rank {rank} reads another model or other training data than rank 0; {same}"
+    )
     return prepared
 
 
@@ -107,7 +122,9 @@ def _prepare(
     check_tokenizer: CheckTokenizer,
 ) -> Prepared:
     model, train = config.model, config.train
-    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packs_rows, query_heads=query_heads)
+    pretrained = open_for_pruning(
+        locate_model(model), model, packing=config.data.packs_rows, query_heads=query_heads
+    )
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
@@ -129,13 +146,21 @@ def _prepare(
     starts = text_starts(tokenizer, shape.family, pretrained.config)
     global_batch_size = train.global_batch_size
     data = at_commits(config.data, commits)
-    loaded = load_samples(data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts)
+    loaded = load_samples(
+        data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts
+    )
     lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
-    pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
+    pruning_steps = train.steps or steps_for_epochs(
+        train.epochs or 1, loaded.epoch_length, global_batch_size
+    )
     pruning = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
     train.check_warmup(pruning.cycles()[0])
-    window, most, size = config.evaluate.window, config.evaluate.max_windows, config.evaluate.batch_size
+    window, most, size = (
+        config.evaluate.window,
+        config.evaluate.max_windows,
+        config.evaluate.batch_size,
+    )
     held_out = split_batches(loaded.held_out, tokenizer, window, most, starts, size, vocab_size)
     digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
     return Prepared(
@@ -156,8 +181,13 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
     build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will build it
     hidden = shape.hidden_size
-    require(config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}")
-    for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
+    require(
+        config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}"
+    )
+    for key, window in (
+        ("data.window", config.data.window),
+        ("evaluate.window", config.evaluate.window),
+    ):
         fits = positions is None or window <= positions
         require(fits, f"{key} {window} is longer than the model's {positions} positions")
 
@@ -165,10 +195,16 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     """Yields lines about the model, the ranks and the cuts of a run, and what a user may not expect."""
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
-    where = "in one process" if config.deepspeed is None else f"on {world_size} rank{'s' * (world_size > 1)}"
+    where = (
+        "in one process"
+        if config.deepspeed is None
+        else f"on {world_size} rank{'s' * (world_size > 1)}"
+    )
     count, dtype = format_count(dense.total_numel()), describe_dtype(config.model)
     yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"
-    steps = f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
+    steps = (
+        f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
+    )
     ratio = format_percent(pruning.ratio)
     yield f"{steps}, {len(pruning.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
     yield config.recipe

@@ -16,7 +16,8 @@ from loraprune_ds.report import records
 from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
 
-LATEST = 10  # steps behind the estimate of the time left. Only these, because steps get faster with every cut
+# steps behind the estimate of the time left. Only these, because steps get faster with every cut
+LATEST = 10
 EVALUATED = {
     "dense": "dense model",
     "after_last_cut": "right after the last cut",
@@ -36,8 +37,19 @@ class ProgressDisplay(records.Sink):
         every_seconds: least time between two step lines outside of a terminal.
     """
 
-    def __init__(self, steps: int, *, first: int = 0, stream: TextIO | None = None, every_seconds: float = 5.0) -> None:
-        self.steps, self._first, self._stream = steps, first, sys.stderr if stream is None else stream
+    def __init__(
+        self,
+        steps: int,
+        *,
+        first: int = 0,
+        stream: TextIO | None = None,
+        every_seconds: float = 5.0,
+    ) -> None:
+        self.steps, self._first, self._stream = (
+            steps,
+            first,
+            sys.stderr if stream is None else stream,
+        )
         self._every_seconds, self._started = every_seconds, time.monotonic()
         self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
@@ -59,7 +71,9 @@ class ProgressDisplay(records.Sink):
                 self.show(records.cut_line(record))
             case records.EvaluationRecord():
                 measured = f"{EVALUATED[record.name]}, {record.windows} windows"
-                self.show(f"step {record.step}  perplexity {format_perplexity(record.perplexity)} ({measured})")
+                self.show(
+                    f"step {record.step}  perplexity {format_perplexity(record.perplexity)} ({measured})"
+                )
 
     def show(self, line: str) -> None:
         """Shows a line above the live line."""
@@ -78,7 +92,9 @@ class ProgressDisplay(records.Sink):
         if record.step > self._first + 1:  # the first step compiles, allocates and records
             self._latest.append(record.seconds)
         if record.skipped:
-            self.show(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
+            self.show(
+                f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down"
+            )
         if self._bar is not None:
             self._bar.set_description_str(self._step_line(record), refresh=False)
             self._bar.update(record.step - self._bar.n)
@@ -89,7 +105,9 @@ class ProgressDisplay(records.Sink):
     def _step_line(self, record: records.StepRecord) -> str:
         clock = tqdm.format_interval(time.monotonic() - self._started)
         if self._latest:
-            clock += f", {tqdm.format_interval((self.steps - record.step) * fmean(self._latest))} left"
+            clock += (
+                f", {tqdm.format_interval((self.steps - record.step) * fmean(self._latest))} left"
+            )
         parts = [
             f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
             clock,
@@ -98,7 +116,11 @@ class ProgressDisplay(records.Sink):
             f"{record.tokens_per_second:,.0f} tok/s",
             None if record.mfu is None else f"MFU {format_percent(record.mfu)}",
             f"mem {format_bytes(max(record.resident_bytes))}"
-            + (f" of {format_bytes(max(record.reserved_bytes))} reserved" if record.reserved_bytes else ""),
+            + (
+                f" of {format_bytes(max(record.reserved_bytes))} reserved"
+                if record.reserved_bytes
+                else ""
+            ),
         ]
         return "  ".join(filter(None, parts))
 
@@ -116,7 +138,9 @@ def _can_show_live_line(stream: TextIO) -> bool:
 class RunRecorder(records.Recorder):
     """Records a run of our own trainer, also in metrics.jsonl and on the progress display. On rank 0 only."""
 
-    def __init__(self, config: RunConfig, steps: int, resumed_from: int | None = None, *, active: bool) -> None:
+    def __init__(
+        self, config: RunConfig, steps: int, resumed_from: int | None = None, *, active: bool
+    ) -> None:
         super().__init__(records.History(), [])
         if not active:
             return

@@ -58,7 +58,9 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         first, history = 0, records.History()
         if checkpoint:  # it may be in another folder, and later records may be damaged
             first = checkpoint.state.step
-            history = records.read_history(checkpoint.folder.parents[1] / records.METRICS_FILE, first)
+            history = records.read_history(
+                checkpoint.folder.parents[1] / records.METRICS_FILE, first
+            )
         records.write_history(output.path / records.METRICS_FILE, history)
         sizes = prepared.pruning.ends()
         warnings.extend(drop_later_models(output.path, sizes, prepared.pruning.steps, first))
@@ -72,7 +74,8 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         error = measure_model(context) if finished else None
         context.check_owner()
         context.status.end("finished" if finished else "stopped", error)
-        comm.barrier()  # the launcher ends the other ranks if one exits early with a code other than 0
+        # the launcher ends the other ranks if one exits early with a code other than 0
+        comm.barrier()
     return finished
 
 
@@ -85,7 +88,9 @@ def _open_context(
     first = checkpoint and checkpoint.state.step
     with (
         fast_half_products(config.model.dtype),
-        RunStatus(folder, steps, first=first or 0, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
+        RunStatus(
+            folder, steps, first=first or 0, mark=mark, rank=comm.rank, ranks=comm.world_size
+        ) as status,
         closing(RunRecorder(config, steps, first, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
     ):
@@ -107,23 +112,31 @@ def drop_later_models(folder: Path, sizes: Mapping[int, str], last: int, first: 
     for step, names in _targets(sizes, last).items():
         for path in (folder / name for name in names if step > first and (folder / name).exists()):
             remove_folder(path)
-            lines.append(f"{path.name}/ of an earlier start is removed; this one makes it from step {step}")
+            lines.append(
+                f"{path.name}/ of an earlier start is removed; this one makes it from step {step}"
+            )
     return lines
 
 
 def _targets(sizes: Mapping[int, str], last: int) -> dict[int, list[str]]:
     """Returns the folder of the model of each step. That of the last step gets another name once it was read back."""
-    return {step: [records.export_folder(sizes, step)] for step in sizes} | {last: [EXPORTED, records.MODEL_FOLDER]}
+    return {step: [records.export_folder(sizes, step)] for step in sizes} | {
+        last: [EXPORTED, records.MODEL_FOLDER]
+    }
 
 
 def export_models(context: RunContext) -> bool:
     """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
-    for number, names in _targets(context.prepared.pruning.ends(), context.prepared.pruning.steps).items():
+    for number, names in _targets(
+        context.prepared.pruning.ends(), context.prepared.pruning.steps
+    ).items():
         if any(context.comm.gather_objects((context.folder / name).exists())[0] for name in names):
             continue
         checkpoint = _open_step(context, number)
         if checkpoint is None:
-            context.recorder.show(f"{names[0]}/ is not made: the checkpoint of step {number} is not there")
+            context.recorder.show(
+                f"{names[0]}/ is not made: the checkpoint of step {number} is not there"
+            )
             continue
         _export(context, checkpoint, context.folder / names[0])
         if context.stop_requested():
@@ -143,7 +156,9 @@ def _open_step(context: RunContext, step: int) -> TrainingCheckpoint | None:
 def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -> None:
     """Writes the model of a step. Collective."""
     comm, mark = context.comm, context.status.mark
-    context.recorder.show(f"writing {'the merged model' if target.name == EXPORTED else f'{target.name}/'}")
+    context.recorder.show(
+        f"writing {'the merged model' if target.name == EXPORTED else f'{target.name}/'}"
+    )
     comm.write_on_rank_0(context.folder, lambda: begin(target, mark))
     windows = sum(len(ids) for ids, _ in context.prepared.held_out)
     write_model(checkpoint, staging_of(target, mark), card_of_step(checkpoint, windows), comm)
@@ -162,7 +177,12 @@ def measure_model(context: RunContext) -> str | None:
 
     Returns how far the run ends below its ratio, if it does.
     """
-    config, pruning, folder, recorder = context.config, context.prepared.pruning, context.folder, context.recorder
+    config, pruning, folder, recorder = (
+        context.config,
+        context.prepared.pruning,
+        context.folder,
+        context.recorder,
+    )
     comm = context.comm
     checkpoint = _open_step(context, pruning.steps)
     assert checkpoint is not None, "the model was exported from it"
@@ -189,7 +209,11 @@ def measure_model(context: RunContext) -> str | None:
     context.check_owner()
 
     def name() -> None:
-        write_model_card(exported, card_of_step(checkpoint, measured.windows, measured.perplexity), checkpoint.exported)
+        write_model_card(
+            exported,
+            card_of_step(checkpoint, measured.windows, measured.perplexity),
+            checkpoint.exported,
+        )
         fail_point("finish.before_rename")
         exported.rename(target)
         flush(folder)

@@ -29,7 +29,8 @@ LAUNCHERS = {
     "accelerate.commands.launch",
     "slurmstepd",  # starts the tasks of srun
 }
-RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # `loraprune-ds run` uses the last one
+# `loraprune-ds run` uses the last one
+RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}
 
 
 class RequestListener:
@@ -40,16 +41,23 @@ class RequestListener:
         self._signalled, self._interrupted_at = False, 0.0
         numbers = [signal.SIGTERM, signal.SIGINT]
         # Only if srun itself started this rank. A launcher in between would die of the signal, with its ranks.
-        if "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        if (
+            "SLURM_PROCID" in os.environ
+            and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        ):
             numbers.append(signal.SIGUSR1)
-        self._before: dict[signal.Signals, Any] = {n: signal.signal(n, self._on_signal) for n in numbers}
+        self._before: dict[signal.Signals, Any] = {
+            n: signal.signal(n, self._on_signal) for n in numbers
+        }
 
     def current(self) -> int:
         """Returns NOTHING, SAVE or STOP."""
         if self._signalled:
             return STOP
         files = FILES if self._watches_files else {}
-        return next((request for request, name in files.items() if (self._folder / name).exists()), NOTHING)
+        return next(
+            (request for request, name in files.items() if (self._folder / name).exists()), NOTHING
+        )
 
     def clear(self, honoured: int) -> None:
         """Removes the files of an honoured request: to stop also saves. A larger request stays for the next step."""

@@ -19,7 +19,13 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
-from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
+from loraprune_ds.report.records import (
+    CutRecord,
+    EvaluationName,
+    EvaluationRecord,
+    StepRecord,
+    record_cut,
+)
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING
@@ -34,7 +40,8 @@ class Trainer:
     samples: Samples
     order: SampleOrder
     config: RunConfig
-    current_request: Callable[[], int] = lambda: NOTHING  # returns the request of this rank (stop.py)
+    # returns the request of this rank (stop.py)
+    current_request: Callable[[], int] = lambda: NOTHING
     # A separate engine with the source's decoder, stored by `model.frozen`, in evaluation mode. It has no LoRA, is
     # never scored, cut or saved, and draws no random numbers. It needs no head, because the student's is never cut.
     teacher: Any = None
@@ -52,8 +59,11 @@ class Trainer:
         batch = self.order.batch(step - 1)
         texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
         tokens = sum(texts)
-        rate, sparsity = self.engine.schedule.get_last_lr()[0], self.pruner.reached()  # before the step changes them
-        flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
+        # before the step changes them
+        rate, sparsity = self.engine.schedule.get_last_lr()[0], self.pruner.reached()
+        flops = tokens * needed_flops_per_token(
+            self.model.shape, sum(length**2 for length in texts) / tokens
+        )
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
             numbers = self.pruning_steps.exchange(loss, self.current_request())
@@ -87,7 +97,9 @@ class Trainer:
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""
         engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
-        micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, rank, world_size)
+        micro_batches = rank_micro_batches(
+            batch, self.config.train.micro_batch_size, rank, world_size
+        )
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for number, indices in micro_batches:
             seed_dropout(self.config.seed, step, number)
@@ -110,7 +122,10 @@ class Trainer:
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
         masks = [self.samples.attention_mask(indices)]
         if rows is not None:
-            inputs["rows"], masks = rows._make(map(to_device, rows)), [rows.source_mask, rows.target_mask]
+            inputs["rows"], masks = (
+                rows._make(map(to_device, rows)),
+                [rows.source_mask, rows.target_mask],
+            )
         if self.teacher is not None:
             inputs["distillation"] = self._distillation(inputs)
         return inputs, masks
@@ -119,7 +134,9 @@ class Trainer:
     def _distillation(self, inputs: dict[str, Any]) -> Distillation:
         """Makes one forward pass of the teacher, for the final hidden states of the supervised tokens. Collective."""
         hidden = self.teacher(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
-        return Distillation(hidden, self.config.train.distill_weight, self.config.train.distill_temperature)
+        return Distillation(
+            hidden, self.config.train.distill_weight, self.config.train.distill_temperature
+        )
 
 
 def train(context: RunContext) -> bool:
@@ -156,22 +173,29 @@ def _build_trainer(context: RunContext) -> Trainer:
     pruner = Pruner(engine.model, prepared.pruning, config.seed)
     if checkpoint:
         checkpoint.restore_pruner(pruner)
-    return Trainer(engine, pruner, prepared.samples, prepared.order, config, context.requests.current, teacher)
+    return Trainer(
+        engine, pruner, prepared.samples, prepared.order, config, context.requests.current, teacher
+    )
 
 
 def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> EvaluationName | None:
     """Names the evaluation after a step, if there is one."""
     if step == schedule.last_cut:
         return "after_last_cut"
-    if step in [section.last for section in schedule.sections[:-1]]:  # the export of the last is measured
+    # the export of the last is measured
+    if step in [section.last for section in schedule.sections[:-1]]:
         return "size"
     return "step" if every is not None and step % every == 0 else None
 
 
-def evaluate(context: RunContext, infer: Callable[..., Any], step: int, name: EvaluationName) -> EvaluationRecord:
+def evaluate(
+    context: RunContext, infer: Callable[..., Any], step: int, name: EvaluationName
+) -> EvaluationRecord:
     """Records held-out perplexity. Draws no random numbers and changes no training state. Collective."""
     batches, comm = context.prepared.held_out, context.comm
-    result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
+    result = measure_perplexity(
+        lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm
+    )
     record = EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
     context.recorder.write(record)
     return record

@@ -40,11 +40,15 @@ class Watch(threading.Thread):
         self._silent_for, self._contacts = 0.0, 0
         here = _pid_namespace()
         everyone = comm.gather_objects((here, os.getpid()))
-        self._others = {r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank}
+        self._others = {
+            r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank
+        }
         self._closed = threading.Event()
         self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
         if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
-            self._say(f"no heartbeat, because {self._heartbeat.problem}; a lost node will be noticed late")
+            self._say(
+                f"no heartbeat, because {self._heartbeat.problem}; a lost node will be noticed late"
+            )
         self.start()
 
     def close(self) -> None:
@@ -69,7 +73,9 @@ class Watch(threading.Thread):
         heartbeat = self._heartbeat
         if heartbeat is None or heartbeat.problem:
             return None
-        self._silent_for = 0.0 if heartbeat.contacts > self._contacts else self._silent_for + INTERVAL
+        self._silent_for = (
+            0.0 if heartbeat.contacts > self._contacts else self._silent_for + INTERVAL
+        )
         self._contacts = heartbeat.contacts
         lost = heartbeat.lost or ("rank 0" if self._silent_for >= self._silence else None)
         return lost and f"{lost} gave no sign for {self._silence:g} s"
@@ -77,12 +83,14 @@ class Watch(threading.Thread):
     def _leave(self, reason: str) -> None:
         if not self._closed.wait(min(GRACE, self._silence)):
             self._say(f"{reason}: leaving")
-            os._exit(1)  # the main thread waits for that rank in a collective, and cannot be interrupted
+            # the main thread waits for that rank in a collective, and cannot be interrupted
+            os._exit(1)
 
     def _say(self, text: str) -> None:
         try:
             os.write(sys.stderr.fileno(), f"rank {self._rank}: {text}\n".encode())
-        except OSError:  # the reader of the output is gone, too. A rank must not die of that before it has saved
+        # the reader of the output is gone, too. A rank must not die of that before it has saved
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.dup2(nowhere, sys.stderr.fileno())
@@ -118,9 +126,13 @@ class Heartbeat(threading.Thread):
             self._store = _open_store(host, port, is_master=False)
         if self._store is not None:
             self._beat(self._store)
-        missing = [rank for rank, contacts in enumerate(comm.gather_objects(self.contacts)) if not contacts]
+        missing = [
+            rank for rank, contacts in enumerate(comm.gather_objects(self.contacts)) if not contacts
+        ]
         # Why there is no heartbeat. The same on all ranks.
-        self.problem = f"rank {missing[0]} does not reach a store at {host}:{port}" if missing else None
+        self.problem = (
+            f"rank {missing[0]} does not reach a store at {host}:{port}" if missing else None
+        )
         if not missing:
             self.start()
 

@@ -20,33 +20,43 @@ ParameterCut = tuple[nn.Parameter, ReshardPlan]
 ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed
 
 
-def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: OptimizerState, comm: Communicator) -> None:
+def cut_layer(
+    layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: OptimizerState, comm: Communicator
+) -> None:
     """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
     # New shards of the optimizer state go into the old slots. `ShardedState.rebuild` shortens these later.
     cuts = shard_cuts(layer, spec, keep, comm)
     carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
-    state_shards = reshard([(state.shard(p, key).to(comm.device), plan) for p, plan, key in carried], comm)
+    state_shards = reshard(
+        [(state.shard(p, key).to(comm.device), plan) for p, plan, key in carried], comm
+    )
     cut_parameters(cuts, comm)
     set_sizes(layer, spec.resized(keep.counts))
     for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
         state.shard(parameter, key).copy_(shard)
 
 
-def shard_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, comm: Communicator) -> list[ParameterCut]:
+def shard_cuts(
+    layer: nn.Module, spec: LayerSpec, keep: LayerKeep, comm: Communicator
+) -> list[ParameterCut]:
     """Lists the parameters of a layer that get smaller, with the plan of the exchange."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
     for parameter, stays in parameter_cuts(layer, spec, keep):
         key = (full_shape(parameter), stays.axis, id(stays.keep))
         if key not in plans:
-            plans[key] = ReshardPlan(AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank)
+            plans[key] = ReshardPlan(
+                AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank
+            )
         cuts.append((parameter, plans[key]))
     return cuts
 
 
 def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
     """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
-    shards = [(cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in cuts]
+    shards = [
+        (cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in cuts
+    ]
     for (parameter, plan), shard in zip(cuts, reshard(shards, comm), strict=True):
         install_shard(parameter, shard, plan.cut.new_shape)
 
@@ -62,7 +72,9 @@ def reshard(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
         same = [i for i, (shard, _) in enumerate(cuts) if shard.dtype == dtype]
         outgoing, plans = _by_destination([cuts[i] for i in same]), [cuts[i][1] for i in same]
         send = _totals_by_rank([plan.send for plan in plans], comm.world_size)
-        incoming = comm.all_to_all(outgoing, send, _totals_by_rank([plan.receive for plan in plans], comm.world_size))
+        incoming = comm.all_to_all(
+            outgoing, send, _totals_by_rank([plan.receive for plan in plans], comm.world_size)
+        )
         del outgoing
         new |= zip(same, _by_tensor(incoming, plans), strict=True)
         del incoming

@@ -24,7 +24,9 @@ MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 OWNED = {
     ("optimizer",): "the run config owns the optimizer (train.learning_rate, train.adam_*)",
     ("scheduler",): "the run config owns the schedule (train.lr_scheduler, train.warmup_steps)",
-    ("elasticity",): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
+    (
+        "elasticity",
+    ): "the run config owns the batch sizes (train.global_batch_size, train.micro_batch_size)",
     ("curriculum_learning",): "the run config owns the data (data.window)",
     ("data_efficiency",): "the run config owns the data",
 }
@@ -32,24 +34,52 @@ OWNED = {
 REFUSED_KEYS = {
     ("torch_autocast",): "weights have model.dtype; autocast is not supported",
     ("amp",): "weights have model.dtype; apex is not supported",
-    ("zero_optimization", "cpu_offload"): "removed from DeepSpeed; write offload_optimizer: {device: cpu}",
-    ("zero_optimization", "cpu_offload_param"): "removed from DeepSpeed; write offload_param: {device: cpu}",
-    ("zero_optimization", "mics_shard_size"): "removed from DeepSpeed; use hpZ (zero_hpz_partition_size)",
-    ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat shards to reshard",
-    ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be resharded",
+    (
+        "zero_optimization",
+        "cpu_offload",
+    ): "removed from DeepSpeed; write offload_optimizer: {device: cpu}",
+    (
+        "zero_optimization",
+        "cpu_offload_param",
+    ): "removed from DeepSpeed; write offload_param: {device: cpu}",
+    (
+        "zero_optimization",
+        "mics_shard_size",
+    ): "removed from DeepSpeed; use hpZ (zero_hpz_partition_size)",
+    (
+        "zero_optimization",
+        "zero_quantized_weights",
+    ): "quantized weights have no flat shards to reshard",
+    (
+        "zero_optimization",
+        "zero_quantized_nontrainable_weights",
+    ): "quantized weights cannot be resharded",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the exact LoRA gradients",
     ("zero_optimization", "zenflow"): "ZenFlow is not supported",
-    ("zero_optimization", "stage3_module_granularity_threshold"): "modules gathered whole are not supported",
-    ("zero_optimization", "module_granularity_threshold"): "modules gathered whole are not supported",
+    (
+        "zero_optimization",
+        "stage3_module_granularity_threshold",
+    ): "modules gathered whole are not supported",
+    (
+        "zero_optimization",
+        "module_granularity_threshold",
+    ): "modules gathered whole are not supported",
     ("bf16", "bf16_master_weights_and_grads"): "LoRA's masters and gradients are fp32",
     ("bf16", "bf16_optimizer_states"): "Adam's moments are fp32",
     ("fp16", "fp16_master_weights_and_grads"): "LoRA's masters and gradients are fp32",
     ("prescale_gradients",): "DeepSpeed's ZeRO-3 has no prescaled gradients",
     ("gradient_predivide_factor",): "DeepSpeed's ZeRO-3 has no predivided gradients",
-    ("sequence_parallel_size",): "every rank reads complete samples; sequence parallelism is not supported",
-    ("expert_parallel",): "AutoEP spreads experts over ranks; ZeRO-3 shards them, and cuts its shards",
+    (
+        "sequence_parallel_size",
+    ): "every rank reads complete samples; sequence parallelism is not supported",
+    (
+        "expert_parallel",
+    ): "AutoEP spreads experts over ranks; ZeRO-3 shards them, and cuts its shards",
     ("compile", "deepcompile"): "DeepCompile keeps the sizes from before a cut",
-    ("checkpoint", "load_universal"): "a universal checkpoint has the dense sizes; go on with --resume or resume()",
+    (
+        "checkpoint",
+        "load_universal",
+    ): "a universal checkpoint has the dense sizes; go on with --resume or resume()",
     ("tensor_parallel",): "linears split over ranks are not supported; ZeRO-3 shards them",
     ("compression_training",): "DeepSpeed's own compression is not supported",
     ("progressive_layer_drop",): "dropping layers at random is not supported",
@@ -57,10 +87,22 @@ REFUSED_KEYS = {
 # Settings with some supported values: these values, and the reason against others.
 _OPTIMIZER = ("zero_optimization", "offload_optimizer")
 ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
-    (*_OPTIMIZER, "device"): (("none", "cpu"), "masters and moments on NVMe cannot be cut; use cpu"),
-    (*_OPTIMIZER, "ratio"): ((1,), "partial offload would need a second optimizer; offload all of it"),
-    (*_OPTIMIZER, "super_offload"): ((False,), "SuperOffload has its own optimizer, whose state cannot be resharded"),
-    ("zero_optimization", "offload_param", "device"): (("none", "cpu"), "weights on NVMe cannot be cut; use cpu"),
+    (*_OPTIMIZER, "device"): (
+        ("none", "cpu"),
+        "masters and moments on NVMe cannot be cut; use cpu",
+    ),
+    (*_OPTIMIZER, "ratio"): (
+        (1,),
+        "partial offload would need a second optimizer; offload all of it",
+    ),
+    (*_OPTIMIZER, "super_offload"): (
+        (False,),
+        "SuperOffload has its own optimizer, whose state cannot be resharded",
+    ),
+    ("zero_optimization", "offload_param", "device"): (
+        ("none", "cpu"),
+        "weights on NVMe cannot be cut; use cpu",
+    ),
 }
 # Settings that need all weights in one dtype. DeepSpeed accepts either name.
 ONE_DTYPE = (
@@ -98,7 +140,10 @@ def resolve_ds_config(
     if config.deepspeed is None:
         return {}
     path, model = find_shipped(config.deepspeed), config.model
-    require(path.is_file(), f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}")
+    require(
+        path.is_file(),
+        f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}",
+    )
     resolved = read_json(path, unique_keys=True)
     stored = shape.stored(DTYPES[model.dtype].itemsize, int8=model.frozen == "int8")
     check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
@@ -111,16 +156,23 @@ def resolve_ds_config(
     if zero.get(HPZ) == "auto":  # useless on a single node
         zero[HPZ] = ranks_per_node if ranks_per_node and ranks_per_node < world_size else 1
     leftover = next((keys for keys, value in dotted_values(resolved) if value == "auto"), None)
-    require(not leftover, f'{path}: {leftover} is "auto", but the run config has no value for it; give one')
+    require(
+        not leftover,
+        f'{path}: {leftover} is "auto", but the run config has no value for it; give one',
+    )
     _validate(path, resolved)
     size = ZeroSettings(**zero).zero_hpz_partition_size
     if size < 1 or world_size % size:
         where = f"{path}: zero_optimization.{HPZ} is {size}"
-        raise UserError(f"{where}, which does not divide {world_size} ranks; give the number of ranks per node")
+        raise UserError(
+            f"{where}, which does not divide {world_size} ranks; give the number of ranks per node"
+        )
     return resolved
 
 
-def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict[tuple[str, ...], Any]:
+def _owned_values(
+    config: RunConfig, shape: ModelShape, world_size: int
+) -> dict[tuple[str, ...], Any]:
     train, linear_sizes = config.train, [linear.numel for _, linear in shape.linears()]
     return {
         ("train_batch_size",): train.global_batch_size,
@@ -135,7 +187,8 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         # The timer waits for the device at every forward pass and update. metrics.jsonl has the speed.
         ("timers", "throughput", "enabled"): False,
         ("zero_allow_untested_optimizer",): True,  # DeepSpeed calls torch's AdamW untested
-        ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW, even if the optimizer is offloaded
+        # torch's AdamW, even if the optimizer is offloaded
+        ("zero_force_ds_cpu_optimizer",): False,
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
         ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
         # Two of the largest linears: the next weights arrive while the current ones are used.
@@ -150,13 +203,18 @@ def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
 
 
 def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return reduce(lambda value, key: value.get(key) if isinstance(value, dict) else None, keys, cast(Any, raw))
+    return reduce(
+        lambda value, key: value.get(key) if isinstance(value, dict) else None, keys, cast(Any, raw)
+    )
 
 
 def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
     """Checks that the config `where` is ZeRO-3 and works with a cut of weights that have elements of these sizes."""
     zero = raw.get("zero_optimization")
-    require(isinstance(zero, dict) and zero.get("stage") == 3, f"{where}: zero_optimization.stage must be 3")
+    require(
+        isinstance(zero, dict) and zero.get("stage") == 3,
+        f"{where}: zero_optimization.stage must be 3",
+    )
     for keys, (allowed, reason) in ONLY.items():
         value = _look_up(raw, keys)
         require(value is None or value in allowed, f"{where}: {'.'.join(keys)} {value}: {reason}")
@@ -181,8 +239,13 @@ def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
     known = {*owned, *FLAGS, "steps_per_print"}
     for key, value in raw.items():
         if key not in known and (key,) not in REFUSED_KEYS | OWNED:
-            raise UserError(f"{path}: {key} is not a setting of a run; the settings are {', '.join(sorted(known))}")
-        require(key not in FLAGS or isinstance(value, bool), f"{path}: {key} must be true or false, got {value!r}")
+            raise UserError(
+                f"{path}: {key} is not a setting of a run; the settings are {', '.join(sorted(known))}"
+            )
+        require(
+            key not in FLAGS or isinstance(value, bool),
+            f"{path}: {key} must be true or false, got {value!r}",
+        )
         if key == "steps_per_print" and value != "auto" and (type(value) is not int or value < 1):
             raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
 
@@ -191,13 +254,18 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
     section = resolved
     for key in keys[:-1]:
         section = section.setdefault(key, {})
-        require(isinstance(section, dict), f"{path}: {key} must be a section of keys, got {section!r}")
+        require(
+            isinstance(section, dict), f"{path}: {key} must be a section of keys, got {section!r}"
+        )
     in_json = section.get(keys[-1], "auto")
-    tunable = keys[0] in ("zero_optimization", "timers")  # these change speed, not results, so the JSON may set them
+    # these change speed, not results, so the JSON may set them
+    tunable = keys[0] in ("zero_optimization", "timers")
     if in_json == "auto":
         section[keys[-1]] = value
     elif in_json != value and not tunable:
-        raise UserError(f'{path}: {".".join(keys)} is {in_json}, but the run config makes it {value}; write "auto"')
+        raise UserError(
+            f'{path}: {".".join(keys)} is {in_json}, but the run config makes it {value}; write "auto"'
+        )
 
 
 def _validate(path: Path, resolved: dict[str, Any]) -> None:
@@ -208,7 +276,11 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-        sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+        sections = {
+            "zero_optimization": DeepSpeedZeroConfig,
+            "bf16": DeepSpeedBF16Config,
+            "fp16": DeepSpeedFP16Config,
+        }
         sections |= {"timers.throughput": DeepSpeedThroughputTimerConfig}
     for name, section in sections.items():
         try:

@@ -33,17 +33,29 @@ from loraprune_ds.zero.private import LOSS_SCALE_FIELDS, check_private_attribute
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.sharded import ShardedModel
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 
 
 def check_device(dtype: str) -> None:
     """Raises UserError if DeepSpeed lacks names that we use, or this rank's device does not support `dtype`."""
     check_private_attributes()
-    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": accelerator().is_bf16_supported}
-    if accelerator().device_name() == "cuda":  # a GPU older than Ampere emulates bf16, slower than fp32
+    supported = {
+        "float16": accelerator().is_fp16_supported,
+        "bfloat16": accelerator().is_bf16_supported,
+    }
+    # a GPU older than Ampere emulates bf16, slower than fp32
+    if accelerator().device_name() == "cuda":
         supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if dtype in supported and not supported[dtype]():
-        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
+        raise UserError(
+            f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device"
+        )
 
 
 def start_ranks() -> Communicator:
@@ -70,7 +82,9 @@ def start_ranks() -> Communicator:
     distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
     try:
         with redirect_stdout(StringIO()):  # drops the lines that DeepSpeed and ninja print
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, timeout=timeout
+            )
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "if another run uses that port, give the launcher another --master_port"
@@ -87,7 +101,9 @@ class ShardedEngine(TrainingEngine):
 
     def __init__(self, deepspeed: Any, shape: ModelShape) -> None:
         self.deepspeed = deepspeed
-        model = ShardedModel(deepspeed.module, deepspeed.optimizer, shape, deepspeed.empty_partition_cache)
+        model = ShardedModel(
+            deepspeed.module, deepspeed.optimizer, shape, deepspeed.empty_partition_cache
+        )
         super().__init__(deepspeed, model, model.optimizer_state, deepspeed.lr_scheduler)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -98,8 +114,10 @@ class ShardedEngine(TrainingEngine):
     def update(self, *, skipped: bool) -> float | None:
         self.deepspeed.step()
         if skipped:
-            self.deepspeed.lr_scheduler.step()  # our schedule counts skipped steps, DeepSpeed does not
-        settle_shards()  # orders the updated shards of LoRA before the next forward pass gathers them
+            # our schedule counts skipped steps, DeepSpeed does not
+            self.deepspeed.lr_scheduler.step()
+        # orders the updated shards of LoRA before the next forward pass gathers them
+        settle_shards()
         return None if skipped else self.model.gradient_norm()
 
     def infer(self, **inputs: Any) -> Any:
@@ -115,7 +133,9 @@ class ShardedEngine(TrainingEngine):
         scaler = self.deepspeed.optimizer.loss_scaler
         return {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
 
-    def restore_counters(self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]) -> None:
+    def restore_counters(
+        self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]
+    ) -> None:
         super().restore_counters(step, schedule, loss_scale)
         deepspeed = self.deepspeed
         for name, value in loss_scale.items():
@@ -160,7 +180,12 @@ def build_training_engine(
 
 
 def build_inference_engine(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
+    pretrained: PretrainedModel,
+    attn_implementation: str,
+    dtype: Dtype,
+    ds_config: dict[str, Any],
+    *,
+    head: bool = True,
 ) -> Any:
     """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
     with redirect_stdout(StringIO()):
@@ -174,5 +199,7 @@ def build_inference_engine(
 
 
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
-    for module in chain.from_iterable(leaf_modules(layer, shape) for layer in decoder_layers(model)):
+    for module in chain.from_iterable(
+        leaf_modules(layer, shape) for layer in decoder_layers(model)
+    ):
         set_z3_leaf_module(module, True)  # ZeRO-3's hooks then run once, not at every module inside

@@ -21,7 +21,8 @@ from loraprune_ds.zero.cut import cut_parameters, shard_cuts
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
-ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # their only state with a shape is exp_avg and exp_avg_sq
+# their only state with a shape is exp_avg and exp_avg_sq
+ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 LATEST = "latest"  # names the folder of the newest state
 log = logging.getLogger(__name__)
 
@@ -32,9 +33,13 @@ def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel
     needed = f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(zero).__name__}"
     require(isinstance(zero, DeepSpeedZeroOptimizer_Stage3), needed)
     inner = zero.optimizer
-    if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
+    if type(inner).__name__ not in ADAM or any(
+        group.get("amsgrad") for group in inner.param_groups
+    ):
         name = f"{type(inner).__name__}{' with amsgrad' if type(inner).__name__ in ADAM else ''}"
-        raise UserError(f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}")
+        raise UserError(
+            f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}"
+        )
     shards, ranks = dist.get_world_size(zero.dp_process_group), dist.get_world_size()
     split = f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut"
     require(shards == ranks, split)
@@ -62,7 +67,9 @@ def _own(rank: int) -> str:
     return f"zero_pp_rank_{rank}_mp_rank_00"
 
 
-def write_stand_in(folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator) -> None:
+def write_stand_in(
+    folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+) -> None:
     """Writes this rank's files of a checkpoint that DeepSpeed loads without a change of weights or moments.
 
     Args:
@@ -72,9 +79,17 @@ def write_stand_in(folder: Path, step: int, groups: list[dict[str, Any]], comm: 
     own = _own(comm.rank)
     tag.mkdir()
     (folder / LATEST).write_text(tag.name)
-    counts = {"global_steps": step, "skipped_steps": 0, "dp_world_size": comm.world_size, "mp_world_size": 1}
+    counts = {
+        "global_steps": step,
+        "skipped_steps": 0,
+        "dp_world_size": comm.world_size,
+        "mp_world_size": 1,
+    }
     torch.save({"module": {}} | counts, tag / f"{own}_model_states.pt")
-    adam = {"state": {}, "param_groups": [group | {"params": [i]} for i, group in enumerate(groups)]}
+    adam = {
+        "state": {},
+        "param_groups": [group | {"params": [i]} for i, group in enumerate(groups)],
+    }
     scale = {LOSS_SCALER: LossScaler(1), "dynamic_loss_scale": False, "overflow": False}
     zero = scale | {OPTIMIZER_STATE_DICT: adam, FP32_FLAT_GROUPS: []}
     for prefix in ("", "bf16_"):
@@ -82,8 +97,12 @@ def write_stand_in(folder: Path, step: int, groups: list[dict[str, Any]], comm: 
 
 
 @torch.no_grad()
-def cut_shards(module: nn.Module, shape: ModelShape, keep: list[LayerKeep], comm: Communicator) -> None:
+def cut_shards(
+    module: nn.Module, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
+) -> None:
     """Cuts those parameters of a PEFT model that are sharded, before an engine wraps it. Collective."""
     for layer, spec, layer_keep in zip(decoder_layers(module), shape.layers, keep, strict=True):
         cuts = shard_cuts(layer, spec, layer_keep, comm)
-        cut_parameters([(parameter, plan) for parameter, plan in cuts if is_sharded(parameter)], comm)
+        cut_parameters(
+            [(parameter, plan) for parameter, plan in cuts if is_sharded(parameter)], comm
+        )

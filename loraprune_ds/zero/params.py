@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus, free_param
+from deepspeed.runtime.zero.partition_parameters import (
+    Init,
+    PartitionedParamStatus,
+    ZeroParamStatus,
+    free_param,
+)
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -19,7 +24,9 @@ from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
 
 
-def shard_at_birth(model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+def shard_at_birth(
+    model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk. Collective.
 
     Buffers go to the device, because DeepSpeed leaves them on the host, and each forward pass would wait for a copy.
@@ -34,19 +41,25 @@ def shard_at_birth(model: nn.Module, weights: ModelWeights, ds_config: dict[str,
     def read(name: str, like: Tensor) -> nn.Parameter:
         start, end = owned_range(like.numel(), comm.world_size, comm.rank)
         shard = weights.read_stored(name, start, end, dtype)
-        return _zero_parameter(init, like.shape, pad(shard, partition_numel(like.numel(), comm.world_size)))
+        return _zero_parameter(
+            init, like.shape, pad(shard, partition_numel(like.numel(), comm.world_size))
+        )
 
     # One rank alone may find a weight that int8 cannot hold.
     comm.all_or_raise(lambda: replace_parameters(model, read, init.local_device))
-    settle_shards()  # orders the shards that were read before the first gather, of a teacher or an evaluation, too
+    # orders the shards that were read before the first gather, of a teacher or an evaluation, too
+    settle_shards()
 
 
 def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:
     # An expanded scalar has the shape of the full tensor and the memory of one element.
-    parameter = nn.Parameter(shard.new_empty((), device=init.local_device).expand(shape), requires_grad=False)
+    parameter = nn.Parameter(
+        shard.new_empty((), device=init.local_device).expand(shape), requires_grad=False
+    )
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
-    shard = shard.to(init.remote_device)  # the host under parameter offload, otherwise this rank's device
+    # the host under parameter offload, otherwise this rank's device
+    shard = shard.to(init.remote_device)
     _install(parameter, accelerator().pin_memory(shard) if init.pin_memory else shard, tuple(shape))
     return parameter
 
@@ -72,7 +85,9 @@ def into_pinned(old: Tensor, shard: Tensor) -> Tensor:
 
 def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
     state: Any = parameter
-    assert state.ds_status == ZeroParamStatus.NOT_AVAILABLE, "a gathered parameter cannot change its shape"
+    assert state.ds_status == ZeroParamStatus.NOT_AVAILABLE, (
+        "a gathered parameter cannot change its shape"
+    )
     assert not state.ds_active_sub_modules, "a parameter in use cannot change its shape"
     tensor: Any = shard
     tensor.ds_numel = shard.numel()
@@ -98,7 +113,8 @@ def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
     """Copies new values into this rank's (padded) shard."""
     state: Any = parameter
     state.ds_tensor.copy_(shard)
-    state.ds_secondary_tensor = None  # hpZ's copy has the old values. The next gather makes a new copy
+    # hpZ's copy has the old values. The next gather makes a new copy
+    state.ds_secondary_tensor = None
 
 
 def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, int]:
@@ -115,10 +131,14 @@ def needed_scales(int8: Int8, shape: Matrix, world_size: int) -> Tensor:
     return torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
 
 
-def decode_int8(int8: Int8, scale: Any, shape: Matrix, comm: Communicator) -> Callable[[Tensor, int], Tensor]:
+def decode_int8(
+    int8: Int8, scale: Any, shape: Matrix, comm: Communicator
+) -> Callable[[Tensor, int], Tensor]:
     """Fetches the scales that this rank needs. Returns `OwnedShard.decode` of a weight of `shape`. Collective."""
     needed, (rows, columns) = needed_scales(int8, shape, comm.world_size), int8.scale_shape(shape)
-    owned = torch.tensor([owned_range(rows * columns, comm.world_size, rank) for rank in range(comm.world_size)])
+    owned = torch.tensor(
+        [owned_range(rows * columns, comm.world_size, rank) for rank in range(comm.world_size)]
+    )
     # (world_size, world_size) scales that a rank (row) has and another (column) needs
     sent = overlap(owned[:, None, 0], owned[:, None, 1], needed[None, :, 0], needed[None, :, 1])
     flat, start = owned_flat(scale, comm.world_size, comm.rank)

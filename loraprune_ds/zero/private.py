@@ -33,7 +33,8 @@ FLAT_LISTS = (
     "next_swappable_fp32_partitioned_groups",
     "groups_padding",
 )
-if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):  # before, sub-groups share a group of ranks
+# before, sub-groups share a group of ranks
+if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):
     FLAT_LISTS += ("sub_group_process_groups", "sub_group_partition_counts")
 OPTIMIZER_METHODS = (
     "_create_fp16_partitions_with_defragmentation",
@@ -60,8 +61,15 @@ OPTIMIZER_ATTRIBUTES = (
     "gradient_accumulation_dtype",
     "_global_grad_norm",
 )
-LAYOUT_ATTRIBUTES = ("grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
-OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
+LAYOUT_ATTRIBUTES = (
+    "grad_partitions_flat_buffer",
+    "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+)
+OFFLOAD_ATTRIBUTES = (
+    "param_numel_persistence_threshold",
+    "model_persistence_threshold",
+    "persistent_parameters",
+)
 _MANGLED = "_PartitionedParameterCoordinator__"
 COORDINATOR_ATTRIBUTES = (
     _MANGLED + "submodule_order",
@@ -85,7 +93,10 @@ LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hystere
 METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
     (DeepSpeedZeRoOffload, ("mark_persistent_parameters", "get_param_coordinator")),
-    (PartitionedParameterCoordinator, ("is_invalid_trace", "_invalidate_trace", _MANGLED + "params_to_release")),
+    (
+        PartitionedParameterCoordinator,
+        ("is_invalid_trace", "_invalidate_trace", _MANGLED + "params_to_release"),
+    ),
     (partitioned_param_coordinator, ("iter_params",)),
     (Init, ("_convert_to_deepspeed_param",)),
     (groups, ("_get_zero_param_intra_parallel_group",)),
@@ -93,10 +104,25 @@ METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
 # (class, function, holder, attributes): instance attributes exist only on a live engine, but the code object of the
 # function that assigns them has their names.
 ASSIGNED: tuple[tuple[type | ModuleType, str, str, tuple[str, ...]], ...] = (
-    (DeepSpeedZeroOptimizer_Stage3, "__init__", "DeepSpeedZeroOptimizer_Stage3", OPTIMIZER_ATTRIBUTES),
-    (DeepSpeedZeroOptimizer_Stage3, "_setup_for_real_optimizer", "DeepSpeedZeroOptimizer_Stage3", LAYOUT_ATTRIBUTES),
+    (
+        DeepSpeedZeroOptimizer_Stage3,
+        "__init__",
+        "DeepSpeedZeroOptimizer_Stage3",
+        OPTIMIZER_ATTRIBUTES,
+    ),
+    (
+        DeepSpeedZeroOptimizer_Stage3,
+        "_setup_for_real_optimizer",
+        "DeepSpeedZeroOptimizer_Stage3",
+        LAYOUT_ATTRIBUTES,
+    ),
     (DeepSpeedZeRoOffload, "__init__", "DeepSpeedZeRoOffload", OFFLOAD_ATTRIBUTES),
-    (PartitionedParameterCoordinator, "__init__", "PartitionedParameterCoordinator", COORDINATOR_ATTRIBUTES),
+    (
+        PartitionedParameterCoordinator,
+        "__init__",
+        "PartitionedParameterCoordinator",
+        COORDINATOR_ATTRIBUTES,
+    ),
     (DeepSpeedEngine, "__init__", "DeepSpeedEngine", ENGINE_COUNTERS),
     (DynamicLossScaler, "__init__", "DynamicLossScaler", ("dynamic",)),
     (DynamicLossScaler, "update_scale", "DynamicLossScaler", LOSS_SCALE_FIELDS),
@@ -108,7 +134,12 @@ ASSIGNED: tuple[tuple[type | ModuleType, str, str, tuple[str, ...]], ...] = (
 
 def check_private_attributes() -> None:
     """Compares the installed DeepSpeed with the list above. Raises UserError with its version and what is missing."""
-    missing = [f"{cls.__name__}.{name}" for cls, names in METHODS for name in names if not hasattr(cls, name)]
+    missing = [
+        f"{cls.__name__}.{name}"
+        for cls, names in METHODS
+        for name in names
+        if not hasattr(cls, name)
+    ]
     for cls, function, holder, names in ASSIGNED:
         code = getattr(getattr(cls, function, None), "__code__", None)
         assigned = code.co_names if code else ()

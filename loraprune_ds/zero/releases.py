@@ -16,7 +16,8 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 
-iter_params: Any = partitioned_param_coordinator.iter_params  # DeepSpeed's parameters have attributes that torch's lack
+# DeepSpeed's parameters have attributes that torch's lack
+iter_params: Any = partitioned_param_coordinator.iter_params
 LISTED = "_loraprune_listed"
 
 
@@ -36,7 +37,9 @@ class Releases:
             coordinator = self._coordinator
             record = coordinator._PartitionedParameterCoordinator__submodule_order
             reach = coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel
-            fetched_for = coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
+            fetched_for = (
+                coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
+            )
             if self._record is not record:
                 self._list_uses(record)
             self._decided[module, step] = {
@@ -58,13 +61,17 @@ class Releases:
             parameters = list(fetched_by(module))
             for parameter in parameters:
                 self._positions[parameter.ds_id].append(position)
-            self._before.append(self._before[-1] + sum(parameter.ds_numel for parameter in parameters))
+            self._before.append(
+                self._before[-1] + sum(parameter.ds_numel for parameter in parameters)
+            )
 
     def _is_used(self, parameter_id: int, step: int, reach: int) -> bool:
         """Returns True if a module from position `step` on uses the parameter, less than `reach` elements away."""
         positions = self._positions[parameter_id]
         later = bisect_left(positions, step)
-        return later < len(positions) and self._before[positions[later]] - self._before[step] < reach
+        return (
+            later < len(positions) and self._before[positions[later]] - self._before[step] < reach
+        )
 
 
 def fetched_by(module: nn.Module) -> Iterator[Any]:

@@ -12,7 +12,14 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import ComputeWeight, LoraFactors, OwnedShard, PrunableModel, full_shape, held
+from loraprune_ds.pruning.prunable_model import (
+    ComputeWeight,
+    LoraFactors,
+    OwnedShard,
+    PrunableModel,
+    full_shape,
+    held,
+)
 from loraprune_ds.pruning.training import MOMENTS, OptimizerState, collect_shards
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds
@@ -35,11 +42,17 @@ class ShardedModel(PrunableModel):
     """
 
     def __init__(
-        self, module: nn.Module, zero_optimizer: Any, shape: ModelShape, empty_partition_cache: Callable[[], None]
+        self,
+        module: nn.Module,
+        zero_optimizer: Any,
+        shape: ModelShape,
+        empty_partition_cache: Callable[[], None],
     ) -> None:
         super().__init__(module, shape, Communicator())
         self.zero_optimizer, self.optimizer = zero_optimizer, zero_optimizer.optimizer
-        self.optimizer_state = ShardedState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
+        self.optimizer_state = ShardedState(
+            zero_optimizer, [p for p in module.parameters() if p.requires_grad]
+        )
         self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
         self._trained = True  # in the last forward pass
@@ -78,7 +91,8 @@ class ShardedModel(PrunableModel):
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
         super().replace_weights(linear_ids, compute)
-        settle_shards()  # orders the refitted weights before the next gather, also without the cut that follows
+        # orders the refitted weights before the next gather, also without the cut that follows
+        settle_shards()
 
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
         shard = torch.empty_like(held(parameter), device=self.device)
@@ -90,7 +104,9 @@ class ShardedModel(PrunableModel):
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
-            cut_layer(self.layers[i], self.shape.layers[i], layer_keep, self.optimizer_state, self.comm)
+            cut_layer(
+                self.layers[i], self.shape.layers[i], layer_keep, self.optimizer_state, self.comm
+            )
             empty_host_cache()  # no later shard has an old size, so pinned blocks would accumulate
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
@@ -101,7 +117,9 @@ class ShardedModel(PrunableModel):
         settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
-    def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
+    def collect(
+        self, parameter: nn.Parameter, owner: int, *, master: bool = False
+    ) -> Tensor | None:
         shard = self.optimizer_state.shard(parameter, "master") if master else held(parameter)
         return collect_shards(shard, full_shape(parameter), owner, self.comm)
 
@@ -119,13 +137,16 @@ class ShardedModel(PrunableModel):
     def gradient_norm(self) -> float:
         return float(self.zero_optimizer._global_grad_norm)
 
-    def before_each_update(self, action: Callable[[], None], *, reads_gradients: bool = True) -> Callable[[], None]:
+    def before_each_update(
+        self, action: Callable[[], None], *, reads_gradients: bool = True
+    ) -> Callable[[], None]:
         step = self.zero_optimizer.step
 
         def act_and_step(*args: Any, **kwargs: Any) -> Any:
             action()
             result = step(*args, **kwargs)
-            settle_shards()  # orders the updated shards of LoRA before the trainer's next forward pass gathers them
+            # orders the updated shards of LoRA before the trainer's next forward pass gathers them
+            settle_shards()
             return result
 
         def undo() -> None:
@@ -133,7 +154,8 @@ class ShardedModel(PrunableModel):
             hook.remove()
 
         self.zero_optimizer.step = act_and_step
-        hook = self.module.register_forward_pre_hook(self._note_mode, prepend=True)  # before DeepSpeed's
+        # before DeepSpeed's
+        hook = self.module.register_forward_pre_hook(self._note_mode, prepend=True)
         return undo
 
     def _note_mode(self, module: nn.Module, args: Any) -> None:
@@ -151,13 +173,19 @@ class ShardedModel(PrunableModel):
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""
         gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
-        parts, shapes = gathered.split([len(shard) for shard in shards], dim=1), map(full_shape, parameters)
-        return [part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)]
+        parts, shapes = (
+            gathered.split([len(shard) for shard in shards], dim=1),
+            map(full_shape, parameters),
+        )
+        return [
+            part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)
+        ]
 
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. The record of the module order stays valid."""
         offload = self.zero_optimizer.parameter_offload
-        for parameter in self.module.parameters():  # smaller weights may replace others among the persistent ones
+        # smaller weights may replace others among the persistent ones
+        for parameter in self.module.parameters():
             cast(Any, parameter).ds_persist = False
         thresholds = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
         persistent = offload.mark_persistent_parameters(*thresholds)
@@ -186,11 +214,15 @@ class ShardedState(OptimizerState):
     def rebuild(self) -> None:
         """Lays out flat buffers for the current shapes, and fills them with the carried state. Collective."""
         zero, keys = self.zero, self.keys()
-        old_flats = [{key: self._flat(i, key) for key in keys} for i in range(len(zero.fp32_partitioned_groups_flat))]
+        old_flats = [
+            {key: self._flat(i, key) for key in keys}
+            for i in range(len(zero.fp32_partitioned_groups_flat))
+        ]
         old_slots = [self._slot(p) for p in self.parameters]
         states = list(zero.optimizer.state.values())
         for bucket in zero.ipg_buckets.values():
-            bucket.buffer = None  # the new one has the same size, and two could outweigh the rest of a cut
+            # the new one has the same size, and two could outweigh the rest of a cut
+            bucket.buffer = None
         for name in private.FLAT_LISTS:
             getattr(zero, name).clear()
         zero.sub_group_to_group_id = {}
@@ -202,7 +234,9 @@ class ShardedState(OptimizerState):
         zero.averaged_gradients = {}
         zero.zero_grad(set_to_none=True)
         if states:
-            self.create_moments({key: value for key, value in states[0].items() if key not in MOMENTS})
+            self.create_moments(
+                {key: value for key, value in states[0].items() if key not in MOMENTS}
+            )
         for parameter, (group, offset) in zip(self.parameters, old_slots, strict=True):
             for key in keys:
                 new = self.shard(parameter, key)

@@ -31,7 +31,9 @@ TRIMMED = 96  # tokens of an answer
 
 
 def mixed(share: float, chats: list[Path | str], text: Path | str = "embedded") -> list[str]:
-    sources = [{"path": str(path), "format": "chat", "weight": share / len(chats)} for path in chats]
+    sources = [
+        {"path": str(path), "format": "chat", "weight": share / len(chats)} for path in chats
+    ]
     sources.append({"path": str(text), "format": "text", "weight": round(1 - share, 2)})
     return [f"data.path={json.dumps(sources)}", "data.packing=true"]
 
@@ -60,9 +62,15 @@ def arms(wikitext: Path, trimmed: Path, unread: list[Path]) -> dict[str, list[st
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--wikitext", type=Path, help="text to tune on")
-    parser.add_argument("--test", type=Path, required=True, help="text of the same kind to measure on")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "chats", help="default: runs/chats")
-    parser.add_argument("--unread", nargs="+", type=Path, default=[], help="drawn chats for the arms of that name")
+    parser.add_argument(
+        "--test", type=Path, required=True, help="text of the same kind to measure on"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "chats", help="default: runs/chats"
+    )
+    parser.add_argument(
+        "--unread", nargs="+", type=Path, default=[], help="drawn chats for the arms of that name"
+    )
     parser.add_argument("--arms", nargs="+", help="default: all, and the dense model")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--ranks", type=int, default=1)
@@ -78,7 +86,9 @@ def main() -> None:
         add(folder.name, str(folder), texts)
     settings = dict[str, list[str]]()
     if not arguments.runs:
-        settings = arms(arguments.wikitext, trimmed_chats(arguments.work / "trimmed.jsonl"), arguments.unread)
+        settings = arms(
+            arguments.wikitext, trimmed_chats(arguments.work / "trimmed.jsonl"), arguments.unread
+        )
     for seed in arguments.seeds:
         for name in arguments.arms or settings:
             folder = arguments.work / f"{name}-s{seed}"
@@ -95,14 +105,22 @@ def held_out_chats(path: Path) -> Path:
         [*prompt.messages, {"role": "assistant", "content": answer}]
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    write_text(path, "".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats))
+    write_text(
+        path, "".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
+    )
     return path
 
 
 def trimmed_chats(path: Path) -> Path:
     """Writes the shipped chats with answers of at most TRIMMED tokens."""
-    tokenizer, rows = load_tokenizer(embedded_model_dir()), map(json.loads, CHATS_FILE.read_text().splitlines())
-    short = [row | {"completion": tokenizer.decode(tokenizer.encode(row["completion"])[:TRIMMED])} for row in rows]
+    tokenizer, rows = (
+        load_tokenizer(embedded_model_dir()),
+        map(json.loads, CHATS_FILE.read_text().splitlines()),
+    )
+    short = [
+        row | {"completion": tokenizer.decode(tokenizer.encode(row["completion"])[:TRIMMED])}
+        for row in rows
+    ]
     write_text(path, "".join(json.dumps(row) + "\n" for row in short))
     return path
 
@@ -110,7 +128,9 @@ def trimmed_chats(path: Path) -> Path:
 def add(key: str, model: str, texts: dict[str, Path]) -> None:
     """Measures a model, unless the file has its result. Adds texts that an earlier result lacks."""
     earlier = read_json(RESULT).get(key) if RESULT.exists() else None
-    missing = {name: path for name, path in texts.items() if earlier and name not in earlier["perplexity"]}
+    missing = {
+        name: path for name, path in texts.items() if earlier and name not in earlier["perplexity"]
+    }
     if earlier and not missing:
         return
     if earlier:
@@ -132,7 +152,9 @@ def train(folder: Path, settings: list[str], seed: int, ranks: int) -> None:
         "checkpoint.keep_last": 1,
         "logging.report_to": "[]",
     }
-    run_base(ranks, [*(f"{key}={value}" for key, value in common.items()), *settings], "--resume", "auto")
+    run_base(
+        ranks, [*(f"{key}={value}" for key, value in common.items()), *settings], "--resume", "auto"
+    )
 
 
 def measured(model: str, texts: dict[str, Path]) -> dict[str, Any]:
@@ -149,7 +171,10 @@ def measured(model: str, texts: dict[str, Path]) -> dict[str, Any]:
 
 
 def perplexities(model: str, texts: dict[str, Path]) -> dict[str, float]:
-    return {name: evaluated(model, "--text", str(path), *WINDOWS)["perplexity"] for name, path in texts.items()}
+    return {
+        name: evaluated(model, "--text", str(path), *WINDOWS)["perplexity"]
+        for name, path in texts.items()
+    }
 
 
 def written(model: str, prompts: str) -> dict[str, Any]:
@@ -157,7 +182,10 @@ def written(model: str, prompts: str) -> dict[str, Any]:
     dense = [] if model == "embedded" else ["--dense", "embedded"]
     greedy = evaluated(model, *dense, "--answers", prompts)["answers"]["greedy"]
     texts = greedy["texts"]
-    means = {key: greedy[key] for key in ("ended", "repetition", "empty", "tokens", "dense_perplexity", "by_kind")}
+    means = {
+        key: greedy[key]
+        for key in ("ended", "repetition", "empty", "tokens", "dense_perplexity", "by_kind")
+    }
     means["median_tokens"] = statistics.median(answer["tokens"] for answer in texts)
     return means | {"texts": [answer["text"] for answer in texts]}
 

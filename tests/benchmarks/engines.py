@@ -63,16 +63,29 @@ class Work:
     multiple: int
 
     def prune(self, criterion: str) -> dict[str, Any]:
-        end = {"warmup_fraction": 0.0, "cooldown_fraction": self.after / len(self.batches), "prune_every": 100}
-        return end | {"ratio": 0.3, "criterion": criterion, "compensate": "none", "channel_multiple": self.multiple}
+        end = {
+            "warmup_fraction": 0.0,
+            "cooldown_fraction": self.after / len(self.batches),
+            "prune_every": 100,
+        }
+        return end | {
+            "ratio": 0.3,
+            "criterion": criterion,
+            "compensate": "none",
+            "channel_multiple": self.multiple,
+        }
 
 
-def prepare(folder: Path, batch: tuple[int, int], vocab: int, steps: int, after: int, multiple: int) -> Work:
+def prepare(
+    folder: Path, batch: tuple[int, int], vocab: int, steps: int, after: int, multiple: int
+) -> Work:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=linear_names(base), task_type="CAUSAL_LM")
     get_peft_model(base, lora).save_pretrained(adapter := tempfile.mkdtemp())
     torch.manual_seed(0)
-    return Work(folder, Path(adapter), list(torch.randint(3, vocab, (steps, *batch))), after, multiple)
+    return Work(
+        folder, Path(adapter), list(torch.randint(3, vocab, (steps, *batch))), after, multiple
+    )
 
 
 def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
@@ -83,11 +96,19 @@ def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
     optimizer: Any = AdamW(trained, lr=1e-4)
     engine, size = None, len(work.batches[0])
     if sharded:
-        train = TrainConfig(steps=1, global_batch_size=size, micro_batch_size=size, max_grad_norm=1.0)
-        config = resolve_ds_config(RunConfig("unused", train=train), open_pretrained(work.folder).shape, 1)
+        train = TrainConfig(
+            steps=1, global_batch_size=size, micro_batch_size=size, max_grad_norm=1.0
+        )
+        config = resolve_ds_config(
+            RunConfig("unused", train=train), open_pretrained(work.folder).shape, 1
+        )
         config["bf16"]["enabled"] = False
-        engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    pruning = criterion and Pruning(engine or model, optimizer, PruneConfig(**work.prune(criterion)), len(work.batches))
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config
+        )
+    pruning = criterion and Pruning(
+        engine or model, optimizer, PruneConfig(**work.prune(criterion)), len(work.batches)
+    )
 
     def step(i: int) -> None:
         if pruning:
@@ -132,12 +153,17 @@ def measure(work: Work, names: list[str], warm: int) -> dict[str, Any]:
             cuts.append(time.process_time() - began)
         return made
 
-    arms = {name: own_steps(work) if name == OWN else peft_steps(work, *ARMS[name][1:]) for name in names}
+    arms = {
+        name: own_steps(work) if name == OWN else peft_steps(work, *ARMS[name][1:])
+        for name in names
+    }
     found: dict[str, Any] = {name: {"before": [], "after": []} for name in names}
     gc.freeze()
     cut_at = len(work.batches) - work.after
     with patch.object(Pruner, "cut", timed_cut):
-        for i, (name, step) in product(range(len(work.batches) if work.after else cut_at - 1), arms.items()):
+        for i, (name, step) in product(
+            range(len(work.batches) if work.after else cut_at - 1), arms.items()
+        ):
             cuts.clear()
             began = time.process_time()
             step(i)
@@ -148,7 +174,11 @@ def measure(work: Work, names: list[str], warm: int) -> dict[str, Any]:
             print(f"{i} {name}: {seconds:.3f} s", flush=True)
     for name, times in found.items():
         before, its = times["before"], found.get(ARMS[name][0] or name, times)["before"]
-        times |= {f"median_{when}": statistics.median(times[when]) for when in ("before", "after") if times[when]}
+        times |= {
+            f"median_{when}": statistics.median(times[when])
+            for when in ("before", "after")
+            if times[when]
+        }
         times["over_partner"] = statistics.median(map(truediv, before, its))  # in pairs
         times |= {"least_before": min(before), "least_over_partner": min(before) / min(its)}
     return found
@@ -156,8 +186,12 @@ def measure(work: Work, names: list[str], warm: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="measured steps of SmolLM2 before the cut")
-    parser.add_argument("--machine", default="", help="what else computed meanwhile, for the result")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="measured steps of SmolLM2 before the cut"
+    )
+    parser.add_argument(
+        "--machine", default="", help="what else computed meanwhile, for the result"
+    )
     rounds, machine = (arguments := parser.parse_args()).rounds, arguments.machine
     start_deepspeed(0, 1, Path(tempfile.mkdtemp()))
     sizes: dict[str, Any] = {
@@ -166,14 +200,18 @@ def main() -> None:
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     }
-    config = LlamaConfig(vocab_size=128, num_hidden_layers=30, head_dim=8, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(
+        vocab_size=128, num_hidden_layers=30, head_dim=8, tie_word_embeddings=True, **sizes
+    )
     LlamaForCausalLM(config).save_pretrained(narrow := Path(tempfile.mkdtemp()))
     names = list(ARMS)
     result: dict[str, Any] = {"machine": machine, "load_average": os.getloadavg()[0]}
     result["partners"] = {name: partner for name, (partner, *_) in ARMS.items()}
     result["narrow"] = measure(prepare(narrow, (1, 8), 128, 10 * rounds + 6, 0, 1), names, 5)
     names.remove("plain, lora")
-    result["smol"] = measure(prepare(embedded_model_dir(), (4, 256), 49152, 1 + rounds + AFTER, AFTER, 64), names, 1)
+    result["smol"] = measure(
+        prepare(embedded_model_dir(), (4, 256), 49152, 1 + rounds + AFTER, AFTER, 64), names, 1
+    )
     record("engines", result)
 
 

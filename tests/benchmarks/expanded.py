@@ -34,4 +34,6 @@ def expanded_model(source: Path, folder: Path) -> Path:
 def repeat_heads(weight: Tensor, kv_heads: int, head_dim: int, repeats: int) -> Tensor:
     """Repeats the heads of a weight or a bias: (kv_heads * head_dim, ...) -> (kv_heads * repeats * head_dim, ...)."""
     heads = weight.view(kv_heads, head_dim, -1)
-    return torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, *weight.shape[1:]).contiguous()
+    return (
+        torch.repeat_interleave(heads, repeats, dim=0).reshape(-1, *weight.shape[1:]).contiguous()
+    )

@@ -31,7 +31,12 @@ PLAIN: dict[str, dict[str, Any]] = {
 LEVERS = PLAIN | {
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5}
     | {"global_batch_size": 16, "micro_batch_size": 4},
-    "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "fisher", "compensate": "least_squares"},
+    "prune": {
+        "channel_multiple": 1,
+        "prune_every": 3,
+        "criterion": "fisher",
+        "compensate": "least_squares",
+    },
 }
 SHELF = LEVERS | {"prune": LEVERS["prune"] | {"ratio": None, "sizes": ["0.45", "0.6"]}}
 _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
@@ -46,7 +51,12 @@ def start(folder: Path, out: Path, command: Sequence[str], point: str | None = N
         environment["LORAPRUNE_FAULT"] = point
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*launcher, *command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            [*launcher, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     return Job(out, log, process, folder)
 
@@ -61,7 +71,13 @@ class Suite:
     expected: bytes
 
     def command(self, out: Path) -> list[str]:
-        return ["launch/run.py", "--config", str(self.folder / "config.yaml"), "--set", f"output_dir={out}"]
+        return [
+            "launch/run.py",
+            "--config",
+            str(self.folder / "config.yaml"),
+            "--set",
+            f"output_dir={out}",
+        ]
 
     def reached(self, job: Job) -> tuple[int, str | None]:
         """Returns the last step, and the state that the run says it is in."""
@@ -97,7 +113,9 @@ def result_of(out: Path) -> bytes:
     """Returns the kept groups, and with several sizes the exports and the digests of the weights before the last."""
     sizes = sorted(path.name for path in out.glob("model*"))
     weights = sorted(out.glob("model-*/*.safetensors"))
-    return (out / "kept_groups.json").read_bytes() + repr((sizes, list(map(layout.sha256, weights)))).encode()
+    return (out / "kept_groups.json").read_bytes() + repr(
+        (sizes, list(map(layout.sha256, weights)))
+    ).encode()
 
 
 class CallbackSuite(Suite):
@@ -111,12 +129,17 @@ class CallbackSuite(Suite):
 
     def newest_good(self, out: Path) -> int | None:
         steps = layout.numbered(out, "checkpoint")
-        return next((step for step in reversed(steps) if (out / f"checkpoint-{step}" / "pruning").is_dir()), None)
+        return next(
+            (step for step in reversed(steps) if (out / f"checkpoint-{step}" / "pruning").is_dir()),
+            None,
+        )
 
     def resume(self, folder: Path, out: Path) -> None:
         job = start(folder, out, self.command(out))
         if job.process.wait() != 0:
-            raise UserError(f"the resumed training ended with {job.process.returncode}: {job.text()[-300:]}")
+            raise UserError(
+                f"the resumed training ended with {job.process.returncode}: {job.text()[-300:]}"
+            )
 
 
 def make_callback_suite(folder: Path) -> Suite:

@@ -40,7 +40,9 @@ class Job:
             try:
                 fields = (path / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found[int(path.name)] = (
+                        (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    )
             except OSError:
                 continue
         return dict(sorted(found.items()))
@@ -98,10 +100,18 @@ class Fault:
 
 def run_to_end(folder: Path, out: Path, *more: str) -> None:
     """Makes the same run, undisturbed."""
-    arguments = ["--config", str(folder.parent / "config.yaml"), "--set", f"output_dir={out}", *more]
+    arguments = [
+        "--config",
+        str(folder.parent / "config.yaml"),
+        "--set",
+        f"output_dir={out}",
+        *more,
+    ]
     ended = fork_ranks(arguments, folder, ranks=RANKS, timeout=DEADLINE)
     if any(rank.code for rank in ended):
-        raise UserError(f"codes {[rank.code for rank in ended]}: {' '.join(rank.err[-300:] for rank in ended)}")
+        raise UserError(
+            f"codes {[rank.code for rank in ended]}: {' '.join(rank.err[-300:] for rank in ended)}"
+        )
 
 
 # Strikes on a running job.
@@ -151,7 +161,10 @@ def supersede(job: Job) -> None:
 def damage_newest(damage: Spoil) -> Strike:
     def strike(job: Job) -> None:
         root = job.out / "checkpoints"
-        damage(layout.step_folder(root, layout.numbered(root, "step")[-1]) / layout.layer_file("lora", 1))
+        damage(
+            layout.step_folder(root, layout.numbered(root, "step")[-1])
+            / layout.layer_file("lora", 1)
+        )
 
     return strike
 
@@ -188,9 +201,14 @@ def fault_table(random_moments: int) -> list[Fault]:
     return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *others]
 
 
-def killed_at(points: list[tuple[str, str]], suite: str, codes: tuple[int, ...] = ()) -> list[Fault]:
+def killed_at(
+    points: list[tuple[str, str]], suite: str, codes: tuple[int, ...] = ()
+) -> list[Fault]:
     """Returns a SIGKILL at each of the fail-points: name, and phase@n:rank."""
-    return [Fault(_named(f"SIGKILL: {name}", suite), f"{p}:9", expected_codes=codes, suite=suite) for name, p in points]
+    return [
+        Fault(_named(f"SIGKILL: {name}", suite), f"{p}:9", expected_codes=codes, suite=suite)
+        for name, p in points
+    ]
 
 
 def lever_faults(random_moments: int) -> list[Fault]:
@@ -209,7 +227,11 @@ def lever_faults(random_moments: int) -> list[Fault]:
     ]
     suite, name = "levers", "levers: SIGTERM: cut, refitted and not yet shrunk"
     stop = Fault(name, "cut.compensated@2:0:15", expected_codes=(85,), line=STOPPED, suite=suite)
-    return [*killed_at(kills, suite), stop, *(random_kill(100 + seed, suite) for seed in range(random_moments))]
+    return [
+        *killed_at(kills, suite),
+        stop,
+        *(random_kill(100 + seed, suite) for seed in range(random_moments)),
+    ]
 
 
 def plain_faults(random_moments: int) -> list[Fault]:
@@ -236,25 +258,62 @@ def plain_faults(random_moments: int) -> list[Fault]:
     twice += [("export, then finish", "export.after_rename", "finish.before_rename")]
     terms = [("forward", "forward@14:1"), ("backward", "backward@15:0"), ("scoring", "scoring@8:1")]
     terms += [("cut", "cut.layer@5:1"), ("save", "save.layer@5:1")]
-    failed, fills, late = Fault("", expected_codes=(1,)), at_step(4, fill_disk), at_step(6, touch_stop)
+    failed, fills, late = (
+        Fault("", expected_codes=(1,)),
+        at_step(4, fill_disk),
+        at_step(6, touch_stop),
+    )
     cut_short = damage_newest(lambda path: path.write_bytes(path.read_bytes()[:-9]))
     taken, full = "another process has taken over this run", "No space left on device"
     raised = "[rank 1] RuntimeError: fail-point backward@15: raised"
-    asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
-    launchers = [("deepspeed runner", "bin/deepspeed"), ("launch.py", "-m deepspeed.launcher.launch")]
-    struck = [(*where, number) for where in launchers for number in (signal.SIGKILL, signal.SIGTERM)]
+    asked_too_late = Fault(
+        "SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,)
+    )
+    launchers = [
+        ("deepspeed runner", "bin/deepspeed"),
+        ("launch.py", "-m deepspeed.launcher.launch"),
+    ]
+    struck = [
+        (*where, number) for where in launchers for number in (signal.SIGKILL, signal.SIGTERM)
+    ]
     struck += [("one rank", "--local_rank=0", signal.SIGTERM)]
     return [
         *killed_at(kills, "plain", (1, 247, 0)),
-        *(Fault(f"SIGKILL: {name}", f"{first}@1:0:9", f"{then}@1:0:9") for name, first, then in twice),
-        *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=STOPPED) for name, point in terms),
+        *(
+            Fault(f"SIGKILL: {name}", f"{first}@1:0:9", f"{then}@1:0:9")
+            for name, first, then in twice
+        ),
+        *(
+            Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=STOPPED)
+            for name, point in terms
+        ),
         asked_too_late,
         Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=STOPPED),
-        *(Fault(f"{name}: {x.name}", strike=at_step(4, kill(word, x)), line=STOPPED) for name, word, x in struck),
-        replace(failed, name="one rank: unexpected error in backward", point="backward@15:1:raise", line=raised),
-        replace(failed, name="superseded while it stood still, then woken", strike=at_step(4, supersede), line=taken),
+        *(
+            Fault(f"{name}: {x.name}", strike=at_step(4, kill(word, x)), line=STOPPED)
+            for name, word, x in struck
+        ),
+        replace(
+            failed,
+            name="one rank: unexpected error in backward",
+            point="backward@15:1:raise",
+            line=raised,
+        ),
+        replace(
+            failed,
+            name="superseded while it stood still, then woken",
+            strike=at_step(4, supersede),
+            line=taken,
+        ),
         Fault("SIGINT twice to all", strike=at_step(4, interrupt_twice)),
-        replace(failed, name="disk full while saving", strike=fills, after=empty_disk, disk=True, line=full),
+        replace(
+            failed,
+            name="disk full while saving",
+            strike=fills,
+            after=empty_disk,
+            disk=True,
+            line=full,
+        ),
         Fault("newest checkpoint: a file truncated", strike=late, after=cut_short),
         Fault("newest checkpoint: a bit flipped", strike=late, after=damage_newest(flip_bit)),
         *(random_kill(seed) for seed in range(random_moments)),

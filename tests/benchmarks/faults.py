@@ -50,7 +50,12 @@ class Row:
 
     @property
     def good(self) -> bool:
-        return self.hit and self.same_result and self.problem is None and 0 <= self.seconds_until_gone <= GONE
+        return (
+            self.hit
+            and self.same_result
+            and self.problem is None
+            and 0 <= self.seconds_until_gone <= GONE
+        )
 
 
 def carry_out(fault: Fault, suite: Suite) -> Row:
@@ -61,7 +66,9 @@ def carry_out(fault: Fault, suite: Suite) -> Row:
     out = folder / "disk" / "out" if fault.disk else folder / "out"
     if fault.disk:
         out.parent.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(out.parent)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(out.parent)], check=True
+        )
     try:
         _strike(fault, row, folder, out, suite)
         if fault.again is not None:
@@ -90,7 +97,11 @@ def _strike(fault: Fault, row: Row, folder: Path, out: Path, suite: Suite) -> No
     row.exit_code = job.process.wait()
     row.step_reached, row.status = suite.reached(job)
     said = job.text().replace(str(folder.parents[1]), "faults").replace(sys.prefix, ".venv")
-    row.said = [line[-200:] for line in said.splitlines() if re.search(r"^error|gone|fail-point|return code", line)]
+    row.said = [
+        line[-200:]
+        for line in said.splitlines()
+        if re.search(r"^error|gone|fail-point|return code", line)
+    ]
     if fault.after is not None:
         fault.after(job)
     if fault.expected_codes and row.exit_code not in fault.expected_codes:
@@ -104,7 +115,11 @@ def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
     row.steps_lost = row.step_reached - (row.resumed_at or 0)
     suite.resume(folder, out)
     row.same_result = result_of(out) == suite.expected
-    steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").open()) if line["kind"] == "step"]
+    steps = [
+        line["step"]
+        for line in map(json.loads, (out / "metrics.jsonl").open())
+        if line["kind"] == "step"
+    ]
     if steps != list(range(1, suite.steps + 1)):
         row.problem = f"metrics.jsonl has the steps {steps}"
     if row.steps_lost > EVERY:
@@ -119,8 +134,14 @@ def format_row(row: Row) -> str:
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--random", type=int, default=20, help="kills at random moments, seeded")
-    parser.add_argument("--only", default="", help="faults whose name this regular expression finds")
-    parser.add_argument("--missing", action="store_true", help="only those that FILE has no good row of; keep the rest")
+    parser.add_argument(
+        "--only", default="", help="faults whose name this regular expression finds"
+    )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="only those that FILE has no good row of; keep the rest",
+    )
     parser.add_argument("--most", type=int, help="stop after so many; --missing goes on from there")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 2 ranks each")
     parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
@@ -130,17 +151,24 @@ def main() -> int:
     kept = [row for row in read_rows(arguments.out) if row.good] if arguments.missing else []
     kept = [row for row in kept if row.fault in {fault.name for fault in table}]
     done, configs = {row.fault for row in kept}, read_json(arguments.out)["configs"] if kept else {}
-    faults = [f for f in table if re.search(arguments.only, f.name) and f.name not in done][: arguments.most]
+    faults = [f for f in table if re.search(arguments.only, f.name) and f.name not in done][
+        : arguments.most
+    ]
     skipped = []
     if os.geteuid() != 0:
-        skipped = [{"fault": fault.name, "why": "mounting a small tmpfs needs root"} for fault in faults if fault.disk]
+        skipped = [
+            {"fault": fault.name, "why": "mounting a small tmpfs needs root"}
+            for fault in faults
+            if fault.disk
+        ]
         faults = [fault for fault in faults if not fault.disk]
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name)
         suites = {name: SUITES[name](root / name) for name in {fault.suite for fault in faults}}
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
-            "command": "python -m tests.benchmarks.faults",  # the rows say at which commit they were found
+            # the rows say at which commit they were found
+            "command": "python -m tests.benchmarks.faults",
             "configs": configs | {name: suite.config for name, suite in suites.items()},
             "ranks": RANKS,
             "checkpoint_every": EVERY,
@@ -152,7 +180,9 @@ def main() -> int:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for row in pool.map(lambda fault: carry_out(fault, suites[fault.suite]), faults):
                 rows.append(row)
-                write_result(arguments.out, facts, sorted([*kept, *rows], key=lambda r: order[r.fault]), root)
+                write_result(
+                    arguments.out, facts, sorted([*kept, *rows], key=lambda r: order[r.fault]), root
+                )
     good = sum(row.good for row in rows)
     print(f"{good} of {len(rows)} as promised; in {arguments.out}")
     return 0 if good == len(rows) else 1
@@ -164,7 +194,11 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_result(path: Path, facts: dict[str, Any], rows: list[Row], root: Path) -> None:
     """Writes the table after every fault, so that an interrupted command loses nothing."""
-    result = facts | {"good": sum(row.good for row in rows), "of": len(rows), "rows": [asdict(row) for row in rows]}
+    result = facts | {
+        "good": sum(row.good for row in rows),
+        "of": len(rows),
+        "rows": [asdict(row) for row in rows],
+    }
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1).replace(str(root), "faults") + "\n")
 

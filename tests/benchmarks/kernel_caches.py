@@ -20,9 +20,11 @@ from typing import Any
 from loraprune_ds.config_file import config_from_dict, read_config
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment
 
-CAPACITIES = ("1024/1024", "1024/32", "512/32", "256/32", "128/32", "64/32", "32/32")  # the first are the defaults
+# the first are the defaults
+CAPACITIES = ("1024/1024", "1024/32", "512/32", "256/32", "128/32", "64/32", "32/32")
 WIDTHS = {"different": "prune.ranking=global", "equal": "prune.ranking=uniform"}
-STEPS, BEFORE, AFTER = 11, slice(1, 3), slice(8, 11)  # without warm-up. Cuts follow the steps 3 to 7
+# without warm-up. Cuts follow the steps 3 to 7
+STEPS, BEFORE, AFTER = 11, slice(1, 3), slice(8, 11)
 SETTINGS = (
     "deepspeed=null",
     f"train.steps={STEPS}",
@@ -62,12 +64,18 @@ def work(widths: str) -> None:
             record = trainer.step(step)
             seconds = time.process_time() - began
             cut = trainer.cut(step) is not None
-            found = {"cpu_seconds": seconds, "peak_bytes": record.peak_bytes[0], "resident_bytes": resident_bytes()}
+            found = {
+                "cpu_seconds": seconds,
+                "peak_bytes": record.peak_bytes[0],
+                "resident_bytes": resident_bytes(),
+            }
             print(json.dumps(found | {"loss": record.loss, "cut": cut}), flush=True)
 
 
 def config_of(widths: str) -> Any:
-    return config_from_dict(read_config("launch/configs/quickstart.yaml", [*SETTINGS, WIDTHS[widths]]))
+    return config_from_dict(
+        read_config("launch/configs/quickstart.yaml", [*SETTINGS, WIDTHS[widths]])
+    )
 
 
 def start(widths: str, capacities: str) -> "subprocess.Popen[str]":
@@ -105,27 +113,39 @@ def summary(steps: list[dict[str, Any]], defaults: list[dict[str, Any]]) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("widths", choices=WIDTHS)
-    parser.add_argument("--capacities", nargs="+", default=CAPACITIES, help="the first ones are compared with")
+    parser.add_argument(
+        "--capacities", nargs="+", default=CAPACITIES, help="the first ones are compared with"
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments.widths)
         return
-    processes = {capacities: start(arguments.widths, capacities) for capacities in arguments.capacities}
+    processes = {
+        capacities: start(arguments.widths, capacities) for capacities in arguments.capacities
+    }
     for process in processes.values():
         next_line(process)
     steps: dict[str, list[dict[str, Any]]] = {capacities: [] for capacities in processes}
     for number in range(STEPS):
         for capacities, process in processes.items():
             steps[capacities].append(step_of(process))
-        assert len({made[number]["loss"] for made in steps.values()}) == 1, "a capacity changes a loss"
+        assert len({made[number]["loss"] for made in steps.values()}) == 1, (
+            "a capacity changes a loss"
+        )
     defaults = next(iter(steps.values()))
     found = {capacities: summary(made, defaults) for capacities, made in steps.items()}
     for capacities, row in found.items():
         print(capacities, *(f"{when} {row[when]}" for when in ("before", "after")), flush=True)
-    result = {"capacities": found, "load_average": os.getloadavg()[0], "config": config_of(arguments.widths).to_dict()}
+    result = {
+        "capacities": found,
+        "load_average": os.getloadavg()[0],
+        "config": config_of(arguments.widths).to_dict(),
+    }
     add_to(RESULTS / "kernel_caches.json", arguments.widths, result)
 
 

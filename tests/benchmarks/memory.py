@@ -88,4 +88,6 @@ def held(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in fields)
+    return sum(
+        int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in fields
+    )

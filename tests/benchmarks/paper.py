@@ -33,12 +33,20 @@ from tests.benchmarks.quality_settings import PERCENTS
 from tests.benchmarks.running import RESULTS, record
 from tests.families import LLAMA_LINEARS
 
-OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}  # beside the gradient of W
+# beside the gradient of W
+OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}
 WIDTHS = {"heads": 9, "channels": 1536}  # of a layer of the expanded SmolLM2
 Groups = set[tuple[int, int]]  # (layer, group)
-LORA = LoraConfig(r=8, lora_alpha=16, target_modules=[linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS])
+LORA = LoraConfig(
+    r=8, lora_alpha=16, target_modules=[linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
+)
 # TinyLlama's sizes, with a head of keys and values for each query head
-LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+LLAMA_1B: Any = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+}
 
 
 # Figure 4: groups that two criteria remove alike
@@ -47,7 +55,10 @@ LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_lay
 def measure_masks(work: Path) -> None:
     rows = list[dict[str, Any]]()
     for percent in PERCENTS:
-        files = {name: work / "results" / f"once-{percent}-{name}-s0.json" for name in ("gradient", *OTHERS)}
+        files = {
+            name: work / "results" / f"once-{percent}-{name}-s0.json"
+            for name in ("gradient", *OTHERS)
+        }
         if not all(file.exists() for file in files.values()):
             continue
         results = {name: read_json(file) for name, file in files.items()}
@@ -74,19 +85,30 @@ def _removed(runs: Path, result: dict[str, Any]) -> dict[str, Groups]:
 
 def _draw_masks(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the shared part of the removed groups, and the perplexity of each mask."""
-    percents, styles = [row["percent"] for row in rows], {**OTHERS, "chance": (TEXT, ""), "gradient": (TEXT, "x")}
+    percents, styles = (
+        [row["percent"] for row in rows],
+        {**OTHERS, "chance": (TEXT, ""), "gradient": (TEXT, "x")},
+    )
     with picture(path, (10, 3.6)) as figure:
         panels = figure.subplots(1, 3)
         for axes, kind in zip(panels, ("heads", "channels", "perplexity"), strict=True):
             for name in rows[0][kind]:
                 values = [row[kind][name] * (100 if kind in WIDTHS else 1) for row in rows]
-                axes.plot(percents, values, color=styles[name][0], marker=styles[name][1], label=name)
-            axes.set(title=f"removed {kind} that\nthe gradient of W removes", ylabel="%", ylim=(0, 100))
+                axes.plot(
+                    percents, values, color=styles[name][0], marker=styles[name][1], label=name
+                )
+            axes.set(
+                title=f"removed {kind} that\nthe gradient of W removes", ylabel="%", ylim=(0, 100)
+            )
             axes.set(xlabel="removed, % of the linears", xticks=percents)
         panels[2].set(title="perplexity of the cut model,\nWikiText-2 test", ylabel="")
         panels[2].autoscale()
         scale_perplexity(panels[2], [x for row in rows for x in row["perplexity"].values()])
-        named = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        named = {
+            text: line
+            for axes in panels
+            for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5)
 
 
@@ -98,14 +120,24 @@ def measure_merged(pruned: list[Path]) -> None:
     models = dict[str, Any]()
     for name, folder in folders.items():
         for form in ("merged", "unmerged"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16, trust_remote_code=True
+            )
             # new factors take the time that tuned ones do
-            models[f"{name}, {form}"] = (get_peft_model(loaded, LORA) if form == "unmerged" else loaded).eval()
+            models[f"{name}, {form}"] = (
+                get_peft_model(loaded, LORA) if form == "unmerged" else loaded
+            ).eval()
     settings = SpeedSettings(prompt=2048, generated=16, rounds=10)
-    speeds = dict(zip(models, map(asdict, measure_speed(list(models.values()), settings)), strict=True))
+    speeds = dict(
+        zip(models, map(asdict, measure_speed(list(models.values()), settings)), strict=True)
+    )
     dense = speeds["dense, merged"]
-    times = {name: {key: dense[key] / of[key] for key in of if of[key]} for name, of in speeds.items()}
-    record("paper_speed", {"settings": vars(settings), "speeds": speeds, "time_of_dense_merged": times})
+    times = {
+        name: {key: dense[key] / of[key] for key in of if of[key]} for name, of in speeds.items()
+    }
+    record(
+        "paper_speed", {"settings": vars(settings), "speeds": speeds, "time_of_dense_merged": times}
+    )
 
 
 # Table 4: memory of the criteria in one process, unsharded
@@ -118,7 +150,9 @@ def measure_memory() -> None:
             rows[name] = pool.apply(_memory, (name,))
         print(name, rows[name], flush=True)
     less = {name: 1 - row["peak"] / rows["vanilla"]["peak"] for name, row in rows.items()}
-    record("paper_memory", {"model": LLAMA_1B, "tokens": 128, "bytes": rows, "less_than_vanilla": less})
+    record(
+        "paper_memory", {"model": LLAMA_1B, "tokens": 128, "bytes": rows, "less_than_vanilla": less}
+    )
 
 
 def _memory(name: str) -> dict[str, int]:
@@ -126,7 +160,9 @@ def _memory(name: str) -> dict[str, int]:
     torch.manual_seed(0)
     imports = resident_bytes()
     torch.set_default_dtype(torch.bfloat16)
-    stock: Any = LlamaForCausalLM(LlamaConfig(**LLAMA_1B, vocab_size=32000, max_position_embeddings=2048))
+    stock: Any = LlamaForCausalLM(
+        LlamaConfig(**LLAMA_1B, vocab_size=32000, max_position_embeddings=2048)
+    )
     torch.set_default_dtype(torch.float32)
     if name.endswith("int8"):
         _store_in_int8(stock)
@@ -163,12 +199,18 @@ def _score(linear: Any, *, vanilla: bool) -> Tensor:
     A, B = linear.lora_A["default"].weight, linear.lora_B["default"].weight
     base = linear.base_layer
     weight = storage_format(base).join(stored_tensors(base))
-    gradient = base.weight.grad if vanilla else gradient_estimate(LoraFactors(A, B, A.grad, B.grad, scaling=2.0))
+    gradient = (
+        base.weight.grad
+        if vanilla
+        else gradient_estimate(LoraFactors(A, B, A.grad, B.grad, scaling=2.0))
+    )
     return (gradient * weight).abs().sum(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["masks", "speed", "memory"])
     parser.add_argument("--work", type=Path, help="the folder of quality.py")
     parser.add_argument("--pruned", type=Path, nargs=2, help="models with 20 and 50 % removed")

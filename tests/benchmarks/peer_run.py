@@ -94,7 +94,9 @@ class InputSizes(StepRecorder):
             linear_id = LinearId(layer, linear.linear)
             tokens, sums = model.comm.all_reduce(self._recorded[linear_id]).tensor_split([1])
             shard = model.owned_weight(linear_id)
-            columns = score_shard(shard, factors[layer][linear.linear], self._metric.element, axis=1)
+            columns = score_shard(
+                shard, factors[layer][linear.linear], self._metric.element, axis=1
+            )
             scores = columns * self._metric.size(tokens, *sums.chunk(2))
             parts.append(scores.view(-1, linear.group_width).sum(1))
         return add_over_ranks(model, self._linears, parts, step)
@@ -123,15 +125,24 @@ class WeightGradients(StepRecorder):
         for layer, linear in shape.linears():
             linear_id = LinearId(layer, linear.linear)
             shard = model.owned_weight(linear_id)
-            weight = effective_weight(shard.decode(shard.flat.view(shard.shape), 0), factors[layer][linear.linear])
+            weight = effective_weight(
+                shard.decode(shard.flat.view(shard.shape), 0), factors[layer][linear.linear]
+            )
             sums = weight.mul_(self._recorded[linear_id]).abs_().sum(1 - linear.axis).double()
             of_runs = sums.split([run.size for run in linear.runs])
-            parts += [rows.view(-1, run.width).sum(1) for run, rows in zip(linear.runs, of_runs, strict=True)]
+            parts += [
+                rows.view(-1, run.width).sum(1)
+                for run, rows in zip(linear.runs, of_runs, strict=True)
+            ]
         return GroupSums(shape, shape.linears(), parts, step)
 
-    def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    def _tap(
+        self, linear_id: LinearId, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> Tensor | None:
         # The output of the LoRA layer has the same gradient as the part from W. That part has none in the first layer.
-        return Tap.apply(output, *inputs, partial(self._receive, linear_id)) if self._active else None
+        return (
+            Tap.apply(output, *inputs, partial(self._receive, linear_id)) if self._active else None
+        )
 
     def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
         self._add(linear_id, (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).float())

@@ -39,7 +39,12 @@ LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance
 
 def save_1b_config(folder: Path) -> None:
     """Saves TinyLlama's sizes."""
-    others = {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32_000, "architectures": ["LlamaForCausalLM"]}
+    others = {
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+        "architectures": ["LlamaForCausalLM"],
+    }
     write_json(folder / "config.json", sizes_of("llama", 2048, 5632, DEPTHS["1b"], 32, **others))
 
 
@@ -50,7 +55,9 @@ def cases(model: str, folder: Path) -> Case:
     limited = read_json(ROOT / "ds_configs" / "zero3.json")
     limited["zero_optimization"] |= LIMITED
     write_json(folder / "limited.json", limited)
-    return Case(folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True)
+    return Case(
+        folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True
+    )
 
 
 def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
@@ -62,10 +69,20 @@ def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
 def peaks(request: Request, ranks: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     """Returns (planned, measured) bytes of the largest peak before and after the cut, over all ranks and steps."""
     found = {}
-    sides = {"before": (request.shape, True), "after": (request.shape_at(request.pruning.steps), False)}
+    sides = {
+        "before": (request.shape, True),
+        "after": (request.shape_at(request.pruning.steps), False),
+    }
     for (when, (shape, scores)), numbers in zip(sides.items(), ((0, 1), (2, 3)), strict=True):
-        planned, resident = planned_peak(request, shape, scores=scores), training_stage("", request, shape).resident
-        both = [(planned + beside(rank, n, resident), rank["steps"][n]["peak_rss"]) for rank in ranks for n in numbers]
+        planned, resident = (
+            planned_peak(request, shape, scores=scores),
+            training_stage("", request, shape).resident,
+        )
+        both = [
+            (planned + beside(rank, n, resident), rank["steps"][n]["peak_rss"])
+            for rank in ranks
+            for n in numbers
+        ]
         found[when] = max(p for p, _ in both), max(m for _, m in both)
     return found
 
@@ -123,7 +140,10 @@ def main() -> None:
         for model in arguments.models:
             make_tiny_llama(folder / "tiny", layers=DEPTHS[model], dtype="bfloat16")
             for world_size in arguments.ranks:
-                rows, request = measure(model, world_size, folder), cases(model, folder).request(world_size)
+                rows, request = (
+                    measure(model, world_size, folder),
+                    cases(model, folder).request(world_size),
+                )
                 name = f"{model}, {world_size} ranks"
                 found += faults(name, request, rows)
                 keep(name, request, rows)

@@ -35,14 +35,22 @@ DENSE = "dense.json"
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
+    parser.add_argument(
+        "--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out"
+    )
     parser.add_argument("--test", type=Path, required=True, help="text to measure on")
-    parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="default: runs/quality")
+    parser.add_argument(
+        "--other", type=Path, help="text of another kind; default: Python's help topics"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "quality", help="default: runs/quality"
+    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--ranks", type=int, default=1, help="a micro-batch is a whole global batch of 8")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="a micro-batch is a whole global batch of 8"
+    )
     return parser.parse_args()
 
 
@@ -66,7 +74,13 @@ def basis_of(setting: Setting | None, texts: dict[str, Path]) -> dict[str, Any]:
     if setting is None:
         return {"texts": digests, "windows": WINDOWS}
     peer = {"peer": setting.peer} if setting.peer else {}
-    return {"overrides": list(setting.overrides), "model": setting.model, **peer, "texts": digests, "windows": WINDOWS}
+    return {
+        "overrides": list(setting.overrides),
+        "model": setting.model,
+        **peer,
+        "texts": digests,
+        "windows": WINDOWS,
+    }
 
 
 def digest(basis: dict[str, Any]) -> str:
@@ -80,7 +94,8 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
         arguments.other.parent.mkdir(parents=True, exist_ok=True)
         topics = "\n\n".join(embedded_text())
         if not arguments.other.exists() or arguments.other.read_text(encoding="utf-8") != topics:
-            write_text(arguments.other, topics)  # not again: another process may measure from the same folder
+            # not again: another process may measure from the same folder
+            write_text(arguments.other, topics)
     texts = {"tune": arguments.tune, "test": arguments.test, "other": arguments.other}
     for path in texts.values():
         read_text(path, "--text")  # finds all its errors before the first run
@@ -111,14 +126,19 @@ def result_path(work: Path, setting: str, seed: int) -> Path:
 
 
 def carry_out(
-    setting: Setting, seed: int, texts: dict[str, Path], basis: dict[str, Any], arguments: argparse.Namespace
+    setting: Setting,
+    seed: int,
+    texts: dict[str, Path],
+    basis: dict[str, Any],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """One run to its end, and its perplexities."""
     print(f"{setting.name}, seed {seed} ...", file=sys.stderr, flush=True)
     model = embedded_model_dir()
     if setting.model != "gqa":
         model = expanded_model(model, arguments.work / "expanded")
-    folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
+    # other settings, another run
+    folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"
     settings = [
         f"output_dir={folder}",
         f"seed={seed}",
@@ -142,10 +162,13 @@ def carry_out(
         "group": setting.group,
         "basis": basis,
         "seed": seed,
-        "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
+        "tokens": report["steps"]
+        * report["config"]["train"]["global_batch_size"]
+        * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
         **({"writing": writing(str(folder))} if setting.answers else {}),
-        "seconds": sum(record.seconds for record in (*history.steps, *history.cuts)),  # of the training alone
+        # of the training alone
+        "seconds": sum(record.seconds for record in (*history.steps, *history.cuts)),
         "report": report,
     }
 
@@ -158,7 +181,9 @@ def perplexity(model: str, text: Path) -> float:
 def writing(model: str) -> dict[str, float]:
     """Measures what a user judges a model by: greedy answers, closeness to the dense model on its own, and tasks."""
     answers = evaluated(model, "--dense", "embedded", "--answers")["answers"]
-    greedy = {key: answers["greedy"][key] for key in ("tokens", "ended", "repetition", "dense_perplexity")}
+    greedy = {
+        key: answers["greedy"][key] for key in ("tokens", "ended", "repetition", "dense_perplexity")
+    }
     closeness = {key: answers["closeness"][key] for key in ("agreement", "overlap")}
     tasks = evaluated(model, "--tasks", "reasoning_gym")["tasks"]
     return greedy | closeness | {"exact_match": mean_metric(tasks, "exact_match") or 0.0}
@@ -167,7 +192,11 @@ def writing(model: str) -> dict[str, float]:
 def publish(work: Path) -> None:
     """Writes table, picture and JSON from every run in the work folder."""
     names = [*SETTINGS, *GONE]
-    runs = [run for path in (work / "results").glob("*.json") if (run := read_json(path))["setting"] in names]
+    runs = [
+        run
+        for path in (work / "results").glob("*.json")
+        if (run := read_json(path))["setting"] in names
+    ]
     runs.sort(key=lambda run: (names.index(run["setting"]), run["seed"]))
     rows = rows_of(runs)
     dense = read_json(work / DENSE)
@@ -181,11 +210,20 @@ LINES = {  # setting -> colour, marker, words of the legend
     "plain": (ORANGE, "o", "lora (plain)"),
     "recipe": (GREEN, "^", "the default recipe"),
     "fisher-refit-4-steps": (BLUE, "D", "fisher, refit"),
-    "fisher-refit-distillation-global-4-steps": (PURPLE, "v", "fisher, refit, 1/2 distillation, global"),
+    "fisher-refit-distillation-global-4-steps": (
+        PURPLE,
+        "v",
+        "fisher, refit, 1/2 distillation, global",
+    ),
     "general-0.25-temperature-2": (VERMILION, "s", "fisher, refit, 1/4 distillation, global"),
 }
 PANELS = (  # what the axis shows, the suffixes of the settings elsewhere on it, its label and ticks
-    ("tokens", ("-409600",), "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
+    (
+        "tokens",
+        ("-409600",),
+        "tokens of training, 41.7 % removed",
+        {81_920: "81,920", 409_600: "409,600"},
+    ),
     (
         "removed_linear_fraction",
         ("-light", "-15", "-30", "-half"),
@@ -194,7 +232,10 @@ PANELS = (  # what the axis shows, the suffixes of the settings elsewhere on it,
     ),
 )
 TEXTS_DRAWN = {"test": "WikiText-2 test (dashed: dense)", "other": "other text (dashed: dense)"}
-TICKS = {"test": (25, 30, 40, 50, 60, 80, 100, 150, 200), "other": (25, 50, 100, 200, 400, 800, 1600)}
+TICKS = {
+    "test": (25, 30, 40, 50, 60, 80, 100, 150, 200),
+    "other": (25, 50, 100, 200, 400, 800, 1600),
+}
 TEXTS = ("validation", "test", "other")
 Row = dict[str, Any]
 
@@ -218,7 +259,9 @@ def _row(runs: list[dict[str, Any]]) -> Row:
         "tokens": runs[0]["tokens"],
         "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
         **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
-        "writing": {key: statistics.mean(run[key] for run in written) for key in written[0]} if written else None,
+        "writing": {key: statistics.mean(run[key] for run in written) for key in written[0]}
+        if written
+        else None,
     }
 
 
@@ -240,7 +283,9 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
             for axes, (key, suffixes, label, ticks) in zip(line, PANELS, strict=True):
                 for name, (colour, marker, words) in LINES.items():
                     names = (name + suffix for suffix in ("", *suffixes))
-                    points = sorted((by_name[n] for n in names if n in by_name), key=lambda row: row[key])
+                    points = sorted(
+                        (by_name[n] for n in names if n in by_name), key=lambda row: row[key]
+                    )
                     axes.errorbar(
                         [row[key] for row in points],
                         [row[text]["mean"] for row in points],
@@ -258,7 +303,9 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
                 for axis in (axes.xaxis, axes.yaxis):
                     axis.set_minor_locator(NullLocator())
             line[0].set_ylabel("perplexity, log scale")
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        figure.legend(
+            *panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ PLAIN = (
     "train.distill_weight=0",
     "train.distill_temperature=1",
 )
-STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
+# every layer alike: stock classes load the result
+STOCK = ("prune.protected_first=0", "prune.protected_last=0")
 
 # 81,920 and 409,600 tokens, in windows of 128. A cut follows every 5 % of the steps, as in the published runs. In the
 # short runs 4e-3 validated better than 2e-3 and 8e-3. The others have half of it, which was not tuned.
@@ -51,8 +52,12 @@ def _short(group: str, name: str, *changes: str, model: str = "mha") -> Setting:
     return Setting(group, name, (*SHORT, DEEP, RATE, *PLAIN, *changes), model)
 
 
-def _recipe(name: str, *changes: str, budget: tuple[str, ...] = SHORT, model: str = "mha") -> Setting:
-    return Setting("recipe", "-".join(filter(None, ("recipe", name))), (*budget, DEEP, RATE, *changes), model)
+def _recipe(
+    name: str, *changes: str, budget: tuple[str, ...] = SHORT, model: str = "mha"
+) -> Setting:
+    return Setting(
+        "recipe", "-".join(filter(None, ("recipe", name))), (*budget, DEEP, RATE, *changes), model
+    )
 
 
 def _settings() -> list[Setting]:
@@ -89,7 +94,10 @@ def _settings() -> list[Setting]:
     ]
     magnitude = (*SHORT, DEEP, RATE, *PLAIN, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
-    peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap", "gradient")]
+    peers += [
+        Setting("peers", f"peer-{name}", magnitude, peer=name)
+        for name in ("wanda", "flap", "gradient")
+    ]
     long = [
         Setting("long", f"{name}-409600", (*LONG, DEEP, UNTUNED_RATE, *PLAIN, *changes))
         for name, changes in {
@@ -143,7 +151,8 @@ ONCE = (
     "prune.cooldown_fraction=0",
     *BOTH,
 )
-WHOLE_RUN = ("prune.prune_every=80", "prune.warmup_fraction=0", "prune.cooldown_fraction=0")  # one cut, at the end
+# one cut, at the end
+WHOLE_RUN = ("prune.prune_every=80", "prune.warmup_fraction=0", "prune.cooldown_fraction=0")
 TUNED_FIRST = (*WHOLE_RUN, "prune.warmup_fraction=0.9")
 PRUNED_FIRST = (*WHOLE_RUN, "prune.cooldown_fraction=0.9")
 METHODS = {  # name -> settings, peer
@@ -161,34 +170,67 @@ def _paper() -> list[Setting]:
     def once(name: str, percent: int) -> Setting:
         overrides, peer = METHODS[name]
         changes = (f"prune.ratio={percent / 100}", *overrides)
-        return Setting("once", f"once-{percent}-{name}", (*changes, *ONCE), peer=peer, answers=False)
+        return Setting(
+            "once", f"once-{percent}-{name}", (*changes, *ONCE), peer=peer, answers=False
+        )
 
     def recovered(name: str, percent: int) -> Setting:
         overrides, peer = METHODS[name]
         changes = (*SHORT, RATE, f"prune.ratio={percent / 100}", *overrides)
-        return Setting("recovered", f"recovered-{percent}-{name}", changes, peer=peer, answers=percent < 50)
+        return Setting(
+            "recovered", f"recovered-{percent}-{name}", changes, peer=peer, answers=percent < 50
+        )
 
     def varied(group: str, name: str, *changes: str) -> Setting:
         return Setting(group, name, (*SHORT, DEEP, RATE, *changes), answers=False)
 
-    masks = [once(name, percent) for percent in PERCENTS for name in ("lora", "gradient", "fisher", "magnitude")]
+    masks = [
+        once(name, percent)
+        for percent in PERCENTS
+        for name in ("lora", "gradient", "fisher", "magnitude")
+    ]
     others = [once(name, percent) for percent in BOTH_PERCENTS for name in ("wanda", "recipe")]
     known = ((50, "recipe"), (50, "fisher"), (20, "fisher"))  # the first is recipe-half
-    tuned = [recovered(name, percent) for percent in (50, 20) for name in METHODS if (percent, name) not in known]
+    tuned = [
+        recovered(name, percent)
+        for percent in (50, 20)
+        for name in METHODS
+        if (percent, name) not in known
+    ]
     order = [
         varied("order", f"{when}-{name}", *METHODS[name][0], *changes)
         for name in ("lora", "recipe")
         for when, changes in (("tuned-first", TUNED_FIRST), ("pruned-first", PRUNED_FIRST))
     ]
-    averages = [varied("varied", f"average-{x}", *PLAIN, f"prune.moving_average={x}") for x in (0, 0.5, 0.99)]
-    cuts = [varied("varied", f"every-{steps}", *PLAIN, f"prune.prune_every={steps}") for steps in (1, 10, 20)]
+    averages = [
+        varied("varied", f"average-{x}", *PLAIN, f"prune.moving_average={x}")
+        for x in (0, 0.5, 0.99)
+    ]
+    cuts = [
+        varied("varied", f"every-{steps}", *PLAIN, f"prune.prune_every={steps}")
+        for steps in (1, 10, 20)
+    ]
     return [*masks, *others, *tuned, *order, *averages, *cuts]
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
 # Rows whose settings are gone. Their published figures stay.
-GONE = ("gradient", "all-three", "all-three-409600", "all-three-light", "gqa-all-three", "gqa-all-three-stock")
-GONE += ("recipe-depth-2", "recipe-depth-2-first", "recipe-depth-3", "recipe-depth-5", "two-four", "dense-tuned")
+GONE = (
+    "gradient",
+    "all-three",
+    "all-three-409600",
+    "all-three-light",
+    "gqa-all-three",
+    "gqa-all-three-stock",
+)
+GONE += (
+    "recipe-depth-2",
+    "recipe-depth-2-first",
+    "recipe-depth-3",
+    "recipe-depth-5",
+    "two-four",
+    "dense-tuned",
+)
 GONE += ("gqa-both", "gqa-both-30")
 GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 

@@ -19,27 +19,42 @@ RESULTS = Path(__file__).parent / "results"
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """Shows a module's docstring as it is, and takes what DeepSpeed's launcher gives to a rank."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def cpu_environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
+    return (
+        os.environ
+        | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        | more
+    )
 
 
 def run_base(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "") -> None:
     """Runs base.yaml with other settings, or with another method's score (peer_run.py)."""
     script = ["tests/benchmarks/peer_run.py", "--peer", peer] if peer else ["launch/run.py"]
     changes = [word for setting in settings for word in ("--set", setting)]
-    command = [*on_ranks(ranks), *script, "--config", "tests/benchmarks/base.yaml", *arguments, *changes]
+    command = [
+        *on_ranks(ranks),
+        *script,
+        "--config",
+        "tests/benchmarks/base.yaml",
+        *arguments,
+        *changes,
+    ]
     subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment())
 
 
 def evaluated(model: str, *options: str) -> dict[str, Any]:
     """Returns the object that launch/evaluate.py prints."""
     command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
-    answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
+    answer = subprocess.run(
+        command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True
+    )
     return json.loads(answer.stdout)
 
 

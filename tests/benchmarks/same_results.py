@@ -43,14 +43,28 @@ WINDOW = 32
 TIMEOUT = 900  # seconds of a case
 HERE = "$WORK"  # stands for the work folder in settings
 # Odd sizes: shards of ranks end inside rows, and head_dim is not hidden / heads.
-LLAMA: dict[str, Any] = {"heads": 10, "kv_heads": 5, "head_dim": 6, "hidden": 50, "ffn": 61, "layers": 4, "vocab": 259}
+LLAMA: dict[str, Any] = {
+    "heads": 10,
+    "kv_heads": 5,
+    "head_dim": 6,
+    "hidden": 50,
+    "ffn": 61,
+    "layers": 4,
+    "vocab": 259,
+}
 LLAMAS: dict[str, dict[str, Any]] = {
     "llama": {"seed": 1},
     "biased": {"seed": 2, "biases": True, "tie": True, "hidden": 60},
     "mistral": {"seed": 3, "model_type": "mistral"},
 }
 FAMILIES = {"mixtral": "mixtral", "shared": "qwen2_moe", "hybrid": "qwen3_5_text", "t5": "t5"}
-RESULTS = ("metrics.jsonl", "kept_groups.json", "report.json", "model*/*config.json", "model*/*.safetensors")
+RESULTS = (
+    "metrics.jsonl",
+    "kept_groups.json",
+    "report.json",
+    "model*/*config.json",
+    "model*/*.safetensors",
+)
 CHECKPOINTS = ("checkpoint*/**/*.safetensors", "checkpoint*/**/*.pt")
 MISSING = "nothing"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -79,7 +93,9 @@ class Case:
         if self.model is None:
             # In older commits the quickstart has these settings.
             files = ("tests/benchmarks/base.yaml", "launch/configs/quickstart.yaml")
-            base = yaml.safe_load(next(x for file in files if (x := checkout / file).is_file()).read_text())
+            base = yaml.safe_load(
+                next(x for file in files if (x := checkout / file).is_file()).read_text()
+            )
             return base | {"train": base["train"] | {"steps": 8}}
         config = base_config(work, self.model)
         for section, values in self.settings.items():
@@ -108,18 +124,37 @@ PAPER: Settings = {
     | {"protected_first": None, "protected_last": 1},
     "train": {"distill_weight": 0},
 }
-PLAIN: Settings = {"prune": {"compensate": "none", "normalize": "none"}, "train": {"distill_weight": 0}}
+PLAIN: Settings = {
+    "prune": {"compensate": "none", "normalize": "none"},
+    "train": {"distill_weight": 0},
+}
 UNIFORM: Settings = {"prune": {"ranking": "uniform"}}
 LESS: Settings = {"prune": {"ratio": 0.25}}
 INT8: Settings = {"model": {"frozen": "int8"}}
 MIXTURE = [{"path": f"{HERE}/text.txt", "weight": 0.7}, {"path": f"{HERE}/more.txt", "weight": 0.3}]
 PART = {"held_out": None, "held_out_fraction": 0.1}
-ANSWERS = {"path": f"{HERE}/answers.jsonl", "format": "instruction", "input_field": None, "packing": True, **PART}
+ANSWERS = {
+    "path": f"{HERE}/answers.jsonl",
+    "format": "instruction",
+    "input_field": None,
+    "packing": True,
+    **PART,
+}
 PAIRS = {"path": f"{HERE}/pairs.jsonl", "format": "seq2seq", **PART}
-CHECKPOINTING: Settings = {"train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2}}
+CHECKPOINTING: Settings = {
+    "train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2}
+}
 CASES = [
-    *(Case(f"fisher, {model}", model, {}, ranks) for model in ("llama", "mistral") for ranks in (1, 2, 3)),
-    *(Case(f"lora, {model}", model, LORA, ranks) for model in ("llama", "mistral") for ranks in (1, 2, 3)),
+    *(
+        Case(f"fisher, {model}", model, {}, ranks)
+        for model in ("llama", "mistral")
+        for ranks in (1, 2, 3)
+    ),
+    *(
+        Case(f"lora, {model}", model, LORA, ranks)
+        for model in ("llama", "mistral")
+        for ranks in (1, 2, 3)
+    ),
     *(Case("paper", "llama", PAPER, ranks) for ranks in (1, 2, 3)),
     Case("fisher, uniform", "llama", UNIFORM),
     Case("fisher, no refit", "biased", PLAIN),
@@ -131,7 +166,11 @@ CASES = [
     Case("int8", "llama", INT8),
     Case("int8, paper", "llama", {**PAPER, **INT8}),
     Case("head ratio", "mistral", {"prune": {"head_ratio": 0.3, "channel_multiple": 2}}),
-    Case("recovery, cosine", "llama", {"train": {"recovery_steps": 2, "lr_scheduler": "cosine", "warmup_steps": 1}}),
+    Case(
+        "recovery, cosine",
+        "llama",
+        {"train": {"recovery_steps": 2, "lr_scheduler": "cosine", "warmup_steps": 1}},
+    ),
     Case("parameters", "llama", {"prune": {"ratio": None, "target": "0.08M"}}),
     Case("memory", "llama", {"prune": {"ratio": None, "target": "0.17MiB", "target_context": 64}}),
     Case("sizes", "llama", {"prune": {"ratio": None, "sizes": [0.2, 0.4], "prune_every": 1}}),
@@ -161,7 +200,9 @@ def make_inputs(work: Path, reference: Path) -> None:
     for name, model in (made | {"tower": multimodal("qwen3_5")}).items():
         model.save_pretrained(work / "models" / name)
         make_tokenizer(SIZES["vocab_size"]).save_pretrained(work / "models" / name)
-    (work / "models" / "tower" / "preprocessor_config.json").write_text('{"image_processor_type": "any"}')
+    (work / "models" / "tower" / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "any"}'
+    )
     lines = write_text(work / "text.txt", 12_000).read_text().splitlines()
     write_text(work / "held_out.txt", 2_000, start=50_000)
     write_text(work / "more.txt", 4_000, start=70_000)
@@ -173,7 +214,8 @@ def make_inputs(work: Path, reference: Path) -> None:
     for name, values in rows.items():
         (work / f"{name}.jsonl").write_text("\n".join(map(json.dumps, values)))
     config = json.loads((reference / "ds_configs" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shards the smallest weights, too
+    # shards the smallest weights, too
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (work / "zero3.json").write_text(json.dumps(config, indent=2))
 
 
@@ -223,7 +265,11 @@ class Side:
 
     def _start(self) -> subprocess.Popen[str]:
         """Starts the ranks' process. Its imports must be those of the checkout, which has its own cache of tokens."""
-        own = {"PYTHONPATH": str(self.checkout), "HF_DATASETS_CACHE": str(self.root / "cache"), "HF_HUB_OFFLINE": "1"}
+        own = {
+            "PYTHONPATH": str(self.checkout),
+            "HF_DATASETS_CACHE": str(self.root / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        }
         own["PYTHONHASHSEED"] = "0"  # PEFT writes a set of names in its order
         python, environment = [sys.executable, "-P"], cpu_environment(**own)
         ask = [*python, "-c", "import loraprune_ds; print(loraprune_ds.__file__)"]
@@ -239,7 +285,11 @@ def read(path: Path, out: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".pt":  # DeepSpeed's, with objects that equal only themselves
-        tensors = {name: x for name, x in leaves(torch.load(path, weights_only=False)) if isinstance(x, Tensor)}
+        tensors = {
+            name: x
+            for name, x in leaves(torch.load(path, weights_only=False))
+            if isinstance(x, Tensor)
+        }
         # DeepSpeed never writes the padding of the masters, which the adapter has without it.
         return {name: x for name, x in tensors.items() if "fp32_flat_groups" not in name}
     text = path.read_text().replace(str(out), "")
@@ -257,7 +307,9 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
 def differences(old: Path, new: Path, patterns: Iterable[str]) -> Iterator[str]:
     """Yields the differences of two runs, the earliest result first."""
     for pattern in patterns:
-        for path in sorted({file.relative_to(out) for out in (old, new) for file in out.glob(pattern)}):
+        for path in sorted(
+            {file.relative_to(out) for out in (old, new) for file in out.glob(pattern)}
+        ):
             if not (old / path).exists() or not (new / path).exists():
                 yield f"{path}: only in the {'reference' if (old / path).exists() else 'new run'}"
                 continue
@@ -296,7 +348,9 @@ def compare(case: Case, kept: Side, fresh: Side, patterns: Iterable[str]) -> str
 def commit_of(checkout: Path) -> str:
     """Returns the commit of a checkout, which must have no changes."""
     git = ["git", "-C", str(checkout)]
-    changes = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True)
+    changes = subprocess.check_output(
+        [*git, "status", "--porcelain", "--untracked-files=no"], text=True
+    )
     if changes:
         sys.exit(f"error: the reference {checkout} has changes that are in no commit:\n{changes}")
     return subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
@@ -304,18 +358,32 @@ def commit_of(checkout: Path) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--reference", type=Path, required=True, help="checkout whose results are right")
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="checkout to compare; default: this one")
-    parser.add_argument("--work", type=Path, default=WORK, help="for inputs and results; default: runs/same_results")
+    parser.add_argument(
+        "--reference", type=Path, required=True, help="checkout whose results are right"
+    )
+    parser.add_argument(
+        "--checkout", type=Path, default=ROOT, help="checkout to compare; default: this one"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="for inputs and results; default: runs/same_results"
+    )
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    parser.add_argument("--exports-only", action="store_true", help="not checkpoints, whose format may change")
-    parser.add_argument("--reference-only", action="store_true", help="run no new side; keep the reference for later")
+    parser.add_argument(
+        "--exports-only", action="store_true", help="not checkpoints, whose format may change"
+    )
+    parser.add_argument(
+        "--reference-only",
+        action="store_true",
+        help="run no new side; keep the reference for later",
+    )
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
-    reference, checkout, work = (p.resolve() for p in (arguments.reference, arguments.checkout, arguments.work))
+    reference, checkout, work = (
+        p.resolve() for p in (arguments.reference, arguments.checkout, arguments.work)
+    )
     kept = Side(reference, work, work / "reference" / commit_of(reference))
     make_inputs(work, reference)
     fresh = Side(checkout, work, Path(tempfile.mkdtemp(prefix="new-", dir=work)))
@@ -325,7 +393,9 @@ def main() -> int:
         if not kept.has(case) and (failure := kept.run(case)):
             verdict = f"the reference failed: {failure}"
         elif not arguments.reference_only:
-            verdict = compare(case, kept, fresh, RESULTS if arguments.exports_only else RESULTS + CHECKPOINTS)
+            verdict = compare(
+                case, kept, fresh, RESULTS if arguments.exports_only else RESULTS + CHECKPOINTS
+            )
         bad += verdict not in ("equal", "kept")
         print(f"{case!s:<32}{time.monotonic() - began:>5.0f} s  {verdict}", flush=True)
     for side in (kept, fresh):

@@ -29,7 +29,10 @@ def run(job: dict[str, Any]) -> list[int]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(job["ranks"])}
-    pids = [fork(job, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(job["ranks"])]
+    pids = [
+        fork(job, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(job["ranks"])
+    ]
     deadline, codes = time.monotonic() + job["timeout"], dict[int, int]()
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)

@@ -29,7 +29,10 @@ args = TrainingArguments(
     disable_tqdm=True,
 )
 tokenizer = AutoTokenizer.from_pretrained(source)
-tokens, window = tokenizer(Path(config["data"]["path"]).read_text())["input_ids"], config["data"]["window"]
+tokens, window = (
+    tokenizer(Path(config["data"]["path"]).read_text())["input_ids"],
+    config["data"]["window"],
+)
 rows = [tokens[i : i + window] for i in range(0, len(tokens) - window, window)]
 lora = LoraConfig(r=config["lora"]["r"], lora_dropout=0.05, target_modules="all-linear")
 pruning = LoraPruneCallback(PruneConfig(**config["prune"]))

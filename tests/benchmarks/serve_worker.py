@@ -57,14 +57,20 @@ def load_vllm(job: dict[str, Any]) -> tuple[str, Round]:
     )
 
     def seconds(sequences: int, tokens: int) -> float:
-        greedy = vllm.SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True)
+        greedy = vllm.SamplingParams(
+            temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True
+        )
         began = time.perf_counter()
         model.generate([{"prompt_token_ids": prompt}] * sequences, greedy, use_tqdm=False)
         return time.perf_counter() - began
 
     def play() -> dict[str, float]:
         prefill = seconds(1, 1)
-        return {"prefill": prefill, "decode": seconds(1, generated + 1) - prefill, "batch": seconds(batch, generated)}
+        return {
+            "prefill": prefill,
+            "decode": seconds(1, generated + 1) - prefill,
+            "batch": seconds(batch, generated),
+        }
 
     return vllm.__version__, play
 

@@ -63,7 +63,8 @@ class Served:
     form: str
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    batch_tokens_per_second: float | None  # written by a batch, its prompts' time included. None in llama.cpp
+    # written by a batch, its prompts' time included. None in llama.cpp
+    batch_tokens_per_second: float | None
 
 
 def main() -> None:
@@ -73,18 +74,30 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of the environment that has the server")
     for name in ("prompt", "generated", "rounds"):
         default = getattr(Plan, name)
-        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"default: {default}")
-    parser.add_argument("--gguf", choices=("f16", "q8_0"), default="f16", help="file for llama.cpp (default: f16)")
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", default=default, help=f"default: {default}"
+        )
+    parser.add_argument(
+        "--gguf", choices=("f16", "q8_0"), default="f16", help="file for llama.cpp (default: f16)"
+    )
     given = parser.parse_args()
     plan = Plan(given.server, given.python, given.prompt, given.generated, given.rounds)
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an export prints goes to stderr
     form = "hf" if plan.server == "vllm" else f"gguf-{given.gguf}"
     with TemporaryDirectory(prefix="serve-") as scratch:
-        models = [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(given.models)]
+        models = [
+            served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(given.models)
+        ]
         served = measure_serving(models, plan)
-    entries = [{"path": path, **asdict(one)} for path, one in zip(given.models, served, strict=True)]
-    result = {"models": entries, "plan": {k: v for k, v in asdict(plan).items() if k != "python"}, **origin()}
+    entries = [
+        {"path": path, **asdict(one)} for path, one in zip(given.models, served, strict=True)
+    ]
+    result = {
+        "models": entries,
+        "plan": {k: v for k, v in asdict(plan).items() if k != "python"},
+        **origin(),
+    }
     with stdout:
         stdout.write(json.dumps(result, indent=2) + "\n")
 
@@ -92,7 +105,10 @@ def main() -> None:
 def served_model(path: str, form: str, out: Path) -> ServedModel:
     """Finds or writes the files that a server loads. The only modelling file that may run is this package's."""
     source = find_model(path)
-    require(not source.adapter, f"{path}: an adapter cannot be served; merge it into its base model first")
+    require(
+        not source.adapter,
+        f"{path}: an adapter cannot be served; merge it into its base model first",
+    )
     shape, folder = source.pretrained.shape, source.pretrained.folder
     trust = form == "hf" and shape.model_type.startswith(PRUNED)
     if form != "hf":
@@ -102,7 +118,9 @@ def served_model(path: str, form: str, out: Path) -> ServedModel:
         out.mkdir()
         copy_model(source.pretrained, out)
         folder = out
-    return ServedModel(folder, form, source.pretrained.config["vocab_size"], trust, shape.family.vllm)
+    return ServedModel(
+        folder, form, source.pretrained.config["vocab_size"], trust, shape.family.vllm
+    )
 
 
 def measure_serving(models: Sequence[ServedModel], plan: Plan) -> list[Served]:
@@ -135,7 +153,10 @@ class _Worker(AbstractContextManager["_Worker"]):
             env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
             start_new_session=True,  # vLLM starts more processes, which end with it
         )
-        self._requests, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        self._requests, self._answers = (
+            cast(IO[str], self._process.stdin),
+            cast(IO[str], self._process.stdout),
+        )
 
     def __exit__(self, *_: object) -> None:
         with suppress(ProcessLookupError):
@@ -165,10 +186,18 @@ class _Worker(AbstractContextManager["_Worker"]):
         raise UserError(f"{self._server} cannot serve {self._model.path}: {why}")
 
 
-def _medians(model: ServedModel, version: str, rounds: Sequence[dict[str, float]], plan: Plan) -> Served:
+def _medians(
+    model: ServedModel, version: str, rounds: Sequence[dict[str, float]], plan: Plan
+) -> Served:
     seconds = {key: statistics.median(turn[key] for turn in rounds) for key in rounds[0]}
     batch = plan.batch * plan.generated / seconds["batch"] if "batch" in seconds else None
-    return Served(version, model.form, plan.prompt / seconds["prefill"], plan.generated / seconds["decode"], batch)
+    return Served(
+        version,
+        model.form,
+        plan.prompt / seconds["prefill"],
+        plan.generated / seconds["decode"],
+        batch,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ import statistics
 import time
 from dataclasses import replace
 
-from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PruneConfig,
+    RunConfig,
+    TrainConfig,
+)
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import stop_ranks
@@ -52,7 +59,9 @@ def short_run(model: str, prune: PruneConfig, steps: int) -> RunConfig:
         model=ModelConfig(path=model),
         data=DataConfig(window=128),
         prune=prune,
-        train=TrainConfig(steps=steps, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4),
+        train=TrainConfig(
+            steps=steps, global_batch_size=16, micro_batch_size=4, learning_rate=1e-4
+        ),
         evaluate=EvaluateConfig(window=128, max_windows=1),
     )
 
@@ -65,10 +74,14 @@ def flops_per_token(shape: ModelShape, window: int) -> float:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=8, help="rounds that are timed, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="rounds that are timed, after one that is not"
+    )
     parser.add_argument("--model", default="embedded")
     arguments = parser.parse_args()
-    prune = PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0)
+    prune = PruneConfig(
+        ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0
+    )
     config = short_run(arguments.model, prune, 4 * arguments.steps + 8)
     silence_libraries()
     comm = start_ranks()
@@ -78,10 +91,16 @@ def main() -> None:
     int8 = Timed(prepare(config_int8, comm))
     small.timed_step(scoring=True)
     sections = [replace(section, start=0, end=1) for section in small.pruner.schedule.sections]
-    small.pruner.schedule = replace(small.pruner.schedule, sections=sections)  # all in one cut: the largest there is
+    # all in one cut: the largest there is
+    small.pruner.schedule = replace(small.pruner.schedule, sections=sections)
     cut_record = small.cut(1)
     assert cut_record is not None
-    kinds = {"plain": (dense, False), "scoring": (dense, True), "pruned": (small, False), "int8": (int8, False)}
+    kinds = {
+        "plain": (dense, False),
+        "scoring": (dense, True),
+        "pruned": (small, False),
+        "int8": (int8, False),
+    }
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(arguments.steps + 1):
         for name, (trainer, scoring) in kinds.items():
@@ -100,9 +119,11 @@ def main() -> None:
         "cut_seconds": cut_record.seconds,
         "cut_over_step": cut_record.seconds / median["plain"],
         "step_after_cut_seconds": after_cut,
-        "cut_and_step_after_over_step": (cut_record.seconds + after_cut - median["pruned"]) / median["plain"],
+        "cut_and_step_after_over_step": (cut_record.seconds + after_cut - median["pruned"])
+        / median["plain"],
         "weight_bytes_per_rank": {
-            name: trainer.pruning_steps.weight_bytes for name, trainer in (("dense", dense), ("pruned", small))
+            name: trainer.pruning_steps.weight_bytes
+            for name, trainer in (("dense", dense), ("pruned", small))
         },
         "tokens_per_step": config.train.global_batch_size * config.data.window,
         "world_size": dense.model.world_size,

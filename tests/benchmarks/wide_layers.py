@@ -43,18 +43,33 @@ INT8 = "-int8"  # ends the name of a model whose linears are held as int8
 # hidden size, channels, heads, key-value heads
 SIZES = {"65b": (WIDE, 22016, 64, 64), "70b": (WIDE, 28672, 64, 8), "tiny": (256, 704, 8, 4)}
 NAMES = ("65b", "65b-int8", "70b", "tiny", "tiny-int8")
-SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
+# bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
+SLACK = 700_000_000
 
 
 def config_json(name: str) -> dict[str, Any]:
     hidden, channels, heads, kv_heads = SIZES[name.removesuffix(INT8)]
-    sizes = sizes_of("llama", hidden, channels, LAYERS, heads, num_key_value_heads=kv_heads, vocab_size=VOCABULARY)
-    return sizes | {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
+    sizes = sizes_of(
+        "llama",
+        hidden,
+        channels,
+        LAYERS,
+        heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=VOCABULARY,
+    )
+    return sizes | {
+        "architectures": ["LlamaForCausalLM"],
+        "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",
+    }
 
 
 def write_random_weights(folder: Path) -> None:
     """Writes one file per tensor. Random numbers are drawn once and repeated. No row divides the period."""
-    period = torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    period = (
+        torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    )
     shapes = shape_from_config(read_json(folder / "config.json"), str(folder)).parameters()
     for i, (tensor_name, shape) in enumerate(shapes.items()):
         numel = torch.Size(shape).numel()
@@ -80,7 +95,9 @@ def run_ranks(folder: Path, limit: int, *, control: bool, int8: bool = False) ->
     command += ["--control"] * control + ["--int8"] * int8
     output = folder / "output.txt"
     with output.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=cpu_environment(), stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=cpu_environment(), stdout=file, stderr=subprocess.STDOUT
+        )
         watched = watch(process, folder, limit)
     if watched.exit_code and watched.killed is None:
         sys.stderr.write(output.read_text()[-4000:])
@@ -93,7 +110,10 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     int8 = name.endswith(INT8)
     held = shape.stored(2, int8=int8).values()
     write_ds_config(folder / "ds.json", shape)
-    shard = sum(tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS) for tensor in held)
+    shard = sum(
+        tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS)
+        for tensor in held
+    )
     layer = 2 * shape.layers[0].numel
     limit = shard + layer + SLACK
     watched = run_ranks(folder, limit, control=False, int8=int8)
@@ -125,13 +145,22 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
     for when, steps in {"before": [1], "after": range(2, STEPS + 1)}.items():
         both = list[tuple[int, int]]()
         for step in steps:
-            at = changed(request, prune={"ratio": gone[step - 1]}).shape_at(STEPS) if step > 1 else request.shape
+            at = (
+                changed(request, prune={"ratio": gone[step - 1]}).shape_at(STEPS)
+                if step > 1
+                else request.shape
+            )
             planned = planned_peak(request, at, scores=step <= len(CUTS))
             terms, _ = split_state(request, at)
             state = sum(terms.values()) - (step == 1) * terms["lora_moments"]
             for row in (rank["phases"] for rank in ranks):
                 imports, measured = int(row["load"]["before"]), row[f"step {step}"]
-                both.append((planned + int(measured["before"]) - imports - state, int(measured["peak"]) - imports))
+                both.append(
+                    (
+                        planned + int(measured["before"]) - imports - state,
+                        int(measured["peak"]) - imports,
+                    )
+                )
         found[when] = max(p for p, _ in both), max(m for _, m in both)
     return found
 
@@ -144,7 +173,9 @@ def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
 def check(result: dict[str, Any], dense: ModelShape) -> None:
     for rank in result["ranks"]:
         layers: list[dict[Kind, int]] = rank["layers_at_the_end"]
-        kept = sum(count * dense.group_numel[kind] for layer in layers for kind, count in layer.items())
+        kept = sum(
+            count * dense.group_numel[kind] for layer in layers for kind, count in layer.items()
+        )
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank

@@ -31,7 +31,8 @@ from tests.numerics.driver import Consecutive, ShardedTrainer, assemble, save
 from tests.paper import PAPER
 
 STEPS, WINDOW = 3, 16
-CUTS = {1: 0.25, 2: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
+# step -> fraction of the decoder's linear parameters that is gone after it
+CUTS = {1: 0.25, 2: 0.5}
 
 
 class FixedSection(Section):
@@ -57,7 +58,12 @@ class Phases:
         with Peak() as peak:
             value = act()
         seconds = time.perf_counter() - began
-        self.rows[name] = {"seconds": seconds, "before": peak.before, "peak": peak.peak, "extra": peak.extra}
+        self.rows[name] = {
+            "seconds": seconds,
+            "before": peak.before,
+            "peak": peak.peak,
+            "extra": peak.extra,
+        }
         return value
 
 
@@ -68,15 +74,22 @@ def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
         deepspeed=str(folder / "ds.json"),
         model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
         data=DataConfig(window=WINDOW),
-        prune=PruneConfig(**PAPER | {"ratio": 0.5, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}),
-        train=TrainConfig(**train, learning_rate=1e-4, gradient_checkpointing=True, distill_weight=0),
+        prune=PruneConfig(
+            **PAPER
+            | {"ratio": 0.5, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
+        ),
+        train=TrainConfig(
+            **train, learning_rate=1e-4, gradient_checkpointing=True, distill_weight=0
+        ),
     )
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--control", action="store_true", help="the last rank materialises the full weights")
+    parser.add_argument(
+        "--control", action="store_true", help="the last rank materialises the full weights"
+    )
     parser.add_argument("--int8", action="store_true", help="hold the linears as int8")
     arguments = parser.parse_args()
     folder, rank = arguments.folder, int(os.environ["RANK"])
@@ -88,21 +101,34 @@ def main() -> None:
     ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=generator)
+    ids = torch.randint(
+        pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=generator
+    )
     result = train_and_export(folder, config, pretrained, ds_config, ids, phases, comm)
     del hoard
     gc.collect()
     given = ("sdpa", "bfloat16", ds_config)
-    engine = phases.measure("reload", lambda: build_inference_engine(open_pretrained(folder / "exported"), *given))
-    result |= {"phases": phases.rows, "loss_reloaded": evaluate(engine, ids), "device": device_name()}
+    engine = phases.measure(
+        "reload", lambda: build_inference_engine(open_pretrained(folder / "exported"), *given)
+    )
+    result |= {
+        "phases": phases.rows,
+        "loss_reloaded": evaluate(engine, ids),
+        "device": device_name(),
+    }
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     stop_ranks()
 
 
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
     """Materialises all weights whole, which no rank may do."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()}
-    return [pretrained.weights.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
+    sizes = {
+        name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()
+    }
+    return [
+        pretrained.weights.read_flat(name, 0, numel, torch.bfloat16)
+        for name, numel in sizes.items()
+    ]
 
 
 def train_and_export(
@@ -115,18 +141,32 @@ def train_and_export(
     comm: Communicator,
 ) -> dict[str, Any]:
     """Runs all that needs the training engine, which ends with this call."""
-    given = (config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(comm.world_size), STEPS)
+    given = (
+        config,
+        pretrained,
+        ds_config,
+        Samples.of_windows(ids),
+        Consecutive(comm.world_size),
+        STEPS,
+    )
     trainer = phases.measure("load", lambda: assemble(*given, FixedSection))
     model = trainer.model
     losses = train(trainer, phases)
-    step: TrainingCheckpoint = phases.measure("checkpoint", lambda: save(trainer, config, folder / "saved"))
+    step: TrainingCheckpoint = phases.measure(
+        "checkpoint", lambda: save(trainer, config, folder / "saved")
+    )
     saved = sum(path.stat().st_size for path in (folder / "saved").rglob("*") if path.is_file())
     exported = folder / "exported"
     comm.on_rank_0(exported.mkdir)
     phases.measure("export", lambda: write_model(step, exported, card_of_step(step), comm))
     trained = evaluate(trainer.engine.deepspeed, ids)
     layers = [dict(layer) for layer in model.shape.counts]
-    return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers, "checkpoint_bytes": saved}
+    return {
+        "losses": losses,
+        "loss_trained": trained,
+        "layers_at_the_end": layers,
+        "checkpoint_bytes": saved,
+    }
 
 
 def train(trainer: ShardedTrainer, phases: Phases) -> list[float]:

@@ -24,7 +24,9 @@ LINEARS = {
 
 
 def load(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), trust_remote_code=True
+    ).eval()
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -87,7 +89,9 @@ def check_results(model: Path, out: Path, ids: Tensor, live: Tensor, *, has_adap
     assert relative(logits(merged, ids), live) < TOLERANCE
     assert relative(logits(masked(dense, merged, kept), ids), logits(merged, ids)) < TOLERANCE
     if has_adapter:
-        assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == str(out / "base")
+        assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == str(
+            out / "base"
+        )
         adapted = PeftModel.from_pretrained(base, out).eval()
         assert relative(logits(adapted, ids), live) < TOLERANCE
         assert relative(logits(adapted.merge_and_unload(), ids), live) < TOLERANCE

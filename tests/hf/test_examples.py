@@ -43,11 +43,15 @@ def write_rows(path: Path, fields: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("model"), heads=8, kv_heads=4, hidden=64, ffn=640, layers=4)
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("model"), heads=8, kv_heads=4, hidden=64, ffn=640, layers=4
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_example_prunes_and_what_it_writes_agrees(ranks: RankPool, model: Path, tmp_path: Path, script: str) -> None:
+def test_an_example_prunes_and_what_it_writes_agrees(
+    ranks: RankPool, model: Path, tmp_path: Path, script: str
+) -> None:
     out, data = tmp_path / "out", str(write_rows(tmp_path / "rows.jsonl", SCRIPTS[script]))
     own_loop = script == "accelerate_loop.py"
     options = [str(out), DS_CONFIG] if own_loop else ["--output_dir", str(out), *OPTIONS.split()]
@@ -59,12 +63,21 @@ def test_an_example_prunes_and_what_it_writes_agrees(ranks: RankPool, model: Pat
 
 
 def test_layers_that_do_least_are_dropped_and_a_run_prunes_the_rest(
-    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ranks: RankPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Layers 2 and 3 of five add little to the hidden states."""
-    run = resuming.write_run(tmp_path, train={"steps": 2}, prune={"prune_every": 1}, checkpoint={"every": None})
+    run = resuming.write_run(
+        tmp_path, train={"steps": 2}, prune={"prune_every": 1}, checkpoint={"every": None}
+    )
     make_tiny_llama(tmp_path / "dense", heads=8, kv_heads=4, hidden=64, ffn=93, layers=5)
-    idle = [f"model.layers.{i}.{name}.weight" for i in (2, 3) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    idle = [
+        f"model.layers.{i}.{name}.weight"
+        for i in (2, 3)
+        for name in ("self_attn.o_proj", "mlp.down_proj")
+    ]
     edit_tensors(lambda tensors: [tensors[name].mul_(0.01) for name in idle])(tmp_path / "dense")
     arguments = [str(tmp_path / name) for name in ("dense", "text.txt", "smaller")]
     monkeypatch.setattr(sys, "argv", ["drop_layers.py", *arguments, "2"])
@@ -74,19 +87,33 @@ def test_layers_that_do_least_are_dropped_and_a_run_prunes_the_rest(
     expected = {name: dense[name.replace("layers.2.", "layers.4.")] for name in smaller}
     resuming.assert_equal_tensors(smaller, expected)
     settings = f"model.path={tmp_path / 'smaller'}", "deepspeed=null"
-    assert ranks.run(1, resuming.run_here, resuming.config_for(run, tmp_path / "out", *settings)) == [True]
+    assert ranks.run(
+        1, resuming.run_here, resuming.config_for(run, tmp_path / "out", *settings)
+    ) == [True]
     assert len(read_json(tmp_path / "out/kept_groups.json")["layers"]) == 3
 
 
 @pytest.mark.parametrize(
     ("config", "text", "named"),
-    [(None, "text", "{model}/config.json"), ({}, None, "{text}"), ({"auto_map": {}}, "text", "{model}")],
+    [
+        (None, "text", "{model}/config.json"),
+        ({}, None, "{text}"),
+        ({"auto_map": {}}, "text", "{model}"),
+    ],
 )
-def test_what_cannot_be_quantised_is_one_line(config: object, text: str | None, named: str, tmp_path: Path) -> None:
+def test_what_cannot_be_quantised_is_one_line(
+    config: object, text: str | None, named: str, tmp_path: Path
+) -> None:
     model, path = tmp_path / "model", tmp_path / "text.txt"
     if config is not None:
         write_json(model / "config.json", config)
     if text is not None:
         path.write_text(text)
-    command = [sys.executable, str(ROOT / "launch/examples/quantise.py"), str(model), str(path), "out"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch/examples/quantise.py"),
+        str(model),
+        str(path),
+        "out",
+    ]
     assert_refused(run_to_end(command, cwd=tmp_path), named.format(model=model, text=path), code=1)

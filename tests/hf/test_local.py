@@ -25,10 +25,15 @@ def runs(ranks: RankPool, job: Job, tmp_path_factory: pytest.TempPathFactory) ->
     """In one process, and on two ranks of DDP."""
     outs = [tmp_path_factory.mktemp("out") for _ in range(2)]
     saves = SAVES | WITHOUT
-    return [Run(*ranks.run(n, train_with_callback, job, out, saves)[0], out) for n, out in enumerate(outs, 1)]
+    return [
+        Run(*ranks.run(n, train_with_callback, job, out, saves)[0], out)
+        for n, out in enumerate(outs, 1)
+    ]
 
 
-def test_one_process_equals_two_ranks_and_zero_3(ranks: RankPool, job: Job, runs: list[Run]) -> None:
+def test_one_process_equals_two_ranks_and_zero_3(
+    ranks: RankPool, job: Job, runs: list[Run]
+) -> None:
     alone, on_two = runs
     assert_same_course(alone.rows, ranks.run(1, train_alone, job)[0], cuts=3)
     assert_same_course(on_two.rows, alone.rows, cuts=3)
@@ -51,7 +56,8 @@ def test_a_checkpoint_without_files_of_its_optimizer_goes_on_from_the_folder_of_
     falling: dict[str, Any] = {"lr_scheduler_type": "linear"} | WITHOUT
     straight = Run(*ranks.run(1, train_with_callback, job, tmp_path, SAVES | falling)[0], tmp_path)
     assert len({row["rate"] for row in straight.rows}) == len(job.batches)
-    lost = ["optimizer.pt"], ["scheduler.pt"], ["optimizer.pt", "scheduler.pt", "rng_state.pth"]  # as save_only_model
+    # as save_only_model
+    lost = ["optimizer.pt"], ["scheduler.pt"], ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
     for n, names in enumerate(lost):
         run = replace(straight, out=tmp_path / f"{n}")
         checkpoint = shutil.copytree(tmp_path / "checkpoint-4", run.out / "checkpoint-4")
@@ -60,12 +66,16 @@ def test_a_checkpoint_without_files_of_its_optimizer_goes_on_from_the_folder_of_
         resume_and_compare(ranks, job, run, tmp_path / f"on-{n}", 4, ranks=1, **falling)
 
 
-def test_a_checkpoint_goes_on_on_another_engine_and_other_ranks(ranks: RankPool, job: Job, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_on_another_engine_and_other_ranks(
+    ranks: RankPool, job: Job, tmp_path: Path
+) -> None:
     more = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
     straight, _ = ranks.run(1, train_with_callback, job, tmp_path / "0", more)[0]
     rows = straight[:2]
     for n, (size, engine, steps) in enumerate([(1, WITHOUT, 1), (2, {}, 1), (2, WITHOUT, 2)]):
         checkpoint = str(tmp_path / f"{n}" / f"checkpoint-{len(rows)}")
-        again, _ = ranks.run(size, train_with_callback, job, tmp_path / f"{n + 1}", more | engine, checkpoint)[0]
+        again, _ = ranks.run(
+            size, train_with_callback, job, tmp_path / f"{n + 1}", more | engine, checkpoint
+        )[0]
         rows += again[:steps]
     assert_same_course(rows, straight, cuts=3)

@@ -36,7 +36,10 @@ def distil(argv: list[str], given: Samples | None = None) -> Samples:
         samples.append(prepare(trainer, batch) if given is None else given[len(samples)])
         new = samples[-1]
         if given is None:
-            ids, mask = (torch.cat([new[f"prompt_{x}"], new[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+            ids, mask = (
+                torch.cat([new[f"prompt_{x}"], new[f"completion_{x}"]], dim=1)
+                for x in ("ids", "mask")
+            )
             with torch.no_grad():
                 logits = trainer.model_wrapped(input_ids=ids, attention_mask=mask).logits
             assert torch.equal(logits[:, -TOKENS - 1 : -1].argmax(-1), new["completion_ids"])
@@ -63,9 +66,15 @@ def write_prompts(path: Path, model: Path) -> Path:
 def write_samples(path: Path, samples: list[Samples]) -> Path:
     """Writes them as rows for sft.py, in the order in which the ranks take turns."""
     taken = [new for of_ranks in zip(*samples, strict=True) for new in of_ranks]
-    rows = [ids for new in taken for ids in torch.cat([new["prompt_ids"], new["completion_ids"]], dim=1).tolist()]
+    rows = [
+        ids
+        for new in taken
+        for ids in torch.cat([new["prompt_ids"], new["completion_ids"]], dim=1).tolist()
+    ]
     mask = [0] * 2 * TOKENS + [1] * TOKENS
-    path.write_text("".join(json.dumps({"input_ids": ids, "completion_mask": mask}) + "\n" for ids in rows))
+    path.write_text(
+        "".join(json.dumps({"input_ids": ids, "completion_mask": mask}) + "\n" for ids in rows)
+    )
     return path
 
 
@@ -80,11 +89,17 @@ def kept_at_first(out: Path) -> Any:
 
 def assert_same(out: Path, other: Path) -> None:
     assert course(out) == course(other)
-    for path in (out / "adapter_model.safetensors", *out.glob("base/*.safetensors"), *out.glob("model/*.safetensors")):
+    for path in (
+        out / "adapter_model.safetensors",
+        *out.glob("base/*.safetensors"),
+        *out.glob("model/*.safetensors"),
+    ):
         assert_equal_tensors(load_file(path), load_file(other / path.relative_to(out)))
 
 
-def test_a_cut_between_two_rounds_of_generation_changes_no_bit(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_cut_between_two_rounds_of_generation_changes_no_bit(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     """Next to given samples in all steps, next to plain SFT on them in the first cut. Then it resumes across a cut."""
     model = make_tiny_llama(tmp_path / "model", heads=8, kv_heads=4, hidden=64, ffn=640, layers=4)
     own, given, tuned = (tmp_path / name for name in ("own", "given", "tuned"))
@@ -94,7 +109,13 @@ def test_a_cut_between_two_rounds_of_generation_changes_no_bit(ranks: RankPool, 
     ranks.run(2, take_given, [*argv, str(given)], samples)
     assert_same(own, given)
     rows = write_samples(tmp_path / "samples.jsonl", samples)
-    ranks.run(2, run_example, "sft.py", [str(model), str(rows), *OPTIONS.split(), *SAVES, *TUNED, str(tuned)], IDS)
+    ranks.run(
+        2,
+        run_example,
+        "sft.py",
+        [str(model), str(rows), *OPTIONS.split(), *SAVES, *TUNED, str(tuned)],
+        IDS,
+    )
     assert kept_at_first(tuned) == kept_at_first(own)
     for name in ("checkpoint-4", "checkpoint-5", "base", "model"):
         rmtree(own / name)

@@ -20,7 +20,12 @@ from tests.numerics.driver import Job, family_job
 from tests.ranks import RankPool
 
 PRUNE = callback_run.PRUNE  # cuts after 3, 5 and 7
-REFIT = PRUNE | {"criterion": "fisher", "ranking": "global", "normalize": "none", "compensate": "least_squares"}
+REFIT = PRUNE | {
+    "criterion": "fisher",
+    "ranking": "global",
+    "normalize": "none",
+    "compensate": "least_squares",
+}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 COPY = "modules_to_save.default"  # where PEFT keeps the copy that trains
 
@@ -50,12 +55,16 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def plain(ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def plain(
+    ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     out = tmp_path_factory.mktemp("plain")
     return Run(*ranks.run(2, train_with_callback, job, out, SAVES | engine)[0], out)
 
 
-def assert_same_course(foreign: list[dict[str, Any]], own: list[dict[str, Any]], *, cuts: int) -> None:
+def assert_same_course(
+    foreign: list[dict[str, Any]], own: list[dict[str, Any]], *, cuts: int
+) -> None:
     assert sum(before["kept"] != after["kept"] for before, after in pairwise(own)) == cuts
     for step, (ours, theirs) in enumerate(zip(own, foreign, strict=True), start=1):
         # The sums of a batch's losses differ in their order: six digits of fp32.
@@ -71,29 +80,43 @@ def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: 
     assert report["params"]["pruned"] < report["params"]["dense"]
     steps = read_history(plain.out / "metrics.jsonl").steps
     assert [step.loss for step in steps] == [row["loss"] for row in plain.rows]
-    shrunk = [before.step for before, after in pairwise(steps) if after.weight_bytes < before.weight_bytes]
+    shrunk = [
+        before.step for before, after in pairwise(steps) if after.weight_bytes < before.weight_bytes
+    ]
     assert shrunk == [3, 5, 7]
     names = {path.name for path in plain.out.iterdir()}
     assert names >= {"kept_groups.json", "kept_groups.png", "training.png", "metrics.jsonl"}
 
 
-def test_a_hybrid_is_cut_as_by_our_own_trainer(ranks: RankPool, engine: dict[str, Any], tmp_path: Path) -> None:
+def test_a_hybrid_is_cut_as_by_our_own_trainer(
+    ranks: RankPool, engine: dict[str, Any], tmp_path: Path
+) -> None:
     """A delta net amplifies rounding, sooner or later by the CPU: after the last cut five digits agree."""
     prune = PRUNE | {"protected_first": 0, "protected_last": 0}
-    job, _ = family_job(tmp_path, "qwen3_5_text", prune, steps=callback_run.STEPS, max_grad_norm=0.5)
+    job, _ = family_job(
+        tmp_path, "qwen3_5_text", prune, steps=callback_run.STEPS, max_grad_norm=0.5
+    )
     rows = ranks.run(2, train_with_callback, job, tmp_path / "out", engine)[0][0]
     own = ranks.run(2, train_alone, job)[0]
     assert_same_course(rows[:5], own[:5], cuts=2)
     assert [row["kept"] for row in rows[:8]] == [row["kept"] for row in own[:8]]
     for key in ("loss", "norm"):  # 2.3e-6 with AVX-512, below 1e-6 with AVX2
-        assert [row[key] for row in rows[5:8]] == pytest.approx([row[key] for row in own[5:8]], rel=1e-5)
+        assert [row[key] for row in rows[5:8]] == pytest.approx(
+            [row[key] for row in own[5:8]], rel=1e-5
+        )
 
 
 def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     ranks: RankPool, engine: dict[str, Any], tmp_path: Path
 ) -> None:
     """Sources and targets have many lengths, and no padding may reach a refit."""
-    job, _ = family_job(tmp_path, "t5", REFIT | {"protected_first": 0, "protected_last": 0}, steps=6, max_grad_norm=0.5)
+    job, _ = family_job(
+        tmp_path,
+        "t5",
+        REFIT | {"protected_first": 0, "protected_last": 0},
+        steps=6,
+        max_grad_norm=0.5,
+    )
     for ids, labels in job.batches:
         for i, (row, wanted) in enumerate(zip(ids, labels, strict=True)):
             start, end = 2 + i % 7, 16 - i % 4
@@ -110,7 +133,9 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     assert rows[5]["loss"] == pytest.approx(own[5]["loss"], rel=1e-6)
     counted = job.batches[0][1] != -100
     assert rows[0]["tokens"] == int(counted.int().argmax(1).sum() - len(counted) + counted.sum())
-    pruned, dense = (open_pretrained(folder).shape for folder in (tmp_path / "out" / "model", job.folder))
+    pruned, dense = (
+        open_pretrained(folder).shape for folder in (tmp_path / "out" / "model", job.folder)
+    )
     assert pruned.total_numel() < dense.total_numel()
 
 
@@ -120,10 +145,16 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     ids=["fisher", "refit"],
 )
 def test_checkpointing_and_a_reference_s_forward_pass_change_no_score(
-    ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path: Path, prune: dict[str, Any], reentrant: bool
+    ranks: RankPool,
+    job: Job,
+    engine: dict[str, Any],
+    tmp_path: Path,
+    prune: dict[str, Any],
+    reentrant: bool,
 ) -> None:
     job = replace(job, batches=job.batches[:5], prune=prune)  # cuts after 2 and 4
-    setup = Setup(reference=True, reentrant=reentrant and not engine)  # DDP lets no parameter get a gradient twice
+    # DDP lets no parameter get a gradient twice
+    setup = Setup(reference=True, reentrant=reentrant and not engine)
     rows, _ = ranks.run(2, train_with_callback, job, tmp_path, engine, None, setup)[0]
     assert_same_course(rows, ranks.run(2, train_alone, job)[0], cuts=2)
 
@@ -137,9 +168,15 @@ def test_a_resume_goes_on_from_refitted_weights_and_moments(
     saves = {"save_strategy": "steps", "save_steps": 4, "report_to": "tensorboard"} | engine
     run = Run(*ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0], tmp_path / "a")
     resume_and_compare(ranks, job, run, tmp_path / "b", 4, **engine)
-    sizes = [open_pretrained(tmp_path / name).shape.total_numel() for name in ("a/model-0.25", "a/model", "b/model")]
+    sizes = [
+        open_pretrained(tmp_path / name).shape.total_numel()
+        for name in ("a/model-0.25", "a/model", "b/model")
+    ]
     assert sizes[0] > sizes[1] == sizes[2]
-    assert [row["size"] for row in read_json(tmp_path / "a" / "report.json")["shelf"]] == ["0.25", "0.4"]
+    assert [row["size"] for row in read_json(tmp_path / "a" / "report.json")["shelf"]] == [
+        "0.25",
+        "0.4",
+    ]
 
 
 def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
@@ -147,17 +184,30 @@ def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
 ) -> None:
     saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1} | engine
     ranks.run(2, trainers.cut_a_save_short, job, tmp_path, saves, 8)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
     again, resumed = ranks.run(2, train_with_callback, job, tmp_path, saves, str(tmp_path))[0]
     assert course(again) == course(plain.rows[4:])
     assert_equal_tensors(resumed, plain.weights)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
     report = read_json(tmp_path / "report.json")
-    assert ([cut["step"] for cut in report["prune_steps"]], report["resumed_from"]) == ([3, 5, 7], [4])
+    assert ([cut["step"] for cut in report["prune_steps"]], report["resumed_from"]) == (
+        [3, 5, 7],
+        [4],
+    )
 
 
 def resume_and_compare(
-    pool: RankPool, job: Job, run: Run, out: Path, step: int, setup: Setup = PLAIN, ranks: int = 2, **more: Any
+    pool: RankPool,
+    job: Job,
+    run: Run,
+    out: Path,
+    step: int,
+    setup: Setup = PLAIN,
+    ranks: int = 2,
+    **more: Any,
 ) -> None:
     checkpoint = str(run.out / f"checkpoint-{step}")
     again, resumed = pool.run(ranks, train_with_callback, job, out, more, checkpoint, setup)[0]
@@ -178,7 +228,9 @@ def test_a_checkpoint_of_the_model_alone_goes_on_without_deepspeed_s_files(
 
 
 @pytest.mark.parametrize(
-    "setup", [Setup(fp32_lora=True), Setup(whole=("embed_tokens", "lm_head"))], ids=["fp32 LoRA", "modules_to_save"]
+    "setup",
+    [Setup(fp32_lora=True), Setup(whole=("embed_tokens", "lm_head"))],
+    ids=["fp32 LoRA", "modules_to_save"],
 )
 def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
     ranks: RankPool, job: Job, tmp_path: Path, setup: Setup
@@ -193,26 +245,43 @@ def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
     for i, rows in enumerate(kept):
         for name, (kind, axis) in LINEARS.items():
             live = run.weights[f"base_model.model.model.layers.{i}.{name}.base_layer.weight"]
-            assert torch.equal(weight(dense, i, name).index_select(axis, rows[kind]), live), (i, name)
+            assert torch.equal(weight(dense, i, name).index_select(axis, rows[kind]), live), (
+                i,
+                name,
+            )
     for name in setup.whole:
         path = next(path for path, _ in dense.named_modules() if path.endswith(name))
-        at_first, learned = dense.get_parameter(f"{path}.weight"), run.weights[f"base_model.model.{path}.{COPY}.weight"]
+        at_first, learned = (
+            dense.get_parameter(f"{path}.weight"),
+            run.weights[f"base_model.model.{path}.{COPY}.weight"],
+        )
         assert not torch.equal(learned, at_first), name
-        assert torch.equal(load(out / "base", "bfloat16").get_parameter(f"{path}.weight"), at_first), name
-        assert torch.equal(load(out / "model", "bfloat16").get_parameter(f"{path}.weight"), learned), name
+        assert torch.equal(
+            load(out / "base", "bfloat16").get_parameter(f"{path}.weight"), at_first
+        ), name
+        assert torch.equal(
+            load(out / "model", "bfloat16").get_parameter(f"{path}.weight"), learned
+        ), name
 
 
 def test_an_evaluation_between_cuts_changes_nothing(
     ranks: RankPool, job: Job, engine: dict[str, Any], plain: Run, tmp_path: Path
 ) -> None:
-    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 20} | engine
+    evaluated = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 20,
+    } | engine
     rows, same = ranks.run(2, train_with_callback, job, tmp_path, evaluated)[0]
     assert course(rows) == course(plain.rows)
     assert_equal_tensors(same, plain.weights)
-    assert rows[-1]["gathered"] == plain.rows[-1]["gathered"]  # the order of modules is recorded again meanwhile
+    # the order of modules is recorded again meanwhile
+    assert rows[-1]["gathered"] == plain.rows[-1]["gathered"]
 
 
-def test_stopping_early_and_half_gradients_are_warned_of(ranks: RankPool, job: Job, tmp_path: Path) -> None:
+def test_stopping_early_and_half_gradients_are_warned_of(
+    ranks: RankPool, job: Job, tmp_path: Path
+) -> None:
     first, second = ranks.run(2, trainers.stop_early, replace(job, dtype="bfloat16"), tmp_path)
     rounded, stopped = first
     assert "bfloat16" in rounded
@@ -232,7 +301,9 @@ BF16_STATE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": Tr
 def test_a_deepspeed_config_that_cannot_work_is_one_line(
     ranks: RankPool, job: Job, tmp_path: Path, setup: Setup, section: str, settings: dict[str, Any]
 ) -> None:
-    for line in ranks.run(2, trainers.refusal, replace(job, dtype="bfloat16"), tmp_path, setup, section, settings):
+    for line in ranks.run(
+        2, trainers.refusal, replace(job, dtype="bfloat16"), tmp_path, setup, section, settings
+    ):
         assert line.startswith(f"the DeepSpeed config: {section}.{next(iter(settings))}")
         assert "\n" not in line
 
@@ -249,5 +320,7 @@ def test_a_resume_that_forgets_the_callback_is_refused(
 ) -> None:
     for step in (2, 4):  # before and after the first cut
         checkpoint = str(plain.out / f"checkpoint-{step}")
-        error = ranks.run(2, trainers.resume_without_the_callback, job, tmp_path, engine, checkpoint)[0]
+        error = ranks.run(
+            2, trainers.resume_without_the_callback, job, tmp_path, engine, checkpoint
+        )[0]
         assert "pruning.resume(trainer.model)" in error

@@ -69,7 +69,10 @@ class Pairs(Rows):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         first, *_, last = (self.labels[i] != -100).nonzero().flatten().tolist()
-        return {"source": self.input_ids[i][: first - 1], "target": self.labels[i][first : last + 1]}
+        return {
+            "source": self.input_ids[i][: first - 1],
+            "target": self.labels[i][first : last + 1],
+        }
 
 
 def pad_pairs(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -77,12 +80,22 @@ def pad_pairs(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ids = pad_sequence([item["source"] for item in items], True, 0)
     labels = pad_sequence([item["target"] for item in items], True, -100)
     read = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1].clamp(min=0)], 1)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels, "decoder_input_ids": read}
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": labels,
+        "decoder_input_ids": read,
+    }
 
 
-def loss_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+def loss_of_batch(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
+) -> torch.Tensor:
     """Divides by the tokens of the batch. T5's own loss is the mean over a micro-batch."""
-    return cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+    return (
+        cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        / num_items_in_batch
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,10 @@ class Setup:
     def arguments(self) -> dict[str, Any]:
         if self.reentrant is None:
             return {}
-        return {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": self.reentrant}}
+        return {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": self.reentrant},
+        }
 
 
 PLAIN = Setup()
@@ -158,7 +174,11 @@ class Watch(TrainerCallback):
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:
-            self.rows[-1] |= {"loss": logs["loss"], "norm": logs["grad_norm"], "rate": logs["learning_rate"]}
+            self.rows[-1] |= {
+                "loss": logs["loss"],
+                "norm": logs["grad_norm"],
+                "rate": logs["learning_rate"],
+            }
 
 
 def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
@@ -189,7 +209,11 @@ def deepspeed_config(*, fp32_gradients: bool = True) -> dict[str, Any]:
     """Returns the shipped config, or the part in which gradients travel and add up in the model's dtype."""
     config = read_json(Path("ds_configs/zero3.json"))
     rounded = {"communication_data_type", "data_types"}
-    return config if fp32_gradients else {key: value for key, value in config.items() if key not in rounded}
+    return (
+        config
+        if fp32_gradients
+        else {key: value for key, value in config.items() if key not in rounded}
+    )
 
 
 def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
@@ -198,30 +222,51 @@ def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
         model.enable_input_require_grads()
     if setup.whole:
         torch.manual_seed(job.seed)
-        config: Any = LoraConfig.from_pretrained(str(job.adapter), modules_to_save=list(setup.whole))
-        return cast(PeftModel, get_peft_model(model, config, autocast_adapter_dtype=setup.fp32_lora))
-    model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True, autocast_adapter_dtype=setup.fp32_lora)
+        config: Any = LoraConfig.from_pretrained(
+            str(job.adapter), modules_to_save=list(setup.whole)
+        )
+        return cast(
+            PeftModel, get_peft_model(model, config, autocast_adapter_dtype=setup.fp32_lora)
+        )
+    model = PeftModel.from_pretrained(
+        model, job.adapter, is_trainable=True, autocast_adapter_dtype=setup.fp32_lora
+    )
     if setup.reference:
-        model.add_adapter("ref", LoraConfig(r=2, target_modules=linear_names(model.get_base_model())))
+        model.add_adapter(
+            "ref", LoraConfig(r=2, target_modules=linear_names(model.get_base_model()))
+        )
     return model
 
 
-def make_trainer(job: Job, args: TrainingArguments, *callbacks: TrainerCallback, setup: Setup = PLAIN) -> Trainer:
+def make_trainer(
+    job: Job, args: TrainingArguments, *callbacks: TrainerCallback, setup: Setup = PLAIN
+) -> Trainer:
     kind = BesideReference if setup.reference else InOrder
     rows = Rows(job)
-    return kind(model=load_model(job, setup), args=args, train_dataset=rows, eval_dataset=rows, callbacks=[*callbacks])
+    return kind(
+        model=load_model(job, setup),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[*callbacks],
+    )
 
 
 def hooked(model: nn.Module) -> list[str]:
     """Names the modules that have a hook of this package."""
 
     def module_of(hook: Any) -> str:
-        inner = getattr(hook, "func", None) or getattr(hook, "hook", hook)  # of functools' and torch's wrappers
+        # of functools' and torch's wrappers
+        inner = getattr(hook, "func", None) or getattr(hook, "hook", hook)
         return inner.__module__
 
     names: list[str] = []
     for name, module in model.named_modules():
-        kinds = [value for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)]
+        kinds = [
+            value
+            for key, value in vars(module).items()
+            if key.endswith("_hooks") and isinstance(value, dict)
+        ]
         hooks = [hook for kind in kinds for hook in kind.values()]
         names += [name for hook in hooks if module_of(hook).startswith("loraprune_ds")]
     return names
@@ -254,7 +299,8 @@ def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor
     """Runs a script of launch/examples as `__main__`. Returns the live model's logits (samples, tokens, vocabulary)."""
     with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")  # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
+        # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
+        PartialState(backend="gloo")
         names = runpy.run_path(str(ROOT / "launch" / "examples" / script), run_name="__main__")
         engine = names["trainer"].model_wrapped if "trainer" in names else names["model"]
         engine.eval()
@@ -271,13 +317,17 @@ def train_with_callback(
         watch = Watch(callback)
         args = arguments(job, out, **more, **setup.arguments())  # the model is born sharded then
         trainer = make_trainer(job, args, callback, watch, setup=setup)
-        trainer.train(resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint))
+        trainer.train(
+            resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint)
+        )
         assert not hooked(cast(Any, trainer.model))
         if setup.whole:
             callback.save_model(out / "model")
             callback.save_base(out / "base")
         model = callback.pruning.model
-        return watch.rows, {name: model.collect(p, 0) for name, p in model.module.named_parameters()}
+        return watch.rows, {
+            name: model.collect(p, 0) for name, p in model.module.named_parameters()
+        }
 
 
 def train_pairs_with_callback(job: Job, out: Path, more: dict[str, Any]) -> list[dict[str, Any]]:
@@ -306,7 +356,11 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     config[section] = config[section] | settings
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
-        return refused(lambda: make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train())
+        return refused(
+            lambda: make_trainer(
+                job, arguments(job, out, deepspeed=config), callback, setup=setup
+            ).train()
+        )
 
 
 def refusal_of_compilation(job: Job, out: Path, more: dict[str, Any]) -> str:
@@ -332,5 +386,7 @@ def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> No
 def resume_without_the_callback(job: Job, out: Path, more: dict[str, Any], checkpoint: str) -> str:
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fresh_accelerate():
-        trainer = make_trainer(job, arguments(job, out, **more), LoraPruneCallback(PruneConfig(**job.prune)))
+        trainer = make_trainer(
+            job, arguments(job, out, **more), LoraPruneCallback(PruneConfig(**job.prune))
+        )
         return refused(trainer.train, resume_from_checkpoint=checkpoint)

@@ -10,7 +10,8 @@ from tests.paper import PAPER
 from tests.refusals import Spoil
 
 STEPS = 4
-Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what a wrong config names
+# (material, here): prepares in `here` what a wrong config names
+Make = Callable[[Path, Path], None]
 
 
 def make_material(root: Path) -> Path:
@@ -21,7 +22,12 @@ def make_material(root: Path) -> Path:
         "model": {"path": str(root / "model"), "dtype": "float32"},
         "data": {"path": str(root / "text.txt"), "window": 32},
         "prune": PAPER | {"channel_multiple": 1, "ratio": 0.2, "prune_every": 1},
-        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "distill_weight": 0},
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "distill_weight": 0,
+        },
         "evaluate": {"window": 32, "max_windows": 4},
     }
     write_config(root / "run.yaml", content)
@@ -30,7 +36,11 @@ def make_material(root: Path) -> Path:
 
 def arguments(material: Path, here: Path, *overrides: str) -> list[str]:
     given = [f"output_dir={here / 'out'}", *overrides]
-    return ["--config", str(material / "run.yaml"), *(word for override in given for word in ("--set", override))]
+    return [
+        "--config",
+        str(material / "run.yaml"),
+        *(word for override in given for word in ("--set", override)),
+    ]
 
 
 def assert_refused(ended: Ended, *words: str, code: int = 2) -> None:

@@ -23,13 +23,30 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a model dense/, its run/ with cuts after steps 3 and 5, all checkpoints, and text.txt."""
     root = tmp_path_factory.mktemp("finished")
-    sizes: Any = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64, "layers": 3, "vocab": VOCAB, "seed": 3}
+    sizes: Any = {
+        "heads": 6,
+        "kv_heads": 3,
+        "hidden": 48,
+        "ffn": 64,
+        "layers": 3,
+        "vocab": VOCAB,
+        "seed": 3,
+    }
     dense = make_tiny_llama(root / "dense", tie=True, biases=True, **sizes)
     byte_level_tokenizer(dense, VOCAB)
     train = {"global_batch_size": 4, "learning_rate": 1e-2}
     case = Case("run", "pruned_llama", {}, prune=GLOBAL, train=train, evaluate={"max_windows": 4})
-    config = run_config(case, dense, root) | {"lora": {"r": 4, "lora_dropout": 0.0}, "checkpoint": {"every": 4}}
-    config["data"] = {"path": str(write_text(root / "text.txt", 6_000)), "window": 32, "held_out_fraction": 0.2}
-    (ended,) = fork_ranks(["--config", str(write_config(root / "run.yaml", config))], root, cwd=root, timeout=300)
+    config = run_config(case, dense, root) | {
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "checkpoint": {"every": 4},
+    }
+    config["data"] = {
+        "path": str(write_text(root / "text.txt", 6_000)),
+        "window": 32,
+        "held_out_fraction": 0.2,
+    }
+    (ended,) = fork_ranks(
+        ["--config", str(write_config(root / "run.yaml", config))], root, cwd=root, timeout=300
+    )
     ended.check()
     return root

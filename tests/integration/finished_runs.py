@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.integration.launching import Ended, Launcher, fork_ranks, launch, read_json, write_config, write_text
+from tests.integration.launching import (
+    Ended,
+    Launcher,
+    fork_ranks,
+    launch,
+    read_json,
+    write_config,
+    write_text,
+)
 from tests.integration.resuming import metrics, read_tensors
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER
@@ -45,10 +53,37 @@ CASES = (
     Case("uniform", "llama", {**SIZES, "tie": True}),
     Case("watched", "llama", {**SIZES, "tie": True}, launcher=None, evaluate={"every": 1}),
     # 5 heads become 3, which do not divide the hidden size. transformers refuses such a llama.
-    Case("indivisible", "mistral", {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40}, launcher="torchrun"),
-    Case("mistral", "mistral", {**SIZES, "model_type": "mistral"}, launcher="python", ranks=1, dtype="bfloat16"),
-    Case("global", "pruned_llama", {**SIZES, "biases": True}, launcher=None, dtype="bfloat16", prune=GLOBAL),
-    Case("again", "pruned_llama", "global", launcher=None, dtype="bfloat16", prune=GLOBAL, train=CHECKPOINTING),
+    Case(
+        "indivisible",
+        "mistral",
+        {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40},
+        launcher="torchrun",
+    ),
+    Case(
+        "mistral",
+        "mistral",
+        {**SIZES, "model_type": "mistral"},
+        launcher="python",
+        ranks=1,
+        dtype="bfloat16",
+    ),
+    Case(
+        "global",
+        "pruned_llama",
+        {**SIZES, "biases": True},
+        launcher=None,
+        dtype="bfloat16",
+        prune=GLOBAL,
+    ),
+    Case(
+        "again",
+        "pruned_llama",
+        "global",
+        launcher=None,
+        dtype="bfloat16",
+        prune=GLOBAL,
+        train=CHECKPOINTING,
+    ),
 )
 NAMES = [case.name for case in CASES]
 
@@ -88,8 +123,15 @@ def run_all(root: Path) -> dict[str, Run]:
         if isinstance(case.source, str):
             source = runs[case.source].folder / "model"
         else:
-            sizes = {"head_dim": HEAD_DIM, "layers": LAYERS, "vocab": VOCAB, "dtype": case.dtype, **case.source}
-            seed = 1 if case.name == "watched" else seed + 1  # "watched" and "uniform" are the same run
+            sizes = {
+                "head_dim": HEAD_DIM,
+                "layers": LAYERS,
+                "vocab": VOCAB,
+                "dtype": case.dtype,
+                **case.source,
+            }
+            # "watched" and "uniform" are the same run
+            seed = 1 if case.name == "watched" else seed + 1
             source = make_tiny_llama(root / f"{case.name}_dense", seed=seed, **sizes)
         config = write_config(root / f"{case.name}.yaml", run_config(case, source, root))
         runs[case.name] = Run(case, source, config, root / case.name, _start(case, config, root))
@@ -112,9 +154,21 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
         "output_dir": str(root / case.name),
         "model": {"path": str(source), "dtype": case.dtype},
         "lora": {"r": 4},
-        "data": {"path": str(root / "text.txt"), "held_out": str(root / "held_out.txt"), "window": WINDOW},
-        "prune": PAPER | {"channel_multiple": 1, "ratio": 0.4, "protected_first": 0, "protected_last": 0} | schedule,
-        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3} | train,
+        "data": {
+            "path": str(root / "text.txt"),
+            "held_out": str(root / "held_out.txt"),
+            "window": WINDOW,
+        },
+        "prune": PAPER
+        | {"channel_multiple": 1, "ratio": 0.4, "protected_first": 0, "protected_last": 0}
+        | schedule,
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-3,
+        }
+        | train,
         "evaluate": {"window": WINDOW, "max_windows": WINDOWS, "batch_size": 5, **case.evaluate},
     }
 
@@ -146,7 +200,9 @@ def perplexities(runs: dict[str, Run], root: Path) -> dict[str, dict[str, Any]]:
     """Returns held-out perplexity of every case's model before ("<case>_dense") and after, by plain transformers."""
     folders = {name: run.folder / "model" for name, run in runs.items()}
     folders |= {f"{name}_dense": run.source for name, run in runs.items()}
-    models = [(name, str(folder), any(folder.glob("modeling_*.py"))) for name, folder in folders.items()]
+    models = [
+        (name, str(folder), any(folder.glob("modeling_*.py"))) for name, folder in folders.items()
+    ]
     job = {"models": models, "text": str(root / "held_out.txt"), "window": WINDOW, "count": WINDOWS}
     return json.loads(ask_stranger(STRANGER, json.dumps(job), folder=root).partition("RESULT ")[2])
 

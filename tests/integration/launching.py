@@ -21,7 +21,15 @@ from loraprune_ds.files import read_json
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "launch" / "run.py"
 # The modules that a start imports before it checks its input.
-PRELOADED = ["torch", "deepspeed", "peft", "transformers", "datasets", "loraprune_ds.train.run", __name__]
+PRELOADED = [
+    "torch",
+    "deepspeed",
+    "peft",
+    "transformers",
+    "datasets",
+    "loraprune_ds.train.run",
+    __name__,
+]
 T = TypeVar("T")
 Launcher = Literal["deepspeed", "torchrun", "python"]
 
@@ -68,7 +76,13 @@ def on_ranks(ranks: int, launcher: Launcher = "deepspeed", port: int | None = No
     """Returns the words of a command that start a script on some ranks of this machine."""
     port = port or free_port()
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))  # works without .venv activated
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        f"--master_port={port}",
+    ]
     return {
         "deepspeed": [deepspeed, "--quiet", f"--num_accelerators={ranks}", f"--master_port={port}"],
         "torchrun": torchrun,
@@ -92,7 +106,11 @@ def launch(
 
 
 def run_to_end(
-    command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300,
 ) -> Ended:
     """Runs a command in its own session. Fails at the deadline, and kills all that it started."""
     began, process = time.monotonic(), start(command, cwd, environment)
@@ -101,15 +119,25 @@ def run_to_end(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"no end after {timeout:g} s\n--- stdout\n{out}\n--- stderr\n{err}") from None
+        raise AssertionError(
+            f"no end after {timeout:g} s\n--- stdout\n{out}\n--- stderr\n{err}"
+        ) from None
     return Ended(process.returncode, out, err, time.monotonic() - began)
 
 
 def start(
-    command: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None, stdout: int = subprocess.PIPE
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    stdout: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Starts a command in its own session."""
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    pipes: Any = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": stdout,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     environment = clean_environment() | dict(environment or {})
     return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
 
@@ -117,7 +145,11 @@ def start(
 def clean_environment() -> dict[str, str]:
     """Returns this process's environment without variables of a launcher or pytest. Imports come from this checkout."""
     drop = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith("PYTEST_")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in drop and not key.startswith("PYTEST_")
+    }
     return kept | {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -153,15 +185,23 @@ def fork_ranks(
     ended = []
     for process, (out, err) in processes:
         process.join(max(0.1, began + timeout - time.monotonic()))
-        ended.append(Ended(process.exitcode, out.read_text(), err.read_text(), time.monotonic() - began))
+        ended.append(
+            Ended(process.exitcode, out.read_text(), err.read_text(), time.monotonic() - began)
+        )
     for process, _ in processes:
         process.kill()
-    assert all(rank.code is not None for rank in ended), "\n".join(rank.everything for rank in ended)
+    assert all(rank.code is not None for rank in ended), "\n".join(
+        rank.everything for rank in ended
+    )
     return ended
 
 
 def _be_rank(
-    command: list[str], cwd: Path, environment: dict[str, str], outputs: list[Path], before: Callable[[], None] | None
+    command: list[str],
+    cwd: Path,
+    environment: dict[str, str],
+    outputs: list[Path],
+    before: Callable[[], None] | None,
 ) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -175,7 +215,8 @@ def _be_rank(
     try:
         runpy.run_path(command[0], run_name="__main__")
     except Exception:
-        sys.excepthook(*cast(Any, sys.exc_info()))  # as an interpreter would; multiprocessing does not
+        # as an interpreter would; multiprocessing does not
+        sys.excepthook(*cast(Any, sys.exc_info()))
         raise
 
 

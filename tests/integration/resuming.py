@@ -40,12 +40,19 @@ from tests.refusals import full_disk
 STEPS = 20
 CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
 # Of 8 steps: cuts after 4, 6 and 8, each with a refit.
-REFITS = {"prune_every": 2, "warmup_fraction": 0.25, "cooldown_fraction": 0.0, "compensate": "least_squares"}
+REFITS = {
+    "prune_every": 2,
+    "warmup_fraction": 0.25,
+    "cooldown_fraction": 0.0,
+    "compensate": "least_squares",
+}
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     """Writes a tiny model, text and config into `folder`. Adam's epsilon: see test_sharded_equals_dense.py."""
-    make_tiny_llama(folder / "source", heads=8, kv_heads=4, hidden=64, ffn=93, layers=3, biases=True)
+    make_tiny_llama(
+        folder / "source", heads=8, kv_heads=4, hidden=64, ffn=93, layers=3, biases=True
+    )
     words = random.Random(0)
     names = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
     lines = (" ".join(words.choice(names) for _ in range(12)) for _ in range(200))
@@ -55,8 +62,19 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "lora": {"r": 4, "lora_dropout": 0.1},
         "data": {"path": str(folder / "text.txt"), "window": 24},
         "prune": PAPER
-        | {"channel_multiple": 1, "ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
-        "train": {"steps": STEPS, "global_batch_size": 6, "micro_batch_size": 1, "learning_rate": 5e-3}
+        | {
+            "channel_multiple": 1,
+            "ratio": 0.4,
+            "prune_every": 5,
+            "protected_first": 0,
+            "protected_last": 0,
+        },
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 6,
+            "micro_batch_size": 1,
+            "learning_rate": 5e-3,
+        }
         | {"adam_epsilon": 1e-3, "distill_weight": 0},
         "evaluate": {"window": 24, "max_windows": 4},
         "checkpoint": {"every": 1, "keep_last": STEPS},
@@ -72,12 +90,17 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
 def write_family(folder: Path, family: str, **changes: Any) -> str:
     """Writes a tiny model of a family next to the model of `write_run`. Returns the setting that names it."""
     source = folder / family
-    shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copytree(
+        folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json")
+    )
     shutil.copy(folder / "source" / "tokenizer_config.json", source)
     tiny_model(family, seed=1, **changes).save_pretrained(source)
     if is_seq2seq(family):  # to write the beginning of a line backwards
         config, lines = folder / "config.yaml", (folder / "text.txt").read_text().splitlines()
-        rows = [json.dumps({"source": line[: 5 + i % 4], "target": line[4::-1]}) for i, line in enumerate(lines)]
+        rows = [
+            json.dumps({"source": line[: 5 + i % 4], "target": line[4::-1]})
+            for i, line in enumerate(lines)
+        ]
         (folder / "pairs.jsonl").write_text("\n".join(rows))
         data = {"path": str(folder / "pairs.jsonl"), "format": "seq2seq", "packing": False}
         settings = yaml.safe_load(config.read_text())
@@ -89,13 +112,16 @@ def config_for(path: Path, out: Path, *changes: str) -> RunConfig:
     return config_from_dict(read_config(path, [f"output_dir={out}", *changes]))
 
 
-def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None = None, between: int = 0) -> bool:
+def run_here(
+    config: RunConfig, resume: str | None = None, stop_at: int | None = None, between: int = 0
+) -> bool:
     """Runs on every rank the run, or the rest of it. Asks it to stop during step `stop_at`.
 
     Args:
         between: or stops it before the first step (1), after the last one (2), or when weights are written (3).
     """
-    gc.freeze()  # DeepSpeed collects garbage twice per cut; over all imports of torch that takes a second
+    # DeepSpeed collects garbage twice per cut; over all imports of torch that takes a second
+    gc.freeze()
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
 
     def current(requests: RequestListener) -> int:
@@ -138,7 +164,9 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
 
     def save_file_if_room(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
         if Communicator().rank == full_rank and path.name == name:
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         save_file(tensors, path)
 
     full = patch("loraprune_ds.model.weight_files.save_file", save_file_if_room)
@@ -193,11 +221,24 @@ class Contents:
 
 def contents(out: Path, step: int) -> Contents:
     folder = out / "checkpoints" / f"step-{step}"
-    masters, moments = (sorted(folder.glob(pattern)) for pattern in ("lora-*.safetensors", "resume/adam-*.safetensors"))
-    lora = {f"{path.stem[-5:]}.{name}.master": tensor for path in masters for name, tensor in load_file(path).items()}
-    lora |= {f"{path.stem[-5:]}.{name}": tensor for path in moments for name, tensor in load_file(path).items()}
+    masters, moments = (
+        sorted(folder.glob(pattern))
+        for pattern in ("lora-*.safetensors", "resume/adam-*.safetensors")
+    )
+    lora = {
+        f"{path.stem[-5:]}.{name}.master": tensor
+        for path in masters
+        for name, tensor in load_file(path).items()
+    }
+    lora |= {
+        f"{path.stem[-5:]}.{name}": tensor
+        for path in moments
+        for name, tensor in load_file(path).items()
+    }
     scores = folder / "resume" / "scores.safetensors"
-    return Contents(lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"])
+    return Contents(
+        lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"]
+    )
 
 
 def assert_bitwise(found: Contents, expected: Contents) -> None:

@@ -34,21 +34,40 @@ WRONG = (
     Wrong("no such model", "model.path={here}/model", ("model.path",)),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
     Wrong("no tokenizer", MODEL, ("tokenizer",), copy_of_model(remove("tokenizer.json"))),
-    Wrong("text too short", "data.path={here}/short.txt", ("short.txt", "4"), file_at("short.txt", "Few words. " * 12)),
-    Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("2 ranks",), ranks=2),
+    Wrong(
+        "text too short",
+        "data.path={here}/short.txt",
+        ("short.txt", "4"),
+        file_at("short.txt", "Few words. " * 12),
+    ),
+    Wrong(
+        "ranks, no download",
+        "train.global_batch_size=6 model.path=nobody/nothing",
+        ("2 ranks",),
+        ranks=2,
+    ),
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
     Wrong("window", "data.window=4096", ("data.window 4096", "512")),
     Wrong("attention", "model.attn_implementation=flash", ("attn_implementation flash",)),
-    Wrong("activation", MODEL, ("config.json", "zelu"), copy_of_model(edit("config.json", hidden_act="zelu"))),
+    Wrong(
+        "activation",
+        MODEL,
+        ("config.json", "zelu"),
+        copy_of_model(edit("config.json", hidden_act="zelu")),
+    ),
     Wrong("no ds_config", DS, ("deepspeed", "ds.json")),
-    Wrong("output_dir in a file", "output_dir={here}/file/out", ("output_dir",), file_at("file", "")),
+    Wrong(
+        "output_dir in a file", "output_dir={here}/file/out", ("output_dir",), file_at("file", "")
+    ),
     Wrong("endless output_dir", "output_dir={here}/" + 300 * "x", ("output_dir",)),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out",)),
 )
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_wrong_input_is_one_line_before_anything_is_written(wrong: Wrong, material: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_one_line_before_anything_is_written(
+    wrong: Wrong, material: Path, tmp_path: Path
+) -> None:
     here, outputs = tmp_path / "here", tmp_path / "outputs"
     here.mkdir()
     outputs.mkdir()
@@ -93,13 +112,20 @@ def have_no_float16() -> None:
 @pytest.mark.parametrize(
     ("lose", "words"),
     [
-        (lose_a_private_method, ("deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions")),
+        (
+            lose_a_private_method,
+            ("deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions"),
+        ),
         (lose_a_private_module, ("loraprune_ds.train.run",)),
         (have_no_float16, ("model.dtype float16", "cpu")),
     ],
 )
-def test_a_lack_is_named(lose: Callable[[], None], words: tuple[str, ...], material: Path, tmp_path: Path) -> None:
-    given = arguments(material, tmp_path, *(["model.dtype=float16"] if lose is have_no_float16 else []))
+def test_a_lack_is_named(
+    lose: Callable[[], None], words: tuple[str, ...], material: Path, tmp_path: Path
+) -> None:
+    given = arguments(
+        material, tmp_path, *(["model.dtype=float16"] if lose is have_no_float16 else [])
+    )
     (ended,) = fork_ranks(given, tmp_path, before=lose)
     assert_refused(ended, *words)
     assert not (tmp_path / "out").exists()

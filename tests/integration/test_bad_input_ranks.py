@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model
-from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
+from tests.integration.launching import (
+    ROOT,
+    fork_ranks,
+    launch,
+    read_json,
+    write_config,
+    write_text,
+)
 from tests.ranks import RENAMED
 from tests.refusals import edit_tensors
 
@@ -46,7 +53,12 @@ def wait_a_second() -> None:
     ],
 )
 def test_what_only_one_rank_lacks_or_has_is_told_of_it(
-    setting: str, name: str, told: str, homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
+    setting: str,
+    name: str,
+    told: str,
+    homes: Callable[[int], dict[str, str]],
+    material: Path,
+    tmp_path: Path,
 ) -> None:
     for rank in range(2):
         write_text(tmp_path / f"home{rank}" / "other.txt", 6_000, start=rank)
@@ -96,23 +108,33 @@ def run_out_of_memory() -> None:
     mock.patch("torch.distributed.destroy_process_group", side_effect=leave).start()
 
 
-def test_an_error_nobody_expected_ends_its_rank_without_waiting_for_others(material: Path, tmp_path: Path) -> None:
+def test_an_error_nobody_expected_ends_its_rank_without_waiting_for_others(
+    material: Path, tmp_path: Path
+) -> None:
     (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=run_out_of_memory)
     assert ended.code == 1, ended.everything
     assert "OutOfMemoryError: of the device" in ended.err
-    assert read_json(tmp_path / "out" / "status.json")["error"] == "torch.OutOfMemoryError: of the device"
+    assert (
+        read_json(tmp_path / "out" / "status.json")["error"]
+        == "torch.OutOfMemoryError: of the device"
+    )
 
 
 def test_the_first_failing_rank_tells_its_error(material: Path, tmp_path: Path) -> None:
     """Checks an unexpected error of rank 1. All that rank 0 sees of it is a broken connection."""
     given = arguments(material, tmp_path)
     fault = {"LORAPRUNE_FAULT": "backward@2:1:raise"}
-    first, other = fork_ranks(given, tmp_path, ranks=2, environment=lambda rank: fault, before=read_fault)
+    first, other = fork_ranks(
+        given, tmp_path, ranks=2, environment=lambda rank: fault, before=read_fault
+    )
     assert (first.code, other.code) == (1, 1), first.everything + other.everything
     assert other.err.startswith("[rank 1] Traceback (most recent call last):")
     assert other.err.endswith("[rank 1] RuntimeError: fail-point backward@2: raised\n")
     status = read_json(tmp_path / "out" / "status.json")
-    assert (status["state"], status["error"]) == ("failed", "rank 1: RuntimeError: fail-point backward@2: raised")
+    assert (status["state"], status["error"]) == (
+        "failed",
+        "rank 1: RuntimeError: fail-point backward@2: raised",
+    )
 
 
 RANK_HOOK = """
@@ -134,14 +156,20 @@ def hook(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{ROOT}:{tmp_path / 'hook'}", "HOME": str(tmp_path / "home")}
 
 
-def test_launched_a_slow_rank_0_still_gets_to_tell(hook: dict[str, str], material: Path, tmp_path: Path) -> None:
+def test_launched_a_slow_rank_0_still_gets_to_tell(
+    hook: dict[str, str], material: Path, tmp_path: Path
+) -> None:
     """Checks a typo that rank 1 meets first. Its end would make the launcher kill rank 0."""
-    ended = launch(arguments(material, tmp_path, "prune.rato=1"), environment=hook | {"DELAY_RANK_0": "2"})
+    ended = launch(
+        arguments(material, tmp_path, "prune.rato=1"), environment=hook | {"DELAY_RANK_0": "2"}
+    )
     assert_refused(ended, "prune.rato")
     assert ended.out.count("\n") == 1  # the launcher's own: the exit code
 
 
-def test_launched_a_config_that_only_one_rank_lacks(hook: dict[str, str], material: Path, tmp_path: Path) -> None:
+def test_launched_a_config_that_only_one_rank_lacks(
+    hook: dict[str, str], material: Path, tmp_path: Path
+) -> None:
     given = ["--config", "run.yaml", "--set", f"output_dir={tmp_path / 'out'}"]
     ended = launch(given, cwd=material, environment=hook | {"LATER_FOLDER": str(tmp_path)})
     assert ended.code == 2, ended.everything
@@ -161,7 +189,13 @@ def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> Non
 # What every first collective needs is made before any input is looked at
 
 LOG = "COLLECTIVE_LOG"
-NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "gather")
+NAMES = (
+    "all_reduce",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "gather",
+)
 
 
 def log_collectives() -> None:
@@ -179,12 +213,16 @@ def log_collectives() -> None:
 
 
 def test_all_kinds_of_collectives_run_before_the_input_is_looked_at(tmp_path: Path) -> None:
-    config = {"output_dir": "out", "train": {"steps": 1, "global_batch_size": 3, "micro_batch_size": 1}}
+    config = {
+        "output_dir": "out",
+        "train": {"steps": 1, "global_batch_size": 3, "micro_batch_size": 1},
+    }
     given = ["--config", str(write_config(tmp_path / "run.yaml", config))]
     logs = [tmp_path / f"log-{rank}" for rank in range(2)]
     where = {"cwd": tmp_path, "environment": lambda rank: {LOG: str(logs[rank])}}
     ended = fork_ranks(given, tmp_path, ranks=2, before=log_collectives, **where)  # type: ignore[arg-type]
-    assert [rank.code for rank in ended] == [2, 2], ended[0].everything  # 3 samples cannot be split over 2 ranks
+    # 3 samples cannot be split over 2 ranks
+    assert [rank.code for rank in ended] == [2, 2], ended[0].everything
     for log in logs:
         called = log.read_text().split()
         assert called[: called.index("all_gather_object")] == list(NAMES)

@@ -19,7 +19,12 @@ TEMPLATE = """{%- for message in messages %}{{- message.role + ': ' + message.co
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"format": "chat", "packing": True, "window": 96},
     "prune": {"prune_every": 2, "criterion": "fisher", "compensate": "least_squares"},
-    "train": {"steps": STEPS, "distill_weight": 0.5, "group_by_length": True, "micro_batch_size": 3},
+    "train": {
+        "steps": STEPS,
+        "distill_weight": 0.5,
+        "group_by_length": True,
+        "micro_batch_size": 3,
+    },
     "checkpoint": {"every": None},
 }
 
@@ -28,7 +33,10 @@ def write_chats(path: Path) -> Path:
     words, lines = random.Random(1), []
     for _ in range(120):
         number = words.randrange(100)
-        messages = [{"role": "user", "content": f"add {number}"}, {"role": "assistant", "content": str(number + 1)}]
+        messages = [
+            {"role": "user", "content": f"add {number}"},
+            {"role": "assistant", "content": str(number + 1)},
+        ]
         lines.append(json.dumps({"messages": messages * words.randint(1, 2)}))
     path.write_text("\n".join(lines))
     return path
@@ -45,9 +53,14 @@ def write_chat_run(folder: Path) -> Path:
     return path
 
 
-def test_a_stopped_run_on_packed_conversations_ends_as_one_that_never_stopped(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_stopped_run_on_packed_conversations_ends_as_one_that_never_stopped(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     path = write_chat_run(tmp_path)
-    straight, stopped = config_for(path, tmp_path / "straight"), config_for(path, tmp_path / "stopped")
+    straight, stopped = (
+        config_for(path, tmp_path / "straight"),
+        config_for(path, tmp_path / "stopped"),
+    )
     ranks.run(2, run_here, straight)
     ranks.run(2, run_here, stopped, None, STOP_AT)
     ranks.run(2, run_here, stopped, "auto")
@@ -56,7 +69,9 @@ def test_a_stopped_run_on_packed_conversations_ends_as_one_that_never_stopped(ra
 
 def test_a_target_is_reached_on_two_ranks(ranks: RankPool, tmp_path: Path) -> None:
     path = write_run(tmp_path, prune={"ratio": None, "target": "0.08M"})
-    ranks.run(2, run_here, config_for(path, tmp_path / "out", "train.steps=6", "prune.prune_every=2"))
+    ranks.run(
+        2, run_here, config_for(path, tmp_path / "out", "train.steps=6", "prune.prune_every=2")
+    )
     target = read_json(tmp_path / "out" / "report.json")["target"]
     assert target["dense"] > 80_000 >= target["reached"]
     # One step of `uniform`: a channel of each layer, which is 64 elements in each of three linears.

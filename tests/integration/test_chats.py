@@ -17,8 +17,14 @@ CHATS = ROOT / "launch" / "chats.py"
 
 
 def test_two_ranks_write_the_chats_of_one(tmp_path: Path) -> None:
-    model, prompts, outputs = make_chat_model(tmp_path / "model"), tmp_path / "prompts.jsonl", list[str]()
-    prompts.write_text("".join(f'{{"prompt": "How much is {i} + {i}?", "kind": "sum"}}\n' for i in range(15)))
+    model, prompts, outputs = (
+        make_chat_model(tmp_path / "model"),
+        tmp_path / "prompts.jsonl",
+        list[str](),
+    )
+    prompts.write_text(
+        "".join(f'{{"prompt": "How much is {i} + {i}?", "kind": "sum"}}\n' for i in range(15))
+    )
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
@@ -28,7 +34,9 @@ def test_two_ranks_write_the_chats_of_one(tmp_path: Path) -> None:
         assert not any(other.check().out for other in others)
     files = ("chats.jsonl", "chats.draws.jsonl", "chats.settings.json")
     assert outputs[0] == outputs[1]
-    assert len({tuple((tmp_path / ranks / name).read_text() for name in files) for ranks in "12"}) == 1
+    assert (
+        len({tuple((tmp_path / ranks / name).read_text() for name in files) for ranks in "12"}) == 1
+    )
     rows = read_rows(DataSource(str(tmp_path / "1" / "chats.jsonl"), format="chat"))
     assert len(rows) > 1
     assert [len(read_chat(row).messages) for row in rows] == [2] * len(rows)
@@ -48,6 +56,8 @@ def test_ranks_stop_at_the_row_where_one_stops(ranks: RankPool, tmp_path: Path) 
     asked = {"tokens": 300, "max_new_tokens": 40, "batch_size": 2, "prompts": None, "text": None}
     options = Namespace(model=str(model), seed=0, engine="transformers", **asked)
     expected = kept(Namespace(**vars(options), out=tmp_path / "one.jsonl"))
-    assert ranks.run(2, kept, Namespace(**vars(options), out=tmp_path / "two.jsonl")) == [expected] * 2
+    assert (
+        ranks.run(2, kept, Namespace(**vars(options), out=tmp_path / "two.jsonl")) == [expected] * 2
+    )
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
     assert len(expected) > 1

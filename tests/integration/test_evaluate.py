@@ -23,7 +23,9 @@ from tests.refusals import must_name
 
 EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"
 WINDOW, WINDOWS = 32, 21
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,10 @@ def write_tasks(folder: Path) -> None:
         {"query": f"The {noun} is", "choices": [" red.", " made of wood.", " here"], "gold": i % 3}
         for i, noun in enumerate(["house", "car", "sea", "number", "import statement"])
     ]
-    texts = [{"text": f"The {noun} is an object that has a type, " * 3} for noun in ("list", "class", "generator")]
+    texts = [
+        {"text": f"The {noun} is an object that has a type, " * 3}
+        for noun in ("list", "class", "generator")
+    ]
     for name, lines in (("choice", questions), ("prose", texts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\nmetadata: {version: 1}\n"
@@ -81,8 +86,12 @@ def answer(ended: Ended) -> dict[str, Any]:
 
 def straightforward(folder: Path, text: Path) -> float:
     """Computes perplexity with plain transformers, one window at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(text.read_text()).input_ids
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True
+    ).eval()
+    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(
+        text.read_text()
+    ).input_ids
     losses = []
     for start in range(0, WINDOWS * WINDOW, WINDOW):
         window = torch.tensor(tokens[start : start + WINDOW])
@@ -93,33 +102,58 @@ def straightforward(folder: Path, text: Path) -> float:
 
 
 def on_text(made: Path) -> list[str]:
-    return ["--text", str(made / "text.txt"), "--window", str(WINDOW), "--max-windows", str(WINDOWS), "--json"]
+    return [
+        "--text",
+        str(made / "text.txt"),
+        "--window",
+        str(WINDOW),
+        "--max-windows",
+        str(WINDOWS),
+        "--json",
+    ]
 
 
 def test_a_run_is_its_model_and_knows_what_it_lost(made: Path) -> None:
     found = answer(evaluate(made, made / "run", *on_text(made), "--dense", made / "dense"))
-    assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
-    assert found["dense"]["perplexity"] == pytest.approx(straightforward(made / "dense", made / "text.txt"), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(
+        straightforward(made / "run/model", made / "text.txt"), rel=1e-6
+    )
+    assert found["dense"]["perplexity"] == pytest.approx(
+        straightforward(made / "dense", made / "text.txt"), rel=1e-6
+    )
     assert (found["tokens"], found["windows"]) == (WINDOWS * (WINDOW - 1), WINDOWS)
     params = read_json(made / "run" / "report.json")["params"]
     assert found["removed_fraction"] == params["removed_fraction"] > 0.1
-    assert (found["cost"]["parameters"], found["dense"]["cost"]["parameters"]) == (params["pruned"], params["dense"])
+    assert (found["cost"]["parameters"], found["dense"]["cost"]["parameters"]) == (
+        params["pruned"],
+        params["dense"],
+    )
     assert (found["kind"], found["method"], found["dtype"]) == ("run", "lora, global", "float32")
 
 
 def test_an_adapter_is_merged_on_the_fly(made: Path) -> None:
     """Merges LoRA into the pruned base. That equals the model of the two merged on disk."""
     found = answer(evaluate(made, made / "apart" / "adapter", *on_text(made)))
-    assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(
+        straightforward(made / "run/model", made / "text.txt"), rel=1e-5
+    )
     both = answer(evaluate(made, made / "apart", *on_text(made)))
     assert (both["perplexity"], both["kind"]) == (found["perplexity"], "adapter")
     base = answer(evaluate(made, made / "apart" / "base", *on_text(made)))
     assert abs(found["perplexity"] / base["perplexity"] - 1) > 1e-2
 
 
-def test_no_room_to_merge_is_told_before_writing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_to_merge_is_told_before_writing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    must_name(str(tmp_path), export, find_source(made / "run" / "checkpoints" / "step-4"), "hf", tmp_path / "0")
+    must_name(
+        str(tmp_path),
+        export,
+        find_source(made / "run" / "checkpoints" / "step-4"),
+        "hf",
+        tmp_path / "0",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,20 +162,32 @@ def test_two_ranks_give_the_same_number(made: Path, sharded: list[str]) -> None:
     """Evaluates a whole model, and a sharded one under a launcher. Rank 0 alone writes."""
     arguments = [str(made / "run"), *on_text(made), *sharded, "--batch-size", "4"]
     command = [*on_ranks(2, "torchrun"), str(EVALUATE), *arguments]
-    found = answer(run_to_end(command, cwd=ROOT) if sharded else evaluate(made, *arguments, ranks=2))
-    assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
+    found = answer(
+        run_to_end(command, cwd=ROOT) if sharded else evaluate(made, *arguments, ranks=2)
+    )
+    assert found["perplexity"] == pytest.approx(
+        straightforward(made / "run/model", made / "text.txt"), rel=1e-6
+    )
     assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
 
 
 def test_speed_is_measured_on_both(made: Path, tmp_path: Path) -> None:
     for name in ("dense", "run/model"):  # the tiny ones read 512 tokens at most
         shutil.copytree(made / name, tmp_path / name)
-        config = json.loads((tmp_path / name / "config.json").read_text()) | {"max_position_embeddings": 1024}
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {
+            "max_position_embeddings": 1024
+        }
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    found = answer(evaluate(made, tmp_path / "run/model", "--dense", tmp_path / "dense", "--speed", "--json"))
+    found = answer(
+        evaluate(made, tmp_path / "run/model", "--dense", tmp_path / "dense", "--speed", "--json")
+    )
     assert found["perplexity"] is None
     for model in (found, found["dense"]):
-        assert model["speed"]["prefill_tokens_per_second"] > model["speed"]["decode_tokens_per_second"] > 0
+        assert (
+            model["speed"]["prefill_tokens_per_second"]
+            > model["speed"]["decode_tokens_per_second"]
+            > 0
+        )
 
 
 def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
@@ -149,7 +195,9 @@ def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(made / "run", folder)
     more = ["--set", f"output_dir={folder}", "--set", "evaluate.after=[answers]"]
-    (ended,) = fork_ranks(["--config", str(made / "run.yaml"), *more], tmp_path, cwd=made, timeout=300)
+    (ended,) = fork_ranks(
+        ["--config", str(made / "run.yaml"), *more], tmp_path, cwd=made, timeout=300
+    )
     ended.check()
     report, whole = read_json(folder / "report.json"), read_json(folder / "evaluation.json")
     assert report["steps"] == 6
@@ -182,14 +230,20 @@ def test_tasks_are_what_lm_eval_by_hand_gives(made: Path) -> None:
     arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
     found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments, ranks=2))
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(made / "home")}
-    job = json.dumps([[str(made / "run" / "model"), str(made / "dense")], tasks, str(made / "tasks")])
-    by_hand = run_to_end([sys.executable, "-c", BY_HAND, job], cwd=made, environment=offline, timeout=300).check()
+    job = json.dumps(
+        [[str(made / "run" / "model"), str(made / "dense")], tasks, str(made / "tasks")]
+    )
+    by_hand = run_to_end(
+        [sys.executable, "-c", BY_HAND, job], cwd=made, environment=offline, timeout=300
+    ).check()
     pruned, dense = (json.loads(part.splitlines()[0]) for part in by_hand.out.split("RESULT ")[1:])
     for ours, theirs in ((found, pruned), (found["dense"], dense)):
         shared = ours["tasks"]["results"]
         assert shared["tiny_choice"]["acc,none"] == theirs["tiny_choice"]["acc,none"]
         # These are sums of fp32 log-likelihoods, batched with other texts.
-        on_two, alone = (result["tiny_prose"]["word_perplexity,none"] for result in (shared, theirs))
+        on_two, alone = (
+            result["tiny_prose"]["word_perplexity,none"] for result in (shared, theirs)
+        )
         assert on_two == pytest.approx(alone, rel=1e-5)
     assert pruned["tiny_prose"] != dense["tiny_prose"]
     settings = found["tasks"]["settings"]
@@ -202,7 +256,12 @@ def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
     (tmp_path / "again.json").write_text(answered.out)
     command = [sys.executable, str(COMPARE), str(made / "run"), str(tmp_path / "again.json")]
     ended = run_to_end([*command, "--picture", str(tmp_path / "picture.png")], cwd=ROOT).check()
-    assert {line.split()[0] for line in ended.out.splitlines() if line} == {"perplexity", "result", "run", "again"}
+    assert {line.split()[0] for line in ended.out.splitlines() if line} == {
+        "perplexity",
+        "result",
+        "run",
+        "again",
+    }
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     found = json.loads(run_to_end([*command, "--json"], cwd=ROOT).out)["results"]
     assert [result["method"] for result in found] == ["lora, global"] * 2
@@ -213,7 +272,14 @@ def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
 
 
 def make_other(made: Path, here: Path) -> None:
-    sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "ffn": 8, "layers": 1}
+    sizes: dict[str, Any] = {
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 4,
+        "hidden": 8,
+        "ffn": 8,
+        "layers": 1,
+    }
     make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
 
 
@@ -221,7 +287,11 @@ TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
 # Arguments, names in the error, and a function that makes what is wrong in {here}. Unit tests have more.
 BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} {{here}}/other", make_other),
-    ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 launch/export.py", None),
+    (
+        "{made}/run/checkpoints/step-4 " + TEXT,
+        "{made}/run/checkpoints/step-4 launch/export.py",
+        None,
+    ),
     ("{here}/nothing --dataset wikitext2", "{here}/nothing", None),  # before a download
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} max_position_embeddings 512 1024", None),
     (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html", None),
@@ -231,7 +301,11 @@ BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
 
 @pytest.mark.parametrize(("arguments", "names", "spoil"), BAD)
 def test_bad_input_is_one_line(
-    made: Path, tmp_path: Path, arguments: str, names: str, spoil: Callable[[Path, Path], None] | None
+    made: Path,
+    tmp_path: Path,
+    arguments: str,
+    names: str,
+    spoil: Callable[[Path, Path], None] | None,
 ) -> None:
     if spoil:
         spoil(made, tmp_path)

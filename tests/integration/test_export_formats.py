@@ -46,7 +46,9 @@ def export(*arguments: str | Path) -> Ended:
         patch.setattr(sys, "argv", [str(EXPORT), *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(EXPORT), run_name="__main__")
-    return Ended(cast(int, ended.value.code), out.getvalue(), err.getvalue(), time.monotonic() - began)
+    return Ended(
+        cast(int, ended.value.code), out.getvalue(), err.getvalue(), time.monotonic() - began
+    )
 
 
 def exported(source: Path, name: str, out: Path) -> Path:
@@ -72,7 +74,8 @@ def test_base_and_adapter_give_the_merged_model(run: Path, adapter: Path) -> Non
     again = model.merge_and_unload()
     for name, tensor in read_tensors(run / "model").items():
         torch.testing.assert_close(again.get_parameter(name).detach(), tensor, rtol=0, atol=1e-6)
-    check_adapter(adapter / "adapter", LoraConfig(r=4), open_pretrained(adapter / "base").shape)  # a run can start so
+    # a run can start so
+    check_adapter(adapter / "adapter", LoraConfig(r=4), open_pretrained(adapter / "base").shape)
 
 
 def test_the_finished_model_is_copied(run: Path, tmp_path: Path) -> None:
@@ -80,7 +83,9 @@ def test_the_finished_model_is_copied(run: Path, tmp_path: Path) -> None:
     ended = run_to_end([sys.executable, str(EXPORT), str(run)], cwd=tmp_path)
     assert (ended.code, ended.out, ended.err) == (0, "hf: run-hf\n", ""), ended.everything
     out = tmp_path / "run-hf"
-    copied, original = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (out, run / "model"))
+    copied, original = (
+        {path.name: path.read_bytes() for path in each.iterdir()} for each in (out, run / "model")
+    )
     assert copied == original
 
 
@@ -102,7 +107,9 @@ def unfinished(run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, unfinished: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_gives_its_newest_checkpoint(
+    run: Path, unfinished: Path, tmp_path: Path
+) -> None:
     ended = export(unfinished, "--out", tmp_path / "hf")
     assert ended.code == 0, ended.everything
     assert "taken from step-4" in ended.out
@@ -110,13 +117,24 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, unfinished: Pa
     dense = open_pretrained(run.parent / "dense").shape
     assert dense.linear_numel() > shape.linear_numel() > last.linear_numel()
     assert torch.isfinite(logits(load(tmp_path / "hf"), PROMPT)).all()
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("the import statement").input_ids
-    assert tokens == AutoTokenizer.from_pretrained(run.parent / "dense")("the import statement").input_ids
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)(
+        "the import statement"
+    ).input_ids
+    assert (
+        tokens
+        == AutoTokenizer.from_pretrained(run.parent / "dense")("the import statement").input_ids
+    )
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "4 optimizer steps" in card
-    assert f"| perplexity | {read_json(run / 'report.json')['perplexity']['dense']:.2f} | not measured | |" in card
+    assert (
+        f"| perplexity | {read_json(run / 'report.json')['perplexity']['dense']:.2f} | not measured | |"
+        in card
+    )
     exported(unfinished, "gguf-f16", tmp_path / "gguf")
-    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"README.md", "unfinished-f16.gguf"}
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
+        "README.md",
+        "unfinished-f16.gguf",
+    }
 
 
 def test_a_damaged_checkpoint_is_passed_over(run: Path, unfinished: Path, tmp_path: Path) -> None:
@@ -137,7 +155,11 @@ def test_every_format_has_the_same_card(run: Path, adapter: Path, tmp_path: Path
     reader = GGUFReader(gguf / "run-q8_0.gguf")
     assert len(reader.tensors) == len(read_tensors(run / "model"))
     assert reader.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q8_0
-    how = {run / "model": "LoRA merged", adapter: "PeftModel.from_pretrained", gguf: 'Llama("path/to/run-q8_0.gguf")'}
+    how = {
+        run / "model": "LoRA merged",
+        adapter: "PeftModel.from_pretrained",
+        gguf: 'Llama("path/to/run-q8_0.gguf")',
+    }
     for folder, words in how.items():
         card = (folder / "README.md").read_text()
         for number in (report["params"]["dense"], report["params"]["pruned"]):
@@ -155,12 +177,16 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
     assert_refused(export(tmp_path, "--out", out), str(tmp_path))
     assert_refused(export(run, "--out", "/proc/nowhere/out"), "/proc/nowhere/out")
     with pytest.MonkeyPatch.context() as patch:
-        no_room = Mock(side_effect=SafetensorError("Error while serializing: No space left on device"))
+        no_room = Mock(
+            side_effect=SafetensorError("Error while serializing: No space left on device")
+        )
         patch.setattr("loraprune_ds.model.weight_files.write_weight_file", no_room)
         assert_refused(export(unfinished, "--out", out), str(out), "No space left", code=1)
     assert_refused(export(run / "model", "--format", "adapter", "--out", out), "model", "LoRA")
     assert_refused(export(run, "--out", unfinished), str(unfinished))
-    assert_refused(export(run, "--mtp", tmp_path / "no", "--out", out), f"--mtp: folder {tmp_path}/no")
+    assert_refused(
+        export(run, "--mtp", tmp_path / "no", "--out", out), f"--mtp: folder {tmp_path}/no"
+    )
     shutil.rmtree(unfinished / "checkpoints")
     assert_refused(export(unfinished, "--out", out), "stopped at step 4 of 6")
     shutil.copytree(run / "model", model)
@@ -172,9 +198,15 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_finished_run_below_its_ratio_exits_with_3_after_all_stages(finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_below_its_ratio_exits_with_3_after_all_stages(
+    finished: Path, tmp_path: Path
+) -> None:
     out = shutil.copytree(finished / "run", tmp_path / "out")
     edit("status.json", error="the run ends with 18.8 %")(out)
     given = ["--config", str(finished / "run.yaml"), "--set", f"output_dir={out}"]
     (ended,) = fork_ranks(given, tmp_path, cwd=finished)
-    assert (ended.code, "18.8 %" in ended.err, "parameters, whole model" in ended.out) == (3, True, True)
+    assert (ended.code, "18.8 %" in ended.err, "parameters, whole model" in ended.out) == (
+        3,
+        True,
+        True,
+    )

@@ -98,13 +98,17 @@ def exported(request: pytest.FixtureRequest, exports: dict[str, Exported]) -> Ex
 def test_logits_equal_the_cut_model_in_memory(exported: Exported) -> None:
     assert exported.found["dtype"].dtype == getattr(torch, exported.case.dtype)
     with torch.no_grad():
-        torch.testing.assert_close(exported.found["logits"], exported.reference(PROMPT).logits, rtol=0, atol=SAME)
+        torch.testing.assert_close(
+            exported.found["logits"], exported.reference(PROMPT).logits, rtol=0, atol=SAME
+        )
         hidden = exported.reference.get_submodule("model")(PROMPT).last_hidden_state
     torch.testing.assert_close(exported.found["hidden"], hidden, rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize("how", ["uncached", "cached", "static"])
-@pytest.mark.parametrize("exported", [case for case in CASES if case.dtype == "float32"], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "exported", [case for case in CASES if case.dtype == "float32"], ids=str, indirect=True
+)
 def test_greedy_text_equals_stepwise_argmax(exported: Exported, how: str) -> None:
     """Compares tokens in fp32 only. bf16 sums differ with the number of tokens at a time. Close tokens may swap."""
     tokens = PROMPT
@@ -117,23 +121,31 @@ def test_greedy_text_equals_stepwise_argmax(exported: Exported, how: str) -> Non
 
 
 def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> None:
-    torch.testing.assert_close(exported.found["saved_again"], exported.found["logits"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        exported.found["saved_again"], exported.found["logits"], rtol=0, atol=0
+    )
     again = exported.folder.with_name(exported.folder.name + "_saved_again")
     code = sorted(path.name for path in again.glob("*.py"))
     assert code == ([exported.config.modelling_file] if exported.config.modelling_file else [])
     config = json.loads((again / "config.json").read_text())
     assert config["model_type"] == exported.case.becomes
     shape = shape_from_config(config, "saved again")
-    assert [(layer.key_value_heads, layer.counts["channels"]) for layer in shape.layers] == exported.case.keep
+    assert [
+        (layer.key_value_heads, layer.counts["channels"]) for layer in shape.layers
+    ] == exported.case.keep
 
 
 def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:
     """Asks for attention weights. Only eager attention returns them. A layer left on sdpa would have none."""
     found, tolerance = exported.found, EAGER[exported.case.dtype]
     torch.testing.assert_close(found["eager"], found["logits"], rtol=0, atol=tolerance)
-    queries = exported.case.sizes["num_attention_heads"] // exported.case.sizes["num_key_value_heads"]
+    queries = (
+        exported.case.sizes["num_attention_heads"] // exported.case.sizes["num_key_value_heads"]
+    )
     # Each query head spreads a weight of 1 per position over the keys.
-    expected = torch.tensor([[heads * queries * PROMPT.shape[1]] * 2 for heads, _ in exported.case.keep])
+    expected = torch.tensor(
+        [[heads * queries * PROMPT.shape[1]] * 2 for heads, _ in exported.case.keep]
+    )
     torch.testing.assert_close(exported.found["attended"], expected.float(), rtol=0.01, atol=0)
 
 
@@ -150,11 +162,20 @@ def test_what_another_transformers_found_is_recorded(exports: dict[str, Exported
     rows = []
     for name, exported in exports.items():
         tokenizer = load_tokenizer(exported.source)
-        same = [exported.found[f"text{i}"].tolist() == tokenizer(text)["input_ids"] for i, text in enumerate(TEXTS)]
+        same = [
+            exported.found[f"text{i}"].tolist() == tokenizer(text)["input_ids"]
+            for i, text in enumerate(TEXTS)
+        ]
         with torch.no_grad():
-            difference = (exported.found["logits"] - exported.reference(PROMPT).logits).abs().max().item()
-        rows.append({"case": name, "architecture": exported.case.becomes, "precision": exported.case.dtype})
+            difference = (
+                (exported.found["logits"] - exported.reference(PROMPT).logits).abs().max().item()
+            )
+        rows.append(
+            {"case": name, "architecture": exported.case.becomes, "precision": exported.case.dtype}
+        )
         rows[-1] |= {"largest_difference": difference, "texts": len(TEXTS), "texts_same": sum(same)}
     (folder,) = Path(str(OTHER_TRANSFORMERS)).glob("transformers-*.dist-info")
     record("transformers", folder.stem.replace("-", " "), rows)
-    assert all(row["largest_difference"] <= SAME and row["texts_same"] == row["texts"] for row in rows)
+    assert all(
+        row["largest_difference"] <= SAME and row["texts_same"] == row["texts"] for row in rows
+    )

@@ -10,8 +10,10 @@ from tests.families import EQUAL, SIZES
 from tests.family_cuts import FEW, MANY, PROMPT, SOURCE, Export, difference, export
 from tests.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
 
-TOLERANCE = 1e-5  # of the logits' standard deviation: the same operations, possibly by other kernels
-XIELU = 2**-7  # transformers 4.57 computes with the two parameters of Apertus's activation in bfloat16
+# of the logits' standard deviation: the same operations, possibly by other kernels
+TOLERANCE = 1e-5
+# transformers 4.57 computes with the two parameters of Apertus's activation in bfloat16
+XIELU = 2**-7
 COUNTS = {"layers": (FEW, MANY)}  # with other layers by our modelling file
 if OTHER_TRANSFORMERS:  # else the others are stock classes, which test_family_proof.py loads
     COUNTS |= {"few": (FEW, FEW), "many": (MANY, MANY)}
@@ -47,7 +49,12 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Found:
                 counts = [(SIZES["num_key_value_heads"], experts) for _, experts in counts]
             made[f"{family}-{name}"] = export(family, root / f"{family}-{name}", *counts)
     save_file({"prompt": PROMPT, "source": SOURCE.contiguous()}, root / "prompt.safetensors")
-    ask_stranger(LOOK + STRANGER, root / "prompt.safetensors", *(one.folder for one in made.values()), folder=root)
+    ask_stranger(
+        LOOK + STRANGER,
+        root / "prompt.safetensors",
+        *(one.folder for one in made.values()),
+        folder=root,
+    )
     return {name: (one, load_file(f"{one.folder}.safetensors")) for name, one in made.items()}
 
 

@@ -49,7 +49,9 @@ def resume_in(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("commit", RUNS)
-def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(ranks: RankPool, folder: Path) -> None:
+def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
+    ranks: RankPool, folder: Path
+) -> None:
     assert ranks.run(2, resume_in, folder) == [True, True]
     out = folder / "run"
     assert resuming.losses(out) == pytest.approx(EXPECTED["losses"], abs=TOLERANCE)
@@ -65,7 +67,10 @@ def test_a_callbacks_checkpoint_goes_on(folder: Path) -> None:
         trainer, pruning = kept_trainer.train(folder, folder / "trainer")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-2:] == pytest.approx(EXPECTED["trainer"]["losses"], abs=TOLERANCE)
-    kept = [[layer[kind].tolist() for kind in ("heads", "channels")] for layer in pruning.pruning.pruner.kept_of_dense]
+    kept = [
+        [layer[kind].tolist() for kind in ("heads", "channels")]
+        for layer in pruning.pruning.pruner.kept_of_dense
+    ]
     assert kept == EXPECTED["trainer"]["kept_groups"]
 
 
@@ -90,10 +95,20 @@ def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str)
 
 
 @pytest.mark.parametrize("commit", ["2bcadf3c"])
-def test_a_step_without_some_layers_names_the_commit_that_reads_it(folder: Path, tmp_path: Path) -> None:
+def test_a_step_without_some_layers_names_the_commit_that_reads_it(
+    folder: Path, tmp_path: Path
+) -> None:
     step = folder / "run/checkpoints/step-4"
     state = read_json(step / STATE_FILE)
     state["config"]["model"]["drop_layers"] = [1]
     write_json(step / STATE_FILE, state)
-    write_manifest(step, read_json(step / MANIFEST)["files"] | {STATE_FILE: seal(step / STATE_FILE)})
-    must_name(f"{STATE_FILE} model.drop_layers [1] 6ec3512a", export, find_source(step), "hf", tmp_path / "model")
+    write_manifest(
+        step, read_json(step / MANIFEST)["files"] | {STATE_FILE: seal(step / STATE_FILE)}
+    )
+    must_name(
+        f"{STATE_FILE} model.drop_layers [1] 6ec3512a",
+        export,
+        find_source(step),
+        "hf",
+        tmp_path / "model",
+    )

@@ -15,7 +15,12 @@ RUN = {
     "prune": {"channel_multiple": 1, "prune_every": 2},
     "train": {"steps": 6, "global_batch_size": 4},
 }
-METHOD = ("prune.criterion=fisher", "prune.compensate=least_squares", "train.distill_weight=0.5", "model.frozen=int8")
+METHOD = (
+    "prune.criterion=fisher",
+    "prune.compensate=least_squares",
+    "train.distill_weight=0.5",
+    "model.frozen=int8",
+)
 
 
 def watch_second_copies() -> None:
@@ -26,7 +31,9 @@ def watch_second_copies() -> None:
 
     def watched(self: Any, param: Any, *arguments: Any, **named: Any) -> None:
         partition(self, param, *arguments, **named)
-        sys.stderr.write(f"copy {tuple(param.ds_shape)} in pieces of {param.ds_secondary_tensor.numel()}\n")
+        sys.stderr.write(
+            f"copy {tuple(param.ds_shape)} in pieces of {param.ds_secondary_tensor.numel()}\n"
+        )
 
     Init._partition_param_sec = watched
 
@@ -34,9 +41,15 @@ def watch_second_copies() -> None:
 def run(config: Path, name: str, *changes: str, resume: Path | None = None) -> Ended:
     folder = config.parent / f"{name}-outputs"
     folder.mkdir()
-    words = [word for change in (f"output_dir={config.parent / name}", *changes) for word in ("--set", change)]
+    words = [
+        word
+        for change in (f"output_dir={config.parent / name}", *changes)
+        for word in ("--set", change)
+    ]
     arguments = ["--config", str(config), *words, *(["--resume", str(resume)] if resume else [])]
-    return fork_ranks(arguments, folder, ranks=RANKS, before=watch_second_copies, timeout=400)[0].check()
+    return fork_ranks(arguments, folder, ranks=RANKS, before=watch_second_copies, timeout=400)[
+        0
+    ].check()
 
 
 def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path) -> None:
@@ -54,9 +67,14 @@ def test_hpz_cuts_both_copies_and_changes_no_number(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "hpz" / "kept_groups.json").read_text())
     channels = len(kept["layers"][0]["channels"])
     assert channels < FFN
-    assert f"copy ({channels}, 64) in pieces of {-(-channels * 64 // RANKS) * RANKS // PER_NODE}" in shards
+    assert (
+        f"copy ({channels}, 64) in pieces of {-(-channels * 64 // RANKS) * RANKS // PER_NODE}"
+        in shards
+    )
 
-    assert (tmp_path / "hpz" / "kept_groups.json").read_bytes() == (tmp_path / "flat" / "kept_groups.json").read_bytes()
+    assert (tmp_path / "hpz" / "kept_groups.json").read_bytes() == (
+        tmp_path / "flat" / "kept_groups.json"
+    ).read_bytes()
     assert losses(tmp_path / "hpz") == losses(tmp_path / "flat")
     # The copies of a resumed run hold the checkpoint's LoRA, not the initial one.
     run(config, "resumed", deepspeed, *METHOD, resume=tmp_path / "hpz" / "checkpoints" / "step-3")

@@ -28,7 +28,9 @@ def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_as_the_run_that_never_stopped(
+    ranks: RankPool, straight: Path, tmp_path: Path
+) -> None:
     out, given = tmp_path / "out", straight.parent / "config.yaml"
     assert not any(ranks.run(2, run_here, config_for(given, out), None, STOP_AT))
     stored = read_tensors(out / "checkpoints" / f"step-{STOP_AT}", "refit-*")
@@ -44,12 +46,18 @@ def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, strai
 
 
 @pytest.mark.parametrize("family", families("gpt_oss", of=MIXTURES))
-def test_experts_go_on_as_the_run_that_never_stopped(ranks: RankPool, tmp_path: Path, family: str) -> None:
+def test_experts_go_on_as_the_run_that_never_stopped(
+    ranks: RankPool, tmp_path: Path, family: str
+) -> None:
     """What a resumed run holds is read from the source, and after a refit of heads also from stored integers."""
     refits = family in ("gpt_oss", "qwen3_moe")
     prune = SECTIONS["prune"] | ({"head_ratio": 0.4} if refits else {"compensate": "none"})
     sections = SECTIONS | {"prune": prune, "train": {"steps": STEPS}}
-    given, straight, out = resuming.write_run(tmp_path, **sections), tmp_path / "straight", tmp_path / "out"
+    given, straight, out = (
+        resuming.write_run(tmp_path, **sections),
+        tmp_path / "straight",
+        tmp_path / "out",
+    )
     changes = resuming.write_family(tmp_path, family)
     ranks.run(2, run_here, config_for(given, straight, changes))
     assert not any(ranks.run(2, run_here, config_for(given, out, changes), None, STOP_AT))

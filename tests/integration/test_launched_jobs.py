@@ -24,23 +24,38 @@ STARTED = 120.0  # seconds to import and prepare on a busy machine
 
 def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Popen[str]:
     """Starts one launcher with one rank, in its own process group."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", f"--hostfile={hosts}", "--no_ssh"]
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--quiet",
+        f"--hostfile={hosts}",
+        "--no_ssh",
+    ]
     launcher += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
     command = [*launcher, str(launching.RUN), "--config", str(config)]
-    return launching.start(command, launching.ROOT, {"LORAPRUNE_SILENCE": str(SILENCE)}, subprocess.DEVNULL)
+    return launching.start(
+        command, launching.ROOT, {"LORAPRUNE_SILENCE": str(SILENCE)}, subprocess.DEVNULL
+    )
 
 
 @pytest.mark.parametrize(("how", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
-def test_the_job_ends_soon_after_a_node_is_lost(tmp_path: Path, how: signal.Signals, lost: int) -> None:
+def test_the_job_ends_soon_after_a_node_is_lost(
+    tmp_path: Path, how: signal.Signals, lost: int
+) -> None:
     config = write_run(tmp_path, train={"steps": 100_000}, checkpoint={"every": None})
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
     port = launching.free_port()
     nodes = [start_node(node, config, tmp_path / "hosts", port) for node in range(2)]
     try:
         launching.within(
-            STARTED, lambda: launching.step_of(tmp_path / "out") >= 2 or any(node.poll() is not None for node in nodes)
+            STARTED,
+            lambda: (
+                launching.step_of(tmp_path / "out") >= 2
+                or any(node.poll() is not None for node in nodes)
+            ),
         )
-        assert all(node.poll() is None for node in nodes), [n.communicate()[1] for n in nodes if n.poll()]
+        assert all(node.poll() is None for node in nodes), [
+            n.communicate()[1] for n in nodes if n.poll()
+        ]
         os.killpg(nodes[lost].pid, how)
         began, left = time.monotonic(), nodes[1 - lost]
         _, err = left.communicate(timeout=60)
@@ -66,12 +81,18 @@ def asleep(process: "subprocess.Popen[str]") -> bool:
 
 
 @pytest.mark.parametrize("point", ["backward@20", "finish.reported@1"])
-def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str, tmp_path: Path) -> None:
+def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(
+    point: str, tmp_path: Path
+) -> None:
     """Checks with one rank. It sleeps in step 4, or at its very end."""
     train = {"steps": 8, "recovery_steps": 0}
-    config = write_run(tmp_path, train=train, prune={"prune_every": 3}, checkpoint={"every": 2, "keep_last": 2})
+    config = write_run(
+        tmp_path, train=train, prune={"prune_every": 3}, checkpoint={"every": 2, "keep_last": 2}
+    )
     out, command = tmp_path / "out", ["--config", str(config)]
-    environment = launching.clean_environment() | {"LORAPRUNE_FAULT": f"{point}:0:{int(signal.SIGSTOP)}"}
+    environment = launching.clean_environment() | {
+        "LORAPRUNE_FAULT": f"{point}:0:{int(signal.SIGSTOP)}"
+    }
     words = [sys.executable, str(launching.RUN), *command]
     first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -85,7 +106,9 @@ def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str
         first.kill()
     assert first.returncode == 1, said
     assert "Traceback" not in said
-    assert said.endswith(f"error: output_dir {out}: another process has taken over this run, so this one ends\n")
+    assert said.endswith(
+        f"error: output_dir {out}: another process has taken over this run, so this one ends\n"
+    )
     assert numbered(out / "checkpoints", "step") == [6, 8]
     verify(step_folder(out / "checkpoints", 8))
     assert launching.read_json(out / "status.json")["state"] == "finished"
@@ -122,7 +145,9 @@ def test_a_stop_file_saves_and_the_run_goes_on_to_its_end(tmp_path: Path) -> Non
     assert f"holds an unfinished run ({where}); go on with --resume auto" in refused.err
 
     (out / "STOP").touch()  # meant for a process that is gone
-    finished = launching.fork_ranks(["--config", config, "--resume", "auto"], tmp_path, ranks=2, timeout=300)[0].check()
+    finished = launching.fork_ranks(
+        ["--config", config, "--resume", "auto"], tmp_path, ranks=2, timeout=300
+    )[0].check()
     assert f"{out / 'STOP'} was there before this start: removed" in finished.err
     assert launching.read_json(out / "status.json")["state"] == "finished"
 

@@ -35,10 +35,17 @@ def test_the_example_of_the_readme() -> None:
     assert ended.err == ""
 
 
-def test_what_does_not_fit_exits_with_3_and_says_what_to_change(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan("--explain") == 0
     assert "`gathered_weights`" in capsys.readouterr().out
-    assert plan("llama-7b --gpus-per-node 2 --gpu-memory 14 --nccl 1 --set prune.prune_every=100 --json") == 3
+    assert (
+        plan(
+            "llama-7b --gpus-per-node 2 --gpu-memory 14 --nccl 1 --set prune.prune_every=100 --json"
+        )
+        == 3
+    )
     out, error = capsys.readouterr()
     found = json.loads(out)
     assert found["fits"] is False
@@ -67,17 +74,22 @@ def test_the_smallest_cluster_as_a_table(plan: Plan, capsys: pytest.CaptureFixtu
         ("", "--config"),
         ("embedded --server-memory 0", "--server-memory"),
         ("embedded --set prune.target=4GX", "prune.target"),
-        ("embedded --set prune.ratio=0.999", "prune.ratio"),  # refused by the run's own check of the model
+        # refused by the run's own check of the model
+        ("embedded --set prune.ratio=0.999", "prune.ratio"),
     ],
 )
-def test_bad_input_is_one_line(plan: Plan, capsys: pytest.CaptureFixture[str], arguments: str, named: str) -> None:
+def test_bad_input_is_one_line(
+    plan: Plan, capsys: pytest.CaptureFixture[str], arguments: str, named: str
+) -> None:
     assert plan(arguments) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n"), error.startswith("error: ")) == ("", 1, True)
     assert named in error
 
 
-def test_a_server_gets_what_fits_beside_the_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_gets_what_fits_beside_the_weights(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SmolLM2-135M: 134,515,008 parameters, 3 key-value heads of 64 in 30 layers."""
     target = "--set prune.ranking=uniform --set prune.target=0.3GiB --set prune.target_context=8192"
     assert plan(f"embedded --gpus-per-node 1 {target} --server-memory 0.5 --json") == 0

@@ -19,7 +19,15 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.integration import resuming
 from tests.integration.launching import read_json
-from tests.integration.resuming import CUTS, STEPS, assert_bitwise, assert_same_run, contents, metrics, read_state
+from tests.integration.resuming import (
+    CUTS,
+    STEPS,
+    assert_bitwise,
+    assert_same_run,
+    contents,
+    metrics,
+    read_state,
+)
 from tests.ranks import RankPool
 from tests.refusals import flip_bit, merge_into, refused
 
@@ -75,7 +83,11 @@ class Again:
         return read_json(self.out / "status.json")
 
     def files(self) -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in (self.out / "checkpoints").rglob("*") if path.is_file()}
+        return {
+            path: path.read_bytes()
+            for path in (self.out / "checkpoints").rglob("*")
+            if path.is_file()
+        }
 
     def killed_after(self, step: int, source: Path | None = None) -> Path:
         """Makes the remains of a run killed some time after `step`: its checkpoints, and metrics ahead of them."""
@@ -84,7 +96,9 @@ class Again:
         for path in (self.out / "checkpoints").glob("step-*"):
             if int(path.name.removeprefix("step-")) > step:
                 shutil.rmtree(path)
-        (self.out / "status.json").write_text(json.dumps(self.status() | {"state": "running", "step": step}))
+        (self.out / "status.json").write_text(
+            json.dumps(self.status() | {"state": "running", "step": step})
+        )
         return self.out
 
 
@@ -134,20 +148,32 @@ def test_on_another_number_of_ranks(again: Again) -> None:
 
 
 @pytest.mark.parametrize(("stop", "micro_batch_size"), [(CUTS[0] + 1, 3), (CUTS[2] - 1, 2)])
-def test_other_micro_batches_on_fewer_ranks(again: Again, no_dropout: Path, stop: int, micro_batch_size: int) -> None:
+def test_other_micro_batches_on_fewer_ranks(
+    again: Again, no_dropout: Path, stop: int, micro_batch_size: int
+) -> None:
     again.run(again.config(*NO_DROPOUT), None, stop, ranks=3)
-    again.run(again.config(*NO_DROPOUT, f"train.micro_batch_size={micro_batch_size}"), "auto", ranks=1)
+    again.run(
+        again.config(*NO_DROPOUT, f"train.micro_batch_size={micro_batch_size}"), "auto", ranks=1
+    )
     assert_close(again.out, no_dropout)
 
 
 def assert_close(out: Path, straight: Path, steps: int = STEPS) -> None:
     found, expected = contents(out, steps), contents(straight, steps)
     assert found.kept == expected.kept
-    for suffix in ("master", "exp_avg", "exp_avg_sq"):  # moments relative to the largest: they have gradients' units
+    # moments relative to the largest: they have gradients' units
+    for suffix in ("master", "exp_avg", "exp_avg_sq"):
         names = [name for name in expected.lora if name.endswith(f".{suffix}")]
         assert len(names) == 3 * 7 * 2
-        scale = 1.0 if suffix == "master" else max(float(expected.lora[name].abs().max()) for name in names)
-        assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in names) < TOLERANCE * scale, suffix
+        scale = (
+            1.0
+            if suffix == "master"
+            else max(float(expected.lora[name].abs().max()) for name in names)
+        )
+        assert (
+            max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in names)
+            < TOLERANCE * scale
+        ), suffix
     for name, scores in expected.scores.items():
         assert ((found.scores[name] - scores).abs() <= TOLERANCE * scores.abs()).all(), name
     assert resuming.losses(out) == pytest.approx(resuming.losses(straight), abs=TOLERANCE)
@@ -175,16 +201,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(again: Again, 
         assert word in warning
 
 
-def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(straight: Path, refitted: Path) -> None:
+def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(
+    straight: Path, refitted: Path
+) -> None:
     """The linears that lost inputs are whole in a step, and no other."""
 
     def refits(run: Path, step: int) -> set[str]:
         files = (run / f"checkpoints/step-{step}").glob("refit-*.safetensors")
         return {name for path in files for name in load_file(path)}
 
-    assert [refits(run, step) for run, step in ((straight, STEPS), (refitted, CUTS[0] - 1))] == [set(), set()]
+    assert [refits(run, step) for run, step in ((straight, STEPS), (refitted, CUTS[0] - 1))] == [
+        set(),
+        set(),
+    ]
     shape, dense = (
-        open_pretrained(path).shape.parameters() for path in (refitted / "model", straight.parent / "source")
+        open_pretrained(path).shape.parameters()
+        for path in (refitted / "model", straight.parent / "source")
     )
     narrower = {name for name in shape if dense[name][1:] != shape[name][1:]}
     assert any("o_proj" in name for name in narrower)
@@ -201,16 +233,23 @@ def test_a_step_with_a_damaged_refit_is_written_again(again: Again, refitted: Pa
     assert (found.step, len(found.warnings)) == (11, 2)
     assert all("refit-00001" in warning for warning in found.warnings)
     again.run(config, "auto", 12)
-    assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == ["step-10", "step-11", "step-12"]
+    assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == [
+        "step-10",
+        "step-11",
+        "step-12",
+    ]
     assert again.find(config)[0].step == 12
     again.run(config, "auto")
     assert_same_run(out, refitted, STEPS)
 
 
 @pytest.mark.parametrize(
-    ("rank", "name"), [(1, "lora-00001.safetensors"), (0, "scores.safetensors"), (1, "refit-00001.safetensors")]
+    ("rank", "name"),
+    [(1, "lora-00001.safetensors"), (0, "scores.safetensors"), (1, "refit-00001.safetensors")],
 )
-def test_a_rank_without_room_loses_nothing_older(again: Again, refitted: Path, rank: int, name: str) -> None:
+def test_a_rank_without_room_loses_nothing_older(
+    again: Again, refitted: Path, rank: int, name: str
+) -> None:
     out = again.killed_after(13, refitted)
     before = again.files()
     config = again.config(REFIT)
@@ -240,7 +279,9 @@ def test_results_without_room_are_made_by_the_next_start(again: Again) -> None:
     assert_same_run(out, again.straight, STEPS)
 
 
-def test_from_another_folder_with_its_records_and_frozen_weights(again: Again, refitted: Path) -> None:
+def test_from_another_folder_with_its_records_and_frozen_weights(
+    again: Again, refitted: Path
+) -> None:
     """Checks that the new folder gets its own copy of the weights."""
     before = sorted(refitted.rglob("*"))
     again.run(again.config(NO_SAVES, REFIT), str(refitted / "checkpoints/step-18"))
@@ -251,7 +292,9 @@ def test_from_another_folder_with_its_records_and_frozen_weights(again: Again, r
 
 def test_a_start_builds_the_modules_once(again: Again, straight: Path, refitted: Path) -> None:
     for name, resume in (("new", None), ("sliced", straight), ("refitted", refitted)):
-        config = again.config(NO_SAVES, REFIT if resume == refitted else NO_SAVES, out=again.out / name)
+        config = again.config(
+            NO_SAVES, REFIT if resume == refitted else NO_SAVES, out=again.out / name
+        )
         step = resume and str(resume / "checkpoints/step-18")
         assert again.ranks.run(2, resuming.builds_of_a_start, config, step) == [1, 1]
 
@@ -266,8 +309,12 @@ def test_killed_between_model_and_report(again: Again, left: str) -> None:
     found, expected = (read_json(folder / "report.json") for folder in (out, again.straight))
     assert found["perplexity"] == expected["perplexity"]
     assert found["resumed_from"] == []  # the training was not
-    assert (out / "kept_groups.json").read_bytes() == (again.straight / "kept_groups.json").read_bytes()
-    assert (out / "model/README.md").read_bytes() == (again.straight / "model/README.md").read_bytes()
+    assert (out / "kept_groups.json").read_bytes() == (
+        again.straight / "kept_groups.json"
+    ).read_bytes()
+    assert (out / "model/README.md").read_bytes() == (
+        again.straight / "model/README.md"
+    ).read_bytes()
     assert (out / "model/exported").exists()
     assert not (out / ".model.exported").exists()
 
@@ -285,14 +332,19 @@ def test_a_model_that_cannot_be_read_back_is_never_published(again: Again) -> No
     shutil.copytree(again.straight / "model", out / ".model.exported")
     weights = next((out / ".model.exported").glob("model-00002*"))
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert all(weights.name in line for line in again.ranks.run(2, refused, resuming.run_here, again.config(), "auto"))
+    assert all(
+        weights.name in line
+        for line in again.ranks.run(2, refused, resuming.run_here, again.config(), "auto")
+    )
     assert not (out / "model").exists()
     assert again.status()["state"] == "failed"
     assert again.run(again.config(), "auto") == [True, True]
     assert_same_run(out, again.straight, STEPS)
 
 
-def test_a_source_that_has_changed_stops_the_export_until_it_is_back(again: Again, tmp_path: Path) -> None:
+def test_a_source_that_has_changed_stops_the_export_until_it_is_back(
+    again: Again, tmp_path: Path
+) -> None:
     source, moved = again.straight.parent / "source", tmp_path / "moved"
     out = again.killed_after(STEPS)
     weights = next(source.glob("*.safetensors"))
@@ -314,7 +366,9 @@ def test_asked_to_stop_between_the_steps(again: Again, between: int) -> None:
     out = again.killed_after(STEPS if between == 3 else STEPS - 1)
     assert again.run(again.config(), "auto", None, between) == [False, False]
     assert again.status()["state"] == "stopped"
-    assert {path.name for path in out.glob("*model*")} == ({".model.exported"} if between == 3 else set())
+    assert {path.name for path in out.glob("*model*")} == (
+        {".model.exported"} if between == 3 else set()
+    )
     assert (out / f"checkpoints/step-{STEPS}").exists() == (between > 1)
     if between == 3:
         assert again.run(again.config(), "auto") == [True, True]
@@ -325,7 +379,10 @@ def test_asked_to_stop_between_the_steps(again: Again, between: int) -> None:
 def test_no_rank_leaves_before_the_folder_says_that_the_run_is_stopped(again: Again) -> None:
     """Checks the order of exits. The first rank that leaves makes the launcher end the others."""
     again.killed_after(13)
-    assert again.ranks.run(2, resuming.state_on_return, again.config(), "auto", 15) == ["stopped", "stopped"]
+    assert again.ranks.run(2, resuming.state_on_return, again.config(), "auto", 15) == [
+        "stopped",
+        "stopped",
+    ]
 
 
 def test_after_a_power_cut_the_checkpoints_are_enough(again: Again) -> None:
@@ -333,7 +390,9 @@ def test_after_a_power_cut_the_checkpoints_are_enough(again: Again) -> None:
     for name in ("status.json", "config.yaml"):
         (out / name).write_text("")
     assert again.find(again.config())[0].step == 13
-    assert "belongs to a run with other settings: seed" in str(again.find(again.config("seed=1"))[0].error)
+    assert "belongs to a run with other settings: seed" in str(
+        again.find(again.config("seed=1"))[0].error
+    )
 
 
 def change_source(out: Path, **changes: Any) -> None:
@@ -391,14 +450,21 @@ def test_what_cannot_be_resumed_is_one_line(again: Again, tmp_path: Path) -> Non
     assert not new.exists()
 
 
-@pytest.mark.parametrize(("name", "key"), [("text.txt", "data.path"), ("held.txt", "data.held_out")])
-def test_a_run_does_not_go_on_over_other_data(ranks: RankPool, tmp_path: Path, name: str, key: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"), [("text.txt", "data.path"), ("held.txt", "data.held_out")]
+)
+def test_a_run_does_not_go_on_over_other_data(
+    ranks: RankPool, tmp_path: Path, name: str, key: str
+) -> None:
     """Nor measures another held-out text than of its dense model."""
     (tmp_path / "held.txt").write_text("alpha beta gamma " * 50)
     own = {"held_out": str(tmp_path / "held.txt"), "held_out_fraction": None}
-    config = resuming.config_for(resuming.write_run(tmp_path, data=own if name == "held.txt" else {}), tmp_path / "out")
+    config = resuming.config_for(
+        resuming.write_run(tmp_path, data=own if name == "held.txt" else {}), tmp_path / "out"
+    )
     assert not any(ranks.run(1, resuming.run_here, config, None, 1))
     path = tmp_path / name
-    path.write_text(path.read_text().replace("alpha", "delta", 1))  # at its beginning, and the end is held out
+    # at its beginning, and the end is held out
+    path.write_text(path.read_text().replace("alpha", "delta", 1))
     (line,) = ranks.run(1, refused, resuming.run_here, config, "auto")
     assert line.endswith(f"step-1 belongs to a run with other data: {key}")

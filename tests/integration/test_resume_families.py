@@ -13,7 +13,15 @@ from loraprune_ds.model import read_shape
 from loraprune_ds.model.family import FAMILIES
 from tests.families import TINY, families
 from tests.integration import resuming
-from tests.integration.resuming import assert_same_run, config_for, contents, losses, run_here, write_family, write_run
+from tests.integration.resuming import (
+    assert_same_run,
+    config_for,
+    contents,
+    losses,
+    run_here,
+    write_family,
+    write_run,
+)
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -27,11 +35,23 @@ SECTIONS = {
     "checkpoint": {"every": None},
 }
 
-IN_CI = ("qwen2", "phi3", "olmo2", "mixtral", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe_lite", "gemma4_text", "t5")
+IN_CI = (
+    "qwen2",
+    "phi3",
+    "olmo2",
+    "mixtral",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "glm4_moe_lite",
+    "gemma4_text",
+    "t5",
+)
 IN_CI += ("glm4",)  # has moments of query heads
 
 
-@pytest.mark.parametrize("family", families(*IN_CI, of=(x for x in TINY if not FAMILIES[x].lm_class())))
+@pytest.mark.parametrize(
+    "family", families(*IN_CI, of=(x for x in TINY if not FAMILIES[x].lm_class()))
+)
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, family: str) -> None:
     config = write_run(tmp_path, **SECTIONS)
     changed, straight = write_family(tmp_path, family), tmp_path / "straight"
@@ -49,7 +69,9 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, f
     assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in masters) < TOLERANCE
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_whole_heads(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_goes_on_with_whole_heads(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     """It cut a key-value head with its query heads also where there are two."""
     config, straight, out = write_run(tmp_path, **SECTIONS), tmp_path / "straight", tmp_path / "out"
     settings = write_family(tmp_path, "glm4"), "deepspeed=null", "prune.ranking=global"

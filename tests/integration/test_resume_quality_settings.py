@@ -18,7 +18,15 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import drop_later_models
 from tests.integration import resuming
-from tests.integration.resuming import assert_same_run, config_for, losses, metrics, read_state, run_here, write_run
+from tests.integration.resuming import (
+    assert_same_run,
+    config_for,
+    losses,
+    metrics,
+    read_state,
+    run_here,
+    write_run,
+)
 from tests.ranks import RankPool
 from tests.refusals import refused
 
@@ -26,7 +34,12 @@ STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is n
 TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"
 SECTIONS: dict[str, dict[str, Any]] = {
     "prune": resuming.REFITS | {"criterion": "fisher", "ratio": None, "sizes": [0.4, 0.2]},
-    "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
+    "train": {
+        "steps": STEPS,
+        "recovery_steps": RECOVERY,
+        "distill_weight": 0.5,
+        "distill_temperature": 2,
+    },
     "checkpoint": {"every": None, "keep_last": 1},
 }
 
@@ -57,7 +70,9 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     )  # no cut is left that needs them
 
 
-def test_a_run_killed_after_its_model_is_there_can_be_finished(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+def test_a_run_killed_after_its_model_is_there_can_be_finished(
+    ranks: RankPool, straight: Path, tmp_path: Path
+) -> None:
     """Kills it before status.json says "finished"."""
     out = tmp_path / "out"
     shutil.copytree(straight, out)
@@ -67,9 +82,14 @@ def test_a_run_killed_after_its_model_is_there_can_be_finished(ranks: RankPool, 
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
 
 
-def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+def test_goes_on_with_another_number_of_ranks(
+    ranks: RankPool, straight: Path, tmp_path: Path
+) -> None:
     """Checks the moments, each layer's on one rank. Dropout draws by rank, so it is off."""
-    given, settings = straight.parent / "config.yaml", ("lora.lora_dropout=0", "train.learning_rate=1e-3")
+    given, settings = (
+        straight.parent / "config.yaml",
+        ("lora.lora_dropout=0", "train.learning_rate=1e-3"),
+    )
     here, moved = (config_for(given, tmp_path / name, *settings) for name in ("here", "moved"))
     ranks.run(2, run_here, here)
     ranks.run(2, run_here, moved, None, FIRST - 1)
@@ -82,8 +102,12 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, t
 
 def test_the_learning_rate_rises_for_each_recovery_and_each_size(straight: Path) -> None:
     rates = [step["learning_rate"] for step in metrics(straight, "step")]
-    assert rates == pytest.approx([5e-3 * part for n in (4, 2, 4, 1) for part in (1 - s / n for s in range(n))])
-    assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])
+    assert rates == pytest.approx(
+        [5e-3 * part for n in (4, 2, 4, 1) for part in (1 - s / n for s in range(n))]
+    )
+    assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(
+        metrics(straight, "cut")[-1]["reached"]
+    )
 
 
 def test_a_size_is_exported_once_and_whole(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
@@ -95,7 +119,9 @@ def test_a_size_is_exported_once_and_whole(ranks: RankPool, straight: Path, tmp_
         shutil.rmtree(out / "model")
         (out / "model-0.2").rename(out / left)
         (out / left / "written").touch()
-        (out / "status.json").write_text((out / "status.json").read_text().replace("finished", "running"))
+        (out / "status.json").write_text(
+            (out / "status.json").read_text().replace("finished", "running")
+        )
         assert all(ranks.run(2, run_here, config, "auto"))
         written[left] = (out / "model-0.2" / "written").exists()
         assert sha256(out / SIZE) == sha256(straight / SIZE)
@@ -108,29 +134,43 @@ def test_the_shelf(straight: Path) -> None:
     first, last = report["shelf"]
     assert [first["size"], first["folder"], first["step"]] == ["0.2", "model-0.2", FIRST]
     assert [last["size"], last["folder"], last["step"]] == ["0.4", "model", TOTAL]
-    assert last["parameters"] == report["params"]["pruned"] < first["parameters"] < report["params"]["dense"]
+    assert (
+        last["parameters"]
+        == report["params"]["pruned"]
+        < first["parameters"]
+        < report["params"]["dense"]
+    )
     assert last["perplexity"] == report["perplexity"]["pruned"]
     assert first["perplexity"] is not None
     assert first["tokens"] * TOTAL == last["tokens"] * FIRST
     for row in (first, last):
         model = open_pretrained(straight / row["folder"]).shape
         assert model.total_numel() == row["parameters"]
-        assert row["kv_bytes_per_token"] == 2 * 2 * model.head_dim * sum(layer["heads"] for layer in model.counts)
+        assert row["kv_bytes_per_token"] == 2 * 2 * model.head_dim * sum(
+            layer["heads"] for layer in model.counts
+        )
     models = [model.name for model in read_results([straight])]
     assert models == ["out/model-0.2", "out"]
     assert "0.2 " in summary_table(report, straight)
 
 
-def test_a_resume_elsewhere_past_a_size_lists_what_is_there(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+def test_a_resume_elsewhere_past_a_size_lists_what_is_there(
+    ranks: RankPool, straight: Path, tmp_path: Path
+) -> None:
     source = shutil.copytree(straight, tmp_path / "source")
     config = config_for(straight.parent / "config.yaml", tmp_path / "out")
     assert all(ranks.run(2, run_here, config, str(source / "checkpoints" / f"step-{TOTAL}")))
-    assert [row["folder"] for row in read_json(tmp_path / "out" / "report.json")["shelf"]] == ["model-0.2", "model"]
+    assert [row["folder"] for row in read_json(tmp_path / "out" / "report.json")["shelf"]] == [
+        "model-0.2",
+        "model",
+    ]
     assert sha256(tmp_path / "out" / SIZE) == sha256(straight / SIZE)
     shutil.rmtree(source / "checkpoints" / f"step-{FIRST}")
     config = config_for(straight.parent / "config.yaml", tmp_path / "without")
     assert all(ranks.run(2, run_here, config, str(source / "checkpoints" / f"step-{TOTAL}")))
-    assert [row["folder"] for row in read_json(tmp_path / "without" / "report.json")["shelf"]] == ["model"]
+    assert [row["folder"] for row in read_json(tmp_path / "without" / "report.json")["shelf"]] == [
+        "model"
+    ]
     assert read_json(tmp_path / "without" / "status.json")["error"] is None
 
 
@@ -149,7 +189,10 @@ def test_the_step_of_a_size_stays_for_exports_alone(straight: Path, tmp_path: Pa
 
 
 def test_models_of_later_steps_that_an_earlier_start_left_go(tmp_path: Path) -> None:
-    sizes, made = {6: "0.2", 8: "0.3", 11: "0.4"}, ("model-0.2", "model-0.3", "model", ".model.exported")
+    sizes, made = (
+        {6: "0.2", 8: "0.3", 11: "0.4"},
+        ("model-0.2", "model-0.3", "model", ".model.exported"),
+    )
     for name in made:
         (tmp_path / name).mkdir()
     assert drop_later_models(tmp_path, sizes, 11, 11) == []

@@ -11,7 +11,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.integration import finished_runs
-from tests.integration.finished_runs import HEAD_DIM, LAYERS, NAMES, STEPS, WINDOWS, Run, nearest_rows, snapshot
+from tests.integration.finished_runs import (
+    HEAD_DIM,
+    LAYERS,
+    NAMES,
+    STEPS,
+    WINDOWS,
+    Run,
+    nearest_rows,
+    snapshot,
+)
 from tests.integration.launching import launch, read_json
 
 CUTS = [3, 5]
@@ -47,7 +56,12 @@ def test_a_run_ends_well_and_leaves_all_its_results_and_nothing_else(run: Run) -
     assert run.ended.code == 0, run.ended.everything
     assert {path.name for path in run.folder.iterdir()} == RESULTS
     status = read_json(run.folder / "status.json")
-    assert (status["state"], status["step"], status["steps"], status["error"]) == ("finished", STEPS, STEPS, None)
+    assert (status["state"], status["step"], status["steps"], status["error"]) == (
+        "finished",
+        STEPS,
+        STEPS,
+        None,
+    )
     resolved = yaml.safe_load((run.folder / "config.yaml").read_text())
     given = yaml.safe_load(run.config.read_text())
     for section in ("prune", "train"):
@@ -57,13 +71,25 @@ def test_a_run_ends_well_and_leaves_all_its_results_and_nothing_else(run: Run) -
 
 def test_the_terminal_shows_the_run_once_and_nothing_of_the_libraries(run: Run) -> None:
     out, err = run.ended.out, run.ended.err
-    assert out.startswith(f"{STEPS} steps, {len(CUTS)} cuts, {run.case.ranks} ZeRO-3 rank"), run.ended.everything
+    assert out.startswith(f"{STEPS} steps, {len(CUTS)} cuts, {run.case.ranks} ZeRO-3 rank"), (
+        run.ended.everything
+    )
     assert out.count("parameters, whole model") == 1
     assert err.count("(dense model, ") == err.count("(exported model, ") == 1
     assert ("nothing is sharded" in err) == (run.case.ranks == 1)
-    known = ("_dense: ", "model: ", f"{STEPS} steps of ", "criterion ", "world size 1: ", "step ", "writing the merged")
+    known = (
+        "_dense: ",
+        "model: ",
+        f"{STEPS} steps of ",
+        "criterion ",
+        "world size 1: ",
+        "step ",
+        "writing the merged",
+    )
     if run.case.launcher != "torchrun":  # which logs that it sets OMP_NUM_THREADS
-        strange = [line for line in err.splitlines() if line and not any(word in line for word in known)]
+        strange = [
+            line for line in err.splitlines() if line and not any(word in line for word in known)
+        ]
         assert strange == []
 
 
@@ -81,10 +107,13 @@ def test_report_holds_what_was_asked_for(run: Run) -> None:
 
 
 def test_parameters_are_those_of_the_files(run: Run) -> None:
-    dense, pruned = (sum(tensor.numel() for tensor in tensors.values()) for tensors in (run.before, run.after))
+    dense, pruned = (
+        sum(tensor.numel() for tensor in tensors.values()) for tensors in (run.before, run.after)
+    )
     expected = {"dense": dense, "pruned": pruned, "removed_fraction": 1 - pruned / dense}
     assert {key: run.report["params"][key] for key in expected} == expected
-    assert ("lm_head.weight" in run.after) == ("lm_head.weight" in run.before)  # a tied one is in neither
+    # a tied one is in neither
+    assert ("lm_head.weight" in run.after) == ("lm_head.weight" in run.before)
 
 
 def test_kept_groups_are_the_rows_of_the_source_that_the_model_has(run: Run) -> None:
@@ -92,15 +121,22 @@ def test_kept_groups_are_the_rows_of_the_source_that_the_model_has(run: Run) -> 
     layers = read_json(run.folder / "kept_groups.json")["layers"]
     assert len(layers) == LAYERS
     for i, layer in enumerate(layers):
-        keys, sources = (tensors[f"model.layers.{i}.self_attn.k_proj.weight"] for tensors in (run.after, run.before))
+        keys, sources = (
+            tensors[f"model.layers.{i}.self_attn.k_proj.weight"]
+            for tensors in (run.after, run.before)
+        )
         queries = run.after[f"model.layers.{i}.self_attn.q_proj.weight"].shape[0]
         assert layer["heads"] == nearest_rows(by_head(keys), by_head(sources))
         assert queries == len(layer["heads"]) * queries_per_head(run) * HEAD_DIM
         assert layer["heads_dense"] == sources.shape[0] // HEAD_DIM
-        gates, sources = (tensors[f"model.layers.{i}.mlp.gate_proj.weight"] for tensors in (run.after, run.before))
+        gates, sources = (
+            tensors[f"model.layers.{i}.mlp.gate_proj.weight"] for tensors in (run.after, run.before)
+        )
         assert layer["channels"] == nearest_rows(gates, sources)
         assert layer["channels_dense"] == sources.shape[0]
-        assert run.after[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] == len(layer["channels"])
+        assert run.after[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] == len(
+            layer["channels"]
+        )
 
 
 def by_head(weight: Tensor) -> Tensor:
@@ -109,7 +145,9 @@ def by_head(weight: Tensor) -> Tensor:
 
 
 def queries_per_head(run: Run) -> int:
-    query, key = (run.before[f"model.layers.0.self_attn.{name}_proj.weight"].shape[0] for name in "qk")
+    query, key = (
+        run.before[f"model.layers.0.self_attn.{name}_proj.weight"].shape[0] for name in "qk"
+    )
     return query // key
 
 
@@ -146,18 +184,26 @@ def largest_group(run: Run) -> int:
 def test_the_model_is_stock_where_a_stock_class_holds_it(run: Run) -> None:
     config = read_json(run.folder / "model" / "config.json")
     assert config["model_type"] == run.case.becomes
-    widths = {x.shape for name, x in run.after.items() if "gate_proj.weight" in name or "k_proj.weight" in name}
+    widths = {
+        x.shape
+        for name, x in run.after.items()
+        if "gate_proj.weight" in name or "k_proj.weight" in name
+    }
     assert (len(widths) > 2) == run.case.becomes.startswith("pruned_")
     assert bool(list((run.folder / "model").glob("*.py"))) == run.case.becomes.startswith("pruned_")
 
 
-def test_perplexities_are_those_a_stranger_measures(run: Run, stranger: dict[str, dict[str, Any]]) -> None:
+def test_perplexities_are_those_a_stranger_measures(
+    run: Run, stranger: dict[str, dict[str, Any]]
+) -> None:
     tolerance = SAME if run.case.dtype == "float32" else SAME_BF16
     for name, key in ((run.case.name, "pruned"), (f"{run.case.name}_dense", "dense")):
         assert stranger[name]["windows"] == WINDOWS
         if key == "pruned":
             assert stranger[name]["dtype"] == f"torch.{run.case.dtype}"
-        assert run.report["perplexity"][key] == pytest.approx(stranger[name]["perplexity"], rel=tolerance)
+        assert run.report["perplexity"][key] == pytest.approx(
+            stranger[name]["perplexity"], rel=tolerance
+        )
 
 
 def test_metrics_and_tensorboard_tell_the_same_story(run: Run) -> None:
@@ -176,19 +222,27 @@ def test_metrics_and_tensorboard_tell_the_same_story(run: Run) -> None:
     assert f"weight_bytes/rank_{run.case.ranks - 1}" in events.Tags()["scalars"]
 
 
-def test_evaluating_every_step_changes_nothing_and_equals_the_exported_model(runs: dict[str, Run]) -> None:
+def test_evaluating_every_step_changes_nothing_and_equals_the_exported_model(
+    runs: dict[str, Run],
+) -> None:
     """Compares two processes with one seed and dropout. Training is bitwise the same, evaluated or not.
 
     The last shards, LoRA apart, measure like the merged model read back from disk, in fp32.
     """
     plain, watched = runs["uniform"], runs["watched"]
-    looked = {e["step"]: e["perplexity"] for e in watched.records("evaluation") if e["name"] == "step"}
+    looked = {
+        e["step"]: e["perplexity"] for e in watched.records("evaluation") if e["name"] == "step"
+    }
     assert list(looked) == [step for step in range(1, STEPS + 1) if step != CUTS[-1]]
     assert watched.report["perplexity"]["pruned"] == pytest.approx(looked[STEPS], rel=SAME)
     assert [e["name"] for e in plain.records("evaluation")] == ["dense", "after_last_cut", "pruned"]
     for key in ("loss", "grad_norm", "sparsity", "learning_rate", "weight_bytes"):
-        assert [s[key] for s in plain.records("step")] == [s[key] for s in watched.records("step")], key
-    kept, kept_watched = ((run.folder / "kept_groups.json").read_bytes() for run in (plain, watched))
+        assert [s[key] for s in plain.records("step")] == [
+            s[key] for s in watched.records("step")
+        ], key
+    kept, kept_watched = (
+        (run.folder / "kept_groups.json").read_bytes() for run in (plain, watched)
+    )
     assert kept == kept_watched
     assert plain.report["perplexity"] == watched.report["perplexity"]
     assert all(plain.after[name].equal(tensor) for name, tensor in watched.after.items())

@@ -25,9 +25,14 @@ PROCESSOR = "preprocessor_config.json"
 def write_whole(folder: Path, outer: str) -> tuple[Path, PreTrainedModel]:
     """Writes a tiny multimodal model next to the model of `write_run`."""
     whole, source = multimodal(outer), folder / "whole"
-    shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copytree(
+        folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json")
+    )
     shutil.copy(folder / "source" / "tokenizer_config.json", source)
-    write_json(source / PROCESSOR, {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}})
+    write_json(
+        source / PROCESSOR,
+        {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}},
+    )
     whole.save_pretrained(source)
     return source, whole
 
@@ -43,7 +48,9 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     assert type(loaded) is type(whole)
     assert config_from_dict(read_config(out / "config.yaml")).prune.ranking == "uniform"
     cut, left = metrics(out, "cut")[-1], open_pretrained(out / "model").shape.counts
-    assert {kind: [layer[kind] for layer in left] for kind in left[0]} == {kind: cut[kind] for kind in left[0]}
+    assert {kind: [layer[kind] for layer in left] for kind in left[0]} == {
+        kind: cut[kind] for kind in left[0]
+    }
     assert 0 < left[0]["delta"] < 5
     given = {name: x for name, x in whole.state_dict().items() if "visual" in name}
     assert all(torch.equal(loaded.state_dict()[name], x) for name, x in given.items())
@@ -51,7 +58,9 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     assert "Images were not tuned" in (out / "model" / "README.md").read_text()
 
     unfinished = tmp_path / "unfinished"
-    export(replace(find_source(out / "checkpoints" / f"step-{STEPS}"), mtp=source), "hf", unfinished)
+    export(
+        replace(find_source(out / "checkpoints" / f"step-{STEPS}"), mtp=source), "hf", unfinished
+    )
     found, wanted = read_tensors(unfinished), read_tensors(out / "model")
     assert {name for name in found if not name.startswith("mtp.")} == wanted.keys()
     assert found["mtp.layers.0.mlp.up_proj.weight"].shape == (left[0]["channels"], 60)
@@ -63,11 +72,15 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
 def test_a_text_that_auto_model_for_causal_lm_lacks_is_cut_with_its_tower_alone(
     ranks: RankPool, tmp_path: Path
 ) -> None:
-    config = write_run(tmp_path, prune={"ranking": None, "prune_every": 3, "ratio": 0.2}, train={"steps": STEPS})
+    config = write_run(
+        tmp_path, prune={"ranking": None, "prune_every": 3, "ratio": 0.2}, train={"steps": STEPS}
+    )
     out, (source, whole) = tmp_path / "out", write_whole(tmp_path, "muse_glimmer")
     settings = f"model.path={source}", "deepspeed=null"
     with pytest.raises(RankFailure, match="AutoModelForCausalLM"):
-        ranks.run(1, run_here, config_for(config, tmp_path / "text", *settings, "model.text_only=true"))
+        ranks.run(
+            1, run_here, config_for(config, tmp_path / "text", *settings, "model.text_only=true")
+        )
     ranks.run(1, run_here, config_for(config, out, *settings))
     assert type(load_whole(out / "model")) is type(whole)
     assert metrics(out, "cut")[-1]["channels"][0] < 23

@@ -32,7 +32,9 @@ def build_wheel(folder: Path) -> Path:
 
 def install_wheel(wheel: Path, environment: Path) -> Path:
     """Makes an environment with the wheel and the other packages of this Python. Returns its folder of programs."""
-    run_outside(sys.executable, "-m", "venv", "--without-pip", str(environment), cwd=wheel.parent).check()
+    run_outside(
+        sys.executable, "-m", "venv", "--without-pip", str(environment), cwd=wheel.parent
+    ).check()
     python = environment / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", str(python))
     run_outside(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=wheel.parent).check()
@@ -68,10 +70,17 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     files = set(ZipFile(wheel).namelist())
     assert "loraprune_ds/model/modeling_pruned.py" in code
     assert len(given) > 15
-    data = ("evaluate/prompts.jsonl", "evaluate/chats.json", "evaluate/answers.html", "report/pictures.mplstyle")
+    data = (
+        "evaluate/prompts.jsonl",
+        "evaluate/chats.json",
+        "evaluate/answers.html",
+        "report/pictures.mplstyle",
+    )
     data += ("train/data/embedded_chats.jsonl", "evaluate/refused_tasks.json")
     assert {f"loraprune_ds/{name}" for name in data} <= files
-    assert {f"loraprune_ds/export/{name}.txt" for name in ("model_card", "load_adapter", "load_gguf")} <= files
+    assert {
+        f"loraprune_ds/export/{name}.txt" for name in ("model_card", "load_adapter", "load_gguf")
+    } <= files
     assert "loraprune_ds/export/gguf_pre_tokenizers.json" in files
     assert code | {f"loraprune_ds/shipped/{name}" for name in given} <= files
     others = {name for name in files if not name.startswith("loraprune_ds")}
@@ -81,32 +90,50 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
 def test_the_commands_find_their_files(programs: Path, tmp_path: Path) -> None:
     listed = start(programs, tmp_path, "--help")
     assert all(f"\n  {name} " in listed.out for name in COMMANDS), listed.everything
-    assert start(programs, tmp_path, "compare", "--help").out.startswith("usage: loraprune-ds compare ")
-    planned = start(programs, tmp_path, "plan", "llama-7b", "--gpus-per-node", "8", "--gpu-memory", "80")
+    assert start(programs, tmp_path, "compare", "--help").out.startswith(
+        "usage: loraprune-ds compare "
+    )
+    planned = start(
+        programs, tmp_path, "plan", "llama-7b", "--gpus-per-node", "8", "--gpu-memory", "80"
+    )
     assert planned.code == 0, planned.everything
     quickstart = ("run", "--ranks", "2", "--config", "launch/configs/quickstart.yaml")
-    shown = start(programs, tmp_path, *quickstart, "--set", "prune.ratio=0.4", "--show", "prune.ratio")
+    shown = start(
+        programs, tmp_path, *quickstart, "--set", "prune.ratio=0.4", "--show", "prune.ratio"
+    )
     assert (shown.code, shown.out) == (0, "0.4\n"), shown.everything
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_is_told_before_ranks_start(programs: Path, tmp_path: Path) -> None:
     assert_refused(start(programs, tmp_path, "prune"), "prune", "evaluate")
-    assert_refused(start(programs, tmp_path, "run", "--ranks", "0", "--config", "q.yaml"), "--ranks", "0")
+    assert_refused(
+        start(programs, tmp_path, "run", "--ranks", "0", "--config", "q.yaml"), "--ranks", "0"
+    )
     wrong = ("--config", "launch/configs/quickstart.yaml", "--set", "prune.ratio=2")
     assert_refused(start(programs, tmp_path, "run", *wrong), "prune.ratio")
 
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif("LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh")
+@pytest.mark.skipif(
+    "LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"
+)
 def test_the_quickstart_runs_from_the_wheel(programs: Path, tmp_path: Path) -> None:
     """Makes fewer steps than the quickstart does."""
 
     def run(*arguments: str) -> str:
         return start(programs, tmp_path, *arguments, timeout=1500).check().out
 
-    run("run", "--ranks", "2", "--config", "launch/configs/quickstart.yaml", "--set", "train.steps=12")
+    run(
+        "run",
+        "--ranks",
+        "2",
+        "--config",
+        "launch/configs/quickstart.yaml",
+        "--set",
+        "train.steps=12",
+    )
     report = read_json(tmp_path / "runs/quickstart/report.json")
     assert report["versions"]["commit"] is None  # it came from the wheel
     text = write_text(tmp_path / "text.txt", 20_000)

@@ -31,7 +31,13 @@ from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_ev
 from tests.ranks import RENAMED
 from tests.refusals import refused
 
-COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_reduce",
+    "broadcast",
+    "all_to_all_single",
+)
 COLLECTIVES += ("gather", "all_gather")
 
 
@@ -42,7 +48,11 @@ def watched_collectives(see: Callable[[str, list[Tensor], Any], None]) -> Iterat
 
     def watching(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            see(name, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)], kwargs.get("group"))
+            see(
+                name,
+                [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)],
+                kwargs.get("group"),
+            )
             return call(*args, **kwargs)
 
         return wrapped
@@ -64,7 +74,11 @@ def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
 
     def see(name: str, tensors: list[Tensor], _: Any) -> None:
         if name != "reduce_scatter_tensor":
-            given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
+            given = (
+                tensors[1]
+                if name in ("all_gather_into_tensor", "all_to_all_single")
+                else tensors[0]
+            )
             calls.append((name, given.numel()))
 
     with watched_collectives(see):
@@ -77,16 +91,23 @@ def after_backward(job: Job, step: int = 1) -> ShardedTrainer:
     for done in range(1, step):
         trainer.step(done)
     batch = trainer.order.batch(step - 1)
-    trainer._accumulate(step, batch, int((trainer.samples.inputs(batch)["labels"][:, 1:] != -100).sum()))
+    trainer._accumulate(
+        step, batch, int((trainer.samples.inputs(batch)["labels"][:, 1:] != -100).sum())
+    )
     return trainer
 
 
-def score_shards_and_whole(job: Job, corrupt: bool = False, gathered_numel: int = GATHERED_NUMEL) -> dict[str, Any]:
+def score_shards_and_whole(
+    job: Job, corrupt: bool = False, gathered_numel: int = GATHERED_NUMEL
+) -> dict[str, Any]:
     """Scores the owned shards and records the collectives. Adds all that the oracle needs to score the whole."""
     trainer = after_backward(job, step=2)
     model = trainer.model
     weights = [
-        {linear.name: gather_everywhere(model, _weight(trainer, i, linear)) for linear in LLAMA_LINEARS}
+        {
+            linear.name: gather_everywhere(model, _weight(trainer, i, linear))
+            for linear in LLAMA_LINEARS
+        }
         for i in range(len(model.layers))
     ]
     if corrupt and model.rank == model.world_size - 1:
@@ -99,7 +120,10 @@ def score_shards_and_whole(job: Job, corrupt: bool = False, gathered_numel: int 
         "scores": [as_pair(s) for s in scores],
         "calls": calls,
         "weights": weights,
-        "factors": [{n: (f.A, f.B, f.grad_A, f.grad_B, f.scaling) for n, f in layer.items()} for layer in factors],
+        "factors": [
+            {n: (f.A, f.B, f.grad_A, f.grad_B, f.scaling) for n, f in layer.items()}
+            for layer in factors
+        ],
         "lora_shards": sum(p.ds_tensor.ds_numel for p in _trainable(trainer)),
     }
 
@@ -121,7 +145,9 @@ def whole_state(trainer: ShardedTrainer) -> dict[str, Tensor]:
         found[name] = gather_everywhere(model, parameter)
         if parameter.requires_grad:
             for key in ("master", *MOMENTS):
-                found[f"{name}/{key}"] = gather_everywhere(model, parameter, state.shard(parameter, key))
+                found[f"{name}/{key}"] = gather_everywhere(
+                    model, parameter, state.shard(parameter, key)
+                )
     return found
 
 
@@ -129,7 +155,10 @@ def some_keep(trainer: ShardedTrainer, heads: list[int], channels: list[int]) ->
     """Keeps these groups in layers 1 and 2, and everything in the others."""
     dense = trainer.model.shape.counts
     chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
-    whole = [LayerKeep(heads=torch.arange(layer["heads"]), channels=torch.arange(layer["channels"])) for layer in dense]
+    whole = [
+        LayerKeep(heads=torch.arange(layer["heads"]), channels=torch.arange(layer["channels"]))
+        for layer in dense
+    ]
     return [chosen if i in (1, 2) else keep for i, keep in enumerate(whole)]
 
 
@@ -152,7 +181,10 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
         "calls": calls,
         "alive": sum(ref() is not None for ref in old),
         "shape": trainer.model.shape,
-        "engine_steps": (trainer.engine.deepspeed.global_steps, float(trainer.engine.deepspeed.get_lr()[0])),
+        "engine_steps": (
+            trainer.engine.deepspeed.global_steps,
+            float(trainer.engine.deepspeed.get_lr()[0]),
+        ),
         "next_loss": trainer.step(3).loss,
     }
 
@@ -174,18 +206,28 @@ def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> 
     """Counts the old shards of cut weights that are alive, each time that a cut gives pinned memory back."""
     trainer = build(job)
     trainer.step(1)
-    old = [weakref.ref(_weight(trainer, i, linear).ds_tensor) for i in (1, 2) for linear in LLAMA_LINEARS]
+    old = [
+        weakref.ref(_weight(trainer, i, linear).ds_tensor)
+        for i in (1, 2)
+        for linear in LLAMA_LINEARS
+    ]
     alive: list[int] = []
-    with patch.object(sharded, "empty_host_cache", lambda: alive.append(sum(ref() is not None for ref in old))):
+    with patch.object(
+        sharded, "empty_host_cache", lambda: alive.append(sum(ref() is not None for ref in old))
+    ):
         trainer.model.cut(some_keep(trainer, heads, channels))
     return alive
 
 
 def _replaced_tensors(trainer: ShardedTrainer) -> list[Tensor]:
     zero = trainer.model.zero_optimizer
-    cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LLAMA_LINEARS]
+    cut_weights = [
+        _weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LLAMA_LINEARS
+    ]
     moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
-    copies = zero.param_groups_fp16_flat_cpu_memory if zero.offload_param else [zero.lp_param_buffer]
+    copies = (
+        zero.param_groups_fp16_flat_cpu_memory if zero.offload_param else [zero.lp_param_buffer]
+    )
     return [*cut_weights, *moments, zero.grad_partitions_flat_buffer, *copies]
 
 
@@ -198,7 +240,9 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
         for name, parameter in named.items():
             start, end = owned_range(gradients[name].numel(), model.world_size, model.rank)
             shard = gradients[name].reshape(-1)[start:end]
-            safe_set_local_grad(parameter, pad(shard, partition_numel(gradients[name].numel(), model.world_size)))
+            safe_set_local_grad(
+                parameter, pad(shard, partition_numel(gradients[name].numel(), model.world_size))
+            )
     names = [[n for n, p in named.items() if p is w] for w in _lora_in_order(trainer)]
     whole: dict[str, Tensor] = {}
     for layer in model.lora_factors():
@@ -209,11 +253,18 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
     scores = trainer.pruner.average.scores
     assert scores is not None
     keep = trainer.pruner._rank(scores, job.prune["ratio"])
-    return {"gradients": whole, "masks": [(k["heads"].tolist(), k["channels"].tolist()) for k in keep]}
+    return {
+        "gradients": whole,
+        "masks": [(k["heads"].tolist(), k["channels"].tolist()) for k in keep],
+    }
 
 
 def _lora_in_order(trainer: ShardedTrainer) -> list[Any]:
-    linears = (lora_linear(layer, linear.name) for layer in trainer.model.layers for linear in LLAMA_LINEARS)
+    linears = (
+        lora_linear(layer, linear.name)
+        for layer in trainer.model.layers
+        for linear in LLAMA_LINEARS
+    )
     return [weight for linear in linears for weight in lora_weights(linear)]
 
 

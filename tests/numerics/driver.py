@@ -14,7 +14,15 @@ from torch import Tensor
 from loraprune_ds.checkpoint.layout import ResumeState, RunData, RunState, RunTotals
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists
 from loraprune_ds.checkpoint.save import save_step
-from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import (
+    Dtype,
+    Frozen,
+    LoraConfig,
+    ModelConfig,
+    PruneConfig,
+    RunConfig,
+    TrainConfig,
+)
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
@@ -98,7 +106,13 @@ def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float
     tensors = {f"{in_peft(name)}.weight": tensor.contiguous() for name, tensor in lora.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.split(".")[-2] for name in lora})
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -108,7 +122,14 @@ def tiny_job(
     model: Options | None = None, **settings: Any,
 ) -> Job:  # fmt: skip
     """Writes a tiny LLaMA and an adapter that matters. `model` goes to `make_tiny_llama`, `settings` to the job."""
-    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 42, "ffn": 45, "layers": 3}
+    sizes: dict[str, Any] = {
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 8,
+        "hidden": 42,
+        "ffn": 45,
+        "layers": 3,
+    }
     sizes |= {"vocab": 97, "seed": 1} | (model or {})
     source = make_tiny_llama(folder / "model", **sizes)
     r, alpha = settings.get("lora_r", 4), settings.get("lora_alpha", 8)
@@ -118,7 +139,13 @@ def tiny_job(
 
 
 def family_job(
-    folder: Path, family: str, prune: Options, *, steps: int, model: Options | None = None, **settings: Any
+    folder: Path,
+    family: str,
+    prune: Options,
+    *,
+    steps: int,
+    model: Options | None = None,
+    **settings: Any,
 ) -> tuple[Job, dict[str, Tensor]]:
     """Writes a tiny model of a family with an adapter. Returns the job, and LoRA by the oracle's names."""
     source = folder / "model"
@@ -126,9 +153,11 @@ def family_job(
     lora = random_lora(source)
     adapter = write_adapter(folder / "adapter", in_file(lora, source), r=4, alpha=8)
     batches = make_batches(steps=steps, samples=12, tokens=16, vocab=SIZES["vocab_size"], seed=3)
-    if is_seq2seq(family):  # whose source has at least one token, and the start of the target comes before labels
+    # whose source has at least one token, and the start of the target comes before labels
+    if is_seq2seq(family):
         batches = [
-            (ids, torch.cat([torch.full_like(labels[:, :2], -100), labels[:, 2:]], 1)) for ids, labels in batches
+            (ids, torch.cat([torch.full_like(labels[:, :2], -100), labels[:, 2:]], 1))
+            for ids, labels in batches
         ]
     return Job(source, adapter, batches, prune, **settings), lora
 
@@ -149,8 +178,15 @@ def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     shape, found = open_pretrained(folder).shape, dict[str, Tensor]()
     for i in range(len(shape.layers)):
         prefix = shape.prefix(i).removeprefix("model.")
-        own = {name.removeprefix(prefix): factor for name, factor in lora.items() if name.startswith(prefix)}
-        found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.layers[i].linears).items()}
+        own = {
+            name.removeprefix(prefix): factor
+            for name, factor in lora.items()
+            if name.startswith(prefix)
+        }
+        found |= {
+            f"{prefix}{name}": factor
+            for name, factor in as_in_peft(own, shape.layers[i].linears).items()
+        }
     return found
 
 
@@ -161,7 +197,9 @@ def config_of(job: Job) -> RunConfig:
         output_dir="unused",
         seed=job.seed,
         deepspeed=job.deepspeed,
-        model=ModelConfig(path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter), frozen=job.frozen),
+        model=ModelConfig(
+            path=str(job.folder), dtype=job.dtype, adapter=str(job.adapter), frozen=job.frozen
+        ),
         lora=LoraConfig(r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout),
         prune=PruneConfig(**(pinned | job.prune)),
         train=TrainConfig(
@@ -188,13 +226,23 @@ class ShardedTrainer(Trainer):
 
 def build(job: Job) -> ShardedTrainer:
     """Builds the package's trainer over a fresh engine."""
-    gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
-    world_size, size, config = torch.distributed.get_world_size(), len(job.batches[0][0]), config_of(job)
+    # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
+    gc.freeze()
+    world_size, size, config = (
+        torch.distributed.get_world_size(),
+        len(job.batches[0][0]),
+        config_of(job),
+    )
     pretrained = open_for_pruning(job.folder, config.model)
     ds_config = resolve_ds_config(config, pretrained.shape, world_size)
-    trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
+    trainer = assemble(
+        config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches)
+    )
     if job.distill_weight:
-        given, engines = (pretrained, "sdpa", job.dtype, ds_config), find_engines(job.deepspeed is not None)
+        given, engines = (
+            (pretrained, "sdpa", job.dtype, ds_config),
+            find_engines(job.deepspeed is not None),
+        )
         trainer.teacher = engines.build_inference_engine(*given, head=False)
     return trainer
 
@@ -218,7 +266,8 @@ def make_samples(job: Job) -> Samples:
     if job.lengths is None:
         return Samples.of_windows(input_ids, labels)
     ids, wanted = (
-        torch.cat([row[:length] for row, length in zip(rows, job.lengths, strict=True)]) for rows in (input_ids, labels)
+        torch.cat([row[:length] for row, length in zip(rows, job.lengths, strict=True)])
+        for rows in (input_ids, labels)
     )
     columns = {"input_ids": ids.where(ids != PADDING_ID, PADDING_ID + 1), "labels": wanted}
     return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
@@ -250,7 +299,9 @@ def assert_same_outcome(found: Outcome, expected: Outcome) -> None:
     assert found.losses == expected.losses
     assert found.kept == expected.kept
     assert all(equal_scores(x, y) for x, y in zip(found.averages, expected.averages, strict=True))
-    assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
+    assert all(
+        torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters
+    )
 
 
 def dense_twin(job: Job, **settings: Any) -> DenseTrainer:
@@ -282,24 +333,39 @@ def run_steps(trainer: ShardedTrainer, job: Job) -> Outcome:
         outcome.averages.append([as_pair(scores) for scores in pruner.average.scores or []])
         if trainer.cut(step):
             outcome.cut_steps.append(step)
-        outcome.kept.append([tuple(x.tolist() for x in keep.values()) for keep in pruner.kept_of_dense])
+        outcome.kept.append(
+            [tuple(x.tolist() for x in keep.values()) for keep in pruner.kept_of_dense]
+        )
         if job.deepspeed is not None:
-            outcome.state_bytes.append((storage_bytes(state_tensors(model)), expected_bytes(job, model)))
+            outcome.state_bytes.append(
+                (storage_bytes(state_tensors(model)), expected_bytes(job, model))
+            )
     collect_into(outcome, trainer)
     return outcome
 
 
 def expected_bytes(job: Job, model: ShardedModel) -> int:
     """Counts the shards of the weights, and of LoRA with fp32 masters, two moments and gradients, and the bucket."""
-    (bucket, *_), element_size = model.zero_optimizer.ipg_buckets.values(), 4 if job.dtype == "float32" else 2
+    (bucket, *_), element_size = (
+        model.zero_optimizer.ipg_buckets.values(),
+        4 if job.dtype == "float32" else 2,
+    )
     stored = model.shape.stored(element_size, int8=holds_int8(model.module)).values()
-    frozen = sum(x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored)
-    lora = sum(partition_numel(numel, model.world_size) for numel in model.shape.lora_numel(job.lora_r))
+    frozen = sum(
+        x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored
+    )
+    lora = sum(
+        partition_numel(numel, model.world_size) for numel in model.shape.lora_numel(job.lora_r)
+    )
     return frozen + (element_size + 4 + 8 + 4) * lora + 4 * bucket.buffer.numel()
 
 
 def equal_scores(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> bool:
-    return all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    return all(
+        torch.equal(a, b)
+        for x, y in zip(found, expected, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 def as_pair(scores: LayerScores) -> tuple[Tensor, ...]:
@@ -313,12 +379,20 @@ def collect_into(outcome: Outcome, trainer: Trainer) -> None:
     for name, parameter in model.module.named_parameters():
         whole = gather_everywhere(model, parameter)
         if not parameter.requires_grad:
-            outcome.frozen[name.removeprefix("base_model.model.").replace(".base_layer", "")] = whole
+            outcome.frozen[name.removeprefix("base_model.model.").replace(".base_layer", "")] = (
+                whole
+            )
             continue
-        key = name.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".default.weight")
+        key = (
+            name.removeprefix("base_model.model.")
+            .removeprefix("model.")
+            .removesuffix(".default.weight")
+        )
         outcome.lora[key] = whole
         outcome.masters[key] = gather_everywhere(model, parameter, state.shard(parameter, "master"))
-        first, second = (gather_everywhere(model, parameter, state.shard(parameter, k)) for k in MOMENTS)
+        first, second = (
+            gather_everywhere(model, parameter, state.shard(parameter, k)) for k in MOMENTS
+        )
         outcome.moments[key] = (first, second)
 
 

@@ -49,15 +49,21 @@ def seen_inputs(trainer: ShardedTrainer) -> Iterator[dict[str, list[Tensor]]]:
         handle.remove()
 
 
-def whole_layers(trainer: ShardedTrainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
+def whole_layers(
+    trainer: ShardedTrainer, names: tuple[str, ...] = INPUTS
+) -> dict[str, dict[str, Tensor]]:
     """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
     for i, linear in ((i, x) for i, x in trainer.model.shape.linears() if x.linear in names):
         module = lora_linear(trainer.model.layers[i], linear.linear)
-        own: dict[str, Any] = {n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")}
+        own: dict[str, Any] = {
+            n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")
+        }
         if module.base_layer.bias is not None:
             own["bias"] = module.base_layer.bias
-        found[f"{i}.{linear.linear}"] = {n: gather_everywhere(trainer.model, p) for n, p in own.items()}
+        found[f"{i}.{linear.linear}"] = {
+            n: gather_everywhere(trainer.model, p) for n, p in own.items()
+        }
     return found
 
 
@@ -93,7 +99,9 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
         "after": after,
         "owned": owned,
         "moment_bytes": held,
-        "moments": {f"{key.layer}.{key.name}": value / moments.tokens for key, value in moments.sums.items()},
+        "moments": {
+            f"{key.layer}.{key.name}": value / moments.tokens for key, value in moments.sums.items()
+        },
         "next_loss": trainer.step(3).loss,
     }
 

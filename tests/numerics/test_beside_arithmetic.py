@@ -53,7 +53,9 @@ def train_on_a_kept_record(job: Job) -> dict[str, Any]:
         construct(self)
 
     cuts = 0
-    with patch.object(PartitionedParameterCoordinator, "construct_parameter_trace_from_module_trace", counting):
+    with patch.object(
+        PartitionedParameterCoordinator, "construct_parameter_trace_from_module_trace", counting
+    ):
         for step in (1, 2, 3):
             trainer.step(step)
             cuts += trainer.cut(step) is not None
@@ -73,9 +75,17 @@ def train_on_a_kept_record(job: Job) -> dict[str, Any]:
 def test_a_cut_costs_no_new_recording(ranks: RankPool, tmp_path: Path) -> None:
     prune = {"ratio": 0.3, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.5}
     job = tiny_job(tmp_path, prune, model={"layers": 4}, steps=6, samples=4)
-    for micro_batch_size in (1, 2):  # with one micro-batch the first cut comes before the record is complete
-        for result in ranks.run(2, train_on_a_kept_record, dataclasses.replace(job, micro_batch_size=micro_batch_size)):
-            assert result == {"cuts": 3, "recordings": (1, 2), "same_record": True, "same_gathers": True}
+    # with one micro-batch the first cut comes before the record is complete
+    for micro_batch_size in (1, 2):
+        for result in ranks.run(
+            2, train_on_a_kept_record, dataclasses.replace(job, micro_batch_size=micro_batch_size)
+        ):
+            assert result == {
+                "cuts": 3,
+                "recordings": (1, 2),
+                "same_record": True,
+                "same_gathers": True,
+            }
 
 
 # Whatever writes shards waits for the device before it returns, so no side stream reads a half-written one
@@ -122,7 +132,9 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
         return {
             "update": watched.after(lambda: trainer.step(1)),
             "cut": watched.after(lambda: trainer.cut(1)),
-            "refit": watched.after(lambda: model.replace_weights(ids, lambda _, linear: linear.weight)),
+            "refit": watched.after(
+                lambda: model.replace_weights(ids, lambda _, linear: linear.weight)
+            ),
             "restore": watched.after(
                 lambda: model.optimizer_state.restore(model.lora_parameters(), zeros, 1, model.comm)
             ),
@@ -130,7 +142,9 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
 
 
 def test_every_write_of_shards_ends_with_a_wait(ranks: RankPool, tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, {"ratio": 0.2, "warmup_fraction": 0, "cooldown_fraction": 0}, steps=1, samples=4)
+    job = tiny_job(
+        tmp_path, {"ratio": 0.2, "warmup_fraction": 0, "cooldown_fraction": 0}, steps=1, samples=4
+    )
     for seen in ranks.run(2, watch, job):
         assert seen == dict.fromkeys(("update", "cut", "refit", "restore"), (True, True))
 
@@ -138,17 +152,25 @@ def test_every_write_of_shards_ends_with_a_wait(ranks: RankPool, tmp_path: Path)
 # A step makes the host wait for the device once, besides DeepSpeed and what protects new shards
 
 aten = torch.ops.aten
-READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
+READS = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+)
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
 ONCE = "pruning/steps.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
-SETTLED = ("zero/sharded.py:gradient_norm", "pruning/importance.py:check")  # the norm, and whether scores are finite
+# the norm, and whether scores are finite
+SETTLED = ("zero/sharded.py:gradient_norm", "pruning/importance.py:check")
 THEIRS = {
-    "transformers/masking_utils.py:find_packed_sequence_indices": 2,  # once per micro-batch: are samples packed?
+    # once per micro-batch: are samples packed?
+    "transformers/masking_utils.py:find_packed_sequence_indices": 2,
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,
-    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler": 1,  # clipping. On a device its streams wait, too
+    # clipping. On a device its streams wait, too
+    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler": 1,
 }
 HOST = (
     "train/data/samples.py",  # ids and labels
@@ -175,7 +197,9 @@ class Reads(TorchDispatchMode):
         self.tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        by_mask = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = func is aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if by_mask or func in READS:
             self.tell()
         return func(*args, **(kwargs or {}))
@@ -200,7 +224,9 @@ def waits() -> Iterator[list[str]]:
     with ExitStack() as stack:
         for name in METHODS:
             stack.enter_context(patch.object(Tensor, name, telling(getattr(Tensor, name))))
-        stack.enter_context(patch.object(accelerator(), "synchronize", telling(accelerator().synchronize)))
+        stack.enter_context(
+            patch.object(accelerator(), "synchronize", telling(accelerator().synchronize))
+        )
         stack.enter_context(Reads(tell))
         yield places
 
@@ -222,7 +248,8 @@ def test_a_step_waits_once(ranks: RankPool, tmp_path: Path) -> None:
     job = tiny_job(tmp_path, prune, steps=4, samples=8, max_grad_norm=1.0)
     for places in ranks.run(2, places_of_a_step, job):
         ours = [p for p in places if not p.startswith((*OTHERS, *HOST))]
-        assert ours == [ONCE, SETTLES, *SETTLED]  # in this order: what reads after the wait costs no second one
+        # in this order: what reads after the wait costs no second one
+        assert ours == [ONCE, SETTLES, *SETTLED]
         assert {p: places.count(p) for p in places if p.startswith(OTHERS)} == THEIRS
 
 

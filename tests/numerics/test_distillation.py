@@ -20,7 +20,9 @@ TOLERANCE = 1e-6
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("distillation")
     sizes = {"heads": 25, "kv_heads": 5, "head_dim": 4, "hidden": 25, "ffn": 61, "biases": True}
-    return tiny_job(folder, {"ratio": 0.2, "warmup_fraction": 0.0}, steps=STEPS, samples=SAMPLES, model=sizes)
+    return tiny_job(
+        folder, {"ratio": 0.2, "warmup_fraction": 0.0}, steps=STEPS, samples=SAMPLES, model=sizes
+    )
 
 
 def dense_step(job: Job, temperature: float) -> tuple[float, dict[str, Tensor]]:
@@ -31,11 +33,17 @@ def dense_step(job: Job, temperature: float) -> tuple[float, dict[str, Tensor]]:
     ours = oracle.model(input_ids=input_ids, use_cache=False).logits
     wanted = labels[:, 1:] != -100
     cross_entropy = F.cross_entropy(ours[:, :-1][wanted], labels[:, 1:][wanted], reduction="sum")
-    student, teacher = ((logits[:, :-1][wanted] / temperature).log_softmax(1) for logits in (ours, theirs))
+    student, teacher = (
+        (logits[:, :-1][wanted] / temperature).log_softmax(1) for logits in (ours, theirs)
+    )
     divergence = (teacher.exp() * (teacher - student)).sum()
     loss = ((1 - WEIGHT) * cross_entropy + WEIGHT * temperature**2 * divergence) / wanted.sum()
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in oracle.copies.items() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad
+        for name, parameter in oracle.copies.items()
+        if parameter.grad is not None
+    }
     return float(loss.detach()), gradients
 
 
@@ -43,7 +51,8 @@ LENGTHS = [3 + 5 * i % 14 for i in range(STEPS * SAMPLES)]
 
 
 @pytest.mark.parametrize(
-    ("temperature", "checkpointing", "lengths"), [(1, True, None), (2, False, None), (2, False, LENGTHS)]
+    ("temperature", "checkpointing", "lengths"),
+    [(1, True, None), (2, False, None), (2, False, LENGTHS)],
 )
 def test_loss_and_gradients_are_the_dense_ones(
     ranks: RankPool, job: Job, temperature: float, checkpointing: bool, lengths: list[int] | None

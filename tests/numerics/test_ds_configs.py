@@ -36,7 +36,9 @@ HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("configs")
     prune = {"ratio": 0.1, "prune_every": 1}
-    return tiny_job(folder, prune, steps=4, samples=8, tokens=12, model={"biases": True}, dtype="bfloat16")
+    return tiny_job(
+        folder, prune, steps=4, samples=8, tokens=12, model={"biases": True}, dtype="bfloat16"
+    )
 
 
 def run_all(job: Job) -> dict[str, Any]:
@@ -53,14 +55,18 @@ def run_all(job: Job) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def baseline(ranks: RankPool, job: Job) -> dict[str, Any]:
     result = ranks.run(2, run_all, job)[0]
-    changed = [n for n, tensor in result["before"].items() if tensor.shape != result["after"][n].shape]
+    changed = [
+        n for n, tensor in result["before"].items() if tensor.shape != result["after"][n].shape
+    ]
     assert len(changed) == 2 * (7 + 5 + 7 * 4)  # of two layers, as in test_cutting.py
     assert result["inference"].abs().sum() > 0
     return result
 
 
 @pytest.mark.parametrize("name", [f"ds_configs/{name}.json" for name in OTHERS])
-def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str, Any], name: str) -> None:
+def test_the_same_bits_as_without(
+    ranks: RankPool, job: Job, baseline: dict[str, Any], name: str
+) -> None:
     results = ranks.run(2, run_all, replace(job, deepspeed=name))
     for when in ("before", "after"):
         assert_equal_tensors(results[0][when], baseline[when])
@@ -97,7 +103,9 @@ def live_bytes() -> Callable[[], int]:
     """Counts the storages of all tensors that Python has made since this call, garbage included."""
     gc.collect()
     gc.freeze()  # objects made before are not seen any more
-    return lambda: storage_bytes(t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type != "meta")
+    return lambda: storage_bytes(
+        t for t in gc.get_objects() if isinstance(t, Tensor) and t.device.type != "meta"
+    )
 
 
 def bytes_around_release(job: Job) -> tuple[int, int, int]:
@@ -116,10 +124,15 @@ def bytes_around_release(job: Job) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("config", "world_size"), [("zero3", 1), ("zero3", 2), ("zero3_multinode", 2), ("zero3_offload", 2)]
+    ("config", "world_size"),
+    [("zero3", 1), ("zero3", 2), ("zero3_multinode", 2), ("zero3_offload", 2)],
 )
-def test_nothing_of_a_training_engine_is_left(ranks: RankPool, job: Job, config: str, world_size: int) -> None:
-    around = ranks.run(world_size, bytes_around_release, replace(job, deepspeed=f"ds_configs/{config}.json"))
+def test_nothing_of_a_training_engine_is_left(
+    ranks: RankPool, job: Job, config: str, world_size: int
+) -> None:
+    around = ranks.run(
+        world_size, bytes_around_release, replace(job, deepspeed=f"ds_configs/{config}.json")
+    )
     samples = 2 * storage_bytes([torch.cat([ids for ids, _ in job.batches])])
     groups = 3 * (3 + 45) * 8  # in all layers. Scores and kept groups are as many numbers
     for state, before, after in around:
@@ -150,7 +163,9 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("train", [{}, {"distill_weight": 0.5}], ids=["plain", "distilled"])
-def test_a_run_frees_what_it_trained_before_it_measures(ranks: RankPool, tmp_path: Path, train: dict[str, Any]) -> None:
+def test_a_run_frees_what_it_trained_before_it_measures(
+    ranks: RankPool, tmp_path: Path, train: dict[str, Any]
+) -> None:
     folder = write_run(tmp_path, train={"steps": 2} | train)
     config = config_for(folder, tmp_path / "out", "model.dtype=bfloat16")
     ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)
@@ -161,7 +176,9 @@ def bytes_between_models(folder: Path) -> tuple[int, int]:
     """Evaluates two models. Returns the bytes of one's shards, and those still alive when the second is built."""
     alive: list[int] = []
     shards: list[int] = []
-    text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)
+    text = EvaluationText(
+        "a text", None, "It is long enough for some windows of eight tokens. " * 2
+    )
     settings = EvaluationSettings(window=8, text=text, dtype="float32", sharded=True)
     with recording(engine, live_bytes(), alive, shards):
         first, second = evaluation.evaluate([str(folder)] * 2, settings, Communicator())
@@ -170,7 +187,9 @@ def bytes_between_models(folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_sharded_evaluation_holds_one_model_at_a_time(ranks: RankPool, job: Job, world_size: int) -> None:
+def test_a_sharded_evaluation_holds_one_model_at_a_time(
+    ranks: RankPool, job: Job, world_size: int
+) -> None:
     for shards, left in ranks.run(world_size, bytes_between_models, job.folder):
         assert shards > 20_000
         assert left < 500  # rotary frequencies, sums of the losses

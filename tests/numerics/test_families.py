@@ -28,52 +28,89 @@ PRUNE: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "
 # before a sparse one, gated delta nets and fp32 parameters, these with experts, buffers of one element,
 # encoder and decoder with a tied head and with one of their own.
 IN_CI = ("qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2", "deepseek_v3")
-IN_CI += ("qwen3_5_text", "qwen3_5_moe_text", "apertus", "glm4_moe_lite", "gemma4_text", "t5", "mt5")
+IN_CI += (
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "apertus",
+    "glm4_moe_lite",
+    "gemma4_text",
+    "t5",
+    "mt5",
+)
 
 
 def measured(run: PlainRun) -> dict[str, dict[str, Tensor]]:
     """Returns the compared tensors, by kind and name, fp64."""
     masters = {name: tensor.double() for name, tensor in run.tensors().items() if "lora_" in name}
-    moments = {f"{name} {i}": m.double() for name, pair in run.moments().items() for i, m in enumerate(pair)}
+    moments = {
+        f"{name} {i}": m.double()
+        for name, pair in run.moments().items()
+        for i, m in enumerate(pair)
+    }
     averages = run.averages[-1]
     return results(run.losses, masters, moments, averages)
 
 
-def results(losses: list[float], masters: Any, moments: Any, averages: list[Any]) -> dict[str, dict[str, Tensor]]:
-    scores = {f"layer {i} {kind}": s.double() for i, pair in enumerate(averages) for kind, s in enumerate(pair)}
-    return {"losses": {"": torch.tensor(losses).double()}, "masters": masters, "moments": moments, "scores": scores}
+def results(
+    losses: list[float], masters: Any, moments: Any, averages: list[Any]
+) -> dict[str, dict[str, Tensor]]:
+    scores = {
+        f"layer {i} {kind}": s.double()
+        for i, pair in enumerate(averages)
+        for kind, s in enumerate(pair)
+    }
+    return {
+        "losses": {"": torch.tensor(losses).double()},
+        "masters": masters,
+        "moments": moments,
+        "scores": scores,
+    }
 
 
 def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """Returns the largest difference of any element, relative to the largest element of all."""
     assert found.keys() == wanted.keys()
-    wanted = {name: tensor for name, tensor in wanted.items() if tensor.numel()}  # a dense layer has no experts
+    # a dense layer has no experts
+    wanted = {name: tensor for name, tensor in wanted.items() if tensor.numel()}
     largest = max(float(tensor.abs().max()) for tensor in wanted.values())
-    return max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items()) / largest
+    return (
+        max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items()) / largest
+    )
 
 
 @pytest.mark.parametrize("family", families(*IN_CI))
 def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
-    heads_go = FAMILIES[family].has_experts and "heads" in {*kinds(family)} - {*FAMILIES[family].fixed}
+    heads_go = FAMILIES[family].has_experts and "heads" in {*kinds(family)} - {
+        *FAMILIES[family].fixed
+    }
     prune: dict[str, Any] = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
-    if not FAMILIES[family].has_experts and FAMILIES[family].fixed:  # heads stay, so 0.265 of it can go
+    # heads stay, so 0.265 of it can go
+    if not FAMILIES[family].has_experts and FAMILIES[family].fixed:
         prune |= {"ratio": 0.25}
     job, lora = family_job(tmp_path, family, prune, steps=STEPS)
     config = PruneConfig(**(PAPER | {"channel_multiple": 1} | prune))
     rounded, exact = (
-        PlainRun(job.folder, lora, config, STEPS, alpha=job.lora_alpha, dtype=dtype).run(job.batches)
+        PlainRun(job.folder, lora, config, STEPS, alpha=job.lora_alpha, dtype=dtype).run(
+            job.batches
+        )
         for dtype in (torch.float32, torch.float64)
     )
     assert len(exact.cuts) >= 2
     wanted, in_fp32 = measured(exact), measured(rounded)
-    allowed = {kind: FACTOR * distance(in_fp32[kind], values) + FLOOR for kind, values in wanted.items()}
+    allowed = {
+        kind: FACTOR * distance(in_fp32[kind], values) + FLOOR for kind, values in wanted.items()
+    }
     assert max(allowed.values()) < 1e-3  # a wrong cut or logit shows by more than that
     for world_size in (1, 2, 3):
         run = ranks.run(world_size, train, job)[0]
         assert run.kept[-1] == exact.kept()
         assert all(found == expected for found, expected in run.state_bytes)
         masters = {name: tensor.double() for name, tensor in run.masters.items()}
-        moments = {f"{name} {i}": m.double() for name, pair in run.moments.items() for i, m in enumerate(pair)}
+        moments = {
+            f"{name} {i}": m.double()
+            for name, pair in run.moments.items()
+            for i, m in enumerate(pair)
+        }
         for kind, values in results(run.losses, masters, moments, run.averages[-1]).items():
             assert distance(values, wanted[kind]) < allowed[kind], (kind, world_size)
         for name, weight in run.frozen.items():  # only moved, so the same bits

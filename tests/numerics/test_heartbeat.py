@@ -78,7 +78,9 @@ def test_a_busy_rank_is_not_lost(ranks: RankPool, tmp_path: Path) -> None:
         assert contacts > LOOKS
 
 
-def test_a_count_that_stands_still_is_found_and_one_late_look_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_count_that_stands_still_is_found_and_one_late_look_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     comm: Any = SimpleNamespace(rank=0, gather_objects=lambda mine: [mine, mine])
     heartbeat = Heartbeat(comm, silence=1e6)
@@ -142,13 +144,19 @@ def prepare_counting_reads(config: RunConfig, log: Path) -> None:
         prepare(config, comm)
 
 
-def test_one_rank_of_a_node_makes_the_tokens_and_the_others_find_them(ranks: RankPool, tmp_path: Path) -> None:
-    config = config_for(write_run(tmp_path), tmp_path / "out", f"data.held_out_fraction={0.2 + time.time() % 0.01}")
+def test_one_rank_of_a_node_makes_the_tokens_and_the_others_find_them(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    config = config_for(
+        write_run(tmp_path), tmp_path / "out", f"data.held_out_fraction={0.2 + time.time() % 0.01}"
+    )
     ranks.run(2, prepare_counting_reads, config, tmp_path / "log")
     assert (tmp_path / "log").read_text() == "0\n"
 
 
-def test_the_others_do_not_wait_for_tokens_that_cannot_be_made(ranks: RankPool, tmp_path: Path) -> None:
+def test_the_others_do_not_wait_for_tokens_that_cannot_be_made(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     config = config_for(write_run(tmp_path), tmp_path / "out", "data.format=instruction")
     errors = ranks.run(2, refused, prepare_counting_reads, config, tmp_path / "log")
     assert errors[0] == errors[1]

@@ -27,22 +27,42 @@ def compare(job: Job, root: Path) -> Counter[str]:
         trainer.step(step)
         trainer.cut(step)
     model, step = trainer.model, save(trainer, config, root)
-    live, found = LiveModel(model, step.exported, step.dense_folder, config.model.dtype), Counter[str]()
+    live, found = (
+        LiveModel(model, step.exported, step.dense_folder, config.model.dtype),
+        Counter[str](),
+    )
     for merge in (True, False):
         files, others = (dict(source.files(model.comm, merge=merge)) for source in (step, live))
-        assert files.keys() == others.keys() == set(range(model.rank, len(model.layers) + 1, model.world_size))
+        assert (
+            files.keys()
+            == others.keys()
+            == set(range(model.rank, len(model.layers) + 1, model.world_size))
+        )
         for k, tensors in files.items():
             assert tensors.keys() == others[k].keys()
-            found.update("equal" if torch.equal(x, others[k][name]) else name for name, x in tensors.items())
-    full = Mock(side_effect=OSError("No space left on device")) if model.rank == model.world_size - 1 else Mock()
+            found.update(
+                "equal" if torch.equal(x, others[k][name]) else name for name, x in tensors.items()
+            )
+    full = (
+        Mock(side_effect=OSError("No space left on device"))
+        if model.rank == model.world_size - 1
+        else Mock()
+    )
     for source in (step, live):  # no rank waits for the last one, which cannot write
-        with patch.object(weight_files, "write_weight_file", full), pytest.raises(RunError, match=f"{root}.*No space"):
+        with (
+            patch.object(weight_files, "write_weight_file", full),
+            pytest.raises(RunError, match=f"{root}.*No space"),
+        ):
             huggingface.write_model(source, root, card_of_step(step), model.comm)
     return found
 
 
-@pytest.mark.parametrize(("family", "world_size"), [("llama", 2), ("int8 llama", 3), ("int8 gpt_oss", 2)])
-def test_a_step_is_the_model_that_the_ranks_held(ranks: RankPool, tmp_path: Path, family: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "world_size"), [("llama", 2), ("int8 llama", 3), ("int8 gpt_oss", 2)]
+)
+def test_a_step_is_the_model_that_the_ranks_held(
+    ranks: RankPool, tmp_path: Path, family: str, world_size: int
+) -> None:
     prune, refits = {"ratio": 0.3, "prune_every": 2, "protected_first": 0}, "llama" in family
     given: dict[str, Any] = {"dtype": "bfloat16", "frozen": "int8"} if "int8" in family else {}
     if refits:
@@ -52,5 +72,6 @@ def test_a_step_is_the_model_that_the_ranks_held(ranks: RankPool, tmp_path: Path
         sizes = {"dtype": torch.bfloat16}
         job, _ = family_job(tmp_path, family.split()[1], prune, steps=4, model=sizes, **given)
     found = sum(ranks.run(world_size, compare, job, tmp_path / "steps"), Counter[str]())
-    assert found == {"equal": 2 * len(open_pretrained(job.folder).shape.parameters())}  # merged and not
+    # merged and not
+    assert found == {"equal": 2 * len(open_pretrained(job.folder).shape.parameters())}
     assert any((tmp_path / "steps").glob("*/refit-*")) == refits

@@ -23,7 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("plan"), layers=3, dtype="bfloat16", **SIZES)
 
 
-LIMITED, INT8 = {"deepspeed": "limited"}, {"deepspeed": "limited", "frozen": "int8"}  # limits that a tiny model meets
+# limits that a tiny model meets
+LIMITED, INT8 = {"deepspeed": "limited"}, {"deepspeed": "limited", "frozen": "int8"}
 
 
 @pytest.mark.parametrize(
@@ -42,21 +43,34 @@ LIMITED, INT8 = {"deepspeed": "limited"}, {"deepspeed": "limited", "frozen": "in
     ],
 )
 def test_ranks_hold_and_send_what_was_planned(
-    ranks: RankPool, folder: Path, tmp_path: Path, model: str, world_size: int, options: dict[str, Any]
+    ranks: RankPool,
+    folder: Path,
+    tmp_path: Path,
+    model: str,
+    world_size: int,
+    options: dict[str, Any],
 ) -> None:
     if model == "wide":
         hidden = LEAF_LAYER_HIDDEN + 8
-        folder = make_tiny_llama(tmp_path / model, hidden=hidden, ffn=24, layers=3, dtype="bfloat16")
+        folder = make_tiny_llama(
+            tmp_path / model, hidden=hidden, ffn=24, layers=3, dtype="bfloat16"
+        )
     elif "frozen" in options:
         folder = save_tiny(tmp_path / model, model, 3)
-    limited: dict[str, Any] = {"deepspeed": limited_config(tmp_path)} if "deepspeed" in options else {}
+    limited: dict[str, Any] = (
+        {"deepspeed": limited_config(tmp_path)} if "deepspeed" in options else {}
+    )
     for row in check_ranks(ranks, world_size, Case(folder, **options | limited)):
         for step in row["steps"] if model == "llama" else []:
             planned, counted = step["pruning"]["planned"], step["pruning"]["counted"]
-            assert counted == planned or ("compensate" in options and 0 < counted < planned), step["step"]
+            assert counted == planned or ("compensate" in options and 0 < counted < planned), step[
+                "step"
+            ]
 
 
-def test_with_hpz_gathers_of_copies_stay_in_a_node(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
+def test_with_hpz_gathers_of_copies_stay_in_a_node(
+    ranks: RankPool, folder: Path, tmp_path: Path
+) -> None:
     path, shipped = tmp_path / "hpz.json", Path("ds_configs/zero3_multinode_hpz.json").read_text()
     path.write_text(shipped.replace('hpz_partition_size": "auto"', 'hpz_partition_size": 2'))
     case = Case(folder, deepspeed=str(path), micro_batches=2, per_node=2, distilled=True)
@@ -71,7 +85,9 @@ LAYER_NORM = ("olmo", "starcoder2", "nemotron", "jais2", "stablelm")
 # Beside sinks, eager attention looks for the largest score of each of 10 heads and 16 tokens.
 MAXIMA = {"gpt_oss": 8 * 10 * 16}
 # Routers with groups keep their choice of 3 experts, and a mask of 23, of 16 tokens.
-WITH_GROUPS = "glm4_moe dots1 exaone_moe deepseek_v3 glm4_moe_lite glm_moe_dsa nemotron_h mistral4".split()
+WITH_GROUPS = (
+    "glm4_moe dots1 exaone_moe deepseek_v3 glm4_moe_lite glm_moe_dsa nemotron_h mistral4".split()
+)
 CHOICES: dict[str, int] = dict.fromkeys(WITH_GROUPS, 16 * (8 * 3 + 23))
 # On a CPU sdpa keeps probabilities where values are narrower than keys, unlike on a GPU.
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "mistral4")
@@ -80,14 +96,22 @@ AS_WIDE: dict[str, dict[str, Any]] = {name: {"v_head_dim": 12} for name in LATEN
 
 # Four norms and capped scores; convolutions; biases, no gate, LayerNorm; experts; these with latent attention; these
 # with attention that stays.
-@pytest.mark.parametrize("family", families("gemma2", "lfm2", "starcoder2", "mixtral", "glm4_moe_lite", "gemma4_text"))
-def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    "family", families("gemma2", "lfm2", "starcoder2", "mixtral", "glm4_moe_lite", "gemma4_text")
+)
+def test_ranks_of_other_families_hold_and_send_what_was_planned(
+    ranks: RankPool, tmp_path: Path, family: str
+) -> None:
     folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
     first = 0 if family in EQUAL else None
-    case = Case(folder, deepspeed=limited_config(tmp_path), protected_first=first, ratio=0.15)  # helium has no more
+    # helium has no more
+    case = Case(folder, deepspeed=limited_config(tmp_path), protected_first=first, ratio=0.15)
     check_ranks(ranks, 2, replace(case, checkpointing=family in ("qwen3", "phi3")))
     dtype = "float32" if family in LAYER_NORM else "bfloat16"
-    three, four = (ranks.run(1, saved_activations, replace(case, folder=x, dtype=dtype))[0] for x in (folder, longer))
+    three, four = (
+        ranks.run(1, saved_activations, replace(case, folder=x, dtype=dtype))[0]
+        for x in (folder, longer)
+    )
     # Only floats are counted. The plan also has three indices of the experts' tokens.
     indices = 3 * 8 * 16 * TINY[family].get(getattr(FAMILIES[family], "chosen", ""), 0)
     indices += MAXIMA.get(family, 0) + CHOICES.get(family, 0)
@@ -100,8 +124,14 @@ def save_tiny(folder: Path, family: str, layers: int) -> Path:
         for key, value in TINY[family].items()
         if isinstance(value, list)
     }
-    lists |= {key: value[:layers] for key, value in TINY[family].items() if key == "hybrid_override_pattern"}
-    model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **(lists | AS_WIDE.get(family, {})))
+    lists |= {
+        key: value[:layers]
+        for key, value in TINY[family].items()
+        if key == "hybrid_override_pattern"
+    }
+    model = tiny_model(
+        family, dtype=torch.bfloat16, num_hidden_layers=layers, **(lists | AS_WIDE.get(family, {}))
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -122,7 +152,8 @@ def check_row(row: dict[str, Any], *, several: bool) -> None:
     for step in row["steps"]:
         for kind in ("second_copy", "lora_gradients"):
             assert step[kind]["counted"] == step[kind]["planned"], (step["step"], kind)
-    for step in row["steps"][1::2]:  # the first one at a shape is recorded, and finds no second copy
+    # the first one at a shape is recorded, and finds no second copy
+    for step in row["steps"][1::2]:
         for kind in ("weights", IN_GROUP):
             assert step[kind]["counted"] <= step[kind]["most"], (step["step"], kind)
     assert (row["steps"][0]["weights"]["counted"] > 0) == several
@@ -136,8 +167,12 @@ def limited_config(folder: Path) -> str:
     return str(folder / "limited.json")
 
 
-def test_the_formula_says_what_a_layer_keeps_with_dropout(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
+def test_the_formula_says_what_a_layer_keeps_with_dropout(
+    ranks: RankPool, folder: Path, tmp_path: Path
+) -> None:
     """Compares three layers with four. What lies outside the layers is the same."""
     longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **SIZES)
-    three, four = (ranks.run(1, saved_activations, Case(x, dropout=0.05))[0] for x in (folder, longer))
+    three, four = (
+        ranks.run(1, saved_activations, Case(x, dropout=0.05))[0] for x in (folder, longer)
+    )
     assert four["counted"] - three["counted"] == four["last_layer"]

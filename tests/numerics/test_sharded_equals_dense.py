@@ -38,9 +38,15 @@ def base_job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def dense_run(job: Job, outcome: Outcome) -> tuple[DenseTrainer, list[StepRecord]]:
     """Runs the oracle. It is told how many groups to keep but not which."""
     micro = job.micro_batch_size if job.lora_dropout else None
-    settings = {"max_grad_norm": job.max_grad_norm, "epsilon": job.adam_epsilon, "dropout": job.lora_dropout}
+    settings = {
+        "max_grad_norm": job.max_grad_norm,
+        "epsilon": job.adam_epsilon,
+        "dropout": job.lora_dropout,
+    }
     trainer = dense_twin(job, micro_batch_size=micro, **settings)
-    counts = {step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps}
+    counts = {
+        step: [(len(h), len(c)) for h, c in outcome.kept[step - 1]] for step in outcome.cut_steps
+    }
     return trainer, trainer.run(job.batches, [job.learning_rate] * STEPS, counts)
 
 
@@ -54,14 +60,28 @@ def assert_masks_are_decided(outcome: Outcome, records: list[StepRecord]) -> Non
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float(((found.double() - expected.double()).abs() / expected.double().abs().clamp_min(1e-12)).max())
+    return float(
+        (
+            (found.double() - expected.double()).abs() / expected.double().abs().clamp_min(1e-12)
+        ).max()
+    )
 
 
 @pytest.mark.parametrize(
     ("world_size", "micro", "dropout"),
-    [(0, 6, 0.05), (1, 12, 0.0), (1, 6, 0.05), (2, 6, 0.0), (2, 3, 0.05), (3, 4, 0.0), (3, 2, 0.05)],
+    [
+        (0, 6, 0.05),
+        (1, 12, 0.0),
+        (1, 6, 0.05),
+        (2, 6, 0.0),
+        (2, 3, 0.05),
+        (3, 4, 0.0),
+        (3, 2, 0.05),
+    ],
 )
-def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micro: int, dropout: float) -> None:
+def test_training_and_cuts(
+    ranks: RankPool, base_job: Job, world_size: int, micro: int, dropout: float
+) -> None:
     """Without a rank of ZeRO-3 (0), one process trains by the local engine."""
     changes = {"micro_batch_size": micro, "max_grad_norm": 0.5, "lora_dropout": dropout}
     job = replace(base_job, **changes, deepspeed=base_job.deepspeed if world_size else None)
@@ -80,7 +100,8 @@ def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micr
                 assert relative(found[1], expected[1]) < TOLERANCE
     for name, master in oracle.masters().items():
         assert (outcome.masters[name] - master).abs().max() < TOLERANCE, name
-    for i in (0, 1):  # first and second moments. Differences are relative to the largest: they have gradients' units
+    # first and second moments. Differences are relative to the largest: they have gradients' units
+    for i in (0, 1):
         largest = max(moments[i].abs().max() for moments in oracle.moments().values())
         for name, moments in oracle.moments().items():
             assert (outcome.moments[name][i] - moments[i]).abs().max() < TOLERANCE * largest, name
@@ -100,11 +121,14 @@ one_model = pytest.mark.parametrize("base_job", ["gqa_odd"], indirect=True)
 
 @one_model
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_gradient_checkpointing_changes_nothing(ranks: RankPool, base_job: Job, world_size: int) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    ranks: RankPool, base_job: Job, world_size: int
+) -> None:
     job = replace(base_job, lora_dropout=0.1)  # the same draw again
     jobs = (replace(job, gradient_checkpointing=on) for on in (False, True))
     plain, checkpointed = (ranks.run(world_size, train, each)[0] for each in jobs)
-    assert_same_outcome(checkpointed, plain)  # the same operations on the same numbers, only some of them twice
+    # the same operations on the same numbers, only some of them twice
+    assert_same_outcome(checkpointed, plain)
 
 
 @one_model
@@ -115,10 +139,21 @@ def test_a_seed_decides_the_result_and_its_dropout(ranks: RankPool, base_job: Jo
     assert other.losses != first.losses
 
 
-def test_global_ranking_reaches_its_target_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    prune = {**PRUNE, "ranking": "global", "normalize": "none", "protected_first": 0, "protected_last": 0}
+def test_global_ranking_reaches_its_target_on_any_number_of_ranks(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    prune = {
+        **PRUNE,
+        "ranking": "global",
+        "normalize": "none",
+        "protected_first": 0,
+        "protected_last": 0,
+    }
     job = tiny_job(tmp_path, prune, steps=STEPS, model=MODELS["gqa_odd"] | {"layers": 4, "seed": 4})
     outcomes = [ranks.run(world_size, train, job)[0] for world_size in (1, 2, 3)]
-    assert len({len(h) for h, _ in outcomes[0].kept[-1]} | {len(c) for _, c in outcomes[0].kept[-1]}) > 2
+    assert (
+        len({len(h) for h, _ in outcomes[0].kept[-1]} | {len(c) for _, c in outcomes[0].kept[-1]})
+        > 2
+    )
     for outcome in outcomes[1:]:
         assert outcome.kept == outcomes[0].kept

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.oracle.formula import group_scores, keep_best, moving_average
 
-Batch = tuple[Tensor, Tensor]  # input_ids and labels (samples, tokens); -100 marks what is not supervised
+# input_ids and labels (samples, tokens); -100 marks what is not supervised
+Batch = tuple[Tensor, Tensor]
 # What one layer keeps of (heads, channels). Either how many, by score, or which, as indices into the dense model.
 LayerCut = tuple[int | list[int], int | list[int]]
 Pair = tuple[Tensor, Tensor]  # one layer's scores: heads (kv heads,), channels (ffn,)
@@ -34,7 +35,8 @@ INPUT_SHRINKS = ("self_attn.o_proj", "mlp.down_proj")  # columns leave; of the o
 @dataclass(frozen=True)
 class Settings:
     lora_alpha: float
-    dtype: torch.dtype = torch.float32  # of weights and LoRA copies; masters are fp32, or fp64 where this is
+    # of weights and LoRA copies; masters are fp32, or fp64 where this is
+    dtype: torch.dtype = torch.float32
     micro_batch_size: int | None = None  # None: the whole global batch at once
     max_grad_norm: float = 0.0  # 0: no clipping
     beta1: float = 0.9
@@ -78,17 +80,23 @@ class DenseTrainer:
     def __init__(self, folder: Path | str, lora: Mapping[str, Tensor], settings: Settings) -> None:
         self.settings = settings
         self.master_dtype = torch.promote_types(settings.dtype, torch.float32)
-        causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=settings.dtype, attn_implementation="eager")
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=settings.dtype, attn_implementation="eager"
+        )
         self.layers: list[nn.Module] = list(causal_lm.model.layers)
         rank = lora["layers.0.self_attn.q_proj.lora_A"].shape[0]
         self.scaling = settings.lora_alpha / rank
         self.model = _with_lora(causal_lm, rank, settings.lora_alpha)
         if settings.dropout:
-            for i, linear in ((i, x) for i in range(len(self.layers)) for x in HEAD_LINEARS + CHANNEL_LINEARS):
+            for i, linear in (
+                (i, x) for i in range(len(self.layers)) for x in HEAD_LINEARS + CHANNEL_LINEARS
+            ):
                 self._wrapper(i, linear).lora_dropout["default"] = Dropout(settings.dropout)
 
         config = causal_lm.config
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self.queries_per_group: int = config.num_attention_heads // config.num_key_value_heads
         sizes = (config.num_key_value_heads, config.intermediate_size)
         self.kept = [([*range(sizes[0])], [*range(sizes[1])]) for _ in self.layers]
@@ -97,7 +105,9 @@ class DenseTrainer:
 
         self.copies = self._lora_parameters()
         assert set(lora) == set(self.copies), set(lora) ^ set(self.copies)
-        self.master = {name: nn.Parameter(lora[name].to(self.master_dtype, copy=True)) for name in self.copies}
+        self.master = {
+            name: nn.Parameter(lora[name].to(self.master_dtype, copy=True)) for name in self.copies
+        }
         self.optimizer = torch.optim.AdamW(
             list(self.master.values()),
             betas=(settings.beta1, settings.beta2),
@@ -119,13 +129,17 @@ class DenseTrainer:
         pairs, cuts = zip(batches, learning_rates, strict=True), cuts or {}
         return [self.step(*pair, cuts.get(self.steps_done + 1)) for pair in pairs]
 
-    def step(self, batch: Batch, learning_rate: float, cut: Sequence[LayerCut] | None = None) -> StepRecord:
+    def step(
+        self, batch: Batch, learning_rate: float, cut: Sequence[LayerCut] | None = None
+    ) -> StepRecord:
         """Gradient, scores, update, then the cut."""
         loss = self._accumulate_gradients(batch)
         gradients = {name: _gradient(master).clone() for name, master in self.master.items()}
         scores = [self._layer_scores(i, gradients) for i in range(len(self.layers))]
         pairs, lam = zip(self.averages, scores, strict=True), self.settings.moving_average
-        averages = [(moving_average(a, c, lam), moving_average(b, d, lam)) for (a, b), (c, d) in pairs]
+        averages = [
+            (moving_average(a, c, lam), moving_average(b, d, lam)) for (a, b), (c, d) in pairs
+        ]
         self.averages = list(averages)
 
         if self.settings.max_grad_norm > 0:
@@ -149,11 +163,16 @@ class DenseTrainer:
         input_ids, labels = batch
         supervised = int((labels[:, 1:] != IGNORED).sum())
         size = self.settings.micro_batch_size or len(input_ids)
-        for m, (ids, targets) in enumerate(zip(input_ids.split(size), labels.split(size), strict=True)):
+        for m, (ids, targets) in enumerate(
+            zip(input_ids.split(size), labels.split(size), strict=True)
+        ):
             torch.manual_seed(_dropout_seed(self.settings.seed, self.steps_done + 1, m))
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].to(self.master_dtype)
             wanted = targets[:, 1:].flatten()
-            yield F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum") / supervised
+            yield (
+                F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum")
+                / supervised
+            )
 
     def _accumulate_gradients(self, batch: Batch) -> float:
         """Adds the micro-batches' gradients up in the masters' dtype."""
@@ -175,19 +194,28 @@ class DenseTrainer:
             weight = self._wrapper(i, linear).base_layer.weight.detach()
             masters = (self.master[a].detach(), self.master[b].detach())
             tensors[linear] = (weight, *masters, gradients[a], gradients[b])
-        heads = {"num_key_value_heads": len(self.kept[i][0]), "queries_per_group": self.queries_per_group}
+        heads = {
+            "num_key_value_heads": len(self.kept[i][0]),
+            "queries_per_group": self.queries_per_group,
+        }
         normalize = self.settings.normalize
-        return group_scores(tensors, self.scaling, **heads, head_dim=self.head_dim, normalize=normalize)
+        return group_scores(
+            tensors, self.scaling, **heads, head_dim=self.head_dim, normalize=normalize
+        )
 
     # The cut
 
     def _cut_layer(self, i: int, cut: LayerCut) -> None:
         heads, channels = (
-            keep_best(average, wanted) if isinstance(wanted, int) else [kept.index(group) for group in sorted(wanted)]
+            keep_best(average, wanted)
+            if isinstance(wanted, int)
+            else [kept.index(group) for group in sorted(wanted)]
             for average, wanted, kept in zip(self.averages[i], cut, self.kept[i], strict=True)
         )
         for linear in HEAD_LINEARS:
-            per_group = self.queries_per_group if linear in ("self_attn.q_proj", "self_attn.o_proj") else 1
+            per_group = (
+                self.queries_per_group if linear in ("self_attn.q_proj", "self_attn.o_proj") else 1
+            )
             self._cut_linear(i, linear, heads, per_group * self.head_dim)
         for linear in CHANNEL_LINEARS:
             self._cut_linear(i, linear, channels, 1)
@@ -219,14 +247,21 @@ class DenseTrainer:
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(exp_avg, exp_avg_sq) of every LoRA tensor."""
         states = {name: self.optimizer.state[master] for name, master in self.master.items()}
-        return {name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in states.items()}
+        return {
+            name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone())
+            for name, state in states.items()
+        }
 
     def frozen(self) -> dict[str, Tensor]:
         """Returns everything that is not LoRA, a tied head once, without the leading "model." of the names."""
         found = {}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name:
-                short = name.removeprefix("base_model.model.").removeprefix("model.").replace(".base_layer.", ".")
+                short = (
+                    name.removeprefix("base_model.model.")
+                    .removeprefix("model.")
+                    .replace(".base_layer.", ".")
+                )
                 found[short] = parameter.detach().clone()
         return found
 
@@ -241,7 +276,9 @@ class DenseTrainer:
 
     def _lora_parameters(self) -> dict[str, nn.Parameter]:
         return {
-            f"layers.{i}.{linear}.{factor}": getattr(self._wrapper(i, linear), factor)["default"].weight
+            f"layers.{i}.{linear}.{factor}": getattr(self._wrapper(i, linear), factor)[
+                "default"
+            ].weight
             for i in range(len(self.layers))
             for linear in HEAD_LINEARS + CHANNEL_LINEARS
             for factor in ("lora_A", "lora_B")

@@ -22,7 +22,9 @@ def gradient_estimate(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor) -> Tensor:
     return B @ A - (B - gB) @ (A - gA)
 
 
-def element_importance(W: Tensor, A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scaling: float) -> Tensor:
+def element_importance(
+    W: Tensor, A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scaling: float
+) -> Tensor:
     """Computes |G ⊙ (W + s·B·A)|, (out, in), as the paper's released code. Its text squares this."""
     merged = W.double() + scaling * (B.double() @ A.double())
     return (gradient_estimate(A, B, gA, gB) * merged).abs()
@@ -76,7 +78,9 @@ def moving_average(old: Tensor, new: Tensor, lam: float) -> Tensor:
     return lam * old + (1 - lam) * new
 
 
-def cubic_target(step: int, steps: int, ratio: float, warmup_fraction: float, cooldown_fraction: float) -> float:
+def cubic_target(
+    step: int, steps: int, ratio: float, warmup_fraction: float, cooldown_fraction: float
+) -> float:
     """Computes the fraction to be gone after `step`: 0 in the warm-up, `ratio` in the cool-down, unrounded borders."""
     first, last = warmup_fraction * steps, steps - cooldown_fraction * steps
     if step <= first:
@@ -103,7 +107,9 @@ def cut_gap(scores: Tensor, count: int) -> float:
 # `fisher` by a mask that a dense model really multiplies its inputs by: Kwon et al., arXiv 2204.00656
 
 
-def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, int, int]]) -> list[Tensor]:
+def mask_fisher(
+    loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, int, int]]
+) -> list[Tensor]:
     """Returns Σ over tokens of (∂loss/∂mask)², (groups,) float64 of each masked module, by one mask per token.
 
     Of query heads it returns the second moments of each range, (ranges, q, q).
@@ -119,11 +125,16 @@ def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, in
         masks.append(torch.ones(samples, tokens, groups, dtype=inputs[0].dtype, requires_grad=True))
         return inputs[0] * masks[-1].repeat_interleave(width // groups, 2), *inputs[1:]
 
-    handles = [module.register_forward_pre_hook(partial(multiply, groups)) for module, groups, _ in masked]
+    handles = [
+        module.register_forward_pre_hook(partial(multiply, groups)) for module, groups, _ in masked
+    ]
     gradients = torch.autograd.grad(loss(), masks)
     for handle in handles:
         handle.remove()
     sizes = ((ranges or groups, -1) for _, groups, ranges in masked)
-    s = [gradient.double().flatten(0, 1).unflatten(1, x) for gradient, x in zip(gradients, sizes, strict=True)]
+    s = [
+        gradient.double().flatten(0, 1).unflatten(1, x)
+        for gradient, x in zip(gradients, sizes, strict=True)
+    ]
     moments = [torch.einsum("tkg,tkh->kgh", x, x) for x in s]
     return [x if x.shape[1] > 1 else x.flatten() for x in moments]

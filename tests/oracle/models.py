@@ -10,7 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
-LINEARS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+LINEARS = (
+    *(f"self_attn.{x}_proj" for x in "qkvo"),
+    *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+)
 
 
 def make_tiny_llama(
@@ -81,7 +84,9 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     unk, bos, eos = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos
+    )
 
 
 def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str, Tensor]:
@@ -92,7 +97,9 @@ def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str
         layers = 1 + max(int(key.split(".")[2]) for key in file.keys() if ".layers." in key)
         for i in range(layers):
             for linear in LINEARS:
-                out_features, in_features = file.get_slice(f"model.layers.{i}.{linear}.weight").get_shape()
+                out_features, in_features = file.get_slice(
+                    f"model.layers.{i}.{linear}.weight"
+                ).get_shape()
                 a = torch.randn(r, in_features, generator=generator) / math.sqrt(in_features)
                 b = torch.randn(out_features, r, generator=generator) * size / math.sqrt(r)
                 lora |= {f"layers.{i}.{linear}.lora_A": a, f"layers.{i}.{linear}.lora_B": b}
@@ -106,8 +113,12 @@ def make_batches(
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(steps):
-        input_ids = torch.randint(len(SPECIAL_TOKENS), vocab, (samples, tokens), generator=generator)
+        input_ids = torch.randint(
+            len(SPECIAL_TOKENS), vocab, (samples, tokens), generator=generator
+        )
         prompt = torch.randint(0, tokens, (samples, 1), generator=generator)
         hidden = torch.arange(tokens) < prompt
-        batches.append((input_ids, input_ids.masked_fill(hidden, -100) if masked else input_ids.clone()))
+        batches.append(
+            (input_ids, input_ids.masked_fill(hidden, -100) if masked else input_ids.clone())
+        )
     return batches

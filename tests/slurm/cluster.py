@@ -21,7 +21,9 @@ FOR_GOOD = 3.0  # seconds; a job that is requeued is in an end state for a momen
 
 def obstacle() -> str:
     """Tells why no cluster can run here. Empty if one can."""
-    return subprocess.run([SCRIPT, "obstacle"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [SCRIPT, "obstacle"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 class Cluster:
@@ -42,14 +44,22 @@ class Cluster:
         where: Any = {"cwd": cwd or self.folder, "env": self.environment | (variables or {})}
         streams: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         ended = subprocess.run([SCRIPT, "exec", *command], **where, **streams, timeout=timeout)
-        assert ended.returncode == 0, f"{command}: code {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        assert ended.returncode == 0, (
+            f"{command}: code {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        )
         return ended.stdout + ended.stderr
 
     def submit(
-        self, script: str, *arguments: str | Path, options: Sequence[str] = (), variables: dict[str, str] | None = None
+        self,
+        script: str,
+        *arguments: str | Path,
+        options: Sequence[str] = (),
+        variables: dict[str, str] | None = None,
     ) -> "Job":
         """One of the shipped scripts, by its name in slurm/."""
-        answer = self.execute("sbatch", "--parsable", *options, SHIPPED / script, *arguments, variables=variables)
+        answer = self.execute(
+            "sbatch", "--parsable", *options, SHIPPED / script, *arguments, variables=variables
+        )
         return Job(self, answer.strip())
 
     def cut(self, node: int) -> None:
@@ -89,7 +99,9 @@ class Job:
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, f"job {self.number}: not {what} in {timeout:g} s\n{self.log()}"
+            assert time.monotonic() < deadline, (
+                f"job {self.number}: not {what} in {timeout:g} s\n{self.log()}"
+            )
             time.sleep(0.3)
 
     def wait_for_end(self, timeout: float) -> str:

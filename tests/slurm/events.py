@@ -30,7 +30,9 @@ SAVED = 5  # a step after which a checkpoint is there
 
 
 event("2 nodes, 1 rank each")(lambda lab, row: lab.finish(row, lab.submit("plain"), "plain"))
-event("2 nodes, 2 ranks each")(lambda lab, row: lab.finish(row, lab.submit("two", RANKS_PER_NODE="2"), "two", 4))
+event("2 nodes, 2 ranks each")(
+    lambda lab, row: lab.finish(row, lab.submit("two", RANKS_PER_NODE="2"), "two", 4)
+)
 
 
 @event("2 nodes, 2 ranks each, hpZ over the node")
@@ -93,7 +95,9 @@ def lose(lab: Lab, row: Row, out: str, which: int) -> None:
         lab.cluster.join(lost)
     lab.wait_until_idle(NODES)
     if changed := snapshot(lab.folder / out).items() ^ before.items():
-        row.problem = f"changed by what came back with the lost node: {sorted({name for name, _ in changed})}"
+        row.problem = (
+            f"changed by what came back with the lost node: {sorted({name for name, _ in changed})}"
+        )
 
 
 # Slurm now and then takes another node for down as well, for a moment. The first has rank 0 and the batch script.
@@ -108,7 +112,9 @@ def kill_rank(lab: Lab, row: Row) -> None:
     began = time.monotonic()
     os.kill(lab.rank_process("killed", nodes_of(lab, job)[1]), signal.SIGKILL)
     state = job.wait_for_end(PATIENCE)
-    row.remarks = [f"{state} {time.monotonic() - began - FOR_GOOD:.1f} s after the kill; then scontrol requeue"]
+    row.remarks = [
+        f"{state} {time.monotonic() - began - FOR_GOOD:.1f} s after the kill; then scontrol requeue"
+    ]
     assert state == "FAILED", job.log()
     assert job.restarts == 0
     requeue(lab, job, 1)
@@ -166,14 +172,23 @@ def meet_bad_node(lab: Lab, row: Row) -> None:
     finally:
         lab.cluster.execute(*on_node, "umount", shared)
     row.remarks = said(job.log(), "preflight:")
-    assert any(line.startswith("preflight: node2: output_dir is not shared") for line in row.remarks), job.log()
+    assert any(
+        line.startswith("preflight: node2: output_dir is not shared") for line in row.remarks
+    ), job.log()
 
 
 @event("srun, one process per rank, 2 x 2")
 def start_by_srun(lab: Lab, row: Row) -> None:
     """Starts one process per rank from the login node, without a launcher."""
     out = lab.folder / "srun"
-    command = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", sys.executable, "launch/run.py"]
+    command = [
+        "srun",
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--kill-on-bad-exit=1",
+        sys.executable,
+        "launch/run.py",
+    ]
     run_on_login_node(lab, row, out, command, 4)
 
 
@@ -183,12 +198,23 @@ def start_by_pdsh(lab: Lab, row: Row) -> None:
     out = lab.folder / "pdsh"
     hostfile = lab.folder / "hostfile"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    exported = {name: lab.cluster.environment[name] for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH")}
+    exported = {
+        name: lab.cluster.environment[name]
+        for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PATH")
+    }
     environment = lab.folder / "deepspeed_env"
     environment.write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
-    command = ["env", f"DS_ENV_FILE={environment}", "deepspeed", "--hostfile", str(hostfile), "launch/run.py"]
+    command = [
+        "env",
+        f"DS_ENV_FILE={environment}",
+        "deepspeed",
+        "--hostfile",
+        str(hostfile),
+        "launch/run.py",
+    ]
     log = run_on_login_node(lab, row, out, command, 2)
-    row.remarks = log.replace(str(ROOT), "CHECKOUT").splitlines()  # whose machine it was says nothing
+    # whose machine it was says nothing
+    row.remarks = log.replace(str(ROOT), "CHECKOUT").splitlines()
 
 
 def run_on_login_node(lab: Lab, row: Row, out: Path, command: Sequence[str], ranks: int) -> str:
@@ -217,13 +243,23 @@ def sweep(lab: Lab, row: Row, out: str, array: str) -> None:
 
 
 event("sweep of three ratios, at once")(partial(sweep, out="parallel", array="20,35,50"))
-event("sweep of three ratios, one after the other")(partial(sweep, out="serial", array="20,35,50%1"))
+event("sweep of three ratios, one after the other")(
+    partial(sweep, out="serial", array="20,35,50%1")
+)
 
 
 @event("evaluate.sbatch on 2 nodes")
 def evaluate(lab: Lab, row: Row) -> None:
     """The dense model, spread over two nodes."""
-    arguments = (lab.folder / "source", "--text", lab.folder / "text.txt", "--window", "24", "--max-windows", "4")
+    arguments = (
+        lab.folder / "source",
+        "--text",
+        lab.folder / "text.txt",
+        "--window",
+        "24",
+        "--max-windows",
+        "4",
+    )
     job = lab.cluster.submit("evaluate.sbatch", *arguments, options=("--nodes=2",))
     row.state = job.wait_for_end(PATIENCE)
     row.remarks = said(job.log(), "perplexity")
@@ -248,13 +284,21 @@ def requeue(lab: Lab, job: Job, restarts: int) -> None:
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--only", default="", metavar="REGEX", help="events whose name it finds; the other rows stay")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="events whose name it finds; the other rows stay",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "slurm.json")
     arguments = parser.parse_args()
     if why := obstacle():
         print(f"no Slurm cluster can run here: {why}", file=sys.stderr)
         return 1
-    with TemporaryDirectory(prefix="slurm-events-") as folder, running_cluster(Path(folder), nodes=NODES) as cluster:
+    with (
+        TemporaryDirectory(prefix="slurm-events-") as folder,
+        running_cluster(Path(folder), nodes=NODES) as cluster,
+    ):
         lab = Lab(cluster)
         slurm = cluster.execute("sinfo", "--version").strip()
         rows = []

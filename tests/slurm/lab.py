@@ -58,7 +58,9 @@ class Lab:
     def submit(self, out: str, *changes: str, options: Sequence[str] = (), **variables: str) -> Job:
         """Submits slurm/prune.sbatch with output_dir `out` and environment variables."""
         arguments = setting(f"output_dir={self.folder / out}", *changes)
-        return self.cluster.submit("prune.sbatch", self.config, *arguments, options=options, variables=variables)
+        return self.cluster.submit(
+            "prune.sbatch", self.config, *arguments, options=options, variables=variables
+        )
 
     def straight(self, ranks: int, *changes: str) -> bytes:
         """kept_groups.json of the run without Slurm, on the same number of ranks."""
@@ -90,10 +92,16 @@ class Lab:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                host = f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                host = f"SLURMD_NODENAME={node}".encode() in (
+                    folder / "environ"
+                ).read_bytes().split(b"\0")
             except OSError:
                 continue
-            if host and f"output_dir={self.folder / out}".encode() in words and b"--local_rank=0" in words:
+            if (
+                host
+                and f"output_dir={self.folder / out}".encode() in words
+                and b"--local_rank=0" in words
+            ):
                 return int(folder.name)
         raise AssertionError(f"no rank on {node}")
 
@@ -136,7 +144,10 @@ def carry_out(lab: Lab, name: str) -> Row:
         row.problem = str(error)[-3000:]
     row.seconds = round(time.monotonic() - began, 1)
     verdict = "ok  " if row.good else "FAIL"
-    print(f"{verdict} {name:<60} {row.state:<10} {row.restarts:>2} {row.same_groups!s:<5} {row.seconds:>6}", flush=True)
+    print(
+        f"{verdict} {name:<60} {row.state:<10} {row.restarts:>2} {row.same_groups!s:<5} {row.seconds:>6}",
+        flush=True,
+    )
     if not row.good:
         print(row.problem, flush=True)
     return row

@@ -22,7 +22,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.mark.parametrize("script", sorted(path.name for path in SHIPPED.glob("*.sbatch")))
 def test_slurm_accepts_the_script(lab: Lab, script: str) -> None:
-    assert "to start at" in lab.cluster.execute("sbatch", "--test-only", SHIPPED / script, "config.yaml")
+    assert "to start at" in lab.cluster.execute(
+        "sbatch", "--test-only", SHIPPED / script, "config.yaml"
+    )
 
 
 def test_a_run_and_one_that_it_preempts_keep_the_same_groups_as_without_slurm(lab: Lab) -> None:

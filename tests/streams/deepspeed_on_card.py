@@ -46,12 +46,16 @@ class Work:
         return result
 
 
-def collective(function: Any, signature: Any, reads: str, writes: str, *args: Any, **kwargs: Any) -> Any:
+def collective(
+    function: Any, signature: Any, reads: str, writes: str, *args: Any, **kwargs: Any
+) -> Any:
     if not DETECTOR.on:
         return function(*args, **kwargs)
     given = signature.bind(*args, **kwargs).arguments
     used = ((given.get(reads), READ), (given.get(writes), WRITE))
-    accesses = [(x, access) for values, access in used for x in card.tensors(values) if card.is_card(x)]
+    accesses = [
+        (x, access) for values, access in used for x in card.tensors(values) if card.is_card(x)
+    ]
     with _disable_current_modes():  # gloo copies
         work = function(*args, **kwargs)
     if work is None:
@@ -70,16 +74,22 @@ def start_on_card(rank: int, world_size: int, folder: Path) -> None:
     for name, places in COLLECTIVES.items():
         function = getattr(torch.distributed, name)
         given = (function, inspect.signature(function), *places)
-        setattr(torch.distributed, name, functools.wraps(function)(functools.partial(collective, *given)))
+        setattr(
+            torch.distributed,
+            name,
+            functools.wraps(function)(functools.partial(collective, *given)),
+        )
     for new, old in RENAMED.items():
         setattr(torch.distributed, new, getattr(torch.distributed, old))
-    from deepspeed.accelerator import set_accelerator  # only here: DeepSpeed must see these collectives
+    # only here: DeepSpeed must see these collectives
+    from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     made = functools.partial(torch.tensor, device=CARD)
     answers = {
         "Stream": card.Stream,
-        "Event": lambda *_, **__: Mock(query=lambda: False),  # only throttles DeepSpeed, and orders nothing here
+        # only throttles DeepSpeed, and orders nothing here
+        "Event": lambda *_, **__: Mock(query=lambda: False),
         "stream": lambda _, stream: stream or card.streams[-1],
         "current_stream": lambda *_: card.streams[-1],
         "default_stream": lambda *_: card.streams[0],
@@ -96,6 +106,8 @@ def start_on_card(rank: int, world_size: int, folder: Path) -> None:
         "ByteTensor": property(lambda _: functools.partial(made, dtype=torch.uint8)),
     }
     device.is_cpu, device.current_device = lambda: False, lambda: CARD
-    device.resident_bytes = device.reserved_bytes = device.peak_bytes = device.reset_peak = lambda: 0
+    device.resident_bytes = device.reserved_bytes = device.peak_bytes = device.reset_peak = lambda: (
+        0
+    )
     set_accelerator(type("VirtualCard", (CPU_Accelerator,), answers)())
     start_deepspeed(rank, world_size, folder)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.cuda._sanitizer import StreamSynchronizations
 
-HOST = -1  # the "stream" of the thread that launches everything. Work of a stream begins after all that it did before
+# the "stream" of the thread that launches everything. Work of a stream begins after all that it did before
+HOST = -1
 READ, WRITE = False, True
 SHOWN = ("/deepspeed/", "/loraprune_ds/", "/tests/", "/transformers/", "/peft/", "/torch/optim/")
 HIDDEN = ("/tests/streams/", "/deepspeed/comm/", "/deepspeed/utils/nvtx.py")
@@ -27,7 +28,8 @@ class Access(NamedTuple):
     stream: int
     writes: bool
     operation: str
-    site: tuple[str, ...]  # "file.py:line function" of the four innermost frames in code of interest
+    # "file.py:line function" of the four innermost frames in code of interest
+    site: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.operation} {'writes' if self.writes else 'reads'}, {' < '.join(self.site)}"
@@ -58,8 +60,10 @@ class Detector:
         """Begins anew, with all work finished. Where storages are is not forgotten."""
         self.number = 0
         self.order = StreamSynchronizations()
-        self.freed: dict[int, list[tuple[Storage, Access]]] = {}  # by the stream that may allocate it next
-        self.reports = set[tuple[Access, Access]]()  # pairs without an order. The second may be a `free`
+        # by the stream that may allocate it next
+        self.freed: dict[int, list[tuple[Storage, Access]]] = {}
+        # pairs without an order. The second may be a `free`
+        self.reports = set[tuple[Access, Access]]()
         self._bury()
         for known in self.storages.values():
             known.accesses.clear()
@@ -72,7 +76,9 @@ class Detector:
 
     def _is_ordered(self, stream: int, number: int, before: Access) -> bool:
         """Tells whether launch `number`, with the access `before`, is over when the next work of `stream` begins."""
-        return before.stream in (stream, HOST) or self.order.is_ordered_after(stream, number, before.stream)
+        return before.stream in (stream, HOST) or self.order.is_ordered_after(
+            stream, number, before.stream
+        )
 
     # Storages
 
@@ -87,7 +93,9 @@ class Detector:
             if stream != HOST:
                 self._take_freed(stream)
                 self._begin(stream)
-                self._touch(known, (0, storage.nbytes()), Access(stream, WRITE, "allocation", site()))
+                self._touch(
+                    known, (0, storage.nbytes()), Access(stream, WRITE, "allocation", site())
+                )
         return self.storages[key]
 
     def _bury(self) -> None:
@@ -104,7 +112,9 @@ class Detector:
     def _take_freed(self, stream: int) -> None:
         for known, free in self.freed.pop(stream, ()):
             for number, access in known.accesses.values():
-                if access.stream not in known.recorded and not self._is_ordered(stream, number, access):
+                if access.stream not in known.recorded and not self._is_ordered(
+                    stream, number, access
+                ):
                     self.reports.add((access, free))
 
     # Accesses
@@ -132,14 +142,17 @@ class Detector:
                 if access.writes or other.writes:
                     self.reports.add((other, access))
             elif access.writes and low <= start and end <= high and access.stream != HOST:
-                del known.accesses[key]  # whatever is ordered after this write is ordered after that access
+                # whatever is ordered after this write is ordered after that access
+                del known.accesses[key]
         known.accesses[low, high, access.stream, access.writes] = (self.number, access)
 
 
 def byte_range(tensor: Tensor) -> tuple[int, int]:
     """Returns the bytes of the storage from a view's first element to its last."""
     size, first = tensor.element_size(), int(tensor.storage_offset())
-    last = first + sum(int((n - 1) * stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = first + sum(
+        int((n - 1) * stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return first * size, (last + 1) * size
 
 

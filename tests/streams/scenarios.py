@@ -24,7 +24,12 @@ from tests.streams.virtual_card import watching
 
 STEPS = 3  # the second one ends with a refit and a cut
 PRUNE = PAPER | {"ratio": 0.4, "prune_every": 2, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-PRUNE |= {"protected_first": 0, "protected_last": 0, "channel_multiple": 1, "compensate": "least_squares"}
+PRUNE |= {
+    "protected_first": 0,
+    "protected_last": 0,
+    "channel_multiple": 1,
+    "compensate": "least_squares",
+}
 # Sizes at which the layers of a tiny model are prefetched, freed and gathered again.
 SMALL = {"stage3_prefetch_bucket_size": 15_000, "stage3_max_live_parameters": 60_000}
 SMALL |= {"stage3_max_reuse_distance": 2_000}
@@ -46,7 +51,9 @@ def make_job(folder: Path, kind: str = "overlap") -> Job:
     return replace(job, deepspeed=str(path))
 
 
-def watch(scenario: Callable[..., None], job: Job, without: Sequence[str] = ()) -> set[tuple[Access, Access]]:
+def watch(
+    scenario: Callable[..., None], job: Job, without: Sequence[str] = ()
+) -> set[tuple[Access, Access]]:
     """Returns what is reported of a scenario on this rank, without the waits of some functions."""
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's of an earlier engine
     with watching(without) as reports:
@@ -66,12 +73,20 @@ def prune_alone(job: Job) -> None:
 
 def prune_outside(job: Job) -> None:
     """Prunes as the callback does, in a loop whose inputs never make the host wait."""
-    base, lora = AutoModelForCausalLM.from_pretrained(job.folder), LoraConfig(r=4, target_modules="all-linear")
+    base, lora = (
+        AutoModelForCausalLM.from_pretrained(job.folder),
+        LoraConfig(r=4, target_modules="all-linear"),
+    )
     model = get_peft_model(base, lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     config = json.loads(Path(str(job.deepspeed)).read_text())
-    config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
-    config |= {"gradient_clipping": 1.0, "timers": {"throughput": {"enabled": False}}}  # its clock waits for the card
+    config |= {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    # its clock waits for the card
+    config |= {"gradient_clipping": 1.0, "timers": {"throughput": {"enabled": False}}}
     config["bf16"] = config["fp16"] = {"enabled": False}
     config["zero_optimization"]["reduce_bucket_size"] = 4_000
     engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -80,8 +95,13 @@ def prune_outside(job: Job) -> None:
     for batch in job.batches:
         pruning.begin_step()
         for first in (0, 2):
-            micro = (x[first : first + 2].pin_memory().to(engine.device, non_blocking=True) for x in batch)
-            loss = engine(**dict(zip(("input_ids", "labels"), micro, strict=True)), use_cache=False).loss
+            micro = (
+                x[first : first + 2].pin_memory().to(engine.device, non_blocking=True)
+                for x in batch
+            )
+            loss = engine(
+                **dict(zip(("input_ids", "labels"), micro, strict=True)), use_cache=False
+            ).loss
             engine.backward(loss)
             engine.step()
         del loss
@@ -95,7 +115,9 @@ def prune_mended(job: Job) -> None:
 
     def reset_step(self: Any) -> None:
         reset(self)
-        self._PartitionedParameterCoordinator__allgather_stream.wait_stream(accelerator().current_stream())
+        self._PartitionedParameterCoordinator__allgather_stream.wait_stream(
+            accelerator().current_stream()
+        )
 
     with patch.object(PartitionedParameterCoordinator, "reset_step", reset_step):
         prune_outside(job)

@@ -34,7 +34,10 @@ taken_out: set[str] = set()
 def is_left_out() -> bool:
     """Tells whether the wait that is called here was taken out. A `settle_shards` counts for its caller."""
     frame: Any = sys._getframe(1)
-    while frame.f_globals["__name__"].startswith("tests.streams.") or frame.f_code.co_name == "settle_shards":
+    while (
+        frame.f_globals["__name__"].startswith("tests.streams.")
+        or frame.f_code.co_name == "settle_shards"
+    ):
         frame = frame.f_back
     place = f"{os.path.basename(frame.f_code.co_filename)} {frame.f_code.co_name}"
     taken_out.update({place} & left_out)
@@ -81,7 +84,11 @@ def synchronize(*_: Any) -> None:
 
 def tensors(values: Any) -> list[Tensor]:
     """Returns the tensors that have memory of the host or of the card."""
-    plain = (x for x in tree_iter(values) if type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided)
+    plain = (
+        x
+        for x in tree_iter(values)
+        if type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
+    )
     return [x for x in plain if not x.is_meta]
 
 
@@ -99,7 +106,11 @@ def to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     if args and isinstance(args[0], Tensor):
         device = device_of(args[0])
     moves = device in (CPU, CARD) and bool(tensors(tensor)) and (device == CARD) != is_card(tensor)
-    how = {"dtype": dtype, "memory_format": memory_format or torch.preserve_format, "copy": copy or moves}
+    how = {
+        "dtype": dtype,
+        "memory_format": memory_format or torch.preserve_format,
+        "copy": copy or moves,
+    }
     if not moves:
         return tensor.to(device=CPU if device == CARD else device, non_blocking=non_blocking, **how)
     with _disable_current_modes():
@@ -169,7 +180,15 @@ class Methods(TorchFunctionMode):
 # Operations
 
 # Their result makes the host wait: it is a number or a size.
-RECEIVED = ("_local_scalar_dense", "nonzero", "_unique2", "unique_consecutive", "masked_select", "equal", "bincount")
+RECEIVED = (
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "unique_consecutive",
+    "masked_select",
+    "equal",
+    "bincount",
+)
 INDEXED = ("index", "index_put", "index_put_")
 UNSEEN = ("c10d", "c10d_functional", "_c10d_functional", "profiler", "prim")  # namespaces
 
@@ -188,14 +207,21 @@ class Operations(TorchDispatchMode):
 def report(schema: Any, args: Any, kwargs: Any, out: Any) -> None:
     name, given = schema.name.removeprefix("aten::"), tensors((args, kwargs))
     if name == "copy_" and len(given) == 2 and is_card(given[0]) != is_card(given[1]):
-        transfer(given[1], given[0], bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2])), name)
+        transfer(
+            given[1],
+            given[0],
+            bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2])),
+            name,
+        )
         return
     on_card = runs_on_card(name, args, given, kwargs.get("device"))
     accesses = [*inputs(name, schema, args, kwargs), *outputs(name, given, tensors(out), on_card)]
     for stream in (here(), HOST):
         if own := [(x, writes) for x, writes in accesses if is_card(x) == (stream != HOST)]:
             DETECTOR.launch(stream, name, own)
-    by_mask = name in INDEXED and any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1]))
+    by_mask = name in INDEXED and any(
+        x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1])
+    )
     if on_card and (name in RECEIVED or by_mask):
         DETECTOR.wait(HOST, here())
 
@@ -206,9 +232,13 @@ def runs_on_card(name: str, args: Any, given: list[Tensor], device: torch.device
         return device == CARD
     wide = [x for x in given if x.dim()] or given
     free = list(tree_iter(args[1])) if name in INDEXED else []  # indices may be the host's
-    strays = [x for x in wide if x.dim() and not is_card(x) and not any(x is index for index in free)]
+    strays = [
+        x for x in wide if x.dim() and not is_card(x) and not any(x is index for index in free)
+    ]
     on_card = any(map(is_card, wide))
-    assert not (on_card and strays) or reads_sizes(name), f"{name} mixes tensors of the card and of the host"
+    assert not (on_card and strays) or reads_sizes(name), (
+        f"{name} mixes tensors of the card and of the host"
+    )
     return on_card
 
 
@@ -224,7 +254,9 @@ def inputs(name: str, schema: Any, args: Any, kwargs: Any) -> Iterator[tuple[Ten
             yield from ((x, alias is not None) for x in tensors(value))
 
 
-def outputs(name: str, given: list[Tensor], made: list[Tensor], on_card: bool) -> Iterator[tuple[Tensor, bool]]:
+def outputs(
+    name: str, given: list[Tensor], made: list[Tensor], on_card: bool
+) -> Iterator[tuple[Tensor, bool]]:
     """Yields the new tensors of an operation, which it writes unless they are empty."""
     storages = {x.untyped_storage()._cdata for x in given}
     for x in made:

@@ -30,7 +30,9 @@ def fresh_lora(shape: ModelShape, r: int = 2) -> dict[str, Tensor]:
     lora: dict[str, Tensor] = {}
     for i, linear in shape.linears():
         a, b = linear.lora_shapes(r)
-        lora[f"layers.{i}.{linear.linear}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
+        lora[f"layers.{i}.{linear.linear}.lora_A"] = torch.randn(
+            a, generator=torch.Generator().manual_seed(i)
+        )
         lora[f"layers.{i}.{linear.linear}.lora_B"] = torch.zeros(b)
     return lora
 
@@ -40,14 +42,18 @@ def in_peft(name: str) -> str:
     return f"base_model.model.{'model.' * name.startswith('layers.')}{name}"
 
 
-def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: torch.dtype) -> PeftModel:
+def build_model(
+    folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: torch.dtype
+) -> PeftModel:
     """The saved model with the oracle's adapter ("layers.{i}.{linear}.lora_A") in place of a fresh one."""
     rank, source = next(iter(lora.values())).shape[0], open_pretrained(folder)
     if (shape := source.shape).family.has_encoder:
         base: Any = reopened(source)
         base.to(dtype)
     else:
-        base = causal_lm_class(shape.model_type).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        base = causal_lm_class(shape.model_type).from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
     stack_experts(base)
     model = add_lora(base, shape, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
     named = dict(model.named_parameters())
@@ -78,7 +84,9 @@ class PlainRun:
     def __post_init__(self) -> None:
         self.model = build_model(self.folder, self.lora, alpha=self.alpha, dtype=self.dtype)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0
+        )
         shape = open_pretrained(self.folder).shape
         self.prunable = LocalModel(self.model, shape, self.optimizer)
         self.plan = plan_pruning(*resolve(self.prune, shape), self.steps)
@@ -89,7 +97,9 @@ class PlainRun:
             self.backward(batch)
             self.pruner.score(step)
         assert self.pruner.average.scores is not None
-        self.averages.append([tuple(s.clone() for s in layer.values()) for layer in self.pruner.average.scores])
+        self.averages.append(
+            [tuple(s.clone() for s in layer.values()) for layer in self.pruner.average.scores]
+        )
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
         self.optimizer.step()
@@ -108,7 +118,10 @@ class PlainRun:
                 inputs = {"input_ids": ids[:, :begin], "decoder_input_ids": ids[:, begin:]}
             with self.pruner.record_forward(None, None):
                 predictions = self.model(**inputs).logits[:, :-1].flatten(0, 1)
-            loss = cross_entropy(predictions, targets[:, begin + 1 :].flatten(), reduction="sum") / supervised
+            loss = (
+                cross_entropy(predictions, targets[:, begin + 1 :].flatten(), reduction="sum")
+                / supervised
+            )
             loss.backward()
             total += loss.item()
         self.losses.append(total)
@@ -119,7 +132,9 @@ class PlainRun:
         return self
 
     def kept(self) -> list[tuple[list[int], ...]]:
-        return [tuple(groups.tolist() for groups in keep.values()) for keep in self.pruner.kept_of_dense]
+        return [
+            tuple(groups.tolist() for groups in keep.values()) for keep in self.pruner.kept_of_dense
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._named()}

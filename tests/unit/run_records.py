@@ -4,10 +4,14 @@ from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, St
 from tests.unit.shapes_and_scores import make_shape
 
 LAYERS = ([(4, 96)] * 3, [(4, 96), (2, 40), (3, 50)])
-DENSE, PRUNED = (make_shape(layers, hidden=64, head_dim=8, queries_per_group=2) for layers in LAYERS)
+DENSE, PRUNED = (
+    make_shape(layers, hidden=64, head_dim=8, queries_per_group=2) for layers in LAYERS
+)
 
 
-def step_record(step: int, *, seconds: float = 1.0, loss: float = 3.0, skipped: bool = False) -> StepRecord:
+def step_record(
+    step: int, *, seconds: float = 1.0, loss: float = 3.0, skipped: bool = False
+) -> StepRecord:
     return StepRecord(
         step=step,
         loss=loss,

@@ -28,8 +28,13 @@ def make_layer(marks: Iterable[TensorSpec | Attribute], hidden: int) -> LayerSpe
     """A layer of these tensors, whose other axis is the hidden one, with two norms."""
     marks = list(marks)
     tensors = [resize(mark, hidden) for mark in marks if isinstance(mark, TensorSpec)]
-    tensors += [TensorSpec(f"{name}_layernorm.weight", shape=(hidden,)) for name in ("input", "post_attention")]
-    return LayerSpec(0, tuple(tensors), tuple(mark for mark in marks if isinstance(mark, Attribute)))
+    tensors += [
+        TensorSpec(f"{name}_layernorm.weight", shape=(hidden,))
+        for name in ("input", "post_attention")
+    ]
+    return LayerSpec(
+        0, tuple(tensors), tuple(mark for mark in marks if isinstance(mark, Attribute))
+    )
 
 
 def llama_marks(config: SimpleNamespace) -> list[TensorSpec | Attribute]:
@@ -45,10 +50,18 @@ def resize(mark: TensorSpec, hidden: int) -> TensorSpec:
 
 
 def make_shape(
-    layers: list[tuple[int, int]], *, hidden: int = 16, head_dim: int = 4, queries_per_group: int = 1
+    layers: list[tuple[int, int]],
+    *,
+    hidden: int = 16,
+    head_dim: int = 4,
+    queries_per_group: int = 1,
 ) -> ModelShape:
     """A Llama of (heads, channels) per layer."""
-    outer = {"model.embed_tokens.weight": (50, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (50, hidden)}
+    outer = {
+        "model.embed_tokens.weight": (50, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (50, hidden),
+    }
     configs = {
         (heads, channels): SimpleNamespace(
             hidden_size=hidden,
@@ -76,17 +89,23 @@ LLAMA_7B = make_shape([(32, 11008)] * 32, hidden=4096, head_dim=128)
 
 def uniform_counts(limits: Limits, target: float, final: Budget) -> LayerCounts:
     """The counts of `uniform` where `target` is due on the way to `final`."""
-    return counts_on_the_way(limits, (uniform_goal(limits, final), limits.bounds[1]), target / final.ratio)
+    return counts_on_the_way(
+        limits, (uniform_goal(limits, final), limits.bounds[1]), target / final.ratio
+    )
 
 
-def random_scores_of(shape: ModelShape, generator: torch.Generator, *, levels: int | None = None) -> list[LayerScores]:
+def random_scores_of(
+    shape: ModelShape, generator: torch.Generator, *, levels: int | None = None
+) -> list[LayerScores]:
     """One draw per group; with `levels` few distinct values, so that most groups are tied."""
 
     def draw(count: int) -> Tensor:
         scores = torch.rand(count, generator=generator, dtype=torch.float64)
         return scores if levels is None else (scores * levels).floor()
 
-    return [LayerScores({kind: draw(layer[kind]) for kind in shape.kinds}) for layer in shape.counts]
+    return [
+        LayerScores({kind: draw(layer[kind]) for kind in shape.kinds}) for layer in shape.counts
+    ]
 
 
 def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
@@ -107,9 +126,16 @@ def resolved(shape: ModelShape, **prune: Any) -> tuple[Limits, Budget]:
     return limits, sizes[-1].budget
 
 
-def random_settings(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -> tuple[Limits, Budget]:
+def random_settings(
+    draw: random.Random, *, uniform: bool, **drawn: list[Any]
+) -> tuple[Limits, Budget]:
     """Settings that leave something to cut. `drawn` has the values of more settings to draw from."""
-    choices = {"channel_multiple": [1, 1, 4, 16], "tensor_parallel": [1, 1, 1, 2], "protected_last": [0, 1], **drawn}
+    choices = {
+        "channel_multiple": [1, 1, 4, 16],
+        "tensor_parallel": [1, 1, 1, 2],
+        "protected_last": [0, 1],
+        **drawn,
+    }
     while True:
         prune = {name: draw.choice(values) for name, values in choices.items()}
         try:
@@ -118,7 +144,9 @@ def random_settings(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -
             continue
 
 
-def keep_at_end(scores: list[LayerScores], shape: ModelShape, limits: Limits, size: Size) -> list[LayerKeep]:
+def keep_at_end(
+    scores: list[LayerScores], shape: ModelShape, limits: Limits, size: Size
+) -> list[LayerKeep]:
     """The groups that the ranking of a run keeps when it reaches a size."""
     if size.bounds:
         return rank_uniform(scores, shape, limits, size.bounds[0])
@@ -127,7 +155,10 @@ def keep_at_end(scores: list[LayerScores], shape: ModelShape, limits: Limits, si
 
 def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
     """The groups to keep, from (heads, channels) per layer."""
-    return [LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels)) for heads, channels in kept]
+    return [
+        LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
+        for heads, channels in kept
+    ]
 
 
 def gone(shape: ModelShape, dense: ModelShape) -> int:

@@ -27,7 +27,10 @@ from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncat
 
 CONFIG = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0)
 LAYERS = 2
-WEIGHTS, UP_B = "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+WEIGHTS, UP_B = (
+    "adapter_model.safetensors",
+    "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight",
+)
 THIRD = UP_B.replace("layers.1", "layers.2")
 
 
@@ -36,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("model"), ffn=37, layers=LAYERS, biases=True)
 
 
-def wrap(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: LoraConfig = CONFIG) -> PeftModel:
+def wrap(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: LoraConfig = CONFIG
+) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return adapters.add_lora(model, open_pretrained(folder).shape, config, seed)
 
@@ -58,7 +63,9 @@ def adapter(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path, dtype: torch.dtype) -> None:
+def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(
+    folder: Path, dtype: torch.dtype
+) -> None:
     model = wrap(folder, dtype=dtype, config=LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(lora_of(model))
@@ -76,7 +83,9 @@ def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path, dty
             assert module.scaling[adapters.ADAPTER] == 1.5
             assert module.lora_dropout[adapters.ADAPTER].p == 0.5
     # The tests' own writer of adapters uses the same names.
-    assert {f"base_model.model.model.{name}.default.weight" for name in make_lora(folder, r=4, seed=1)} == trained
+    assert {
+        f"base_model.model.model.{name}.default.weight" for name in make_lora(folder, r=4, seed=1)
+    } == trained
 
 
 def test_the_start_depends_on_the_seed_alone(folder: Path) -> None:
@@ -99,14 +108,20 @@ def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch
     for name, tensor in lora_of(model).items():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, saved[name.replace(".default", "")].to(dtype)), name
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter
+    )
     if dtype == torch.float32:
         input_ids = torch.arange(3, 20)[None]
-        assert torch.equal(model.eval()(input_ids=input_ids).logits, stock.eval()(input_ids=input_ids).logits)
+        assert torch.equal(
+            model.eval()(input_ids=input_ids).logits, stock.eval()(input_ids=input_ids).logits
+        )
 
 
 def check(folder: Path, adapter: Path, names: str) -> None:
-    must_name(f"{adapter} {names}", adapters.check_adapter, adapter, CONFIG, open_pretrained(folder).shape)
+    must_name(
+        f"{adapter} {names}", adapters.check_adapter, adapter, CONFIG, open_pretrained(folder).shape
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,9 @@ def check(folder: Path, adapter: Path, names: str) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_does_not_fit(folder: Path, adapter: Path, values: dict[str, Any], names: str) -> None:
+def test_a_config_that_does_not_fit(
+    folder: Path, adapter: Path, values: dict[str, Any], names: str
+) -> None:
     edit("adapter_config.json", **values)(adapter)
     check(folder, adapter, names)
 
@@ -139,8 +156,14 @@ def test_a_config_that_does_not_fit(folder: Path, adapter: Path, values: dict[st
         (remove(WEIGHTS), WEIGHTS),
         (remove("adapter_config.json"), "adapter_config.json"),
         (edit_tensors(lambda tensors: tensors.pop(UP_B), WEIGHTS), UP_B),
-        (edit_tensors(lambda tensors: tensors.update({UP_B: torch.ones(5, 4)}), WEIGHTS), f"{UP_B} [5, 4] [37, 4]"),
-        (edit_tensors(lambda tensors: tensors.update({THIRD: tensors[UP_B].clone()}), WEIGHTS), THIRD),
+        (
+            edit_tensors(lambda tensors: tensors.update({UP_B: torch.ones(5, 4)}), WEIGHTS),
+            f"{UP_B} [5, 4] [37, 4]",
+        ),
+        (
+            edit_tensors(lambda tensors: tensors.update({THIRD: tensors[UP_B].clone()}), WEIGHTS),
+            THIRD,
+        ),
     ],
 )
 def test_files_that_do_not_fit(folder: Path, adapter: Path, spoil: Spoil, names: str) -> None:
@@ -164,7 +187,9 @@ class SameMask(nn.Dropout):
         return input * mask / kept
 
 
-def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple[FusedLoraLinear, LoraLinear]:
+def pair(
+    *, bias: bool, int8: bool, dtype: torch.dtype = torch.float64
+) -> tuple[FusedLoraLinear, LoraLinear]:
     """Builds both with the same parameters. PEFT's has the dequantised weight."""
     torch.manual_seed(1)
     dense = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
@@ -176,8 +201,15 @@ def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple
         for name, tensor in tensors.items():
             getattr(base, name).data = tensor
         dense.weight.data = storage_format(base).join(tensors.values())
-    settings: Any = {"config": PEFT_CONFIG, "r": PEFT_CONFIG.r, "lora_alpha": PEFT_CONFIG.lora_alpha}
-    ours, theirs = FusedLoraLinear(base, "default", **settings), LoraLinear(dense, "default", **settings)
+    settings: Any = {
+        "config": PEFT_CONFIG,
+        "r": PEFT_CONFIG.r,
+        "lora_alpha": PEFT_CONFIG.lora_alpha,
+    }
+    ours, theirs = (
+        FusedLoraLinear(base, "default", **settings),
+        LoraLinear(dense, "default", **settings),
+    )
     theirs.lora_dropout["default"] = SameMask(PEFT_CONFIG.lora_dropout)
     for factor, other in zip(factors(ours), factors(theirs), strict=True):
         factor.data = torch.randn_like(factor, dtype=dtype)
@@ -208,13 +240,15 @@ def test_computes_what_peft_computes(bias: bool, int8: bool, training: bool) -> 
     found, wanted = (run(linear.train(training), x) for linear in (ours, theirs))
     assert len(found) == len(wanted) == 4
     for mine, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)  # fp64: sums may have another order
+        # fp64: sums may have another order
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_dropout_the_output_has_the_bits_of_pefts(dtype: torch.dtype) -> None:
     ours, theirs = pair(bias=False, int8=False, dtype=dtype)
-    ours.lora_dropout["default"] = theirs.lora_dropout["default"] = nn.Identity()  # as PEFT has it then
+    # as PEFT has it then
+    ours.lora_dropout["default"] = theirs.lora_dropout["default"] = nn.Identity()
     x = torch.randn(2, 5, IN, dtype=dtype)
     assert torch.equal(run(ours, x)[0], run(theirs, x)[0])
 
@@ -253,13 +287,19 @@ def test_keeps_the_input_the_mask_and_a_narrow_product(tapped: bool) -> None:
     ours, _ = pair(bias=True, int8=False)
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
         seen: Any = Tap.apply(x, x, None) if tapped else x
         ours.train()(seen)
     if tapped:
         assert kept.pop(0).data_ptr() == x.data_ptr()
     parameters = {parameter.data_ptr() for parameter in ours.parameters()}
     assert kept[0].data_ptr() == x.data_ptr()  # no copy: neighbours keep the same
-    found = [(tuple(tensor.shape), tensor.dtype) for tensor in kept if tensor.data_ptr() not in parameters]
+    found = [
+        (tuple(tensor.shape), tensor.dtype)
+        for tensor in kept
+        if tensor.data_ptr() not in parameters
+    ]
     wide, narrow = (2, 5, IN), (2, 5, PEFT_CONFIG.r)
     assert found == [(wide, torch.float64), (wide, torch.uint8), (narrow, torch.float64)]

@@ -24,7 +24,13 @@ from loraprune_ds.evaluate.answers import (
 from loraprune_ds.evaluate.evaluation import prepare_models
 from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.result import answers_page
-from loraprune_ds.evaluate.settings import AnswerSettings, EvaluationSettings, EvaluationText, Prompt, read_prompts
+from loraprune_ds.evaluate.settings import (
+    AnswerSettings,
+    EvaluationSettings,
+    EvaluationText,
+    Prompt,
+    read_prompts,
+)
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -32,7 +38,15 @@ from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 from tests.unit.test_evaluate_compare import EVALUATION
 
-SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 16, "layers": 2, "vocab": 100}
+SIZES: dict[str, Any] = {
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "hidden": 16,
+    "ffn": 16,
+    "layers": 2,
+    "vocab": 100,
+}
 NEW, END = 12, 2
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
 EVIL = "</pre><script>alert('&amp;')</script>\n# heading\n```\n<b>bold</b>"
@@ -40,7 +54,9 @@ EVIL = "</pre><script>alert('&amp;')</script>\n# heading\n```\n<b>bold</b>"
 
 def written(folder: Path, *rows: Any) -> str:
     path = folder / "prompts.jsonl"
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
     return str(path)
 
 
@@ -61,7 +77,9 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Writer(model, tokenizer, encode_prompts(settings, tokenizer, ("MODEL", 512, 100), "--answers"))
+    return Writer(
+        model, tokenizer, encode_prompts(settings, tokenizer, ("MODEL", 512, 100), "--answers")
+    )
 
 
 # Prompts
@@ -69,7 +87,9 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
 
 def test_a_row_is_a_text_or_messages(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    found = read_prompts(written(tmp_path, {"prompt": "ä", "expected": "b", "id": 7}, "", {"prompt": messages}))
+    found = read_prompts(
+        written(tmp_path, {"prompt": "ä", "expected": "b", "id": 7}, "", {"prompt": messages})
+    )
     first = Prompt(1, [{"role": "user", "content": "ä"}], expected="b")
     assert (found.name, found.prompts) == ("prompts.jsonl", (first, Prompt(3, messages)))
 
@@ -93,17 +113,35 @@ def test_a_bad_row_is_named(tmp_path: Path, row: Any, names: str) -> None:
     must_name(f"--answers {path} 2 {names}", read_prompts, path)
 
 
-def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(tmp_path: Path, folders: list[Path]) -> None:
+def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(
+    tmp_path: Path, folders: list[Path]
+) -> None:
     must_name(path := written(tmp_path), read_prompts, path)
     must_name("--answers gone.jsonl", read_prompts, "gone.jsonl")
     path = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 501})
-    must_name("prompts.jsonl 2 MODEL 512 501 12", load, folders[0], read_prompts(path, max_new_tokens=12))
-    prompts, tokenizer = read_prompts(written(tmp_path, {"prompt": "a"}, {"prompt": "é"})), make_tokenizer(259)
-    must_name("prompts.jsonl 2 vocab_size 100", encode_prompts, prompts, tokenizer, ("MODEL", None, 100), "--answers")
+    must_name(
+        "prompts.jsonl 2 MODEL 512 501 12", load, folders[0], read_prompts(path, max_new_tokens=12)
+    )
+    prompts, tokenizer = (
+        read_prompts(written(tmp_path, {"prompt": "a"}, {"prompt": "é"})),
+        make_tokenizer(259),
+    )
+    must_name(
+        "prompts.jsonl 2 vocab_size 100",
+        encode_prompts,
+        prompts,
+        tokenizer,
+        ("MODEL", None, 100),
+        "--answers",
+    )
 
 
-def test_a_limit_of_windows_is_none_of_prompts(settings: AnswerSettings, folders: list[Path]) -> None:
-    asked = EvaluationSettings(8, 1, text=EvaluationText("a", None, "the end " * 9), answers=settings)
+def test_a_limit_of_windows_is_none_of_prompts(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
+    asked = EvaluationSettings(
+        8, 1, text=EvaluationText("a", None, "the end " * 9), answers=settings
+    )
     (found,) = prepare_models([str(folders[0])], asked)
     assert (len(found.batches), len(found.prompts)) == (1, 6)
 
@@ -112,14 +150,22 @@ def test_the_models_template_is_used_and_may_refuse(tmp_path: Path, folders: lis
     settings = read_prompts(written(tmp_path, {"prompt": "Why?"}))
     writer = load(folders[0], settings, TEMPLATE)
     assert writer.tokenizer.decode(writer.prompts[0]) == "<user>Why?<answer>"
-    must_name("prompts.jsonl 1 MODEL no user", load, folders[0], settings, "{{ raise_exception('no\nuser') }}")
+    must_name(
+        "prompts.jsonl 1 MODEL no user",
+        load,
+        folders[0],
+        settings,
+        "{{ raise_exception('no\nuser') }}",
+    )
 
 
 # Texts
 
 
 def test_repetition_is_the_share_of_four_grams_that_occurred_before() -> None:
-    assert [repetition(ids) for ids in ([], [1, 2, 3], [1, 2, 3, 4], [1] * 7, [1, 2, 3, 4] * 2)] == [0, 0, 0, 0.75, 0.2]
+    assert [
+        repetition(ids) for ids in ([], [1, 2, 3], [1, 2, 3, 4], [1] * 7, [1, 2, 3, 4] * 2)
+    ] == [0, 0, 0, 0.75, 0.2]
 
 
 def by_hand(writer: Writer, prompt: list[int]) -> list[int]:
@@ -131,30 +177,47 @@ def by_hand(writer: Writer, prompt: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, folders: list[Path]) -> None:
+def test_texts_and_measures_equal_a_plain_computation(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
     writers = [load(folder, settings) for folder in folders]
     with torch.no_grad():  # so that most answers end, and one is empty
         for writer in writers:
             output_head(writer.model).weight[END] *= 3
     expected = [by_hand(writers[0], prompt) for prompt in writers[0].prompts]
     # A model's own settings would hide that it repeats itself.
-    writers[0].model.generation_config = GenerationConfig(repetition_penalty=9.0, eos_token_id=END, do_sample=True)
+    writers[0].model.generation_config = GenerationConfig(
+        repetition_penalty=9.0, eos_token_id=END, do_sample=True
+    )
     first, dense = write_answers(writers, settings, batch_size=4)
     words = [ids[:-1] if ids[-1] == END else ids for ids in expected]
-    assert [one.text for one in first.greedy.texts] == [writers[0].tokenizer.decode(ids) for ids in words]
+    assert [one.text for one in first.greedy.texts] == [
+        writers[0].tokenizer.decode(ids) for ids in words
+    ]
     assert [(one.tokens, one.ended, one.repetition) for one in first.greedy.texts] == [
-        (len(ids), 0 < len(ids) < len(all_ids), repetition(ids)) for ids, all_ids in zip(words, expected, strict=True)
+        (len(ids), 0 < len(ids) < len(all_ids), repetition(ids))
+        for ids, all_ids in zip(words, expected, strict=True)
     ]
     assert 0 < first.greedy.ended == sum(one.ended for one in first.greedy.texts) / 6 < 1
     losses = []
     for prompt, ids in zip(writers[1].prompts, expected, strict=True):
-        logits = writers[1].model(input_ids=torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+        logits = (
+            writers[1]
+            .model(input_ids=torch.tensor([prompt + ids]))
+            .logits[0]
+            .double()
+            .log_softmax(-1)
+        )
         losses.append([-float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(ids)])
     assert list(first.greedy.by_kind) == ["even", "odd"]
-    for part, rows in zip((first.greedy, *first.greedy.by_kind.values()), ("012345", "024", "135"), strict=True):
+    for part, rows in zip(
+        (first.greedy, *first.greedy.by_kind.values()), ("012345", "024", "135"), strict=True
+    ):
         chosen = [int(row) for row in rows]
         of_tokens = [loss for i in chosen for loss in losses[i]]
-        assert part.dense_perplexity == pytest.approx(math.exp(math.fsum(of_tokens) / len(of_tokens)), rel=1e-5)
+        assert part.dense_perplexity == pytest.approx(
+            math.exp(math.fsum(of_tokens) / len(of_tokens)), rel=1e-5
+        )
         assert part.empty == sum(not words[i] for i in chosen) / len(chosen)
         assert part.ended == sum(0 < len(words[i]) < len(expected[i]) for i in chosen) / len(chosen)
     assert first.greedy.empty > 0
@@ -166,14 +229,18 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     assert first.closeness.predictions == sum(lengths)
 
 
-def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: AnswerSettings, folders: list[Path]) -> None:
+def test_sampling_follows_from_the_seed_and_needs_no_dense_model(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
     (first,), (second,) = (write_answers([load(folders[0], settings)], settings) for _ in range(2))
     assert first == second
     assert first.sampled.texts != first.greedy.texts
     assert first.sampled.dense_perplexity is None
 
 
-def test_a_model_alone_writes_the_same_greedy_answers(settings: AnswerSettings, folders: list[Path]) -> None:
+def test_a_model_alone_writes_the_same_greedy_answers(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
     writer = load(folders[0], settings)
     (made,) = write_answers([writer], settings, batch_size=4)
     assert write_greedily(writer, settings, batch_size=4) == made.greedy
@@ -184,10 +251,18 @@ def test_the_quickstart_shows_the_first_prompt_of_each_kind_and_counts_all(
 ) -> None:
     made = write_greedily(load(folders[0], settings), settings)
     dense, pruned = (
-        replace(made, ended=ended, texts=[Answer(f"{name} {i}", tokens, False, 0.0, False) for i in range(6)])
+        replace(
+            made,
+            ended=ended,
+            texts=[Answer(f"{name} {i}", tokens, False, 0.0, False) for i in range(6)],
+        )
         for name, ended, tokens in (("dense", 1.0, NEW - 1), ("pruned", 0.5, NEW))
     )
-    words = [line.split() for line in "\n".join(shown_lines(settings, dense, pruned)).splitlines() if line]
+    words = [
+        line.split()
+        for line in "\n".join(shown_lines(settings, dense, pruned)).splitlines()
+        if line
+    ]
     assert words[1:5] == [
         [">", "even:", "a"],
         ["dense", "0", "pruned", "0", "..."],  # at the limit
@@ -202,7 +277,9 @@ def test_an_answer_of_spaces_or_special_tokens_is_empty(
     settings: AnswerSettings, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = load(folders[0], settings)
-    space, letter = (writer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" ", "a"))
+    space, letter = (
+        writer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" ", "a")
+    )
     special = next(i for i in writer.tokenizer.all_special_ids if i not in writer.ends)
     texts = [space, [special], letter, [special, *letter], [], letter]
     monkeypatch.setattr(Writer, "write", lambda *given, **how: [[*ids, END] for ids in texts])
@@ -212,7 +289,9 @@ def test_an_answer_of_spaces_or_special_tokens_is_empty(
 
 
 @torch.no_grad()
-def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSettings, folders: list[Path]) -> None:
+def test_a_diverged_model_has_answers_that_are_worth_nothing(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
     writers = [load(folder, settings) for folder in folders]
     output_head(writers[0].model).weight.fill_(math.nan)
     first, _ = write_answers(writers, settings)
@@ -222,15 +301,21 @@ def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSet
 
 
 @torch.no_grad()
-def test_closeness_is_as_computed_plainly_and_a_model_is_itself(settings: AnswerSettings, folders: list[Path]) -> None:
+def test_closeness_is_as_computed_plainly_and_a_model_is_itself(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
     pruned, dense = (load(folder, settings).model for folder in folders)
     ids = torch.randint(3, 100, (3, 10), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[2, :6] = IGNORE_INDEX
-    found = measure_closeness(dense, pruned, [(ids[:2], labels[:2]), (ids[2:], labels[2:])], "a text")
+    found = measure_closeness(
+        dense, pruned, [(ids[:2], labels[:2]), (ids[2:], labels[2:])], "a text"
+    )
     p, q = (
         torch.cat([every[:2].flatten(0, 1), every[2, 5:]])
-        for every in (model(input_ids=ids).logits.double().softmax(-1)[:, :-1] for model in (dense, pruned))
+        for every in (
+            model(input_ids=ids).logits.double().softmax(-1)[:, :-1] for model in (dense, pruned)
+        )
     )
     assert found.predictions == len(p) == 22
     assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
@@ -245,7 +330,10 @@ def test_closeness_is_as_computed_plainly_and_a_model_is_itself(settings: Answer
 
 def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
     """Returns an evaluation whose texts are numbered."""
-    rows = [{"row": i, "messages": [{"role": "user", "content": f"q{i} {text}"}]} for i in range(prompts)]
+    rows = [
+        {"row": i, "messages": [{"role": "user", "content": f"q{i} {text}"}]}
+        for i in range(prompts)
+    ]
 
     def model(name: str) -> dict[str, Any]:
         one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
@@ -253,11 +341,21 @@ def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
         close = {"text": "t", "agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9}
         closeness = close if name == "pruned" else None
         kinds = dict.fromkeys(("greedy", "sampled"), one | {"texts": texts})
-        return {"path": f"{name}/<path>", "answers": {"chat_template": False, "closeness": closeness, **kinds}}
+        return {
+            "path": f"{name}/<path>",
+            "answers": {"chat_template": False, "closeness": closeness, **kinds},
+        }
 
     plan = asdict(AnswerSettings("my.jsonl", "0", ()))
-    plan["prompts"] = [row | {"kind": "<i>chat</i>", "expected": text, "target": None} for row in rows]
-    return {**EVALUATION, **model("pruned"), "dense": EVALUATION["dense"] | model("dense"), "answers_plan": plan}
+    plan["prompts"] = [
+        row | {"kind": "<i>chat</i>", "expected": text, "target": None} for row in rows
+    ]
+    return {
+        **EVALUATION,
+        **model("pruned"),
+        "dense": EVALUATION["dense"] | model("dense"),
+        "answers_plan": plan,
+    }
 
 
 def texts_of(page: str) -> list[str]:
@@ -278,11 +376,22 @@ def test_the_page_escapes_every_text_and_has_both_models_side_by_side() -> None:
     assert len(texts_of(answers_page(answered(1) | {"dense": None}))) == 4
 
 
-@pytest.mark.parametrize(("prompts", "shown"), [(50, [0, 10, 20, 30, 40]), (7, [0, 1, 2, 4, 5]), (3, [0, 1, 2])])
-def test_the_card_shows_five_answers_that_cannot_leave_their_block(prompts: int, shown: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("prompts", "shown"), [(50, [0, 10, 20, 30, 40]), (7, [0, 1, 2, 4, 5]), (3, [0, 1, 2])]
+)
+def test_the_card_shows_five_answers_that_cannot_leave_their_block(
+    prompts: int, shown: list[int]
+) -> None:
     lines = answers_section(answered(prompts)).splitlines()
     indented = [line[4:] for line in lines if line.startswith("    ")]
     others = {line for line in lines if not line.startswith("    ")}
-    assert others == {"## Answers", "Greedy, at most 128 tokens.", "", "Prompt:", "Dense:", "Pruned:"}
+    assert others == {
+        "## Answers",
+        "Greedy, at most 128 tokens.",
+        "",
+        "Prompt:",
+        "Dense:",
+        "Pruned:",
+    }
     expected = [f"{name}{i}" for i in shown for name in ("q", "dense", "pruned")]
     assert [line.split()[0] for line in indented if line[:1] in "qdp"] == expected

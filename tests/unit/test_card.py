@@ -28,13 +28,16 @@ RATIO = 0.2  # which experts alone can give
 
 @contextmanager
 def on_virtual_card() -> Iterator[None]:
-    with watching(), patch.object(Tensor, "device", property(device_of)):  # a backward pass sees only the second
+    # a backward pass sees only the second
+    with watching(), patch.object(Tensor, "device", property(device_of)):
         yield
 
 
 def padded_batch() -> tuple[Batch, Tensor]:
     """Returns a batch, and the mask of its real tokens."""
-    (batch,) = make_batches(steps=1, samples=SAMPLES, tokens=WINDOW, vocab=SIZES["vocab_size"], seed=3)
+    (batch,) = make_batches(
+        steps=1, samples=SAMPLES, tokens=WINDOW, vocab=SIZES["vocab_size"], seed=3
+    )
     mask = torch.ones(SAMPLES, WINDOW, dtype=torch.bool)
     mask[::2, -PADDED:] = False
     return (batch[0], batch[1].masked_fill(~mask, -100)), mask
@@ -49,7 +52,9 @@ def scored_and_refitted(run: PlainRun, device: torch.device) -> list[Tensor]:
             with pruner.record_forward(mask[rows]):  # which stays on the host, as a trainer's does
                 logits = run.model(input_ids=ids[rows].to(device)).logits[:, :-1].flatten(0, 1)
             wanted = labels[rows][:, 1:].flatten().to(device)
-            torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum").backward()
+            torch.nn.functional.cross_entropy(
+                logits, wanted, ignore_index=-100, reduction="sum"
+            ).backward()
         pruner.score(1)
     assert pruner._unchecked is None or pruner._unchecked.check() is None
     scores = pruner.average.on_host()
@@ -60,7 +65,10 @@ def scored_and_refitted(run: PlainRun, device: torch.device) -> list[Tensor]:
     pruner.average.cut(keep)
     left = [layer[kind] for layer in pruner.average.scores or [] for kind in layer]
     changed = [p for name, p in run.model.named_parameters() if name.endswith("base_layer.weight")]
-    return [x.detach().cpu().clone() for x in (*(layer[kind] for layer in scores for kind in layer), *left, *changed)]
+    return [
+        x.detach().cpu().clone()
+        for x in (*(layer[kind] for layer in scores for kind in layer), *left, *changed)
+    ]
 
 
 def send_by_nccl(*given: Any) -> Tensor:
@@ -111,6 +119,9 @@ def test_int8_weights_stay_on_their_device(axis: int) -> None:
     expected, decoded = linear(x), form.decode(linear.weight[5:9], 5, linear.weight_scale, 0)
     with on_virtual_card():
         linear.to(CARD)
-        found = linear(x.to(CARD)).cpu(), form.decode(linear.weight[5:9], 5, linear.weight_scale, 0).cpu()
+        found = (
+            linear(x.to(CARD)).cpu(),
+            form.decode(linear.weight[5:9], 5, linear.weight_scale, 0).cpu(),
+        )
     assert torch.equal(found[0], expected)
     assert torch.equal(found[1], decoded)

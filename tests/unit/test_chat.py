@@ -31,7 +31,13 @@ LLAMA3 = trl_templates.llama3_chat_template
 GEMMA = trl_templates.gemma_chat_template
 COUNTING = "{{ messages|length }}" + CHATML
 ENDLESS = "'' }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ ''"
-SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
+SPECIAL = [
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
 
 
 def user(content: str) -> dict[str, str]:
@@ -43,9 +49,20 @@ def assistant(content: str) -> dict[str, str]:
 
 
 TALKS = [
-    [user("What is 2 + 3?"), assistant("5"), user("  and Ünïcode 😀?"), assistant("Yes.\n\nIt\tworks \n")],
+    [
+        user("What is 2 + 3?"),
+        assistant("5"),
+        user("  and Ünïcode 😀?"),
+        assistant("Yes.\n\nIt\tworks \n"),
+    ],
     [user("one"), assistant("two")],
-    [user("assistant"), assistant("<|im_start|> user\nmodel"), user("three"), assistant(""), user("four")],
+    [
+        user("assistant"),
+        assistant("<|im_start|> user\nmodel"),
+        user("three"),
+        assistant(""),
+        user("four"),
+    ],
 ]
 
 
@@ -68,7 +85,9 @@ def learnt(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode([label for label in labels if label != IGNORE_INDEX]))
 
 
-def trl_labels(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def trl_labels(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
     """Masks as SFTTrainer does with `assistant_only_loss`: by TRL's own training version of the template."""
     template = trl_templates.get_training_chat_template(tokenizer)
     asked: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
@@ -77,14 +96,21 @@ def trl_labels(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBas
     return ids, [token if bit else IGNORE_INDEX for token, bit in zip(ids, mask, strict=True)]
 
 
-TEMPLATES = {"ChatML": trl_templates.qwen3_instruct_2507_chat_template, "Llama-3": LLAMA3, "Gemma": GEMMA}
+TEMPLATES = {
+    "ChatML": trl_templates.qwen3_instruct_2507_chat_template,
+    "Llama-3": LLAMA3,
+    "Gemma": GEMMA,
+}
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("messages", TALKS, ids=["two turns", "one turn", "odd texts"])
-def test_masks_are_those_of_trl_token_by_token(messages: list[dict[str, str]], template: str) -> None:
+def test_masks_are_those_of_trl_token_by_token(
+    messages: list[dict[str, str]], template: str
+) -> None:
     tokenizer = tokenizer_with(template)
-    ids, labels = labels_of(Chat(messages), tokenizer)  # by prefixes: these templates have no {% generation %}
+    # by prefixes: these templates have no {% generation %}
+    ids, labels = labels_of(Chat(messages), tokenizer)
     assert "generation %}" not in template
     assert (ids, labels) == trl_labels(messages, tokenizer)
     assert IGNORE_INDEX < max(labels)
@@ -98,7 +124,9 @@ def test_a_completion_is_learnt_where_trl_learns_it(template: str) -> None:
     prompt, completion = TALKS[0][:3], TALKS[0][3:]
     tokenizer = tokenizer_with(template)
     ids, labels = labels_of(read_chat({"prompt": prompt, "completion": completion}), tokenizer)
-    of_prompt: Any = tokenizer.apply_chat_template(prompt, return_dict=False, add_generation_prompt=True)
+    of_prompt: Any = tokenizer.apply_chat_template(
+        prompt, return_dict=False, add_generation_prompt=True
+    )
     whole: Any = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
     length = common_prefix_length(of_prompt, whole)  # as SFTTrainer's completion_mask
     assert ids == whole
@@ -109,16 +137,25 @@ def test_qwen3_learns_the_last_answer_of_a_conversation() -> None:
     """Its template takes the thinking out of earlier turns, so a prefix of a conversation is not a prefix."""
     tokenizer = tokenizer_with(trl_templates.qwen3_chat_template)
     assert learnt(Chat(TALKS[1]), tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>\n"
-    assert learnt(Chat(TALKS[0]), tokenizer) == "<think>\n\n</think>\n\nYes.\n\nIt\tworks \n<|im_end|>\n"
-    must_name("4 5", labels_of, Chat(TALKS[2]), tokenizer)  # messages: after the last answer comes a question
+    assert (
+        learnt(Chat(TALKS[0]), tokenizer)
+        == "<think>\n\n</think>\n\nYes.\n\nIt\tworks \n<|im_end|>\n"
+    )
+    # messages: after the last answer comes a question
+    must_name("4 5", labels_of, Chat(TALKS[2]), tokenizer)
 
 
 @pytest.mark.parametrize("messages", TALKS)
-@pytest.mark.parametrize("thought", ["<think>", "<think></think>"])  # as in GLM-4.7-Flash, and in Gemma 4 31B
-def test_a_thought_in_the_prompt_alone_changes_nothing(thought: str, messages: list[dict[str, str]]) -> None:
+# as in GLM-4.7-Flash, and in Gemma 4 31B
+@pytest.mark.parametrize("thought", ["<think>", "<think></think>"])
+def test_a_thought_in_the_prompt_alone_changes_nothing(
+    thought: str, messages: list[dict[str, str]]
+) -> None:
     before, prompt, after = CHATML.rpartition("assistant\\n")
     tokenizer = tokenizer_with(before + prompt + thought + after)
-    assert thought in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert thought in tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     assert labels_of(Chat(messages), tokenizer) == labels_of(Chat(messages), tokenizer_with(CHATML))
 
 
@@ -132,8 +169,12 @@ def test_the_template_alone_brings_special_tokens() -> None:
 
 def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:
     tokenizer = tokenizer_with(CHATML)
-    assert learnt(Chat([{"role": "system", "content": "s"}, *TALKS[1]]), tokenizer) == "two<|im_end|>\n"
-    assert learnt(Chat([assistant("hello"), *TALKS[1]]), tokenizer) == "two<|im_end|>\n"  # nothing prompts the first
+    assert (
+        learnt(Chat([{"role": "system", "content": "s"}, *TALKS[1]]), tokenizer)
+        == "two<|im_end|>\n"
+    )
+    # nothing prompts the first
+    assert learnt(Chat([assistant("hello"), *TALKS[1]]), tokenizer) == "two<|im_end|>\n"
     assert learnt(Chat([user("a"), user("b")]), tokenizer) == ""
     assert labels_of(Chat([]), tokenizer) == ([], [])
     by_generation = tokenizer_with(trl_templates.llama3_training_chat_template)
@@ -148,7 +189,10 @@ def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:
     "row",
     [
         {"messages": TALKS[1]},
-        {"messages": [message | {"tool_calls": None} for message in TALKS[1]], "prompt": "not this"},
+        {
+            "messages": [message | {"tool_calls": None} for message in TALKS[1]],
+            "prompt": "not this",
+        },
         {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
         {"conversations": TALKS[1], "messages": None},
         {"prompt": "one", "completion": "two"},
@@ -175,7 +219,9 @@ def load(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Loa
 
 
 def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_path: Path) -> None:
-    rows = [{"messages": [user(f"question {i}"), assistant(f"answer {i}")]} for i in range(19)] + [{"messages": []}]
+    rows = [{"messages": [user(f"question {i}"), assistant(f"answer {i}")]} for i in range(19)] + [
+        {"messages": []}
+    ]
     tokenizer = tokenizer_with(CHATML)
     path = write_json(tmp_path / "chats.jsonl", rows)
     data = load(path, tokenizer)
@@ -199,14 +245,26 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
         ([{"messages": [{"role": "user", "content": 5}]}], CHATML, "user"),
         ([{"text": "a"}], CHATML, "data.format chats.jsonl messages text"),
         ([{"messages": 5}], CHATML, "row 1 chats.jsonl"),
-        ([{"messages": TALKS[0]}, {"messages": [{"role": "asistant", "content": "b"}]}], CHATML, "row 2 'asistant'"),
-        ([{"messages": [{"role": "critic", "content": "c"}]}], "{#- no critic -#}" + CHATML, "'critic'"),
+        (
+            [{"messages": TALKS[0]}, {"messages": [{"role": "asistant", "content": "b"}]}],
+            CHATML,
+            "row 2 'asistant'",
+        ),
+        (
+            [{"messages": [{"role": "critic", "content": "c"}]}],
+            "{#- no critic -#}" + CHATML,
+            "'critic'",
+        ),
         ([{"messages": ["a"]}], CHATML, "role content 'a'"),
         ([{"messages": TALKS[0], "tools": "f"}], CHATML, "tools 'f'"),
     ],
 )
-def test_what_cannot_be_used_is_named(rows: list[Any], template: str, names: str, tmp_path: Path) -> None:
-    must_name(names, load, write_json(tmp_path / "chats.jsonl", rows * 20), tokenizer_with(template))
+def test_what_cannot_be_used_is_named(
+    rows: list[Any], template: str, names: str, tmp_path: Path
+) -> None:
+    must_name(
+        names, load, write_json(tmp_path / "chats.jsonl", rows * 20), tokenizer_with(template)
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,16 +282,37 @@ def test_a_template_that_fails_or_never_ends_is_named_with_the_row(
     expression: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loraprune_ds.model.tokenizer.RENDERING", 0.3)
-    tokenizer = tokenizer_with(f"{{%- if messages[0].content == 'bad' %}}{{{{ {expression} }}}}{{%- endif %}}{CHATML}")
-    rows = [{"messages": TALKS[1]}] * 3 + [{"messages": [user("bad"), assistant("b")]}] + [{"messages": TALKS[1]}] * 9
-    must_name(f"data.path row 4 chats.jsonl {error}", load, write_json(tmp_path / "chats.jsonl", rows), tokenizer)
-    prompts = read_prompts(str(write_json(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "bad"}])))
+    tokenizer = tokenizer_with(
+        f"{{%- if messages[0].content == 'bad' %}}{{{{ {expression} }}}}{{%- endif %}}{CHATML}"
+    )
+    rows = (
+        [{"messages": TALKS[1]}] * 3
+        + [{"messages": [user("bad"), assistant("b")]}]
+        + [{"messages": TALKS[1]}] * 9
+    )
+    must_name(
+        f"data.path row 4 chats.jsonl {error}",
+        load,
+        write_json(tmp_path / "chats.jsonl", rows),
+        tokenizer,
+    )
+    prompts = read_prompts(
+        str(write_json(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "bad"}]))
+    )
     limits = "MODEL", None, 10**6
-    must_name(f"prompts.jsonl row 2 MODEL {error}", encode_prompts, prompts, tokenizer, limits, "--answers")
+    must_name(
+        f"prompts.jsonl row 2 MODEL {error}",
+        encode_prompts,
+        prompts,
+        tokenizer,
+        limits,
+        "--answers",
+    )
 
 
 def test_a_template_may_lack_and_may_name_more_roles(tmp_path: Path) -> None:
-    must_name("template", load, tmp_path / "missing.jsonl", tokenizer_with(None))  # before anything is read
+    # before anything is read
+    must_name("template", load, tmp_path / "missing.jsonl", tokenizer_with(None))
     row = {"messages": [{"role": "critic", "content": "c"}, *TALKS[1]]}
     named = tokenizer_with("{%- if messages[0].role == 'critic' %}{%- endif %}" + CHATML)
     assert len(load(write_json(tmp_path / "chats.jsonl", [row] * 20), named).samples) == 18

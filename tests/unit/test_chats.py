@@ -51,7 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(folder: Path, tmp_path: Path) -> Namespace:
     given = {"max_new_tokens": 30, "seed": 0, "batch_size": 4, "engine": "transformers"}
-    return Namespace(model=str(folder), out=tmp_path / "chats.jsonl", tokens=300, prompts=None, text=None, **given)
+    return Namespace(
+        model=str(folder),
+        out=tmp_path / "chats.jsonl",
+        tokens=300,
+        prompts=None,
+        text=None,
+        **given,
+    )
 
 
 def changed(options: Namespace, **changes: Any) -> Namespace:
@@ -65,19 +72,26 @@ def test_numbers_that_cover_the_unit_interval_give_the_nucleus_in_its_proportion
     scores = torch.tensor([2.0, -1.0, 1.0, 0.0, -9.0])
     count = 10_000
     numbers = (torch.arange(count) + 0.5)[:, None] / count
-    kept = leave_one(torch.tensor([[0.5, 0.9]]).expand(count, -1), numbers, scores.expand(count, -1))
+    kept = leave_one(
+        torch.tensor([[0.5, 0.9]]).expand(count, -1), numbers, scores.expand(count, -1)
+    )
     assert (kept > -math.inf).sum(1).eq(1).all()
     shares = kept.argmax(1).bincount(minlength=5) / count
     p = (scores.double() / 0.5).softmax(0)  # 0.86, 0.12 and less: the second passes 0.9
-    expected = torch.stack([p[0], torch.tensor(0), p[2], torch.tensor(0), torch.tensor(0)]) / (p[0] + p[2])
-    assert shares.tolist() == pytest.approx(expected.tolist(), abs=1 / count)  # a number may fall on either side
+    expected = torch.stack([p[0], torch.tensor(0), p[2], torch.tensor(0), torch.tensor(0)]) / (
+        p[0] + p[2]
+    )
+    # a number may fall on either side
+    assert shares.tolist() == pytest.approx(expected.tolist(), abs=1 / count)
 
 
 @torch.no_grad()
 def by_hand(model: Any, prompt: Ids, seed: int) -> Ids:
     """Samples one text without a cache or a batch."""
     numbers, ids = torch.rand(99, generator=torch.Generator().manual_seed(seed)), list(prompt)
-    while len(ids) < len(prompt) + HOW.max_new_tokens and (len(ids) == len(prompt) or ids[-1] != END):
+    while len(ids) < len(prompt) + HOW.max_new_tokens and (
+        len(ids) == len(prompt) or ids[-1] != END
+    ):
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         p, order = (logits / HOW.temperature).softmax(0).sort(descending=True)
         p = p[: int((p.cumsum(0) - p < HOW.top_p).sum())].cumsum(0)
@@ -85,7 +99,9 @@ def by_hand(model: Any, prompt: Ids, seed: int) -> Ids:
     return ids[len(prompt) :]
 
 
-def test_a_text_follows_from_its_seed_in_any_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_follows_from_its_seed_in_any_batch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampling, "CHUNK", 4)
     model: Any = load_model(find_model(str(folder)), "float32", torch.device("cpu"))
     writer = Writer(model, AutoTokenizer.from_pretrained(folder))
@@ -112,8 +128,17 @@ def test_vllm_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Text([1, 2], 8, HOW), Text([3], 9, HOW)]
     extend_by_vllm(SimpleNamespace(generate=generate), texts, Mock())
     assert [(text.ids, text.ended) for text in texts] == [([7, END], True)] * 2
-    common = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 11, "stop_token_ids": [END], "ignore_eos": True}
-    expected = [({"prompt_token_ids": ids}, common | {"seed": seed}) for ids, seed in (([1, 2], 8), ([3], 9))]
+    common = {
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "max_tokens": 11,
+        "stop_token_ids": [END],
+        "ignore_eos": True,
+    }
+    expected = [
+        ({"prompt_token_ids": ids}, common | {"seed": seed})
+        for ids, seed in (([1, 2], 8), ([3], 9))
+    ]
     assert asked == expected
 
 
@@ -126,7 +151,10 @@ def drawer_of(options: Namespace, *texts: str) -> tuple[Drawer, list[str]]:
     A text ends with </s>, or is cut off.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    drawer, read = Drawer(options, find_model(options.model), tokenizer, Communicator()), list[str]()
+    drawer, read = (
+        Drawer(options, find_model(options.model), tokenizer, Communicator()),
+        list[str](),
+    )
     left = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     def extend(texts: Sequence[Text], tick: Tick) -> None:
@@ -155,7 +183,9 @@ def test_a_message_continues_the_template_and_its_answer_reads_it(options: Names
     assert message == f"{opening} he do, then"
     assert read[3] == f"<s>user: {message}</s><s>assistant: "
     assert (code.answer, code.answer_tokens, code.refused) == ("he do, then", 12, None)
-    assert code.prompt_tokens == len(drawer.tokenizer(read[3], add_special_tokens=False)["input_ids"])
+    assert code.prompt_tokens == len(
+        drawer.tokenizer(read[3], add_special_tokens=False)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,20 +202,26 @@ def test_a_message_continues_the_template_and_its_answer_reads_it(options: Names
         ("Why is it?</s>", "It is so. It is so. It is so.</s>", "answer: repetition"),
     ],
 )
-def test_a_draw_is_refused_for_a_reason(message: str, answer: str, refused: str | None, options: Namespace) -> None:
+def test_a_draw_is_refused_for_a_reason(
+    message: str, answer: str, refused: str | None, options: Namespace
+) -> None:
     drawer, _ = drawer_of(options, message, *filter(None, [answer]))
     (draw,) = drawn(drawer, 0)
     assert draw.refused == refused
     assert (draw.prompt_tokens > 0) == bool(answer)
 
 
-def test_a_template_is_asked_not_to_think_and_must_mark_the_end_of_a_message(options: Namespace) -> None:
+def test_a_template_is_asked_not_to_think_and_must_mark_the_end_of_a_message(
+    options: Namespace,
+) -> None:
     drawer, read = drawer_of(options, "Why is it?</s>", "So.</s>")
     drawer.tokenizer.chat_template = TEMPLATE + "{% if enable_thinking is false %}<unk>{% endif %}"
     drawn(drawer, 0)
     assert read[1].endswith("assistant: <unk>")
     drawer, _ = drawer_of(options)
-    drawer.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    drawer.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
     must_name(f"{options.model} --prompts", drawer.draw, [0])
 
 
@@ -207,9 +243,15 @@ def refusals(options: Namespace, messages: Sequence[str], answer: str = "Yes.") 
     return [draw.refused for draw in selection.draws]
 
 
-def test_near_duplicates_common_openings_and_declining_answers_are_capped(options: Namespace) -> None:
+def test_near_duplicates_common_openings_and_declining_answers_are_capped(
+    options: Namespace,
+) -> None:
     of_user = changed(options, prompts=read_prompts("default"))
-    alike = ["What is the colour of snow?", "Of snow: what is the COLOUR", "What is the colour of milk?"]
+    alike = [
+        "What is the colour of snow?",
+        "Of snow: what is the COLOUR",
+        "What is the colour of milk?",
+    ]
     assert refusals(options, alike) == [None, "message: near-duplicate", None]
     assert refusals(of_user, alike) == [None] * 3
     begin_alike = [f"Can you provide word{i}?" for i in range(FREE + 2)]
@@ -222,9 +264,12 @@ def test_near_duplicates_common_openings_and_declining_answers_are_capped(option
 
 
 @pytest.mark.parametrize(
-    "messages", [("How are you?", "Who am I?", "You: how are"), ("😀 !!! ???", "!!! 😀", "😀 !!! ???")]
+    "messages",
+    [("How are you?", "Who am I?", "You: how are"), ("😀 !!! ???", "!!! 😀", "😀 !!! ???")],
 )
-def test_messages_of_short_words_or_none_are_compared_whole(messages: tuple[str, ...], options: Namespace) -> None:
+def test_messages_of_short_words_or_none_are_compared_whole(
+    messages: tuple[str, ...], options: Namespace
+) -> None:
     assert refusals(options, messages) == [None, None, "message: near-duplicate"]
 
 
@@ -251,10 +296,13 @@ def test_a_killed_command_goes_on_where_it_was(
     expected = run(changed(options, out=tmp_path / "whole.jsonl"))
     journal = journal_of(options)
     with monkeypatch.context() as patch:
-        patch.setattr(chats, "_append", Mock(wraps=chats._append, side_effect=[DEFAULT, KeyboardInterrupt]))
+        patch.setattr(
+            chats, "_append", Mock(wraps=chats._append, side_effect=[DEFAULT, KeyboardInterrupt])
+        )
         with pytest.raises(KeyboardInterrupt):
             run(options)
-    assert 1 < len(journal.read_text().splitlines()) < 1 + options.batch_size  # not yet the first few
+    # not yet the first few
+    assert 1 < len(journal.read_text().splitlines()) < 1 + options.batch_size
     with journal.open("a") as file:
         file.write('{"number": 9, "kin')
     assert not options.out.exists()
@@ -279,7 +327,11 @@ def test_a_command_stops_at_the_row_that_completes_its_tokens(options: Namespace
     selection = collect(options, Communicator())
     last = selection.kept[-1]
     assert last == selection.draws[-1]
-    assert selection.tokens - last.prompt_tokens - last.answer_tokens < options.tokens <= selection.tokens
+    assert (
+        selection.tokens - last.prompt_tokens - last.answer_tokens
+        < options.tokens
+        <= selection.tokens
+    )
     _, *lines = journal_of(options).read_text().splitlines()
     assert len(lines) < len(selection.draws) + BATCHES * options.batch_size
 
@@ -288,7 +340,9 @@ def test_each_token_is_a_sign_of_life(options: Namespace, monkeypatch: pytest.Mo
     shown: list[str] = []
     monkeypatch.setattr(chats.tqdm, "set_postfix_str", lambda _, text, refresh: shown.append(text))
     run(changed(options, tokens=1))
-    begun = [text for text in shown if text.endswith(" tokens written, 4 in work, 0 of 0 draws kept")]
+    begun = [
+        text for text in shown if text.endswith(" tokens written, 4 in work, 0 of 0 draws kept")
+    ]
     assert begun[0].startswith("4 ")
     assert len(set(begun)) > 10
 
@@ -313,7 +367,9 @@ def test_a_damaged_line_of_the_journal_is_named(options: Namespace) -> None:
 
 
 @pytest.mark.parametrize("name", ["chats.draws.jsonl", "chats.jsonl"])
-def test_a_full_disk_names_the_file(name: str, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_file(
+    name: str, options: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = Path.open
 
     def full(path: Path, mode: str = "r", *given: Any, **settings: Any) -> Any:
@@ -327,10 +383,18 @@ def test_a_full_disk_names_the_file(name: str, options: Namespace, monkeypatch: 
 
 
 def test_prompts_of_a_user_are_answered_once(options: Namespace, tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ["Why?", turns] * 6))
-    of_user = changed(options, tokens=None, prompts=read_prompts(str(path), "--prompts", max_new_tokens=30))
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ["Why?", turns] * 6)
+    )
+    of_user = changed(
+        options, tokens=None, prompts=read_prompts(str(path), "--prompts", max_new_tokens=30)
+    )
     rows = [json.loads(line)["prompt"] for line in run(of_user).splitlines()]
     assert rows
     assert all(prompt in ("Why?", turns) for prompt in rows)
@@ -342,12 +406,17 @@ def test_prompts_of_a_user_are_answered_once(options: Namespace, tmp_path: Path)
     must_name("--prompts prompts.jsonl 1", run, long)
 
 
-def test_a_model_without_a_template_writes_texts(options: Namespace, folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_template_writes_texts(
+    options: Namespace, folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder, base := tmp_path / "base", ignore=lambda *_: ["chat_template.jinja"])
     of_base = changed(options, model=str(base), tokens=40)
     assert json.loads(run(of_base).splitlines()[0]).keys() == {"text"}
     text = EvaluationText("text.txt", None, "Once upon a time\n\nThere was")
-    texts = [json.loads(row)["text"] for row in run(changed(of_base, text=text, out=tmp_path / "b.jsonl")).splitlines()]
+    texts = [
+        json.loads(row)["text"]
+        for row in run(changed(of_base, text=text, out=tmp_path / "b.jsonl")).splitlines()
+    ]
     assert all(text.startswith(("Once upon a time", "There was")) for text in texts)
     assert len(texts) > 1
     must_name("--engine vllm", run, changed(of_base, engine="vllm"))
@@ -369,7 +438,9 @@ def test_draws_that_are_never_fit_end(options: Namespace, monkeypatch: pytest.Mo
         ("--out a.jsonl --prompts none.jsonl", "--prompts none.jsonl"),
     ],
 )
-def test_bad_arguments_are_named(given: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_arguments_are_named(
+    given: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["chats", "MODEL", *given.split()])
     must_name(names, parse_arguments)

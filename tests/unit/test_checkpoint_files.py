@@ -74,14 +74,20 @@ def test_a_folder_has_no_name_before_it_is_complete(tmp_path: Path) -> None:
     layout.verify(target)
 
 
-def test_files_are_on_the_disk_before_anything_relies_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_on_the_disk_before_anything_relies_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
+    monkeypatch.setattr(
+        files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name)
+    )
     make_step(tmp_path, 4)
     assert synced == [layout.STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
 
 
-def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removal_is_all_or_nothing_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = make_step(tmp_path, 4)
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
@@ -92,7 +98,9 @@ def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypat
     assert names(tmp_path) == []
 
 
-def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NFS keeps files that another process still reads."""
     make_step(tmp_path, 4)
     make_step(tmp_path, 8)
@@ -116,7 +124,9 @@ def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(tmp_path: Path, m
     ],
 )
 @pytest.mark.parametrize("parts", [1, 3])
-def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int) -> None:
+def test_damage_is_named(
+    tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int
+) -> None:
     staging = begin_folder(tmp_path / "step-1")
     for file in "abc":
         (staging / file).write_text(file)
@@ -130,7 +140,10 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], name:
         except UserError as error:
             lines.append(str(error))
     assert lines
-    assert all(str(tmp_path / "step-1" / name) in line and word in line and "\n" not in line for line in lines)
+    assert all(
+        str(tmp_path / "step-1" / name) in line and word in line and "\n" not in line
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,12 +161,16 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
     """`left`: step -> whether a run can resume from it. Step 4 is of a size, and 16 of a later one."""
     for step in (4, 8, 12, 16):
         make_step(tmp_path, step)
-    for name in (".step-8.partial", ".step-2.removed", "step-4/.resume.removed"):  # of killed processes
+    # of killed processes
+    for name in (".step-8.partial", ".step-2.removed", "step-4/.resume.removed"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-x").mkdir()  # no number
     (tmp_path / "step-7").write_text("a file")
     drop_old(tmp_path, saved, keep_last=keep_last, pinned={4, 16})
-    found = {n: (tmp_path / f"step-{n}" / layout.RESUME_FOLDER).exists() for n in layout.numbered(tmp_path, "step")}
+    found = {
+        n: (tmp_path / f"step-{n}" / layout.RESUME_FOLDER).exists()
+        for n in layout.numbered(tmp_path, "step")
+    }
     assert found == left
     assert not any(name.startswith(".") for name in names(tmp_path))
     for step, resumable in found.items():
@@ -163,7 +180,10 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
 
 STATE = json.loads(json_text(make_state(7)))
 CHANGES: list[tuple[dict[str, object], str]] = [
-    *(({"format": other}, f"has format {other}") for other in (layout.FORMAT + 1, layout.FORMAT - 1)),
+    *(
+        ({"format": other}, f"has format {other}")
+        for other in (layout.FORMAT + 1, layout.FORMAT - 1)
+    ),
     ({"format": None}, "damaged"),
     ({"surprise": 1}, "surprise"),
     ({"kept": 3}, "damaged"),
@@ -179,7 +199,9 @@ CHANGES: list[tuple[dict[str, object], str]] = [
         *((json.dumps(STATE | change).encode(), words) for change, words in CHANGES),
     ],
 )
-def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+def test_the_state_is_read_or_refused_in_one_line(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
     file = tmp_path / layout.STATE_FILE
     file.write_text(json_text(make_state(7)))
     assert layout.read_record(file, layout.RunState) == make_state(7)
@@ -193,7 +215,9 @@ def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes a model whose head and embedding come first in its file, and fill more than a MiB."""
-    return make_tiny_llama(tmp_path_factory.mktemp("large"), vocab=20_000, ffn=20_000, dtype="bfloat16")
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("large"), vocab=20_000, ffn=20_000, dtype="bfloat16"
+    )
 
 
 def set_value(tensors: dict[str, torch.Tensor]) -> None:
@@ -209,7 +233,9 @@ def set_value(tensors: dict[str, torch.Tensor]) -> None:
         edit("config.json", rope_theta=7.0),
     ],
 )
-def test_a_source_that_changed_in_place_is_refused(tmp_path: Path, large: Path, change: Spoil) -> None:
+def test_a_source_that_changed_in_place_is_refused(
+    tmp_path: Path, large: Path, change: Spoil
+) -> None:
     source = tmp_path / "source"
     shutil.copytree(large, source)
     data = replace(make_state(1).data, source=source_digest(source))
@@ -220,18 +246,26 @@ def test_a_source_that_changed_in_place_is_refused(tmp_path: Path, large: Path, 
     must_name(f"{source} source {step}", open_checkpoint, step, Communicator(), dense=Mock())
 
 
-def test_samples_are_at_fixed_places_in_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_at_fixed_places_in_every_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weight_files, "PER_SAMPLE", 50)
     monkeypatch.setattr(weight_files, "SAMPLE", 8)
     path = tmp_path / "model.safetensors"
     sizes = {"large": 100, "none": 0, "small": 3}
-    save_file({name: torch.arange(size, dtype=torch.uint8) for name, size in sizes.items()}, path, {"format": "pt"})
+    save_file(
+        {name: torch.arange(size, dtype=torch.uint8) for name, size in sizes.items()},
+        path,
+        {"format": "pt"},
+    )
     header, *samples = read_samples(path)
     assert [*json.loads(header)] == ["__metadata__", *sizes]
     assert [[*sample] for sample in samples] == [[*range(21, 29)], [*range(71, 79)], [], [0, 1, 2]]
 
 
-def test_device_memory_is_given_back_before_the_ranks_gather(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_device_memory_is_given_back_before_the_ranks_gather(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = Mock()
     calls.comm.configure_mock(rank=0, draw_mark=lambda: "1a2b")
     monkeypatch.setattr(save, "empty_cache", calls.empty_cache)

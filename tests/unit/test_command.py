@@ -44,11 +44,17 @@ raise RuntimeError("out of memory")
 
 
 def test_an_option_without_the_one_it_needs_is_named() -> None:
-    require_option(Namespace(num_fewshot=None, tasks=[], page=False), "tasks", "num_fewshot", "page", "absent")
-    require_option(Namespace(num_fewshot=0, tasks=["piqa"], page=True), "tasks", "num_fewshot", "page")
+    require_option(
+        Namespace(num_fewshot=None, tasks=[], page=False), "tasks", "num_fewshot", "page", "absent"
+    )
+    require_option(
+        Namespace(num_fewshot=0, tasks=["piqa"], page=True), "tasks", "num_fewshot", "page"
+    )
     for option, value in (("num_fewshot", 0), ("include_path", "x")):
         given = Namespace(tasks=[], **{option: value})
-        must_name(f"--{option.replace('_', '-')} --tasks", require_option, given, "tasks", "limit", option)
+        must_name(
+            f"--{option.replace('_', '-')} --tasks", require_option, given, "tasks", "limit", option
+        )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,12 @@ def test_an_option_without_the_one_it_needs_is_named() -> None:
     ],
 )
 def test_what_a_rank_met_alone_it_tells_itself(
-    rank: str, error: UserError, agreed: bool, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    rank: str,
+    error: UserError,
+    agreed: bool,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("loraprune_ds.errors.GRACE", 0.0)
@@ -86,7 +97,9 @@ def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> Non
 
 
 def test_the_launcher_chooses_the_gpus_unless_a_number_is_given() -> None:
-    assert "--num_accelerators" not in launcher_command("some.module", None, {"CUDA_VISIBLE_DEVICES": "2,3"})
+    assert "--num_accelerators" not in launcher_command(
+        "some.module", None, {"CUDA_VISIBLE_DEVICES": "2,3"}
+    )
     words = launcher_command("some.module", 3, {})
     assert words[words.index("--num_accelerators") + 1] == "3"
     assert words[-2:] == ["--module", "some.module"]
@@ -101,7 +114,9 @@ def test_the_launcher_chooses_the_gpus_unless_a_number_is_given() -> None:
         ("evaluate", {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}),
     ],
 )
-def test_a_wrong_variable_is_told_first(script: str, variable: dict[str, str], tmp_path: Path) -> None:
+def test_a_wrong_variable_is_told_first(
+    script: str, variable: dict[str, str], tmp_path: Path
+) -> None:
     run = ["--config", "launch/configs/quickstart.yaml", "--set", f"output_dir={tmp_path / 'out'}"]
     given = [f"launch/{script}.py", *(run if script == "run" else ["embedded"])]
     ended = run_to_end([sys.executable, *given], cwd=ROOT, environment=variable, timeout=60)
@@ -109,12 +124,19 @@ def test_a_wrong_variable_is_told_first(script: str, variable: dict[str, str], t
     assert next(iter(variable)) in ended.err
 
 
-RANK_1_OF_2 = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+RANK_1_OF_2 = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_a_rank_of_a_launcher_and_one_without_pass() -> None:
     kubeflow = {key: value for key, value in RANK_1_OF_2.items() if key != "LOCAL_RANK"}
-    service = {"MASTER_PORT": "tcp://10.0.0.1:80"}  # what Kubernetes adds for a service called master
+    # what Kubernetes adds for a service called master
+    service = {"MASTER_PORT": "tcp://10.0.0.1:80"}
     for environment in (RANK_1_OF_2, kubeflow, {}, {"WORLD_SIZE": "1"}, service):
         check_ranks(environment)
 
@@ -139,21 +161,34 @@ def test_what_describes_no_rank_is_named(change: dict[str, str | None], names: s
 # To NCCL "eth" is eth0 and eth1.
 @pytest.mark.parametrize(
     ("nccl", "gloo"),
-    [("ib0", "ib0"), ("=ib0", "ib0"), ("eth,ib0,eth1", "ib0"), ("eth", None), ("^ib0", None), ("", None)],
+    [
+        ("ib0", "ib0"),
+        ("=ib0", "ib0"),
+        ("eth,ib0,eth1", "ib0"),
+        ("eth", None),
+        ("^ib0", None),
+        ("", None),
+    ],
 )
 def test_gloo_takes_the_interface_that_nccl_is_told_to(
     monkeypatch: pytest.MonkeyPatch, nccl: str, gloo: str | None
 ) -> None:
-    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(("lo", "eth0", "eth1", "ib0"), start=1)))
+    monkeypatch.setattr(
+        socket, "if_nameindex", lambda: list(enumerate(("lo", "eth0", "eth1", "ib0"), start=1))
+    )
     wanted = {} if gloo is None else {"GLOO_SOCKET_IFNAME": gloo}
     assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl}) == wanted
     assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}) == {}
 
 
-def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_looks_for_its_device_before_it_meets_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from loraprune_ds.zero import engine
 
-    one_gpu = SimpleNamespace(device_count=lambda: 1, set_device=lambda number: pytest.fail("there is no such device"))
+    one_gpu = SimpleNamespace(
+        device_count=lambda: 1, set_device=lambda number: pytest.fail("there is no such device")
+    )
     monkeypatch.setattr(engine, "is_cpu", lambda: False)
     monkeypatch.setattr(engine, "accelerator", lambda: one_gpu)
     for name, value in RANK_1_OF_2.items():
@@ -163,7 +198,14 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: py
 
 
 def test_one_process_is_not_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["--config", "launch/configs/quickstart.yaml", "--set", "deepspeed=null", "--ranks", "2"]
+    given = [
+        "--config",
+        "launch/configs/quickstart.yaml",
+        "--set",
+        "deepspeed=null",
+        "--ranks",
+        "2",
+    ]
     monkeypatch.setattr(sys, "argv", ["run", *given])
     must_name("--ranks 2: deepspeed: null", run.launch)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -183,7 +225,9 @@ def describe_groups() -> tuple[list[timedelta], str | None]:
     """Returns the timeouts of the group of all ranks and of another one, and the interface of gloo."""
     world: Any = torch.distributed.group.WORLD
     other: Any = torch.distributed.new_group()
-    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in (world, other)]
+    timeouts = [
+        group._get_backend(torch.device("cpu")).options._timeout for group in (world, other)
+    ]
     return timeouts, os.environ.get("GLOO_SOCKET_IFNAME")
 
 
@@ -199,7 +243,13 @@ TASK |= {"SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "3", "SLURM_LOCALI
 
 
 def test_a_task_of_a_step_is_a_rank() -> None:
-    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu03", "MASTER_PORT": "27003"}
+    ranks = {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "27003",
+    }
     assert srun_ranks(TASK) == ranks
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert srun_ranks(TASK | given) == ranks | given
@@ -217,7 +267,9 @@ def test_the_ranks_meet_at_the_first_node_and_an_ordinary_port() -> None:
         "rack[1-2]-node[03,05]": "rack1-node03",
         "ip-10-0-0-[17-18]": "ip-10-0-0-17",
     }
-    assert {nodes: srun_ranks(TASK | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] for nodes in first} == first
+    assert {
+        nodes: srun_ranks(TASK | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] for nodes in first
+    } == first
     for job in map(str, range(1, 70_000, 997)):
         assert 20_000 <= int(srun_ranks(TASK | {"SLURM_JOB_ID": job})["MASTER_PORT"]) < 32_000, job
 
@@ -233,9 +285,15 @@ def test_a_launcher_below_srun_chooses_the_ranks(monkeypatch: pytest.MonkeyPatch
 # The quickstart makes as many steps as take ten minutes, or as many as the run began with
 
 
-@pytest.mark.parametrize(("product", "steps"), [(quickstart_steps.PRODUCT, 50), (10 * quickstart_steps.PRODUCT, 20)])
+@pytest.mark.parametrize(
+    ("product", "steps"), [(quickstart_steps.PRODUCT, 50), (10 * quickstart_steps.PRODUCT, 20)]
+)
 def test_a_slow_cpu_makes_fewer_steps(
-    product: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    product: float,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert 0 < quickstart_steps.product_seconds() < 10
     monkeypatch.setattr(quickstart_steps, "product_seconds", lambda: product)

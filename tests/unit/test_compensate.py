@@ -15,7 +15,9 @@ OUT, IN, TOKENS = 7, 12, 40
 def made_up(seed: int, dtype: torch.dtype = torch.float32) -> tuple[CollectedLinear, Tensor]:
     """A linear and correlated inputs (tokens, in_features)."""
     generator = torch.Generator().manual_seed(seed)
-    weight, a, b = (torch.randn(size, generator=generator) for size in ((OUT, IN), (2, IN), (OUT, 2)))
+    weight, a, b = (
+        torch.randn(size, generator=generator) for size in ((OUT, IN), (2, IN), (OUT, 2))
+    )
     inputs = torch.randn(TOKENS, 5, generator=generator) @ torch.randn(5, IN, generator=generator)
     inputs += 0.3 * torch.randn(TOKENS, IN, generator=generator) + 0.5
     return CollectedLinear({"weight": weight.to(dtype)}, None, a, b, 0.5), inputs
@@ -23,7 +25,10 @@ def made_up(seed: int, dtype: torch.dtype = torch.float32) -> tuple[CollectedLin
 
 def output_error(linear: CollectedLinear, weight: Tensor, inputs: Tensor, kept: Tensor) -> float:
     change = linear.scaling * linear.lora_B @ linear.lora_A
-    before, after = inputs @ (linear.weight.float() + change).T, inputs[:, kept] @ (weight.float() + change)[:, kept].T
+    before, after = (
+        inputs @ (linear.weight.float() + change).T,
+        inputs[:, kept] @ (weight.float() + change)[:, kept].T,
+    )
     return float((after - before).square().sum())
 
 
@@ -31,11 +36,18 @@ def output_error(linear: CollectedLinear, weight: Tensor, inputs: Tensor, kept: 
 def test_the_output_never_gets_worse(ridge: float) -> None:
     for seed in range(20):
         linear, inputs = made_up(seed)
-        kept = torch.randperm(IN, generator=torch.Generator().manual_seed(seed))[: 1 + seed % (IN - 1)].sort().values
+        kept = (
+            torch.randperm(IN, generator=torch.Generator().manual_seed(seed))[: 1 + seed % (IN - 1)]
+            .sort()
+            .values
+        )
         refitted = refit(linear, inputs.T @ inputs / TOKENS, kept, ridge)
-        assert output_error(linear, refitted, inputs, kept) < output_error(linear, linear.weight, inputs, kept), seed
+        assert output_error(linear, refitted, inputs, kept) < output_error(
+            linear, linear.weight, inputs, kept
+        ), seed
         removed = [i for i in range(IN) if i not in kept]
-        assert torch.equal(refitted[:, removed], linear.weight[:, removed]), seed  # they are about to go
+        # they are about to go
+        assert torch.equal(refitted[:, removed], linear.weight[:, removed]), seed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -47,7 +59,9 @@ def test_rounding_does_not_make_it_worse_either(dtype: torch.dtype) -> None:
     x[:, :8] += 30 * torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
     x[:, 8] = 0.01 * (x[:, 0:8:2] - x[:, 1:8:2]).sum(1)  # the common part goes, so it is small
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    linear = CollectedLinear({"weight": weight}, None, torch.zeros(2, inputs), torch.zeros(outputs, 2), 1.0)
+    linear = CollectedLinear(
+        {"weight": weight}, None, torch.zeros(2, inputs), torch.zeros(outputs, 2), 1.0
+    )
     kept = torch.tensor([i for i in range(inputs) if i != 8])
     refitted = refit(linear, (x.T @ x / tokens).float(), kept, 0.05)
     before = weight.double()
@@ -70,7 +84,9 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "sent"), [(1, 1), (4, 16), (10, 40 + 24 + 4), (12, 48 + 32 + 16)])
-def test_the_blocks_are_those_of_the_whole_product(monkeypatch: pytest.MonkeyPatch, n: int, sent: int) -> None:
+def test_the_blocks_are_those_of_the_whole_product(
+    monkeypatch: pytest.MonkeyPatch, n: int, sent: int
+) -> None:
     monkeypatch.setattr(compensate, "TILE_ROWS", 4)
     x, before = integers(20, n, seed=1), integers(n, n, seed=2)
     half, total = half_of_product(x), before.clone()

@@ -12,7 +12,9 @@ from tests.integration.launching import ROOT
 from tests.refusals import must_name, refused
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
-PACKED_BY_FLASH = "data: {format: chat, packing: true}\nmodel: {attn_implementation: flash_attention_2}"
+PACKED_BY_FLASH = (
+    "data: {format: chat, packing: true}\nmodel: {attn_implementation: flash_attention_2}"
+)
 SHIPPED = sorted((ROOT / "launch" / "configs").rglob("*.yaml"))
 
 
@@ -23,7 +25,9 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_load_and_a_resolved_one_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
+def test_shipped_configs_load_and_a_resolved_one_reads_back_as_itself(
+    path: Path, tmp_path: Path
+) -> None:
     overrides = ["train.adam_epsilon=1e-9", "prune.normalize=none", "model.revision='1'"]
     config = config_from_dict(read_config(path, overrides))
     assert load(tmp_path, yaml.safe_dump(config.to_dict())) == config
@@ -74,11 +78,17 @@ def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
     prune = "{head_ratio: 0, moving_average: 0, protected_first: 0, protected_last: 0}"
     train = "{steps: 1, learning_rate: 100, max_grad_norm: 0, distill_weight: 1}"
     data = "{window: 2, max_samples: 1}"
-    load(tmp_path, f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n")
+    load(
+        tmp_path,
+        f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n",
+    )
 
 
 def test_a_file_takes_the_place_of_the_part_that_is_held_out(tmp_path: Path) -> None:
-    assert load(tmp_path, "output_dir: out\ndata: {held_out: text.txt}\n").data.held_out_fraction is None
+    assert (
+        load(tmp_path, "output_dir: out\ndata: {held_out: text.txt}\n").data.held_out_fraction
+        is None
+    )
 
 
 @pytest.mark.parametrize("setting", ["prune.target_context=3", "prune.target_weight_bits=3"])
@@ -116,7 +126,9 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["model.drop_layers=[]", "prune.depth_ratio=0.1"])
 def test_a_removed_key_says_what_to_do_instead(tmp_path: Path, setting: str) -> None:
     """Also at its default, which only files of earlier runs may have."""
-    must_name(f"{setting.partition('=')[0]} launch/examples/drop_layers.py", load, tmp_path, BASE, setting)
+    must_name(
+        f"{setting.partition('=')[0]} launch/examples/drop_layers.py", load, tmp_path, BASE, setting
+    )
 
 
 # --set
@@ -124,10 +136,17 @@ def test_a_removed_key_says_what_to_do_instead(tmp_path: Path, setting: str) -> 
 
 def test_overrides(tmp_path: Path) -> None:
     text = "output_dir: out\nmodel:\nprune: {ratio: 0.5}\ntrain: {steps: 3}\n"
-    given = ["prune.ratio=0.2", "data.path=a=b.txt", "data.input_field=null", "model.path=folder", "prune.ratio=0.3"]
+    given = [
+        "prune.ratio=0.2",
+        "data.path=a=b.txt",
+        "data.input_field=null",
+        "model.path=folder",
+        "prune.ratio=0.3",
+    ]
     config = load(tmp_path, text, *given)
     assert config.prune.ratio == 0.3  # the last one counts
-    assert (config.data.path, config.data.input_field) == ("a=b.txt", None)  # only the first = separates
+    # only the first = separates
+    assert (config.data.path, config.data.input_field) == ("a=b.txt", None)
     assert config.model.path == "folder"  # in a section that the file has left empty
     for wrong in ("prune.ratio", "prune.ratio.x=1", "prune.ratio=["):
         must_name(f"--set {wrong.partition('=')[0]}", load, tmp_path, text, wrong)
@@ -148,7 +167,14 @@ def test_a_value_can_be_asked_for(tmp_path: Path) -> None:
 
 def test_accumulation_follows_from_the_ranks() -> None:
     train = TrainConfig(steps=1, global_batch_size=24, micro_batch_size=2)
-    assert [train.gradient_accumulation_steps(w) for w in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+    assert [train.gradient_accumulation_steps(w) for w in (1, 2, 3, 4, 6, 12)] == [
+        12,
+        6,
+        4,
+        3,
+        2,
+        1,
+    ]
     for world_size in (5, 7, 8, 24):
         message = refused(train.gradient_accumulation_steps, world_size)
         assert f"24 in micro-batches of 2 cannot be split over {world_size} ranks" in message
@@ -176,7 +202,10 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
         ("train: {global_batch_size: 4}", "train.steps train.epochs"),
         ("train: {steps: 1, group_by_length: true}", "train.group_by_length data.format"),
         (PACKED_BY_FLASH, "data.packing model.attn_implementation train.micro_batch_size"),
-        ("data: {held_out: text.txt, held_out_fraction: 0.1}", "data.held_out data.held_out_fraction"),
+        (
+            "data: {held_out: text.txt, held_out_fraction: 0.1}",
+            "data.held_out data.held_out_fraction",
+        ),
         ("data: {held_out_fraction: null}", "data.held_out data.held_out_fraction"),
         ("2024-01-01: 3", "config"),
         ("deepspeed:\nmodel: {dtype: float16}", "model.dtype float16 deepspeed"),
@@ -195,4 +224,6 @@ def test_the_place_of_a_wrong_value_is_named(tmp_path: Path, given: str, names: 
 def test_an_empty_section_keeps_its_defaults(tmp_path: Path) -> None:
     empty = "".join(f"{field.name}:\n" for field in dataclasses.fields(RunConfig)[3:])
     given = empty.replace("prune:\n", "prune:\n  ratio: 0.25\n")
-    assert load(tmp_path, f"output_dir: out\n{given}") == RunConfig("out", prune=PruneConfig(ratio=0.25))
+    assert load(tmp_path, f"output_dir: out\n{given}") == RunConfig(
+        "out", prune=PruneConfig(ratio=0.25)
+    )

@@ -10,12 +10,21 @@ from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data import tokens
-from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout, starts_of
+from loraprune_ds.train.data.samples import (
+    SampleOrder,
+    Samples,
+    rank_micro_batches,
+    seed_dropout,
+    starts_of,
+)
 
 
 def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = None) -> Samples:
     rows = {"input_ids": ids, "labels": ids if labels is None else labels}
-    columns = {name: torch.tensor([value for row in each for value in row]).int() for name, each in rows.items()}
+    columns = {
+        name: torch.tensor([value for row in each for value in row]).int()
+        for name, each in rows.items()
+    }
     return Samples(columns, starts_of(torch.tensor([len(row) for row in ids])), window)
 
 
@@ -59,11 +68,16 @@ def test_a_digest_sees_every_part_of_the_samples() -> None:
     digests = [samples.digest() for samples in variants]
     assert len(set(digests)) == len(variants)
     first = ragged(ids, 8, labels)
-    assert digests[0] == Samples(dict(reversed(first.columns.items())), first.starts, first.window).digest()
+    assert (
+        digests[0]
+        == Samples(dict(reversed(first.columns.items())), first.starts, first.window).digest()
+    )
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(10, 4), (12, 4), (7, 7), (3, 8), (1, 1)])
-def test_every_epoch_is_a_permutation_and_steps_follow_on_without_a_gap(samples: int, batch: int) -> None:
+def test_every_epoch_is_a_permutation_and_steps_follow_on_without_a_gap(
+    samples: int, batch: int
+) -> None:
     order = SampleOrder(samples, batch, seed=1)
     epochs = 4
     stream = torch.cat([order.batch(step) for step in range(-(-epochs * samples // batch))])
@@ -109,8 +123,12 @@ def make_tokenizer(*, template: str = "$A", eos: str | None = "</s>") -> PreTrai
     """One token per word: w1 is 11, w2 is 12, ..."""
     core = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>")
+    core.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>"
+    )
 
 
 def words(first: int, last: int) -> str:
@@ -125,16 +143,24 @@ def rows(samples: Samples) -> tuple[list[list[int]], list[list[int]]]:
 
 PACKED = {
     "neither": ("$A", "</s>", [[11, 12, EOS, 13], [14, 15, EOS, 16], [17, 18, 19, 20]]),
-    "BOS": ("<s> $A", "</s>", [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [EOS, BOS, 16, 17], [18, 19, 20, 21]]),
+    "BOS": (
+        "<s> $A",
+        "</s>",
+        [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [EOS, BOS, 16, 17], [18, 19, 20, 21]],
+    ),
     "EOS": ("$A </s>", "</s>", [[11, 12, EOS, 13], [14, 15, EOS, 16], [17, 18, 19, 20]]),
     "no EOS known": ("$A", None, [[11, 12, 13, 14], [15, 16, 17, 18]]),
 }
 
 
 @pytest.mark.parametrize(("template", "eos", "expected"), PACKED.values(), ids=PACKED.keys())
-def test_documents_are_packed_with_eos_and_no_tail(template: str, eos: str | None, expected: list[list[int]]) -> None:
+def test_documents_are_packed_with_eos_and_no_tail(
+    template: str, eos: str | None, expected: list[list[int]]
+) -> None:
     documents = [words(1, 2), "", words(3, 5), words(6, 11)]
-    samples = tokens.pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None, None)
+    samples = tokens.pack_documents(
+        documents, make_tokenizer(template=template, eos=eos), 4, None, None
+    )
     ids, labels = rows(samples)
     assert ids[: len(expected)] == expected
     assert labels == ids
@@ -157,7 +183,9 @@ def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must()
             read.append(i)
             yield words(1, 3)
 
-    whole = tokens.pack_documents([words(1, 3)] * 3 * tokens.TEXTS_AT_ONCE, make_tokenizer(), 4, None, None)
+    whole = tokens.pack_documents(
+        [words(1, 3)] * 3 * tokens.TEXTS_AT_ONCE, make_tokenizer(), 4, None, None
+    )
     samples = tokens.pack_documents(documents(), make_tokenizer(), 4, 5, None)
     assert len(whole) == (4 * 3 * tokens.TEXTS_AT_ONCE - 1) // 4
     assert rows(samples)[0] == rows(whole)[0][:5]
@@ -167,7 +195,10 @@ def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must()
 
 
 def mask_prompts(
-    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, window: int, max_samples: int | None = None
+    pairs: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    window: int,
+    max_samples: int | None = None,
 ) -> Samples:
     tokenized = tokens.tokenize_instructions(pairs, tokenizer)
     return tokens.collect_rows(tokenized, window, max_samples, itertools.repeat(""))
@@ -181,7 +212,9 @@ MASKED = {
 }
 
 
-@pytest.mark.parametrize(("template", "eos", "prompt", "response"), MASKED.values(), ids=MASKED.keys())
+@pytest.mark.parametrize(
+    ("template", "eos", "prompt", "response"), MASKED.values(), ids=MASKED.keys()
+)
 def test_the_prompt_is_masked_and_the_response_ends_with_one_eos(
     template: str, eos: str | None, prompt: list[int], response: list[int]
 ) -> None:
@@ -208,10 +241,13 @@ def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_l
     assert [samples.count_supervised(numbers(i)) for i in range(len(samples))] == [2, 2, 1]
     assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
     assert samples.left_out == 4
-    assert len(mask_prompts(pairs[:1] + pairs[3:], make_tokenizer(eos=None), 8, 2)) == 2  # max_samples is of those kept
+    # max_samples is of those kept
+    assert len(mask_prompts(pairs[:1] + pairs[3:], make_tokenizer(eos=None), 8, 2)) == 2
 
 
-def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> None:
+def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> (
+    None
+):
     tokenizer = make_tokenizer()
     prompt = "Fill {prompt} and {0} ### Answer w1"
     example = tokens.make_instruction(prompt, "", "w5 ### Answer w6")

@@ -26,7 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "loraprune_ds"
 
 
-def load(path: Path, tokenizer: Any = TOKENIZER, starts: Starts = NO_STARTS, **settings: Any) -> LoadedData:
+def load(
+    path: Path, tokenizer: Any = TOKENIZER, starts: Starts = NO_STARTS, **settings: Any
+) -> LoadedData:
     config = DataConfig(**({"path": str(path), "window": 16} | settings))
     return load_samples(config, tokenizer, minimum=1, vocab_size=100, starts=starts)
 

@@ -46,7 +46,9 @@ def documents(count: int) -> list[dict[str, str]]:
 
 
 INPUTS = [f"w{i + 20}" if i % 2 == 0 else "" for i in range(10)]
-INSTRUCTIONS = [{"instruction": f"w{i}", "input": x, "response": "w50"} for i, x in enumerate(INPUTS)]
+INSTRUCTIONS = [
+    {"instruction": f"w{i}", "input": x, "response": "w50"} for i, x in enumerate(INPUTS)
+]
 
 
 # Where text comes from
@@ -74,7 +76,9 @@ def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("a.txt", "b.txt", "c.jsonl", "odd[1].txt"):
         (tmp_path / name).write_text('{"text": "w1"}')
     (tmp_path / "sub").mkdir()
-    assert files_at(str(tmp_path / "*.txt")) == [tmp_path / name for name in ("a.txt", "b.txt", "odd[1].txt")]
+    assert files_at(str(tmp_path / "*.txt")) == [
+        tmp_path / name for name in ("a.txt", "b.txt", "odd[1].txt")
+    ]
     assert files_at(str(tmp_path / "[ab].*")) == [tmp_path / "a.txt", tmp_path / "b.txt"]
     assert files_at(str(tmp_path / "odd[1].txt")) == [tmp_path / "odd[1].txt"]
     assert files_at(str(tmp_path / "**/c*")) == [tmp_path / "c.jsonl"]
@@ -83,7 +87,9 @@ def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files_at("wikitext") is files_at("some/dataset") is None
 
 
-def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
     rows[2]["input"] = None  # as real data has them
 
@@ -100,20 +106,29 @@ def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(monkeypatch: 
     assert [data.held_out.count(word) for word in ("w4", "w24", "w50")] == [1, 1, 1]  # the one row
 
 
-def test_a_data_set_of_the_hub_is_resolved_to_its_commit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_the_hub_is_resolved_to_its_commit_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def builder(path: str, name: str | None, *, revision: str | None, data_files: None) -> SimpleNamespace:
+    def builder(
+        path: str, name: str | None, *, revision: str | None, data_files: None
+    ) -> SimpleNamespace:
         asked.append((path, revision))
         return SimpleNamespace(hash=f"commit of {path}")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     local = write_json(tmp_path / "data.json", documents(20))
-    config = DataConfig(path=[MixtureEntry(str(local)), MixtureEntry("a/b"), MixtureEntry("c/d", revision="v2")])
+    config = DataConfig(
+        path=[MixtureEntry(str(local)), MixtureEntry("a/b"), MixtureEntry("c/d", revision="v2")]
+    )
     commits = resolve_commits(config)
     assert asked == [("a/b", None), ("c/d", "v2")]
     assert commits == {"data.path[1]": "commit of a/b", "data.path[2]": "commit of c/d"}
-    assert [source.revision for source in at_commits(config, commits).sources] == [None, *commits.values()]
+    assert [source.revision for source in at_commits(config, commits).sources] == [
+        None,
+        *commits.values(),
+    ]
     assert at_commits(DataConfig(path="a/b", revision="v1"), {"data": "x"}).revision == "x"
     must_name("data.revision data.json", load, local, revision="v1")
 
@@ -123,7 +138,9 @@ def test_a_data_set_of_the_hub_is_resolved_to_its_commit_once(tmp_path: Path, mo
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5, 0.9])
-def test_held_out_and_tuning_documents_never_overlap_and_are_all(fraction: float, name: str, tmp_path: Path) -> None:
+def test_held_out_and_tuning_documents_never_overlap_and_are_all(
+    fraction: float, name: str, tmp_path: Path
+) -> None:
     data = load(write_json(tmp_path / name, documents(40)), held_out_fraction=fraction)
     assert len(held_out_ids(data)) == pytest.approx(40 * fraction, abs=1)
     assert tuned_on(data).isdisjoint(held_out_ids(data))
@@ -135,7 +152,9 @@ def test_held_out_and_tuning_documents_never_overlap_and_are_all(fraction: float
 def test_the_fraction_is_of_the_text_and_not_of_the_number_of_documents(tmp_path: Path) -> None:
     rows = [{"text": "w1 " * (1 + 7 * i % 50)} for i in range(300)] + [{"text": ""}] * 300
     data = load(write_json(tmp_path / "data.json", rows), held_out_fraction=0.2)
-    assert data.held_out.count("w1") == pytest.approx(0.2 * sum(1 + 7 * i % 50 for i in range(300)), rel=0.01)
+    assert data.held_out.count("w1") == pytest.approx(
+        0.2 * sum(1 + 7 * i % 50 for i in range(300)), rel=0.01
+    )
     rows = [{"text": ""}, {"text": "w1 " * 100}]
     assert load(write_json(tmp_path / "data.json", rows)).held_out.count("w1") == 10
 
@@ -157,7 +176,8 @@ def test_of_one_big_file_the_end_is_held_out_from_the_start_of_a_line(tmp_path: 
 def test_a_held_out_file_leaves_all_documents_to_tuning(tmp_path: Path) -> None:
     path = write_json(tmp_path / "data.json", documents(20))
     (tmp_path / "held_out.raw").write_text(words(40, 45))
-    held_out = write_json(tmp_path / "held_out.jsonl", [{"text": "w40"}, {"text": "w41"}])  # rows, and no prose
+    # rows, and no prose
+    held_out = write_json(tmp_path / "held_out.jsonl", [{"text": "w40"}, {"text": "w41"}])
     for file, text in ((tmp_path / "held_out.raw", words(40, 45)), (held_out, "w40\n\nw41")):
         data = load(path, held_out=str(file))
         assert data.held_out == text
@@ -181,11 +201,15 @@ def test_too_few_samples_and_a_tokenizer_of_another_model_are_told(tmp_path: Pat
     held_out.write_text("w1")
     there = len(load(path, held_out=str(held_out)).samples)
     assert len(load(path, minimum=there, held_out=str(held_out)).samples) == there
-    must_name(f"data.json {there} {there + 1}", load, path, minimum=there + 1, held_out=str(held_out))
+    must_name(
+        f"data.json {there} {there + 1}", load, path, minimum=there + 1, held_out=str(held_out)
+    )
     must_name("data.max_samples 3", load, path, minimum=5, max_samples=3)
     config = DataConfig(path=str(path), window=WINDOW)
     load_samples(config, TOKENIZER, minimum=1, vocab_size=31, starts=Starts())  # w20 is 30
-    must_name("30 vocab_size", load_samples, config, TOKENIZER, minimum=1, vocab_size=30, starts=Starts())
+    must_name(
+        "30 vocab_size", load_samples, config, TOKENIZER, minimum=1, vocab_size=30, starts=Starts()
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +223,8 @@ def test_too_few_samples_and_a_tokenizer_of_another_model_are_told(tmp_path: Pat
         ("a.json", '[{"text": "w1"}, 3]', "a.json 1"),
         ("a.json", '[{"body": "w1"}]', "data.text_field a.json 'text' body"),
         ("a.jsonl", '{"text": null}\n{"text": ["w1"]}', "a.jsonl 2 'text'"),
-        ("a.json", '[{"text": "w1"},\n{"a": ' + "1" * 5_000 + "}]", "a.json 2"),  # beyond what Python parses
+        # beyond what Python parses
+        ("a.json", '[{"text": "w1"},\n{"a": ' + "1" * 5_000 + "}]", "a.json 2"),
         ("a.jsonl", '{"text": "w1"}\n{"a": ' + "[" * 100_000, "a.jsonl 2"),
         ("a.txt", "w1 \xff", "a.txt 3"),  # byte
         ("a.jsonl", '{"text": "\xff"}', "a.jsonl 10"),
@@ -233,7 +258,12 @@ def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
     must_name("held.txt", load, path, held_out=str(held_out))
     held_out.write_text("w1")
     must_name("data.held_out", load, tmp_path, held_out=str(held_out))  # which is tuned on, too
-    must_name("data.held_out", load, tmp_path / "*.txt", held_out=str(tmp_path / ".." / tmp_path.name / "held.txt"))
+    must_name(
+        "data.held_out",
+        load,
+        tmp_path / "*.txt",
+        held_out=str(tmp_path / ".." / tmp_path.name / "held.txt"),
+    )
     other = write_json(tmp_path / "held_out.json", [{"a": "b"}])
     must_name("data.text_field held_out.json", load, path, held_out=str(other))
 
@@ -241,7 +271,11 @@ def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "settings", "names"),
     [
-        ("data.json", {"response_field": "output"}, "data.response_field 'output' input, instruction"),
+        (
+            "data.json",
+            {"response_field": "output"},
+            "data.response_field 'output' input, instruction",
+        ),
         ("data.json", {"input_field": "context"}, "data.input_field 'context'"),
         ("few.json", {}, "data.held_out_fraction few.json"),
         ("a.txt", {}, "data.format a.txt"),

@@ -44,7 +44,9 @@ def make_samples() -> Samples:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 97, (sum(LENGTHS),), generator=generator).int()
     labels = ids.masked_fill(torch.rand(len(ids), generator=generator) < 0.4, IGNORE_INDEX)
-    return Samples({"input_ids": ids, "labels": labels}, starts_of(torch.tensor(LENGTHS)), WINDOW, left_out=1)
+    return Samples(
+        {"input_ids": ids, "labels": labels}, starts_of(torch.tensor(LENGTHS)), WINDOW, left_out=1
+    )
 
 
 SAMPLES, PACKS = make_samples(), best_fit(LENGTHS, WINDOW)
@@ -80,7 +82,9 @@ def test_a_pack_holds_its_samples_one_behind_the_other() -> None:
         assert inputs["position_ids"][row][: len(positions)].tolist() == positions
         ids = torch.cat([alone["input_ids"][i, : LENGTHS[i]] for i in pack])
         assert inputs["input_ids"][row, : len(ids)].equal(ids)
-    assert PACKED.count_supervised(torch.arange(len(PACKED))) == SAMPLES.count_supervised(torch.arange(len(SAMPLES)))
+    assert PACKED.count_supervised(torch.arange(len(PACKED))) == SAMPLES.count_supervised(
+        torch.arange(len(SAMPLES))
+    )
 
 
 def test_texts_of_a_pack_are_counted_one_by_one() -> None:
@@ -99,9 +103,13 @@ def test_losses_of_packed_samples_are_those_of_samples_alone(family: str, attent
         pytest.skip("sdpa cannot cap scores; such a family gets eager")
     model = with_token_losses(tiny_model(family, attn_implementation=attention), 5)
     with torch.no_grad():
-        alone = torch.stack([model(**SAMPLES.inputs(numbers(i))).sum() for i in range(len(SAMPLES))])
+        alone = torch.stack(
+            [model(**SAMPLES.inputs(numbers(i))).sum() for i in range(len(SAMPLES))]
+        )
         packed = model(**everything(PACKED)).sum(1)
-        crossing = model(**{k: v for k, v in everything(PACKED).items() if k != "position_ids"}).sum(1)
+        crossing = model(
+            **{k: v for k, v in everything(PACKED).items() if k != "position_ids"}
+        ).sum(1)
     expected = torch.stack([alone[pack].sum() for pack in PACKS])
     assert ((packed - expected).abs() / expected).max() < TOLERANCE
     assert ((crossing - expected).abs() / expected).max() > 50 * TOLERANCE  # this test can fail
@@ -120,18 +128,24 @@ def test_a_batch_by_length_has_the_same_samples_the_longest_first() -> None:
     plain, sorted_ = SampleOrder(8, 4, 3), SampleOrder(8, 4, 3, lengths=lengths)
     for step in range(5):
         assert sorted(plain.batch(step).tolist()) == sorted(sorted_.batch(step).tolist())
-        assert lengths[sorted_.batch(step)].tolist() == sorted(lengths[plain.batch(step)].tolist(), reverse=True)
+        assert lengths[sorted_.batch(step)].tolist() == sorted(
+            lengths[plain.batch(step)].tolist(), reverse=True
+        )
 
 
 # Several sources: their samples, their weights, and every way to get them wrong
 
 
 def config_of(entries: Any, **settings: Any) -> DataConfig:
-    return config_from_dict({"output_dir": "out", "data": {"path": entries, "window": 8} | settings}).data
+    return config_from_dict(
+        {"output_dir": "out", "data": {"path": entries, "window": 8} | settings}
+    ).data
 
 
 def load(entries: Any, **settings: Any) -> LoadedData:
-    return load_samples(config_of(entries, **settings), make_tokenizer(), minimum=1, vocab_size=100, starts=Starts())
+    return load_samples(
+        config_of(entries, **settings), make_tokenizer(), minimum=1, vocab_size=100, starts=Starts()
+    )
 
 
 @pytest.fixture
@@ -145,7 +159,9 @@ def instructions(tmp_path: Path) -> str:
 
 
 def rows(data: LoadedData) -> list[list[int]]:
-    return [data.samples.inputs(numbers(i))["input_ids"][0].tolist() for i in range(len(data.samples))]
+    return [
+        data.samples.inputs(numbers(i))["input_ids"][0].tolist() for i in range(len(data.samples))
+    ]
 
 
 def test_the_sources_of_a_mixture_give_what_they_give_alone(text: str, instructions: str) -> None:
@@ -173,47 +189,82 @@ def test_the_sources_of_a_mixture_give_what_they_give_alone(text: str, instructi
         ((7, 5, 1), (7, 5, 1), (1, 1, 1)),
     ],
 )
-def test_weights_are_fractions(counts: tuple[int, ...], weights: tuple[float, ...], times: tuple[int, ...]) -> None:
+def test_weights_are_fractions(
+    counts: tuple[int, ...], weights: tuple[float, ...], times: tuple[int, ...]
+) -> None:
     numbers = mix(counts, weights)
-    assert numbers.bincount().tolist() == [n for count, n in zip(counts, times, strict=True) for _ in range(count)]
+    assert numbers.bincount().tolist() == [
+        n for count, n in zip(counts, times, strict=True) for _ in range(count)
+    ]
 
 
 def test_a_source_may_be_repeated_in_part(text: str, instructions: str) -> None:
     found = mix((3, 10), (0.4, 0.6)).bincount()
     assert found[:3].sum() == pytest.approx(10 / 0.6 * 0.4, abs=0.5)
     assert found[:3].max() - found[:3].min() <= 1
-    entries = [{"path": text, "weight": 1}, {"path": instructions, "format": "instruction", "weight": 2.0}]
+    entries = [
+        {"path": text, "weight": 1},
+        {"path": instructions, "format": "instruction", "weight": 2.0},
+    ]
     assert load(entries, window=64).epoch_length == 9 + round(9 / 2)
 
 
 def test_steps_see_the_samples_of_an_epoch() -> None:
     epoch = mix((2, 8), (1, 1))
     order = SampleOrder(len(epoch), 4, 7, epoch)
-    assert torch.cat([order.batch(step) for step in range(4)]).sort().values.equal(epoch.sort().values)
+    assert (
+        torch.cat([order.batch(step) for step in range(4)]).sort().values.equal(epoch.sort().values)
+    )
     assert epoch[SampleOrder(len(epoch), 4, 7).batch(1)].equal(order.batch(1))
 
 
 def test_an_entry_has_what_it_does_not_give_from_data() -> None:
-    config = config_of([{"path": "a", "format": "chat"}, {"path": "b", "split": "test"}], text_field="body", name="x")
+    config = config_of(
+        [{"path": "a", "format": "chat"}, {"path": "b", "split": "test"}],
+        text_field="body",
+        name="x",
+    )
     first, second = config.sources
-    assert (first.format, first.split, first.text_field, first.name) == ("chat", "train", "body", "x")
+    assert (first.format, first.split, first.text_field, first.name) == (
+        "chat",
+        "train",
+        "body",
+        "x",
+    )
     assert (second.format, second.split, second.section) == ("text", "test", "data.path[1]")
     run = RunConfig("out", data=config)
     assert config_from_dict(run.to_dict()) == run
 
 
 def test_a_path_in_a_list_has_the_format_of_its_file(tmp_path: Path) -> None:
-    rows = {"chat": {"messages": []}, "seq2seq": {"source": "a", "target": "b"}, "text": {"text": "a", "title": "b"}}
+    rows = {
+        "chat": {"messages": []},
+        "seq2seq": {"source": "a", "target": "b"},
+        "text": {"text": "a", "title": "b"},
+    }
     rows["instruction"] = {"request": "a", "response": "b"}
-    files = {name: str(write_json(tmp_path / f"{name}.json", [row] * 2)) for name, row in rows.items()}
-    files["chat"] = str(write_json(tmp_path / "chat.jsonl", [{"prompt": "a", "completion": "b"}] * 2))
+    files = {
+        name: str(write_json(tmp_path / f"{name}.json", [row] * 2)) for name, row in rows.items()
+    }
+    files["chat"] = str(
+        write_json(tmp_path / "chat.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    )
     for folder, name in (("texts", "a.txt"), ("chats", "a.jsonl")):
         (tmp_path / folder).mkdir()
         write_json(tmp_path / folder / name, [rows["chat"]])
     many = [str(tmp_path / "texts"), str(tmp_path / "chats"), str(tmp_path / "ch*.jsonl")]
     for given in ({}, {"format": "instruction"}):
-        paths = ["a/b.txt", "embedded", *many, "someone/dataset", *files.values(), {"path": files["chat"]}]
-        found = [source.format for source in config_of(paths, prompt_field="request", **given).sources]
+        paths = [
+            "a/b.txt",
+            "embedded",
+            *many,
+            "someone/dataset",
+            *files.values(),
+            {"path": files["chat"]},
+        ]
+        found = [
+            source.format for source in config_of(paths, prompt_field="request", **given).sources
+        ]
         of_data = given.get("format", "text")
         assert found == ["text", "text", "text", "chat", "chat", of_data, *files, of_data]
 
@@ -221,19 +272,28 @@ def test_a_path_in_a_list_has_the_format_of_its_file(tmp_path: Path) -> None:
 def test_a_row_that_fits_several_formats_has_that_of_data(tmp_path: Path) -> None:
     path = str(write_json(tmp_path / "both.jsonl", [{"text": "a", "messages": []}]))
     must_name("data.path[1] both.jsonl chat text", config_of, ["embedded", path])
-    must_name("data.path[1] both.jsonl chat text", config_of, ["embedded", path], format="instruction")
+    must_name(
+        "data.path[1] both.jsonl chat text", config_of, ["embedded", path], format="instruction"
+    )
     assert config_of(["embedded", path], format="chat").sources[1].format == "chat"
 
 
-def test_a_held_out_file_of_text_stands_beside_instructions_that_are_packed(instructions: str, tmp_path: Path) -> None:
+def test_a_held_out_file_of_text_stands_beside_instructions_that_are_packed(
+    instructions: str, tmp_path: Path
+) -> None:
     held_out = write_json(tmp_path / "held_out.jsonl", [{"text": "w1 w2 w3"}])
     entries = [{"path": instructions, "format": "instruction"}]
     assert load(entries, window=64, packing=True, held_out=str(held_out)).held_out == "w1 w2 w3"
 
 
-def test_an_endless_epoch_is_refused(text: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_epoch_is_refused(
+    text: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loading, "LONGEST_EPOCH", 1000)
-    entries = [{"path": text, "weight": 0.001}, {"path": instructions, "format": "instruction", "weight": 2}]
+    entries = [
+        {"path": text, "weight": 0.001},
+        {"path": instructions, "format": "instruction", "weight": 2},
+    ]
     must_name("data.path", load, entries, window=64)
     entries[0]["weight"] = 1
     assert load(entries, window=64).epoch_length < 1000
@@ -258,7 +318,9 @@ def test_a_bad_entry_is_named(entries: list[Any], names: str) -> None:
     must_name(names, load, entries)
 
 
-@pytest.mark.parametrize("names", ["data.path[1] empty.txt", "data.path[1] empty.json", "data.path[1] empty.jsonl"])
+@pytest.mark.parametrize(
+    "names", ["data.path[1] empty.txt", "data.path[1] empty.json", "data.path[1] empty.jsonl"]
+)
 def test_an_empty_file_is_named(names: str, tmp_path: Path) -> None:
     path = tmp_path / names.split()[1]
     path.write_text("\n")
@@ -284,7 +346,15 @@ def test_the_embedded_chats_are_those_that_were_read() -> None:
     source = config_of(["embedded", "embedded-chats"]).sources[1]
     rows, settings = read_rows(source), read_json(CHATS_FILE.with_suffix(".settings.json"))
     assert source.format == "chat"
-    assert len(rows) == len({row["prompt"] for row in rows}) == sum(part["shipped"] for part in settings["parts"])
+    assert (
+        len(rows)
+        == len({row["prompt"] for row in rows})
+        == sum(part["shipped"] for part in settings["parts"])
+    )
     assert all(row["prompt"].strip() and row["completion"].strip() for row in rows)
-    asked = {prompt.messages[-1]["content"] for name in PROMPTS.values() for prompt in read_prompts(name).prompts}
+    asked = {
+        prompt.messages[-1]["content"]
+        for name in PROMPTS.values()
+        for prompt in read_prompts(name).prompts
+    }
     assert not asked & {row["prompt"] for row in rows}

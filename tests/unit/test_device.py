@@ -43,24 +43,31 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
 
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves))
+    monkeypatch.setattr(
+        compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves)
+    )
     monkeypatch.setattr(prunable_model, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     comm = SimpleNamespace(reduce_to=lambda owner, part: part)
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, comm=comm)
     moments = InputMoments(model, [0], decay=0.0)
     with moments.record_forward(None):
-        moments._record(LinearId(0, shape.input_linears()[0][1].linear), torch.randn(1, 5, 4).bfloat16())
+        moments._record(
+            LinearId(0, shape.input_linears()[0][1].linear), torch.randn(1, 5, 4).bfloat16()
+        )
     asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("emulates", [True, False])
 def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, emulates: bool) -> None:
     gpu = SimpleNamespace(device_name=lambda: "cuda")
-    gpu.is_fp16_supported = gpu.is_bf16_supported = lambda: True  # DeepSpeed takes emulation for support
+    # DeepSpeed takes emulation for support
+    gpu.is_fp16_supported = gpu.is_bf16_supported = lambda: True
     monkeypatch.setattr(engine, "accelerator", lambda: gpu)
     monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulates
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or not emulates,
     )
     check_device("float16")
     check_device("float32")
@@ -71,14 +78,21 @@ def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, emulates: boo
 
 @pytest.mark.parametrize(
     ("name", "teraflops"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA B200", 2250), ("Tesla T4", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA B200", 2250),
+        ("Tesla T4", None),
+    ],
 )
 def test_peak_operations_of_known_cards(name: str, teraflops: int | None) -> None:
     assert peak_flops(name, "bfloat16") == (None if teraflops is None else teraflops * 1e12)
     assert peak_flops(name, "float32") is None
 
 
-def test_a_block_is_pinned_only_when_a_smaller_one_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_pinned_only_when_a_smaller_one_is_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pin_memory = Mock(wraps=torch.clone)
     monkeypatch.setattr(params, "accelerator", lambda: SimpleNamespace(pin_memory=pin_memory))
     shard = torch.arange(100, dtype=torch.bfloat16)  # 200 bytes: a block of 256
@@ -88,13 +102,16 @@ def test_a_block_is_pinned_only_when_a_smaller_one_is_enough(monkeypatch: pytest
         shard = into_pinned(shard, cut)
         assert torch.equal(shard, cut)
         shards.append(shard)  # so that no block is free again
-    assert [call.args[0].nbytes for call in pin_memory.call_args_list] == [64 * 2, 32 * 2]  # blocks of 128 and of 64
+    # blocks of 128 and of 64
+    assert [call.args[0].nbytes for call in pin_memory.call_args_list] == [64 * 2, 32 * 2]
     assert len({shard.untyped_storage().data_ptr() for shard in shards}) == 3
 
 
 def test_buffers_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The frequencies of a rotary embedding would be copied from the host in each pass."""
-    monkeypatch.setattr(params, "Init", MagicMock(return_value=MagicMock(local_device=torch.device("meta"))))
+    monkeypatch.setattr(
+        params, "Init", MagicMock(return_value=MagicMock(local_device=torch.device("meta")))
+    )
     model = nn.Sequential(nn.Identity())
     model[0].register_buffer("inv_freq", torch.ones(4), persistent=False)
     model[0].register_buffer("none", None)
@@ -110,7 +127,9 @@ def test_buffers_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attend(x: Tensor, w: Tensor, mask: Tensor | None = None) -> Tensor:
     heads = functional.linear(x, w).unflatten(-1, (3, -1)).transpose(1, 2)
-    return functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask, is_causal=mask is None)
+    return functional.scaled_dot_product_attention(
+        heads, heads, heads, attn_mask=mask, is_causal=mask is None
+    )
 
 
 def masked_attention(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -124,7 +143,9 @@ PRODUCTS: dict[str, Product] = {
     "linear with bias": functional.linear,
     "scaled": lambda x, w, bias: torch.addmm(bias, x.flatten(0, 1), w.t(), beta=0.5, alpha=2),
     "batched": lambda x, w, bias: torch.bmm(x, w.t().expand(len(x), -1, -1)),
-    "batched with addition": lambda x, w, bias: torch.baddbmm(bias, x, w.t().expand(len(x), -1, -1)),
+    "batched with addition": lambda x, w, bias: torch.baddbmm(
+        bias, x, w.t().expand(len(x), -1, -1)
+    ),
     "attention": lambda x, w, bias: attend(x, w),
     "masked attention": masked_attention,
 }
@@ -134,7 +155,9 @@ def outputs(product: Product, dtype: torch.dtype) -> list[Tensor]:
     """Returns the product and its gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 16, 24), (48, 24), (48,))
-    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    tensors = [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
+    ]
     out = product(*tensors)
     (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)).sum().backward()
     return [out.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]
@@ -170,9 +193,16 @@ def test_same_as_torchs_own_product(product: Product, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(
     ("dtype", "has_instructions", "goes"),
-    [("bfloat16", False, True), ("bfloat16", True, False), ("float16", False, True), ("float32", False, False)],
+    [
+        ("bfloat16", False, True),
+        ("bfloat16", True, False),
+        ("float16", False, True),
+        ("float32", False, False),
+    ],
 )
-def test_only_where_faster(dtype: str, has_instructions: bool, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_where_faster(
+    dtype: str, has_instructions: bool, goes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
         monkeypatch.setattr(torch.ops.mkldnn, name, lambda: has_instructions)
     assert isinstance(fast_half_products(dtype), ThroughFloat32) == goes
@@ -190,10 +220,14 @@ class Reached(UserError):
 @pytest.fixture(params=[False, True])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
     train = {"steps": 1, "deterministic": request.param}
-    return write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path / "out"), "train": train}), request.param
+    return write_config(
+        tmp_path / "run.yaml", {"output_dir": str(tmp_path / "out"), "train": train}
+    ), request.param
 
 
-def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
+def test_the_environment_has_it_before_ranks_join(
+    monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]
+) -> None:
     found: list[str | None] = []
 
     def join_ranks(sharded: bool) -> None:
@@ -210,7 +244,9 @@ def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatc
     assert found == ([":4096:8", "1"] if config[1] else [None, None])
 
 
-def test_torch_has_it_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
+def test_torch_has_it_before_the_model_is_read(
+    monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]
+) -> None:
     def prepare(config: RunConfig, *others: Any, **more: Any) -> None:
         raise Reached(str(torch.are_deterministic_algorithms_enabled()))
 

@@ -32,7 +32,8 @@ SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 PATH = re.compile(r"\.?\w[\w.-]*(/[\w.-]+)*/?")
-WALK = re.compile(r"^\d+\. \[`[^`]+`\]\(([^)]+\.py)\): (.+)$", re.MULTILINE)  # 1. [`file.py`](link): `names` in it
+# 1. [`file.py`](link): `names` in it
+WALK = re.compile(r"^\d+\. \[`[^`]+`\]\(([^)]+\.py)\): (.+)$", re.MULTILINE)
 ROW = re.compile(r"^\| `([\w.]+)` \| `?([^|`]*?)`? \| .+ \|$", re.MULTILINE)
 
 
@@ -47,8 +48,12 @@ def spans(text: str) -> list[str]:
 
 def shell_lines(text: str) -> list[str]:
     """Finds the commands of shell blocks, and all inline code."""
-    blocks = [body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language == "bash"]
-    return [re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines()] + spans(text)
+    blocks = [
+        body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language == "bash"
+    ]
+    return [
+        re.sub(r"(^|\s)#.*", "", line) for block in blocks for line in block.splitlines()
+    ] + spans(text)
 
 
 def anchors(text: str) -> set[str]:
@@ -75,7 +80,9 @@ def broken_links(readme: Path, text: str) -> Iterator[str]:
 def wrong_paths(readme: Path, text: str) -> Iterator[str]:
     """Finds paths that lead nowhere, from the checkout, the package or the README."""
     bases = (ROOT, PACKAGE, readme.parent)
-    names = {path.name for folder in FOLDERS for path in folder.rglob("*") if path.suffix in CODE_FILES}
+    names = {
+        path.name for folder in FOLDERS for path in folder.rglob("*") if path.suffix in CODE_FILES
+    }
     for word in (word.strip("\"',;:()") for line in shell_lines(text) for word in line.split()):
         first = word.split("/")[0]
         if not PATH.fullmatch(word) or first in MADE_BY_RUNS:
@@ -90,7 +97,11 @@ def wrong_paths(readme: Path, text: str) -> Iterator[str]:
 def wrong_commands(readme: Path, text: str) -> Iterator[str]:
     """Finds modules of `python -m` that do not exist. wrong_paths finds scripts."""
     for line in shell_lines(text):
-        yield from (f"no module {name}" for name in re.findall(r"\bpython3? -m ([\w.]+)", line) if not is_module(name))
+        yield from (
+            f"no module {name}"
+            for name in re.findall(r"\bpython3? -m ([\w.]+)", line)
+            if not is_module(name)
+        )
 
 
 def is_module(name: str) -> bool:
@@ -104,7 +115,11 @@ def wrong_imports(readme: Path, text: str) -> Iterator[str]:
     """Finds names that pages import and users should not, or cannot."""
     for module, names in re.findall(r"\bfrom (loraprune_ds[\w.]*) import ([\w, ]+)", text):
         public = loraprune_ds.__all__ if module == PACKAGE.name else ()
-        yield from (f"no public name {name} in {module}" for name in names.split(", ") if name.strip() not in public)
+        yield from (
+            f"no public name {name} in {module}"
+            for name in names.split(", ")
+            if name.strip() not in public
+        )
 
 
 def defined_names(path: Path) -> set[str]:
@@ -144,7 +159,9 @@ CHECKS = (broken_links, wrong_paths, wrong_commands, wrong_imports, wrong_names,
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("readme", READMES, ids=label)
-def test_a_readme_names_what_exists(readme: Path, check: Callable[[Path, str], Iterator[str]]) -> None:
+def test_a_readme_names_what_exists(
+    readme: Path, check: Callable[[Path, str], Iterator[str]]
+) -> None:
     assert list(check(readme, readme.read_text())) == []
 
 
@@ -162,7 +179,9 @@ def test_the_first_readme_is_short_and_shows_settings_and_files() -> None:
 
 def test_llama_cpp_and_vllm_were_asked_about_every_family_that_the_table_says_they_serve() -> None:
     said = read_json(FILE)
-    llama_cpp, vllm = ({row["case"] for row in said[tool]["rows"]} for tool in ("llama.cpp", "vllm"))
+    llama_cpp, vllm = (
+        {row["case"] for row in said[tool]["rows"]} for tool in ("llama.cpp", "vllm")
+    )
     assert {PHI3 if family == "phi3" else family for family in ARCHITECTURES} <= llama_cpp
     # vLLM served these in a run whose rows were not kept.
     assert VLLM.keys() - {"cwm", "hyperclovax", "vaultgemma"} <= vllm
@@ -172,4 +191,9 @@ def test_the_tables_are_generated() -> None:
     for module in (settings_table, family_table):
         text = module.PAGE.read_text()
         assert module.with_tables(text) == text, f"run python -m {module.__name__}"
-    assert not [row.key for rows in settings().values() for row in rows if not row.meaning or "|" in row.meaning]
+    assert not [
+        row.key
+        for rows in settings().values()
+        for row in rows
+        if not row.meaning or "|" in row.meaning
+    ]

@@ -16,7 +16,14 @@ from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED_KEYS, ZeroSettings, bucket_numel, resolve_ds_config
+from loraprune_ds.zero.ds_config import (
+    MAX_BUCKET,
+    OWNED,
+    REFUSED_KEYS,
+    ZeroSettings,
+    bucket_numel,
+    resolve_ds_config,
+)
 from tests.families import MIXTURES, tiny_config
 from tests.integration.launching import ROOT
 from tests.refusals import must_name
@@ -24,18 +31,26 @@ from tests.unit.shapes_and_scores import LLAMA_7B, make_shape
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 SHAPE = make_shape([(4, 40)] * 3)
-CONFIG = RunConfig("out", train=TrainConfig(steps=1, global_batch_size=24, micro_batch_size=2, max_grad_norm=0.5))
+CONFIG = RunConfig(
+    "out", train=TrainConfig(steps=1, global_batch_size=24, micro_batch_size=2, max_grad_norm=0.5)
+)
 
 
 def resolve(
-    tmp_path: Path, raw: dict[str, Any], config: RunConfig = CONFIG, world_size: int = 3, shape: ModelShape = SHAPE
+    tmp_path: Path,
+    raw: dict[str, Any],
+    config: RunConfig = CONFIG,
+    world_size: int = 3,
+    shape: ModelShape = SHAPE,
 ) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(raw))
     return resolve_file(path, config, world_size, shape)
 
 
-def resolve_file(path: Path, config: RunConfig, world_size: int, shape: ModelShape = SHAPE) -> dict[str, Any]:
+def resolve_file(
+    path: Path, config: RunConfig, world_size: int, shape: ModelShape = SHAPE
+) -> dict[str, Any]:
     return resolve_ds_config(replace(config, deepspeed=str(path)), shape, world_size)
 
 
@@ -65,19 +80,33 @@ def check(tmp_path: Path, raw: dict[str, Any], names: str) -> None:
 def test_the_run_fills_in_its_settings(tmp_path: Path, dtype: Dtype, given: str | None) -> None:
     raw = zero3()
     if given:
-        raw |= dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), given)
-        raw |= {"bf16": {"enabled": given}, "fp16": {"enabled": given}, "communication_data_type": given}
-        raw["zero_optimization"] |= {"reduce_bucket_size": given, "stage3_prefetch_bucket_size": given}
+        raw |= dict.fromkeys(
+            ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), given
+        )
+        raw |= {
+            "bf16": {"enabled": given},
+            "fp16": {"enabled": given},
+            "communication_data_type": given,
+        }
+        raw["zero_optimization"] |= {
+            "reduce_bucket_size": given,
+            "stage3_prefetch_bucket_size": given,
+        }
     resolved = resolve(tmp_path, raw, with_dtype(dtype))
     assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"]) == (24, 2)
     assert resolved["gradient_accumulation_steps"] == 4
     assert resolved["gradient_clipping"] == 0.5
-    assert (resolved["bf16"], resolved["fp16"]) == ({"enabled": dtype == "bfloat16"}, {"enabled": dtype == "float16"})
+    assert (resolved["bf16"], resolved["fp16"]) == (
+        {"enabled": dtype == "bfloat16"},
+        {"enabled": dtype == "float16"},
+    )
     assert resolved["communication_data_type"] == "fp32"
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert resolved["timers"] == {"throughput": {"enabled": False}}  # it waits for the device at every forward pass
+    # it waits for the device at every forward pass
+    assert resolved["timers"] == {"throughput": {"enabled": False}}
     assert resolved["zero_optimization"]["reduce_bucket_size"] == bucket_numel(SHAPE, 8)
-    assert resolved["zero_optimization"]["stage3_prefetch_bucket_size"] == 2 * 40 * 16  # two of the largest linears
+    # two of the largest linears
+    assert resolved["zero_optimization"]["stage3_prefetch_bucket_size"] == 2 * 40 * 16
 
 
 def test_settings_that_change_no_result_stay(tmp_path: Path) -> None:
@@ -85,7 +114,9 @@ def test_settings_that_change_no_result_stay(tmp_path: Path) -> None:
     raw |= {"timers": {"throughput": {"enabled": True}}, "wall_clock_breakdown": True}
     resolved = resolve(tmp_path, raw, with_dtype("float16"))
     assert resolved["fp16"] == {"initial_scale_power": 8, "enabled": True}
-    assert resolved["zero_optimization"] == raw["zero_optimization"] | {"stage3_prefetch_bucket_size": 2 * 40 * 16}
+    assert resolved["zero_optimization"] == raw["zero_optimization"] | {
+        "stage3_prefetch_bucket_size": 2 * 40 * 16
+    }
     assert {key: resolved[key] for key in ("timers", "wall_clock_breakdown")}.items() <= raw.items()
 
 
@@ -108,20 +139,34 @@ OFFLOAD = {"device": "cpu", "ratio": 0.5}
         (zero3() | {"train_batch_size": 32}, "train_batch_size 32 24"),
         (zero3() | {"gradient_clipping": 1.0}, "gradient_clipping 1.0 0.5"),
         (zero3() | {"bf16": {"enabled": False}}, "bf16.enabled False True"),
-        (zero3() | {"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype bf16"),
-        (zero3(stage3_max_live_parameters="auto"), 'zero_optimization.stage3_max_live_parameters "auto"'),
+        (
+            zero3() | {"data_types": {"grad_accum_dtype": "bf16"}},
+            "data_types.grad_accum_dtype bf16",
+        ),
+        (
+            zero3(stage3_max_live_parameters="auto"),
+            'zero_optimization.stage3_max_live_parameters "auto"',
+        ),
         # forms of offload that cannot be cut
-        (zero3(offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.device nvme"),
+        (
+            zero3(offload_optimizer={"device": "nvme"}),
+            "zero_optimization.offload_optimizer.device nvme",
+        ),
         (zero3(offload_param={"device": "nvme"}), "zero_optimization.offload_param.device nvme"),
         (zero3(offload_optimizer=OFFLOAD), "zero_optimization.offload_optimizer.ratio 0.5"),
-        (zero3(offload_optimizer={"super_offload": True}), "zero_optimization.offload_optimizer.super_offload"),
+        (
+            zero3(offload_optimizer={"super_offload": True}),
+            "zero_optimization.offload_optimizer.super_offload",
+        ),
         # hpZ over unequal groups
         (zero3(zero_hpz_partition_size=0), "zero_optimization.zero_hpz_partition_size 0"),
         (zero3(zero_hpz_partition_size=2), "zero_optimization.zero_hpz_partition_size 2 3"),
     ],
     ids=str,
 )
-def test_what_cannot_work_is_refused_by_name(tmp_path: Path, raw: dict[str, Any], names: str) -> None:
+def test_what_cannot_work_is_refused_by_name(
+    tmp_path: Path, raw: dict[str, Any], names: str
+) -> None:
     check(tmp_path, raw, names)
 
 
@@ -147,16 +192,22 @@ def test_every_setting_of_the_tables_is_refused(tmp_path: Path, keys: tuple[str,
     ],
     ids=str,
 )
-def test_a_setting_that_is_off_or_works_is_accepted(tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
+def test_a_setting_that_is_off_or_works_is_accepted(
+    tmp_path: Path, keys: tuple[str, ...], value: Any
+) -> None:
     resolve(tmp_path, place(keys, value))
 
 
-ALL_REDUCE = [("zero_optimization", f"{stage}use_all_reduce_for_fetch_params") for stage in ("stage3_", "")]
+ALL_REDUCE = [
+    ("zero_optimization", f"{stage}use_all_reduce_for_fetch_params") for stage in ("stage3_", "")
+]
 
 
 @pytest.mark.parametrize("keys", ALL_REDUCE, ids=".".join)
 @pytest.mark.parametrize(("dtype", "sizes"), [("bfloat16", "1 and 2"), ("float32", "1 and 4")])
-def test_int8_is_not_fetched_by_all_reduce(tmp_path: Path, keys: tuple[str, ...], dtype: Dtype, sizes: str) -> None:
+def test_int8_is_not_fetched_by_all_reduce(
+    tmp_path: Path, keys: tuple[str, ...], dtype: Dtype, sizes: str
+) -> None:
     resolve(tmp_path, place(keys, True), with_dtype(dtype))
     resolve(tmp_path, place(keys, False), with_dtype(dtype, "int8"))
     given = (tmp_path, place(keys, True), with_dtype(dtype, "int8"))
@@ -176,7 +227,9 @@ def test_a_mixture_with_tensors_in_fp32_is_not_either(tmp_path: Path, family: st
         resolve(tmp_path, raw, with_dtype("bfloat16"), shape=shape)
 
 
-@pytest.mark.parametrize("text", ["{", '{"bf16": {}, "zero_optimization": {"stage": 3}, "bf16": {}}', None])
+@pytest.mark.parametrize(
+    "text", ["{", '{"bf16": {}, "zero_optimization": {"stage": 3}, "bf16": {}}', None]
+)
 def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
@@ -191,7 +244,9 @@ def test_the_gradient_bucket_holds_all_of_lora_or_one_layer() -> None:
     assert bucket_numel(huge, 512) == 512 * (4 * 2 * 8192 + 3 * (8192 + 28672)) > MAX_BUCKET
 
 
-@pytest.mark.parametrize("settings", [{}, *(json.loads(path.read_text())["zero_optimization"] for path in SHIPPED)])
+@pytest.mark.parametrize(
+    "settings", [{}, *(json.loads(path.read_text())["zero_optimization"] for path in SHIPPED)]
+)
 def test_a_plan_without_deepspeed_reads_what_deepspeed_reads(settings: dict[str, Any]) -> None:
     settings = {key: value for key, value in settings.items() if value != "auto"}
     own, theirs = ZeroSettings(**settings), DeepSpeedZeroConfig(**settings)

@@ -8,14 +8,32 @@ import pytest
 from matplotlib.figure import Figure
 
 from loraprune_ds.checkpoint.layout import State, Status, write_status
-from loraprune_ds.cli.compare import ComparedModel, Value, comparison_table, draw_comparison, read_results
+from loraprune_ds.cli.compare import (
+    ComparedModel,
+    Value,
+    comparison_table,
+    draw_comparison,
+    read_results,
+)
 from tests.refusals import must_name
 
 
-def run_report(criterion: str, removed: float, perplexity: float | None, **data: Any) -> dict[str, Any]:
-    given = {"path": "embedded", "name": None, "split": "train", "held_out": None, "held_out_fraction": 0.1}
+def run_report(
+    criterion: str, removed: float, perplexity: float | None, **data: Any
+) -> dict[str, Any]:
+    given = {
+        "path": "embedded",
+        "name": None,
+        "split": "train",
+        "held_out": None,
+        "held_out_fraction": 0.1,
+    }
     return {
-        "params": {"dense": 1000, "pruned": round(1000 * (1 - removed)), "removed_fraction": removed},
+        "params": {
+            "dense": 1000,
+            "pruned": round(1000 * (1 - removed)),
+            "removed_fraction": removed,
+        },
         "perplexity": {"dense": 18.0, "after_last_cut": 90.0, "pruned": perplexity},
         "shelf": [],
         "config": {
@@ -34,7 +52,10 @@ EVALUATION = {
     "cost": {"parameters": 750},
     "removed_fraction": 0.25,
     "tasks": {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}},
-    "dense": {"perplexity": 50.0, "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}}},
+    "dense": {
+        "perplexity": 50.0,
+        "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}},
+    },
     "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
     "protocol": {"window": 128, "max_windows": None},
 }
@@ -72,7 +93,11 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
         method="lora, uniform",
         parameters=800,
         removed_fraction=0.2,
-        measured={"perplexity": Value(27.0, 18.0, "a held-out 10 % of embedded, first 64 windows of 128, bfloat16")},
+        measured={
+            "perplexity": Value(
+                27.0, 18.0, "a held-out 10 % of embedded, first 64 windows of 128, bfloat16"
+            )
+        },
     )
     assert (magnitude.name, magnitude.method) == ("magnitude", "magnitude, uniform")
     assert evaluated == ComparedModel(
@@ -96,7 +121,10 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
     [
         ({"held_out_fraction": 0.25}, "a held-out 25 % of embedded"),
         ({"held_out": "c.txt"}, "c.txt"),
-        ({"path": [{"path": "a", "split": None}, {"path": "b", "split": "test"}]}, "a held-out 10 % of a + b test"),
+        (
+            {"path": [{"path": "a", "split": None}, {"path": "b", "split": "test"}]},
+            "a held-out 10 % of a + b test",
+        ),
     ],
 )
 def test_the_held_out_text_is_named(data: dict[str, Any], text: str, tmp_path: Path) -> None:
@@ -130,10 +158,15 @@ def test_answers_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     for name, greedy in (("old", old), ("new", old | {"empty": 0.125})):
         answers = {"answers": {"greedy": greedy, "closeness": None}}
         dense = EVALUATION["dense"] | answers
-        write_evaluation(tmp_path / f"{name}.json", EVALUATION | answers | {"dense": dense, "answers_plan": plan})
+        write_evaluation(
+            tmp_path / f"{name}.json", EVALUATION | answers | {"dense": dense, "answers_plan": plan}
+        )
     table = comparison_table(read_results([tmp_path / "old.json", tmp_path / "new.json"]))
     _, head, new, earlier = table.splitlines()
-    assert head.split()[-9:] == "ended dense repetition dense empty dense answer perplexity dense".split()
+    assert (
+        head.split()[-9:]
+        == "ended dense repetition dense empty dense answer perplexity dense".split()
+    )
     assert new.split()[-6:] == ["12.5", "%", "12.5", "%", "3.00", "3.00"]
     assert earlier.split()[-4:] == ["-", "-", "3.00", "3.00"]
 
@@ -141,20 +174,33 @@ def test_answers_of_an_earlier_version_are_read(tmp_path: Path) -> None:
 # The picture
 
 
-def test_written_answers_have_their_own_column_and_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_answers_have_their_own_column_and_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are never averaged with multiple choice. A run has them under `after`."""
-    pruned, dense = ({"results": {"piqa": {"acc,none": 0.5}, **written(share)}} for share in (0.1, 0.3))
+    pruned, dense = (
+        {"results": {"piqa": {"acc,none": 0.5}, **written(share)}} for share in (0.1, 0.3)
+    )
     report = run_report("lora", 0.2, 27.0) | {"after": {"tasks": pruned, "dense": {"tasks": dense}}}
     given = EVALUATION | {"tasks": {"results": written(0.2)}, "dense": None}
-    results = read_results([write_run(tmp_path / "run", report), write_evaluation(tmp_path / "e.json", given)])
+    results = read_results(
+        [write_run(tmp_path / "run", report), write_evaluation(tmp_path / "e.json", given)]
+    )
     table = comparison_table(results)
     assert "accuracy   dense  exact match   dense" in table
     assert table.splitlines()[2].split()[-4:] == ["0.5000", "0.5000", "0.1000", "0.3000"]
     assert table.splitlines()[-1].split()[-1] == "0.2000"
     kept, save = list[Figure](), Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **more: kept.append(self) or save(self, *given, **more))
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *given, **more: kept.append(self) or save(self, *given, **more),
+    )
     draw_comparison(tmp_path / "pictures" / "p.png", results)
-    assert [axes.get_ylabel().partition(" (")[0] for axes in kept[0].axes[-2:]] == ["accuracy", "exact match"]
+    assert [axes.get_ylabel().partition(" (")[0] for axes in kept[0].axes[-2:]] == [
+        "accuracy",
+        "exact match",
+    ]
     lines: dict[str, Any] = {str(line.get_label()): line for line in kept[0].axes[-1].lines}
     assert lines["lora, uniform"].get_xydata().tolist() == [[20.0, 0.1]]
     assert list(lines["dense"].get_ydata()) == [0.3]

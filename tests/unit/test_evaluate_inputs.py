@@ -18,7 +18,9 @@ from loraprune_ds.files import read_text
 from tests.refusals import must_name
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
+)
 
 
 # Texts
@@ -27,7 +29,9 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
     (tmp_path / "unix.txt").write_bytes("one\n\ntwo é\n".encode())
     (tmp_path / "windows.raw").write_bytes(b"\xef\xbb\xbf" + "one\r\n\r\ntwo é\r\n".encode())
-    assert {read_text(tmp_path / name, "--text") for name in ("unix.txt", "windows.raw")} == {"one\n\ntwo é\n"}
+    assert {read_text(tmp_path / name, "--text") for name in ("unix.txt", "windows.raw")} == {
+        "one\n\ntwo é\n"
+    }
 
 
 @pytest.mark.parametrize("name", ["no.txt", "empty.txt", "latin.txt", ""])
@@ -37,8 +41,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
     must_name(f"--text {tmp_path / name}", read_text, tmp_path / name, "--text")
 
 
-def test_a_file_that_may_not_be_read_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))  # root may read all
+def test_a_file_that_may_not_be_read_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # root may read all
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
     must_name("--text a.txt denied", read_text, Path("a.txt"), "--text")
 
 
@@ -73,7 +80,9 @@ def test_a_data_set_is_joined_to_its_raw_file(
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     offline = ConnectionError("Couldn't reach the Hub\n(offline)")
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=offline))
-    must_name("--dataset wikitext2 --text (offline)", settings.load_dataset_text, "wikitext2", "test")
+    must_name(
+        "--dataset wikitext2 --text (offline)", settings.load_dataset_text, "wikitext2", "test"
+    )
 
 
 @pytest.mark.parametrize("option", ["split", "max_windows"])
@@ -95,13 +104,26 @@ def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
     assert tasks._expand(["lambada", "paper", "boolq"]) == ["lambada", *PAPER_TASKS]
     assert len(PAPER_TASKS) == 7
     for names in (("paper", "boolq"), ("my_own",), (str(tmp_path / "mine.yaml"),)):
-        check_tasks(TaskSettings(names, include_path=tmp_path))  # always the same, whose index takes seconds
-    must_name("--include-path nowhere", check_tasks, TaskSettings(("my_own",), include_path=tmp_path / "nowhere"))
-    must_name("--tasks helaswag hellaswag", check_tasks, TaskSettings(("helaswag",), include_path=tmp_path))
+        # always the same, whose index takes seconds
+        check_tasks(TaskSettings(names, include_path=tmp_path))
+    must_name(
+        "--include-path nowhere",
+        check_tasks,
+        TaskSettings(("my_own",), include_path=tmp_path / "nowhere"),
+    )
+    must_name(
+        "--tasks helaswag hellaswag",
+        check_tasks,
+        TaskSettings(("helaswag",), include_path=tmp_path),
+    )
 
 
 def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
-    results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25}, "c": {"perplexity,none": 7.0}}
+    results = {
+        "a": {"acc,none": 0.5, "acc_norm,none": 0.9},
+        "b": {"acc,none": 0.25},
+        "c": {"perplexity,none": 7.0},
+    }
     assert mean_metric({"results": results}, "acc") == 0.375
     assert mean_metric({"results": {"c": results["c"]}}, "acc") is None
 
@@ -111,7 +133,9 @@ def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    "window 1,window two,max-windows 0,generated 0,num-fewshot -1,limit 0,batch-size 0,max-new-tokens 0".split(","),
+    "window 1,window two,max-windows 0,generated 0,num-fewshot -1,limit 0,batch-size 0,max-new-tokens 0".split(
+        ","
+    ),
 )
 def test_wrong_numbers_name_their_option(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["evaluate.py", "MODEL", *f"--{given}".split()])

@@ -20,7 +20,10 @@ from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncat
 CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-REPORT = {"params": {"dense": 2_000_000}, "config": {"prune": {"criterion": "lora", "ranking": "uniform"}}}
+REPORT = {
+    "params": {"dense": 2_000_000},
+    "config": {"prune": {"criterion": "lora", "ranking": "uniform"}},
+}
 KEPT = {"layers": [{"heads": [0, 2], "heads_dense": 4}] * 3}
 
 
@@ -28,7 +31,14 @@ KEPT = {"layers": [{"heads": [0, 2], "heads_dense": 4}] * 3}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes dense/, pruned/ (layers differ), adapter/ on dense/, and run/."""
     root = tmp_path_factory.mktemp("models")
-    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "layers": 2}
+    sizes: dict[str, Any] = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "hidden": 32,
+        "ffn": 48,
+        "layers": 2,
+    }
     make_tiny_llama(root / "dense", vocab=97, seed=1, **sizes)
     make_tokenizer(VOCAB).save_pretrained(root / "tokenizer")
     (root / "tokenizer" / "config.json").write_text(dense_model(GLOBAL).config.to_json_string())
@@ -47,19 +57,30 @@ def make_adapter(base: Path, folder: Path) -> None:
     wrapped: Any = get_peft_model(model, config)
     for name, factor in make_lora(base, r=4, seed=2).items():
         module, _, which = name.rpartition(".")
-        wrapped.get_submodule(f"base_model.model.model.{module}.{which}.default").weight.data.copy_(factor)
+        wrapped.get_submodule(f"base_model.model.model.{module}.{which}.default").weight.data.copy_(
+            factor
+        )
     wrapped.save_pretrained(folder)
 
 
 def test_each_kind_is_told_apart(made: Path) -> None:
-    kinds = {name: find_model(str(made / name)).kind for name in ("dense", "pruned", "adapter", "run")}
-    assert kinds == {"dense": "checkpoint", "pruned": "checkpoint", "adapter": "adapter", "run": "run"}
+    kinds = {
+        name: find_model(str(made / name)).kind for name in ("dense", "pruned", "adapter", "run")
+    }
+    assert kinds == {
+        "dense": "checkpoint",
+        "pruned": "checkpoint",
+        "adapter": "adapter",
+        "run": "run",
+    }
     run = find_model(str(made / "run"))
     assert (run.dense_parameters, run.method) == (2_000_000, "lora, uniform")
     assert run.tokenizer_folder == made / "run" / "model"
 
 
-def test_a_pruned_model_loads_without_asking_to_run_its_code(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_model_loads_without_asking_to_run_its_code(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     model = load_model(find_model(str(made / "pruned")), "float32", CPU)
     assert (type(model).__name__, model.config.model_type) == ("PrunedForCausalLM", "pruned_llama")
@@ -72,7 +93,10 @@ def test_an_adapter_is_merged_in_fp32_and_rounded_once(made: Path) -> None:
     """Compares with the formula W + (alpha / r)·B·A on the saved factors."""
     source = find_model(str(made / "adapter"))
     merged = load_model(source, "float32", CPU)
-    base, lora = load_model(find_model(str(made / "dense")), "float32", CPU), make_lora(made / "dense", r=4, seed=2)
+    base, lora = (
+        load_model(find_model(str(made / "dense")), "float32", CPU),
+        make_lora(made / "dense", r=4, seed=2),
+    )
     for layer, linear in [(0, "self_attn.q_proj"), (1, "mlp.down_proj")]:
         name = f"layers.{layer}.{linear}"
         weight = f"model.{name}.weight"
@@ -87,7 +111,9 @@ def test_an_adapter_is_merged_in_fp32_and_rounded_once(made: Path) -> None:
     assert torch.equal(rounded.get_buffer(frequencies), merged.get_buffer(frequencies))
 
 
-def test_an_adapter_may_have_a_relative_base_and_its_own_tokenizer(made: Path, tmp_path: Path) -> None:
+def test_an_adapter_may_have_a_relative_base_and_its_own_tokenizer(
+    made: Path, tmp_path: Path
+) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(made / "pruned", base)
     shutil.copytree(made / "adapter", adapter)
@@ -116,9 +142,16 @@ def test_a_result_is_opened_from_its_run_or_its_model(made: Path) -> None:
     assert run.report == open_result(run.folder).report == REPORT
     assert run.kept_groups == open_result(run.folder).kept_groups == KEPT["layers"]
     assert bare.report is bare.kept_groups is None
-    assert run.load_tokenizer()("text")["input_ids"] == AutoTokenizer.from_pretrained(run.folder)("text")["input_ids"]
-    expected = AutoModelForCausalLM.from_pretrained(made / "pruned", dtype="auto", trust_remote_code=True)
-    (run.folder / "modeling_pruned.py").write_text("raise RuntimeError('code of the folder was run')")
+    assert (
+        run.load_tokenizer()("text")["input_ids"]
+        == AutoTokenizer.from_pretrained(run.folder)("text")["input_ids"]
+    )
+    expected = AutoModelForCausalLM.from_pretrained(
+        made / "pruned", dtype="auto", trust_remote_code=True
+    )
+    (run.folder / "modeling_pruned.py").write_text(
+        "raise RuntimeError('code of the folder was run')"
+    )
     found, token_ids = run.load_model(attn_implementation="sdpa"), torch.arange(20)[None]
     assert torch.equal(found(input_ids=token_ids).logits, expected(input_ids=token_ids).logits)
     half = run.load_model(dtype=torch.bfloat16)
@@ -143,14 +176,24 @@ def test_a_folder_without_a_result_is_one_line(made: Path, name: str) -> None:
         ("run", remove("model/config.json"), "model/config.json"),
         ("adapter", remove(TENSORS), TENSORS),
         ("adapter", edit(CONFIG, peft_type="IA3"), f"{CONFIG} LoRA"),
-        ("adapter", edit(CONFIG, base_model_name_or_path=None), f"{CONFIG} base_model_name_or_path"),
+        (
+            "adapter",
+            edit(CONFIG, base_model_name_or_path=None),
+            f"{CONFIG} base_model_name_or_path",
+        ),
         ("adapter", edit(CONFIG, base_model_name_or_path="/no"), "/no"),
         ("adapter", edit_tensors(dict.popitem, TENSORS), "adapter"),
         ("adapter", truncate(TENSORS), "adapter"),
-        ("adapter", lambda here: edit(CONFIG, base_model_name_or_path=str(here.parent / "pruned"))(here), "adapter"),
+        (
+            "adapter",
+            lambda here: edit(CONFIG, base_model_name_or_path=str(here.parent / "pruned"))(here),
+            "adapter",
+        ),
     ],
 )
-def test_what_cannot_be_evaluated_is_named(made: Path, tmp_path: Path, kind: str, spoil: Spoil, names: str) -> None:
+def test_what_cannot_be_evaluated_is_named(
+    made: Path, tmp_path: Path, kind: str, spoil: Spoil, names: str
+) -> None:
     here = tmp_path / "spoilt"
     shutil.copytree(made / kind, here)
     shutil.copytree(made / "pruned", tmp_path / "pruned")  # another base

@@ -18,7 +18,12 @@ from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.answers import Answers, Closeness, Generation, Means
 from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost, measure_speed
 from loraprune_ds.evaluate.result import make_result, result_table
-from loraprune_ds.evaluate.settings import AnswerSettings, EvaluationSettings, EvaluationText, SpeedSettings
+from loraprune_ds.evaluate.settings import (
+    AnswerSettings,
+    EvaluationSettings,
+    EvaluationText,
+    SpeedSettings,
+)
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.perplexity import Perplexity
@@ -33,7 +38,12 @@ SHAPE = shape_from_config(SMOLLM, "SmolLM2-135M")
 TASKS = {
     "results": {
         "boolq": {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.0123},
-        "piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,strict": 0.25},
+        "piqa": {
+            "alias": "piqa",
+            "acc,none": 0.5,
+            "acc_stderr,none": "N/A",
+            "acc_norm,strict": 0.25,
+        },
     },
     "settings": {},
 }
@@ -64,10 +74,14 @@ SETTINGS = EvaluationSettings(128, 160, text=WIKITEXT, speed=SpeedSettings())
 WINDOW = 24
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.becomes.startswith("pruned")], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.becomes.startswith("pruned")], ids=str
+)
 def test_macs_parameters_and_cache_are_those_of_the_model(case: Case) -> None:
     exported, _, shape = exported_config(dense_model(case), case)
-    model: Any = causal_lm_class(case.becomes)(config_class(case.becomes).from_dict(exported.config)).eval()
+    model: Any = causal_lm_class(case.becomes)(
+        config_class(case.becomes).from_dict(exported.config)
+    ).eval()
     input_ids = torch.arange(WINDOW)[None]
     cache: Any = DynamicCache(config=model.config)
     # The math kernel multiplies every pair of positions, so its context is the whole window.
@@ -100,7 +114,9 @@ FULL, SLIDING = (1 + 2 + 3 + 4 + 5 + 6) / 6, (1 + 2 + 3 + 4 + 4 + 4) / 6
         ("gpt_oss", 4, (3 * SLIDING + 1 * FULL) / 4),
     ],
 )
-def test_context_is_the_mean_over_the_window_and_the_heads(family: str, window: int | None, context: float) -> None:
+def test_context_is_the_mean_over_the_window_and_the_heads(
+    family: str, window: int | None, context: float
+) -> None:
     config = tiny_config(family).to_dict() | {"sliding_window": window}
     dense = shape_from_config(config, family)
     first, second = dense.counts
@@ -130,19 +146,34 @@ def test_answers_have_tables_rows_and_a_line_about_drafts() -> None:
     kinds = {"all": Means(20.0, 0.8, 0.05, 0.0, 1.6), "code": Means(20.0, 0.8, 0.05, 1.0, math.inf)}
     good = Answers(20.0, 0.9, 0.01, 0.0, 2.0, kinds, 0.5, 0.75, [])
     bad = Answers(128.0, 0.1, 0.5, 0.25, 9.0, kinds, 0.0, 0.1, [])
-    pruned = replace(PRUNED, answers=Generation(False, bad, bad, Closeness("my text", 0.5, 0.625, 1.25, 100)))
+    pruned = replace(
+        PRUNED, answers=Generation(False, bad, bad, Closeness("my text", 0.5, 0.625, 1.25, 100))
+    )
     dense = replace(DENSE, answers=Generation(True, good, good))
     settings = replace(SETTINGS, answers=AnswerSettings("my.jsonl", "0", ()))
     table = result_table(make_result([pruned, dense], settings, 1, {}))
     found = rows(table)
     greedy, sampled = table[table.index("greedy answers, dense") :].split("\n\n")
-    head, total, of_kind, code = [line.split("  ") for line in re.sub("  +", "  ", greedy).splitlines()[1:]]
+    head, total, of_kind, code = [
+        line.split("  ") for line in re.sub("  +", "  ", greedy).splitlines()[1:]
+    ]
     assert head == ["", "ended", "repetition", "empty", "dense perplexity", "tokens"]
-    assert total == ["all", "90.0 % -> 10.0 %", "1.0 % -> 50.0 %", "0.0 % -> 25.0 %", "2.00 -> 9.00", "20.0 -> 128.0"]
+    assert total == [
+        "all",
+        "90.0 % -> 10.0 %",
+        "1.0 % -> 50.0 %",
+        "0.0 % -> 25.0 %",
+        "2.00 -> 9.00",
+        "20.0 -> 128.0",
+    ]
     assert of_kind[1:3] == ["80.0 % -> 80.0 %", "5.0 % -> 5.0 %"]
     assert (code[0], code[4]) == ("code", "not finite -> not finite")
     assert sampled.splitlines()[1:] == greedy.splitlines()[1:]
-    assert found["greedy answers, exact match"] == found["sampled answers, exact match"] == ["50.0 %", "0.0 %"]
+    assert (
+        found["greedy answers, exact match"]
+        == found["sampled answers, exact match"]
+        == ["50.0 %", "0.0 %"]
+    )
     assert found["ROUGE-L"] == ["0.750", "0.100"]
     assert found["same most probable token"] == ["-", "50.0 %", "on my text"]
     assert "pays off only below about 1/3 of the dense cost, here 0.74" in table
@@ -156,7 +187,9 @@ def test_measurements_that_were_not_made_have_no_row() -> None:
     assert rows(table)["parameters"] == ["99,125,568"]
 
 
-@pytest.mark.parametrize(("value", "shown"), [(math.nan, "not finite"), (math.exp(700), "1.01e+304")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(math.nan, "not finite"), (math.exp(700), "1.01e+304")]
+)
 def test_a_broken_model_is_told_as_such(value: float, shown: str) -> None:
     broken = replace(PRUNED, perplexity=Perplexity(value, 20320, 160))
     assert rows(result_table(make_result([broken], SETTINGS, 1, {})))["perplexity"] == [shown]
@@ -172,7 +205,9 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
     assert (again["world_size"], again["batch_size"], again["versions"]) == (2, 16, {"torch": "2"})
     assert again["speed_plan"] == {"prompt": 512, "generated": 32, "rounds": 5}
     result = make_result([replace(PRUNED, perplexity=None)], EvaluationSettings(), 1, {})
-    assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
+    assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [
+        None
+    ] * 5
 
 
 # Speed: models take turns, and a decode step reads one token and the cache of all earlier ones
@@ -183,13 +218,17 @@ class Watched(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, inner: Any, name: str, calls: list[Any], clock: list[float], seconds: Any) -> None:
+    def __init__(
+        self, inner: Any, name: str, calls: list[Any], clock: list[float], seconds: Any
+    ) -> None:
         super().__init__()
         self.inner, self.config = inner, inner.config
         self.name, self.calls, self.clock, self.seconds = name, calls, clock, seconds
 
     def forward(self, input_ids: Tensor, **arguments: Any) -> Any:
-        self.calls.append((self.name, input_ids.shape[1], arguments[evaluation.CACHE].get_seq_length()))
+        self.calls.append(
+            (self.name, input_ids.shape[1], arguments[evaluation.CACHE].get_seq_length())
+        )
         self.clock[0] += next(self.seconds)
         return self.inner(input_ids=input_ids, **arguments)
 
@@ -204,7 +243,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_models_take_turns_and_each_token_is_decoded_once(clock: list[float]) -> None:
     calls: list[Any] = []
     models: list[Any] = [
-        Watched(dense_model(case), name, calls, clock, count(1, 0)) for name, case in zip("ab", CASES[:2], strict=True)
+        Watched(dense_model(case), name, calls, clock, count(1, 0))
+        for name, case in zip("ab", CASES[:2], strict=True)
     ]
     measure_speed(models, SpeedSettings(prompt=7, generated=3, rounds=2))
     turn = [(7, 0), (1, 7), (1, 8), (1, 9)]

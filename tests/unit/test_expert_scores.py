@@ -34,13 +34,18 @@ from tests.unit.test_experts import KINDS, TOLERANCE, factors
 def find_stock(model: nn.Module, layer: int) -> Any:
     """Returns transformers' own experts of a layer."""
     return next(
-        m for m in decoder_layers(model)[layer].modules() if getattr(getattr(m, "down_proj", None), "ndim", 0) == 3
+        m
+        for m in decoder_layers(model)[layer].modules()
+        if getattr(getattr(m, "down_proj", None), "ndim", 0) == 3
     )
 
 
 def test_shards_of_a_stack_score_as_the_experts_do() -> None:
     experts, rows, columns, r = 5, 6, 7, 3
-    whole, lora = torch.randn(experts * rows, columns, generator=torch.Generator().manual_seed(3)), factors(5, 6, 7, 3)
+    whole, lora = (
+        torch.randn(experts * rows, columns, generator=torch.Generator().manual_seed(3)),
+        factors(5, 6, 7, 3),
+    )
     wanted = []
     for e in range(experts):
         a, ga = (f.view(experts, r, columns)[e] for f in (lora.A, lora.grad_A))
@@ -71,8 +76,18 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
     ratio = 5 * len(sparse) * shape.group_numel["experts"] / shape.linear_numel()
-    prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-    prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion, "channel_multiple": 1}
+    prune: dict[str, Any] = {
+        "ratio": ratio,
+        "prune_every": 1,
+        "warmup_fraction": 0.0,
+        "cooldown_fraction": 0.0,
+    }
+    prune |= {
+        "protected_first": 0,
+        "protected_last": 0,
+        "criterion": criterion,
+        "channel_multiple": 1,
+    }
     config = PruneConfig(**PAPER | prune)
     run = PlainRun(tmp_path, fresh_lora(shape), config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
@@ -112,7 +127,8 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
 
 # Routers with groups of experts and a correction of their scores
 
-GROUPS: dict[str, Any] = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # six experts each, 3 are chosen
+# six experts each, 3 are chosen
+GROUPS: dict[str, Any] = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}
 
 
 def deep() -> ModelShape:
@@ -135,7 +151,10 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
     shape, generator = deep(), torch.Generator().manual_seed(1)
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, ranking=ranking)
     scores = [
-        LayerScores((kind, torch.rand(n, generator=generator) + (torch.arange(n) >= 6)) for kind, n in layer.items())
+        LayerScores(
+            (kind, torch.rand(n, generator=generator) + (torch.arange(n) >= 6))
+            for kind, n in layer.items()
+        )
         for layer in shape.counts
     ]
     _, limits, (size,) = resolve(config, shape)
@@ -178,7 +197,9 @@ def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[st
     names = [f"model.layers.{i}.{x}" for i in sparse_layers(weights.shape) for x in tensors]
     for name in names:
         wanted = model.state_dict()[name]
-        assert torch.equal(weights.read_stored(name, 0, wanted.numel(), torch.bfloat16), wanted.flatten())
+        assert torch.equal(
+            weights.read_stored(name, 0, wanted.numel(), torch.bfloat16), wanted.flatten()
+        )
         assert torch.equal(weights.read_full(name, torch.bfloat16), wanted)
     stored = weights.shape.stored(2, int8=weights.int8)
     assert [x for x, tensor in stored.items() if tensor.element_size == 4] == names
@@ -192,12 +213,18 @@ def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[st
         ("exaone_moe", "mtp.fc.weight"),
     ],
 )
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, family: str, further: str) -> None:
+def test_layers_that_predict_further_tokens_are_left_out(
+    tmp_path: Path, family: str, further: str
+) -> None:
     """DeepSeek and GLM publish them behind the last layer. transformers does not load them either."""
     tiny_model(family, num_nextn_predict_layers=1).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {further: torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     assert open_pretrained(tmp_path).shape.counts[1]["experts"] == 23
-    save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
+    save_file(
+        tensors | {"model.layers.3.eh_proj.weight": torch.zeros(3, 3)},
+        file,
+        metadata={"format": "pt"},
+    )
     must_name("model.layers.3.eh_proj.weight", open_pretrained, tmp_path)

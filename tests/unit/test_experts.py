@@ -37,7 +37,8 @@ from tests.refusals import must_name
 KINDS = tuple(name for name, family in FAMILIES.items() if family.has_experts)
 # Tensors on disk that hold all experts of a layer.
 IN_ONE = {"gpt_oss": 4, "granitemoe": 2, "gemma4_text": 2, "mistral4": 2}
-TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
+# sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
+TOLERANCE = 1e-5
 
 
 def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -65,7 +66,9 @@ def test_outputs_and_gradients_are_those_of_stock_experts(family: str) -> None:
             delta = module.get_delta_weight("default")
             merged[f"model.layers.{i}.{linear.name}"] = (module.base_layer.weight + delta).detach()
     merged |= {name: whole for name, (whole, _, _) in stacks.items()}
-    wanted: Tensor = functional_call(stock, merged, kwargs={"input_ids": PROMPT, "use_cache": False}).logits
+    wanted: Tensor = functional_call(
+        stock, merged, kwargs={"input_ids": PROMPT, "use_cache": False}
+    ).logits
     found = network.model(input_ids=PROMPT, use_cache=False).logits
     assert difference(found.detach(), wanted.detach()) < TOLERANCE
     for logits in (wanted, found):
@@ -75,7 +78,9 @@ def test_outputs_and_gradients_are_those_of_stock_experts(family: str) -> None:
         module: Any = network.model.get_base_model().get_submodule(path)
         for factor, leaf in zip(lora_weights(module), leaves, strict=True):
             assert leaf.grad is not None
-            torch.testing.assert_close(factor.grad, leaf.grad, rtol=1e-4, atol=1e-5 * float(leaf.grad.abs().max()))
+            torch.testing.assert_close(
+                factor.grad, leaf.grad, rtol=1e-4, atol=1e-5 * float(leaf.grad.abs().max())
+            )
 
 
 def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
@@ -94,13 +99,17 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE
-    stack = next(linear.linear for linear in pretrained.shape.layers[sparse[-1]].linears if linear.stack)
+    stack = next(
+        linear.linear for linear in pretrained.shape.layers[sparse[-1]].linears if linear.stack
+    )
     name = f"model.layers.{sparse[-1]}.{stack}.weight"
     whole = stock.get_parameter(f"model.layers.{sparse[-1]}.{stack}_proj").detach().flatten()
     for world_size in (1, 2, 3, 7, 64):
         step = -(-len(whole) // world_size)
         bounds = [min(rank * step, len(whole)) for rank in range(world_size + 1)]
-        parts = [pretrained.weights.read_flat(name, a, b, torch.float32) for a, b in pairwise(bounds)]
+        parts = [
+            pretrained.weights.read_flat(name, a, b, torch.float32) for a, b in pairwise(bounds)
+        ]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -109,15 +118,23 @@ def test_experts_in_one_tensor_are_read_like_separate_ones(tmp_path: Path) -> No
     apart, together = tmp_path / "apart", tmp_path / "together"
     stock = saved("qwen3_5_moe_text", apart, mtp_num_hidden_layers=1)
     shutil.copytree(apart, together)
-    tensors = {n: x for n, x in load_file(apart / "model.safetensors").items() if ".experts." not in n}
+    tensors = {
+        n: x for n, x in load_file(apart / "model.safetensors").items() if ".experts." not in n
+    }
     tensors |= {n: x.detach() for n, x in stock.named_parameters() if ".experts." in n}
-    save_file(tensors | {"mtp.fc.weight": torch.zeros(2)}, together / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {"mtp.fc.weight": torch.zeros(2)},
+        together / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     source, other = open_pretrained(apart), open_pretrained(together)
     assert other.shape == source.shape
     keep = draw(source.shape, (3, 13), (4, 14))
     wanted, found = source.weights.cut(keep), other.weights.cut(keep)
     for name in wanted.shape.parameters():
-        assert torch.equal(found.read_full(name, torch.float32), wanted.read_full(name, torch.float32)), name
+        assert torch.equal(
+            found.read_full(name, torch.float32), wanted.read_full(name, torch.float32)
+        ), name
     assert export_config(other.config, found.shape, "float32").config["mtp_num_hidden_layers"] == 0
 
 
@@ -126,7 +143,9 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     saved("gpt_oss", tmp_path)
     file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.experts.down_proj"
     tensors = load_file(file)
-    tensors |= {f"{name}_{part}": torch.zeros(23, 60, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
+    tensors |= {
+        f"{name}_{part}": torch.zeros(23, 60, 2, dtype=torch.uint8) for part in ("blocks", "scales")
+    }
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
     must_name(f"{name}_blocks MXFP4 Mxfp4Config", open_pretrained, tmp_path)
@@ -144,7 +163,11 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, channel_multiple=1)
     _, limits, (size,) = resolve(config, shape)
     assert all(limits.floor[i]["experts"] == 3 for i in sparse_layers(shape))
-    heads = (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1) if "heads" in shape.kinds else None
+    heads = (
+        (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1)
+        if "heads" in shape.kinds
+        else None
+    )
     assert limits.floor[1].get("heads") == heads
     assert size.budget.shares == {kind: int(kind == "experts") for kind in shape.kinds}
 
@@ -169,7 +192,10 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
 
 def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:
     def resolved(family: str, **prune: Any) -> str | None:
-        config, shape = PruneConfig(ratio=0.3, channel_multiple=1, protected_first=0, **prune), dense(family).shape
+        config, shape = (
+            PruneConfig(ratio=0.3, channel_multiple=1, protected_first=0, **prune),
+            dense(family).shape,
+        )
         return resolve(config, shape)[0].compensate
 
     assert (resolved("llama"), resolved("mixtral")) == ("least_squares", "none")
@@ -184,7 +210,11 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     for i, layer in enumerate(decoder_layers(network.model)):
         linears = network.shape.layers[i].linears
         pairs = ((x.linear, lora_weights(lora_linear(layer, x.linear))) for x in linears)
-        own = {f"{name}.lora_{x}": f.detach() for name, pair in pairs for x, f in zip("AB", pair, strict=True)}
+        own = {
+            f"{name}.lora_{x}": f.detach()
+            for name, pair in pairs
+            for x, f in zip("AB", pair, strict=True)
+        }
         for name, factor in as_in_peft(own, linears).items():
             tensors[f"base_model.model.model.layers.{i}.{name}.weight"] = factor
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -203,10 +233,17 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     assert torch.equal(again.logits(), network.logits())
     linears = {f".{linear.linear}." for _, linear in network.shape.linears() if not linear.runs}
     if whole := [name for name in tensors if any(part in name for part in linears)]:
-        save_file({n: x for n, x in tensors.items() if n not in whole}, tmp_path / "adapter_model.safetensors")
-        check_adapter(tmp_path, LoraConfig(r=3), network.shape)  # whole linears begin with fresh LoRA
+        save_file(
+            {n: x for n, x in tensors.items() if n not in whole},
+            tmp_path / "adapter_model.safetensors",
+        )
+        # whole linears begin with fresh LoRA
+        check_adapter(tmp_path, LoraConfig(r=3), network.shape)
         load_adapter(again.model, tmp_path, network.shape, 3)
-        save_file({n: x for n, x in tensors.items() if n != whole[1]}, tmp_path / "adapter_model.safetensors")
+        save_file(
+            {n: x for n, x in tensors.items() if n != whole[1]},
+            tmp_path / "adapter_model.safetensors",
+        )
         must_name("lora_B", check_adapter, tmp_path, LoraConfig(r=3), network.shape)
 
 
@@ -222,7 +259,9 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
     source, billions, active = MIXTURES[name]
     shape = shape_from_config(source, name)
     assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)
-    others = {name: n for name, n in shape.parameters().items() if ".layers." not in name or len(n) < 2}
+    others = {
+        name: n for name, n in shape.parameters().items() if ".layers." not in name or len(n) < 2
+    }
     routers = shape.hidden_size * sum(layer["experts"] for layer in shape.counts)
     met = active_numel(shape) + routers + sum(math.prod(size) for size in others.values())
     assert met / 1e9 == pytest.approx(active, rel=0.02)

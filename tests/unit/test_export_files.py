@@ -110,8 +110,12 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("mistral", {"temperature": 0.6, "do_sample": True})])
-def test_an_export_is_complete(tmp_path: Path, tiny_tokenizer: Path, family: str, settings: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("mistral", {"temperature": 0.6, "do_sample": True})]
+)
+def test_an_export_is_complete(
+    tmp_path: Path, tiny_tokenizer: Path, family: str, settings: dict[str, object]
+) -> None:
     if settings:
         (tiny_tokenizer / "generation_config.json").write_text(json.dumps(settings))
     case = next(case for case in CASES if case.becomes == f"pruned_{family}")
@@ -122,17 +126,22 @@ def test_an_export_is_complete(tmp_path: Path, tiny_tokenizer: Path, family: str
     shipped = (Path(__file__).parents[2] / "loraprune_ds" / "model" / code).read_text()
     before, _, after = shipped.partition('FAMILY = "llama"')  # the one line that names the family
     assert (tmp_path / code).read_text() == f'{before}FAMILY = "{family}"{after}'
-    generation = tmp_path / "generation_config.json"  # else transformers has the settings from config.json
+    # else transformers has the settings from config.json
+    generation = tmp_path / "generation_config.json"
     assert (json.loads(generation.read_text()) if generation.exists() else {}) == settings
     assert (tmp_path / "README.md").is_file()
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(tmp_path: Path, alike: bool) -> None:
+def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(
+    tmp_path: Path, alike: bool
+) -> None:
     config = sizes_of("llama", 4096, 11008, 32, 32, vocab_size=32000)
     dense = shape_from_config(config, "7B")
     wide, narrow = dense.counts[0], LayerCounts(heads=16, channels=5504)
-    pruned = dense.resized((narrow if alike else wide,) * 3 + (narrow,) * 28 + (narrow if alike else wide,))
+    pruned = dense.resized(
+        (narrow if alike else wide,) * 3 + (narrow,) * 28 + (narrow if alike else wide,)
+    )
     write_model_card(tmp_path, model_card(dense, pruned), export_config(config, pruned, "bfloat16"))
     text = (tmp_path / "README.md").read_text()
     removed = 1 - pruned.total_numel() / dense.total_numel()
@@ -141,16 +150,25 @@ def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(tmp_path: P
     assert ("| 3–30 | 16 | 16 | 5504 |" if not alike else "| 0–31 | 16 | 16 | 5504 |") in text
 
 
-def test_the_other_tokenizers_of_t5s_are_found_in_an_export(tmp_path: Path, tiny_tokenizer: Path) -> None:
+def test_the_other_tokenizers_of_t5s_are_found_in_an_export(
+    tmp_path: Path, tiny_tokenizer: Path
+) -> None:
     """As a stock umt5 CodeT5's needs tokenizer.json, and ByT5's has no file that AutoTokenizer would look for."""
     config = tiny_model("t5").config.to_dict()
     dense = shape_from_config(config, "t5")
-    cut = dense.resized(tuple(LayerCounts((x, min(n, 1)) for x, n in y.items()) for y in dense.counts))
+    cut = dense.resized(
+        tuple(LayerCounts((x, min(n, 1)) for x, n in y.items()) for y in dense.counts)
+    )
     of_bytes = export_config(config | {"tokenizer_class": "ByT5Tokenizer"}, cut, "float32")
     assert of_bytes.config["model_type"] == "pruned_umt5"
-    AutoTokenizer.from_pretrained(tiny_tokenizer).backend_tokenizer.model.save(str(tiny_tokenizer))  # vocab.json
+    # vocab.json
+    AutoTokenizer.from_pretrained(tiny_tokenizer).backend_tokenizer.model.save(str(tiny_tokenizer))
     (tiny_tokenizer / "tokenizer.json").unlink()
     (tiny_tokenizer / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
-    finish_folder(tmp_path, export_config(config, cut, "float32"), tiny_tokenizer, model_card(dense, cut))
-    before, after = (AutoTokenizer.from_pretrained(x)("words").input_ids for x in (tiny_tokenizer, tmp_path))
+    finish_folder(
+        tmp_path, export_config(config, cut, "float32"), tiny_tokenizer, model_card(dense, cut)
+    )
+    before, after = (
+        AutoTokenizer.from_pretrained(x)("words").input_ids for x in (tiny_tokenizer, tmp_path)
+    )
     assert before == after

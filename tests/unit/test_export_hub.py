@@ -20,14 +20,20 @@ from tests.refusals import must_name
 TOKEN = "hf_of_the_test"
 REPORT = {
     "perplexity": {"dense": 22.5, "after_last_cut": 30.0, "pruned": 25.25},
-    "config": {"data": {"path": "some/where/law.txt", "held_out": None}, "evaluate": {"window": 128}},
+    "config": {
+        "data": {"path": "some/where/law.txt", "held_out": None},
+        "evaluate": {"window": 128},
+    },
 }
 EVALUATION = {
     "perplexity": 51.5,
     "text": {"name": "wikitext-2-raw-v1"},
     "protocol": {"window": 2048},
     "tasks": {"results": {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.01}}},
-    "dense": {"perplexity": 40.0, "tasks": {"results": {"piqa": {"acc,none": 0.75, "acc_stderr,none": "N/A"}}}},
+    "dense": {
+        "perplexity": 40.0,
+        "tasks": {"results": {"piqa": {"acc,none": 0.75, "acc_stderr,none": "N/A"}}},
+    },
 }
 
 
@@ -43,7 +49,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 def push(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
     """Runs launch/export.py. Returns its exit code."""
-    words = ["export.py", str(folder), "--out", str(folder.parent / "out"), "--push-to-hub", "me/small", *arguments]
+    words = [
+        "export.py",
+        str(folder),
+        "--out",
+        str(folder.parent / "out"),
+        "--push-to-hub",
+        "me/small",
+        *arguments,
+    ]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
@@ -75,7 +89,11 @@ def model_index(card: str) -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("public", [False, True])
 def test_an_upload_is_private_and_has_the_measured_numbers(
-    public: bool, hub: Mock, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    public: bool,
+    hub: Mock,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     results, out = run.parent / "evaluation.json", run.parent / "out"
     results.write_text(json.dumps(EVALUATION))
@@ -84,22 +102,39 @@ def test_an_upload_is_private_and_has_the_measured_numbers(
     hub.create_repo.assert_called_once_with("me/small", private=not public, exist_ok=True)
     (call,) = hub.upload_folder.call_args_list
     assert (call.kwargs["repo_id"], call.kwargs["folder_path"]) == ("me/small", out)
-    assert {path.name for path in out.iterdir()} == {path.name for path in (run / "model").iterdir()}
+    assert {path.name for path in out.iterdir()} == {
+        path.name for path in (run / "model").iterdir()
+    }
     card = (out / "README.md").read_text()
     assert model_index(card) == {
-        "small": {"law.txt perplexity": 25.25, "wikitext-2-raw-v1 perplexity": 51.5, "piqa acc": 0.5},
-        "small, dense": {"law.txt perplexity": 22.5, "wikitext-2-raw-v1 perplexity": 40.0, "piqa acc": 0.75},
+        "small": {
+            "law.txt perplexity": 25.25,
+            "wikitext-2-raw-v1 perplexity": 51.5,
+            "piqa acc": 0.5,
+        },
+        "small, dense": {
+            "law.txt perplexity": 22.5,
+            "wikitext-2-raw-v1 perplexity": 40.0,
+            "piqa acc": 0.75,
+        },
     }
     assert "## Load it" in card
     assert "- loraprune" in card
 
 
-def test_the_text_of_a_mixture_is_named_by_its_sources_and_no_measurement_has_no_index(tmp_path: Path) -> None:
-    card, data = tmp_path / "README.md", {"path": [{"path": "some/law.txt"}, {"path": "chats"}], "held_out": None}
+def test_the_text_of_a_mixture_is_named_by_its_sources_and_no_measurement_has_no_index(
+    tmp_path: Path,
+) -> None:
+    card, data = (
+        tmp_path / "README.md",
+        {"path": [{"path": "some/law.txt"}, {"path": "chats"}], "held_out": None},
+    )
     card.write_text("---\ntags:\n- pruned\n---\n# Small\n")
     write_model_index(card, "small", tmp_path, [])
     assert "model-index" not in card.read_text()
-    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": REPORT["config"] | {"data": data}}))
+    (tmp_path / "report.json").write_text(
+        json.dumps(REPORT | {"config": REPORT["config"] | {"data": data}})
+    )
     write_model_index(card, "small", tmp_path, [])
     assert model_index(card.read_text())["small"] == {"law.txt + chats perplexity": 25.25}
 
@@ -122,7 +157,12 @@ def test_a_refused_token_is_one_line(
     ],
 )
 def test_a_wrong_push_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo: str, token: str | None, results: Any, names: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    repo: str,
+    token: str | None,
+    results: Any,
+    names: str,
 ) -> None:
     monkeypatch.setattr("loraprune_ds.export.model_card.get_token", lambda: token)
     path = tmp_path / "evaluation.json"

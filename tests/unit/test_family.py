@@ -22,15 +22,32 @@ from tests.refusals import must_name
 DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)
 LAYERS = SIZES["num_hidden_layers"]
 # transformers does not name all axes.
-WITHOUT_PLAN = {"hunyuan_v1_dense", "stablelm", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
+WITHOUT_PLAN = {
+    "hunyuan_v1_dense",
+    "stablelm",
+    "gpt_oss",
+    "granitemoe",
+    "deepseek_v3",
+    "glm4_moe_lite",
+}
 # And it does not shard hybrids.
-WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {"lfm2", "granitemoehybrid", "nemotron_h"}
+WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {
+    "lfm2",
+    "granitemoehybrid",
+    "nemotron_h",
+}
 WITHOUT_PLAN |= {"hunyuan_v1_moe", "lfm2_moe", "lfm3", "mistral4"}
 WITHOUT_PLAN |= set(FAMILIES) - set(CAUSAL)
 # Further tiny models of a family, for tensors that its first one lacks.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    **{family: [{"q_lora_rank": None}] for family in ("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "mistral4")},
-    **{family: [{"feed_forward_proj": x} for x in ("relu", "gated-gelu")] for family in ("t5", "mt5", "umt5")},
+    **{
+        family: [{"q_lora_rank": None}]
+        for family in ("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "mistral4")
+    },
+    **{
+        family: [{"feed_forward_proj": x} for x in ("relu", "gated-gelu")]
+        for family in ("t5", "mt5", "umt5")
+    },
     **{family: [{"mlp_only_layers": [0]}] for family in ("qwen3_moe", "qwen3_next")},
 }
 
@@ -56,7 +73,11 @@ def own_marks(family: str) -> list[TensorSpec]:
 
 def sizes_of(counts: LayerCounts, shape: ModelShape) -> dict[str, int]:
     """Returns what config.json says of such a layer."""
-    return {field: count for field, count in shape.family.layer_fields(shape.config, counts).items() if count}
+    return {
+        field: count
+        for field, count in shape.family.layer_fields(shape.config, counts).items()
+        if count
+    }
 
 
 def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
@@ -75,19 +96,27 @@ def test_the_family_explains_layers_with_any_counts(family: str) -> None:
     """Finds a tensor that a cut makes smaller and that has no mark. Every second layer has other counts."""
     shape = read(family)
     assert shape.counts == layers_with(shape, DENSE)
-    assert {x.queries for x in shape.attention if x.queries} == {tiny_config(family).num_attention_heads}
+    assert {x.queries for x in shape.attention if x.queries} == {
+        tiny_config(family).num_attention_heads
+    }
     counts = layers_with(shape, DENSE, FEWER)
     second = range(1, len(counts), 2)
     fields = {field: count for i in second for field, count in sizes_of(counts[i], shape).items()}
     config = config_json(family) | {"model_type": PRUNED + family, "head_dim": shape.head_dim}
     pruned = shape_from_config(
-        config | {"per_layer_config": {str(i): sizes_of(counts[i], shape) for i in second}}, "somewhere"
+        config | {"per_layer_config": {str(i): sizes_of(counts[i], shape) for i in second}},
+        "somewhere",
     )
     assert pruned.counts == counts
-    stock, fewer = stock_parameters(family), stock_parameters(family, **fields, head_dim=shape.head_dim)
+    stock, fewer = (
+        stock_parameters(family),
+        stock_parameters(family, **fields, head_dim=shape.head_dim),
+    )
     assert shape.parameters() == stock
     stock |= {
-        name: size for name, size in fewer.items() if name.startswith(tuple(f"model.layers.{i}." for i in second))
+        name: size
+        for name, size in fewer.items()
+        if name.startswith(tuple(f"model.layers.{i}." for i in second))
     }
     assert pruned.parameters() == stock
 
@@ -102,9 +131,16 @@ def test_every_mark_without_lora_names_a_tensor_of_some_family() -> None:
 def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
     """The plan for tensor parallelism. A wrong axis of a square weight shows nowhere else."""
     plan: dict[str, str] = tiny_config(family).base_model_tp_plan or {}  # type: ignore[attr-defined]
-    named = {name.removeprefix("layers.*."): how for name, how in plan.items() if "linear_attn" not in name}
+    named = {
+        name.removeprefix("layers.*."): how
+        for name, how in plan.items()
+        if "linear_attn" not in name
+    }
     axes = {mark.linear: mark.axis for mark in own_marks(family) if mark.lora and mark.runs}
-    theirs = {name: 0 if "colwise" in how else 1 if "rowwise" in how else None for name, how in named.items()}
+    theirs = {
+        name: 0 if "colwise" in how else 1 if "rowwise" in how else None
+        for name, how in named.items()
+    }
     both = axes.keys() & theirs.keys()
     assert {name: axes[name] for name in both} == {name: theirs[name] for name in both}
     stacks = {mark.linear for mark in marks(family) if mark.stack}  # named otherwise there
@@ -121,11 +157,15 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
         ("ernie4_5_moe", {"moe_layer_start_index": 2, "moe_layer_end_index": 3}, [0, 1, 4, 5]),
     ],
 )
-def test_dense_layers_among_sparse_ones_have_no_experts(family: str, changes: dict[str, Any], dense: list[int]) -> None:
+def test_dense_layers_among_sparse_ones_have_no_experts(
+    family: str, changes: dict[str, Any], dense: list[int]
+) -> None:
     config = config_json(family, num_hidden_layers=6, **changes)
     shape = shape_from_config(config, "somewhere")
     assert [i for i, layer in enumerate(shape.counts) if not layer["experts"]] == dense
-    assert all("mlp.gate_proj" in {x.linear for x in shape.layers[i].linears if not x.runs} for i in dense)
+    assert all(
+        "mlp.gate_proj" in {x.linear for x in shape.layers[i].linears if not x.runs} for i in dense
+    )
     assert shape.is_uniform
     exported = export_config(config, shape, "float32").config
     assert exported["model_type"] == family
@@ -145,7 +185,11 @@ def test_what_layers_keep_of_earlier_tokens() -> None:
 
 
 def test_a_width_that_the_class_computes_is_written_out() -> None:
-    changes: dict[str, Any] = {"block_auto_adjust_ff_dim": True, "intermediate_size": 61, "block_multiple_of": 7}
+    changes: dict[str, Any] = {
+        "block_auto_adjust_ff_dim": True,
+        "intermediate_size": 61,
+        "block_multiple_of": 7,
+    }
     written = FAMILIES["lfm2"].explicit(config_json("lfm2", **changes))
     rows, _ = stock_parameters("lfm2", **changes)["model.layers.0.feed_forward.w1.weight"]
     assert rows == written["intermediate_size"]
@@ -183,15 +227,22 @@ WRONG = [
     ("llama", columns("mlp.up_proj", CHANNELS)),
     ("llama", rows("self_attn.k_proj", QUERIES)),  # wrong width
     ("llama", rows("mlp.gate_proj", KEYS)),  # wrong kind
-    ("phi3", rows("self_attn.qkv_proj", Run("heads", 5, 12), Run("heads", 5, 6))),  # a run is missing
+    # a run is missing
+    ("phi3", rows("self_attn.qkv_proj", Run("heads", 5, 12), Run("heads", 5, 6))),
 ]
-MISSING = [(family, mark) for family in ("llama", "phi3", "starcoder2") for mark in own_marks(family)]
+MISSING = [
+    (family, mark) for family in ("llama", "phi3", "starcoder2") for mark in own_marks(family)
+]
 
 
 @pytest.mark.parametrize(
-    ("family", "wrong", "exists"), [(*case, True) for case in WRONG] + [(*case, False) for case in MISSING], ids=str
+    ("family", "wrong", "exists"),
+    [(*case, True) for case in WRONG] + [(*case, False) for case in MISSING],
+    ids=str,
 )
-def test_a_wrong_mark_is_named(family: str, wrong: TensorSpec, exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_mark_is_named(
+    family: str, wrong: TensorSpec, exists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def change(marks: list[Any]) -> list[Any]:
         return [mark for mark in marks if mark.name != wrong.name] + [wrong] * exists
 
@@ -221,4 +272,6 @@ def test_models_of_other_kinds_are_refused(config: dict[str, Any], names: str) -
 
 
 def test_what_is_null_makes_no_model_of_another_kind() -> None:
-    assert shape_from_config(config_json("llama") | dict.fromkeys(OF_OTHERS), "somewhere") == read("llama")
+    assert shape_from_config(config_json("llama") | dict.fromkeys(OF_OTHERS), "somewhere") == read(
+        "llama"
+    )

@@ -57,7 +57,9 @@ UNIFORM, PER_LAYER = [(3, 13), (3, 13)], [(3, 13), (4, 14)]
 both_counts = pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # In transformers 4, which has no lfm3. A nemotron_h has no rotary embedding.
-every_old_family = pytest.mark.parametrize("family", [x for x in CAUSAL if x not in (*EQUAL, "lfm3", "nemotron_h")])
+every_old_family = pytest.mark.parametrize(
+    "family", [x for x in CAUSAL if x not in (*EQUAL, "lfm3", "nemotron_h")]
+)
 
 
 def source(family: str, **changes: Any) -> dict[str, Any]:
@@ -67,7 +69,9 @@ def source(family: str, **changes: Any) -> dict[str, Any]:
 
 def published(family: str, **rope: Any) -> dict[str, Any]:
     """Returns config.json as transformers 4 saved it, with these rotary settings or none."""
-    return {k: value for k, value in source(family).items() if k not in OLD_NAMES | {"rope_parameters"}} | rope
+    return {
+        k: value for k, value in source(family).items() if k not in OLD_NAMES | {"rope_parameters"}
+    } | rope
 
 
 def exported(config: dict[str, Any], counts: list[tuple[int, int]]) -> ExportedConfig:
@@ -82,34 +86,54 @@ def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, A
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the rotary settings as the class of the config reads them."""
     rope: dict[str, Any] = config_object(config).rope_parameters  # type: ignore[attr-defined]
-    return {key: value for key, value in rope.items() if key != "type"}  # an older name that transformers keeps
+    # an older name that transformers keeps
+    return {key: value for key, value in rope.items() if key != "type"}
 
 
 @pytest.mark.parametrize(
     ("family", "counts"),
-    [*((x, UNIFORM) for x in FAMILIES), *((x, PER_LAYER) for x, family in FAMILIES.items() if not family.lm_class())],
+    [
+        *((x, UNIFORM) for x in FAMILIES),
+        *((x, PER_LAYER) for x, family in FAMILIES.items() if not family.lm_class()),
+    ],
 )
 def test_only_counts_change(family: str, counts: list[tuple[int, int]]) -> None:
-    given = source(family) | {"a_field_of_the_future": {"x": [1]}, "auto_map": {"AutoConfig": "x.Y"}}
+    given = source(family) | {
+        "a_field_of_the_future": {"x": [1]},
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
     before = copy.deepcopy(given)
     found = export(given, counts)
     assert given == before
-    changed = {key for key in given.keys() | found.keys() if given.get(key, "none") != found.get(key, "none")}
+    changed = {
+        key
+        for key in given.keys() | found.keys()
+        if given.get(key, "none") != found.get(key, "none")
+    }
     assert changed <= COUNTS | ABOUT_FILES | OLD_NAMES | {"first_k_dense_replace"}
     assert not given.keys() & (changed - COUNTS - ABOUT_FILES)  # those are only added
-    assert found["head_dim" if family in CAUSAL else "d_kv"] == shape_from_config(given, family).head_dim
+    assert (
+        found["head_dim" if family in CAUSAL else "d_kv"]
+        == shape_from_config(given, family).head_dim
+    )
     assert found["dtype"] == found["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("rope", [{}, {"rope_theta": 5000.0}, {"rope_theta": 5000.0, "rope_scaling": None}], ids=str)
+@pytest.mark.parametrize(
+    "rope", [{}, {"rope_theta": 5000.0}, {"rope_theta": 5000.0, "rope_scaling": None}], ids=str
+)
 @every_old_family
 def test_rotary_settings_in_older_words(family: str, rope: dict[str, Any]) -> None:
     """The families have different defaults for a config.json without settings."""
     given = published(family, **rope)
     found = export(given, UNIFORM)
     assert rope_parameters(found) == rope_parameters(given)
-    if family not in ("llama", "mistral"):  # a Llama may be written as a Mistral, with all of its defaults
-        rotary = ({k: value for k, value in x.items() if "rope" in k or "rotary" in k} for x in (found, given))
+    # a Llama may be written as a Mistral, with all of its defaults
+    if family not in ("llama", "mistral"):
+        rotary = (
+            {k: value for k, value in x.items() if "rope" in k or "rotary" in k}
+            for x in (found, given)
+        )
         assert next(rotary) == next(rotary)
 
 
@@ -135,7 +159,11 @@ def test_rotary_settings_for_each_kind_of_layer(family: str, counts: list[tuple[
     nested = {"full_attention": YARN | {"rope_theta": 7000.0}, "sliding_attention": sliding}
     found = export(source(family, rope_parameters=nested), counts)
     assert rope_parameters(found) == nested
-    assert (found["rope_theta"], found["rope_local_base_freq"], found["rope_scaling"]) == (7000.0, 500.0, YARN)
+    assert (found["rope_theta"], found["rope_local_base_freq"], found["rope_scaling"]) == (
+        7000.0,
+        500.0,
+        YARN,
+    )
     assert rope_parameters(export(found, [(1, 1), (2, 2)])) == nested
 
 
@@ -156,7 +184,10 @@ def test_phi_3_with_long_factors() -> None:
     given = published("phi3", rope_scaling=long, original_max_position_embeddings=16)
     assert export(given, [(5, 13)] * 2)["model_type"] == "phi3"  # channels alone
     found = export(given, UNIFORM)
-    assert (found["model_type"], shape_from_config(found, "exported").head_dim) == ("pruned_phi3", 6)
+    assert (found["model_type"], shape_from_config(found, "exported").head_dim) == (
+        "pruned_phi3",
+        6,
+    )
     assert rope_parameters(found) == rope_parameters(given)
 
 
@@ -164,7 +195,9 @@ def test_phi_3_with_long_factors() -> None:
 @pytest.mark.parametrize("family", ["cohere2", "phi3", "granite", "qwen2", "olmo2", "starcoder2"])
 def test_head_size_that_the_class_would_compute(family: str, counts: list[tuple[int, int]]) -> None:
     """Without the field it would be hidden_size / heads, which changes in a cut."""
-    found = export({key: value for key, value in source(family).items() if key != "head_dim"}, counts)
+    found = export(
+        {key: value for key, value in source(family).items() if key != "head_dim"}, counts
+    )
     head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
     assert found["head_dim"] == shape_from_config(found, "exported").head_dim == head_dim
 
@@ -172,7 +205,12 @@ def test_head_size_that_the_class_would_compute(family: str, counts: list[tuple[
 # A Llama whose heads do not divide hidden_size becomes a Mistral. So fields are written that their defaults would hide
 
 STOCK, STAND_IN = UNIFORM, [(4, 13), (4, 13)]  # 6 query heads divide 60, 8 do not
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -182,7 +220,11 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_a_llama_with_a_bias_becomes_no_mistral(bias: str) -> None:
     stand_in, pruned = (exported(source("llama", **{bias: x}), STAND_IN) for x in (False, True))
-    assert (stand_in.config["model_type"], stand_in.modelling_file, stand_in.renamed) == ("mistral", None, True)
+    assert (stand_in.config["model_type"], stand_in.modelling_file, stand_in.renamed) == (
+        "mistral",
+        None,
+        True,
+    )
     assert (pruned.config["model_type"], pruned.renamed) == ("pruned_llama", True)
     assert not exported(source("llama"), STOCK).renamed
 
@@ -207,14 +249,21 @@ def test_a_pruned_export_can_be_pruned_again(family: str) -> None:
 
 
 def test_fields_of_the_source_s_files_leave() -> None:
-    stale = {"quantization_config": {"bits": 4}, "_name_or_path": "somewhere", "auto_map": {"AutoConfig": "x.Y"}}
+    stale = {
+        "quantization_config": {"bits": 4},
+        "_name_or_path": "somewhere",
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
     assert not stale.keys() & export(source("llama") | stale, STOCK).keys()
 
 
 def test_sliding_window() -> None:
     llama, mistral = source("llama"), source("mistral")
     assert export(mistral | {"sliding_window": None}, PER_LAYER)["sliding_window"] is None
-    assert export(without(mistral, "sliding_window"), STOCK)["sliding_window"] == MistralConfig().sliding_window
+    assert (
+        export(without(mistral, "sliding_window"), STOCK)["sliding_window"]
+        == MistralConfig().sliding_window
+    )
     assert export(llama, STAND_IN)["sliding_window"] is None  # a Llama in Mistral's class has none
     assert "sliding_window" not in export(llama, STOCK)
 
@@ -237,7 +286,9 @@ def test_silent_defaults_of_a_llama_are_written() -> None:
     ],
 )
 @pytest.mark.parametrize("counts", [STOCK, STAND_IN])
-def test_rotary_settings_of_a_llama_in_both_words(rope: dict[str, Any], counts: list[tuple[int, int]]) -> None:
+def test_rotary_settings_of_a_llama_in_both_words(
+    rope: dict[str, Any], counts: list[tuple[int, int]]
+) -> None:
     given = published("llama", **rope)
     found, expected = export(given, counts), rope_parameters(given)
     assert rope_parameters(found) == expected

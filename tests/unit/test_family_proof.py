@@ -22,7 +22,19 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import read_headers
 from tests import family_cuts
 from tests.families import EQUAL, SIZES, heads_divide_hidden, norms_are_wide, tiny_model
-from tests.family_cuts import FEW, MANY, PROMPT, Network, dense, difference, draw, export, load, logits, reopened
+from tests.family_cuts import (
+    FEW,
+    MANY,
+    PROMPT,
+    Network,
+    dense,
+    difference,
+    draw,
+    export,
+    load,
+    logits,
+    reopened,
+)
 
 TOLERANCE = 1e-5
 MATTERS = 0.1  # a smaller difference would not show that a group is gone
@@ -52,7 +64,9 @@ def mask_router(gate: Any, kept: Tensor) -> None:
     """
     others = torch.ones(len(gate.weight), dtype=torch.bool).index_fill(0, kept, False)
     if isinstance(gate, nn.Linear):
-        gate.register_forward_hook(lambda module, inputs, logits: logits.masked_fill(others, -torch.inf))
+        gate.register_forward_hook(
+            lambda module, inputs, logits: logits.masked_fill(others, -torch.inf)
+        )
         return
 
     def route(hidden: Tensor, correction: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,10 +76,12 @@ def mask_router(gate: Any, kept: Tensor) -> None:
             chosen = (scores + added).masked_fill(others, -torch.inf).topk(gate.top_k).indices
         else:
             scores = logits.masked_fill(others, -torch.inf).softmax(1)
-            added = getattr(getattr(gate, "moe_statics", None), CORRECTION, torch.zeros(1))  # Ernie 4.5 has one, too
+            # Ernie 4.5 has one, too
+            added = getattr(getattr(gate, "moe_statics", None), CORRECTION, torch.zeros(1))
             chosen = (scores + added).masked_fill(others, -torch.inf).topk(gate.top_k).indices
         weights = scores.gather(1, chosen)
-        if getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method")):  # DeepSeek-V2's weights stay as they are
+        # DeepSeek-V2's weights stay as they are
+        if getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method")):
             weights = weights / weights.sum(1, keepdim=True)
         return logits, weights * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
@@ -91,11 +107,15 @@ def mask_before_wide_norms(network: Network, keep: list[LayerKeep]) -> None:
             linear: Any = layer.get_submodule(f"self_attn.{name}_proj")
             norm: Any = layer.get_submodule(f"self_attn.{name}_norm")
             factors = stays(network.shape, i, keep[i], "heads", linear.out_features)
-            linear.register_forward_hook(lambda module, inputs, output, factors=factors: output * factors)
+            linear.register_forward_hook(
+                lambda module, inputs, output, factors=factors: output * factors
+            )
             norm.weight.data *= factors.mean().sqrt()
 
 
-def assert_masked_equals_cut(family: str, network: Network, masked: Network, counts: list[tuple[int, int]]) -> None:
+def assert_masked_equals_cut(
+    family: str, network: Network, masked: Network, counts: list[tuple[int, int]]
+) -> None:
     """Cuts one of two equal models and masks the other. In fp32 some CPUs round beyond the tolerance, so it is fp64."""
     network.model.double()
     masked.model.double()
@@ -119,7 +139,9 @@ DEPTHS: Any = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_other_heads_in_each_layer_of_an_encoder_and_its_decoder(family: str, tmp_path: Path) -> None:
+def test_other_heads_in_each_layer_of_an_encoder_and_its_decoder(
+    family: str, tmp_path: Path
+) -> None:
     """In memory it is the stock model. Masked it equals a cut one, whose export generates the same with caches."""
     tiny_model(family, **DEPTHS).save_pretrained(tmp_path / "stock")
     source, counts = open_pretrained(tmp_path / "stock"), [FEW, MANY, FEW, MANY, FEW]
@@ -132,12 +154,16 @@ def test_other_heads_in_each_layer_of_an_encoder_and_its_decoder(family: str, tm
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_a_cut_of_channels_alone_leaves_one_bias_in_encoder_and_decoder(family: str, tmp_path: Path) -> None:
+def test_a_cut_of_channels_alone_leaves_one_bias_in_encoder_and_decoder(
+    family: str, tmp_path: Path
+) -> None:
     all_heads = [(SIZES["num_key_value_heads"], 13)] * 5
     made = export(family, tmp_path / "cut", *all_heads, **DEPTHS)
     stored = read_headers(made.folder)
     assert made.exported.config["model_type"] == family
-    assert sum("relative_attention_bias" in name for name in stored) == (5 if family == "umt5" else 2)
+    assert sum("relative_attention_bias" in name for name in stored) == (
+        5 if family == "umt5" else 2
+    )
     model = load(made.folder)
     assert type(model).__module__.startswith("transformers.models.")
     assert difference(logits(model), made.logits) < TOLERANCE
@@ -148,9 +174,12 @@ def test_a_cut_of_channels_alone_leaves_one_bias_in_encoder_and_decoder(family: 
 
 
 @pytest.mark.parametrize(
-    ("family", "counts"), [(x, FEW) for x in FAMILIES] + [(x, MANY) for x in FAMILIES if heads_divide_hidden(x)]
+    ("family", "counts"),
+    [(x, FEW) for x in FAMILIES] + [(x, MANY) for x in FAMILIES if heads_divide_hidden(x)],
 )
-def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], tmp_path: Path) -> None:
+def test_uniform_export_is_a_stock_model(
+    family: str, counts: tuple[int, int], tmp_path: Path
+) -> None:
     """Only a stock class that wants its heads to divide hidden_size needs the modelling file, and only for MANY."""
     made = export(family, tmp_path / family, counts, counts)
     divides = counts is FEW
@@ -158,7 +187,9 @@ def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], t
     stock = divides or family in renamed
     model = load(made.folder, trust_remote_code=not stock)
     assert (type(model) is causal_lm_class(model.config.model_type)) == stock
-    assert made.exported.config["model_type"] == renamed.get(family, family if stock else f"pruned_{family}")
+    assert made.exported.config["model_type"] == renamed.get(
+        family, family if stock else f"pruned_{family}"
+    )
     assert difference(logits(model), made.logits) < TOLERANCE
     if family in EQUAL:
         check_a_next_run(family, made)
@@ -183,7 +214,13 @@ def generate(model: Any) -> Tensor:
     """Returns greedy tokens by a cache, after two prompts, one of which is padded."""
     mask = torch.ones_like(PROMPT)
     mask[0, :5] = 0
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    settings = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "use_cache": True,
+    }
     return model.generate(input_ids=PROMPT * mask, attention_mask=mask, **settings)
 
 
@@ -223,12 +260,16 @@ def check_a_next_run(family: str, made: family_cuts.Export) -> None:
     pretrained = open_pretrained(made.folder)
     assert pretrained.shape == replace(made.shape, model_type=made.exported.config["model_type"])
     assert difference(logits(reopened(pretrained)), made.logits) < TOLERANCE
-    again, masked = (family_cuts.with_lora(reopened(pretrained), pretrained.config, family) for _ in range(2))
+    again, masked = (
+        family_cuts.with_lora(reopened(pretrained), pretrained.config, family) for _ in range(2)
+    )
     assert_masked_equals_cut(family, again, masked, [NARROW, FEW])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_small_modules_with_slices_of_the_source_are_the_live_cut(family: str, tmp_path: Path) -> None:
+def test_small_modules_with_slices_of_the_source_are_the_live_cut(
+    family: str, tmp_path: Path
+) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     source = open_pretrained(tmp_path)
     live = family_cuts.with_lora(reopened(source), source.config, family)
@@ -236,7 +277,9 @@ def test_small_modules_with_slices_of_the_source_are_the_live_cut(family: str, t
     live.cut(keep)
     with live.model.disable_adapter():
         expected = live.logits()
-    assert torch.equal(logits(reopened(replace(source, weights=source.weights.cut(keep)))), expected)
+    assert torch.equal(
+        logits(reopened(replace(source, weights=source.weights.cut(keep)))), expected
+    )
 
 
 def test_an_export_of_layers_that_differ_trains_with_gradient_checkpointing(tmp_path: Path) -> None:
@@ -245,10 +288,13 @@ def test_an_export_of_layers_that_differ_trains_with_gradient_checkpointing(tmp_
         torch.manual_seed(0)
         model: Any = load(folder, trust_remote_code=True).train()
         calls = list[int]()
-        for layer in model.model.layers:  # a checkpointed layer runs again in backward, inside its own hooks
+        # a checkpointed layer runs again in backward, inside its own hooks
+        for layer in model.model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         model(PROMPT, labels=PROMPT).loss.backward()
         assert len(calls) == (1 + checkpointing) * len(model.model.layers)
         gradients.append([parameter.grad for parameter in model.parameters()])

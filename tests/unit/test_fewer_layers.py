@@ -15,7 +15,8 @@ from tests.families import SIZES, TINY, tiny_model
 from tests.family_cuts import difference, logits, reopened
 from tests.refusals import must_name
 
-DROPPED, TOLERANCE = (1, 4), 1e-5  # one of each sort. The tolerance and its reason are those of test_family_proof.py
+# one of each sort. The tolerance and its reason are those of test_family_proof.py
+DROPPED, TOLERANCE = (1, 4), 1e-5
 DROPS = [family for family in FAMILIES if FAMILIES[family].keeps_layers is None]
 pytestmark = pytest.mark.usefixtures("fresh_transformers")
 

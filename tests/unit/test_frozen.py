@@ -14,7 +14,15 @@ from loraprune_ds.model import frozen
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, UNSTACKED, WEIGHT, FrozenLinear, Int8, Int8Linear
+from loraprune_ds.model.frozen import (
+    BLOCK,
+    SCALE,
+    UNSTACKED,
+    WEIGHT,
+    FrozenLinear,
+    Int8,
+    Int8Linear,
+)
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import needed_scales
@@ -26,7 +34,9 @@ from tests.refusals import must_name
 SHAPES = [(130, 70), (70, 33), (31, 100), (1, 5), (BLOCK, BLOCK)]
 forms = pytest.mark.parametrize("form", [Int8(0), Int8(1)], ids=["rows are cut", "columns are cut"])
 STACKS = [(5 * 70, 33), (4 * BLOCK, 7), (3 * 1, 5), (2 * 130, 3)]
-OF_STACKS = [(Int8(1, rows), shape) for rows, shape in zip((70, BLOCK, 1, 130), STACKS, strict=True)]
+OF_STACKS = [
+    (Int8(1, rows), shape) for rows, shape in zip((70, BLOCK, 1, 130), STACKS, strict=True)
+]
 FORMS = [(form, shape) for form in (Int8(0), Int8(1)) for shape in SHAPES] + OF_STACKS
 every = pytest.mark.parametrize(("form", "shape"), FORMS)
 
@@ -39,13 +49,19 @@ def weight_of(shape: tuple[int, int], seed: int = 0) -> Tensor:
 @forms
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_weight_is_rounded_to_the_grid_of_its_block(form: Int8, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_weight_is_rounded_to_the_grid_of_its_block(
+    form: Int8, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     weight = weight_of(shape)
     tensors = form.split(weight, dtype)
     for row in range(shape[0]):
         for column in range(shape[1]):
             first = (column if form.axis == 0 else row) // BLOCK * BLOCK
-            block = weight[row, first : first + BLOCK] if form.axis == 0 else weight[first : first + BLOCK, column]
+            block = (
+                weight[row, first : first + BLOCK]
+                if form.axis == 0
+                else weight[first : first + BLOCK, column]
+            )
             scale = (block.abs().max() / 127).to(dtype)
             q = max(-127, min(127, round(float(weight[row, column] / scale.float()))))
             assert tensors[WEIGHT][row, column] == q
@@ -58,9 +74,15 @@ def test_a_weight_is_rounded_to_the_grid_of_its_block(form: Int8, shape: tuple[i
 def test_a_cut_commutes_with_it(form: Int8, shape: tuple[int, int]) -> None:
     """Whole experts leave from a stack, otherwise single rows or columns along the axis without blocks."""
     is_stack = form.rows != UNSTACKED
-    weight, axis, step = weight_of(shape), 0 if is_stack else form.axis, form.rows if is_stack else 1
+    weight, axis, step = (
+        weight_of(shape),
+        0 if is_stack else form.axis,
+        form.rows if is_stack else 1,
+    )
     keep = torch.arange(shape[axis]).view(-1, step)[::2].flatten()
-    cut_first, cut_last = (form.split(x, torch.bfloat16) for x in (weight.index_select(axis, keep), weight))
+    cut_first, cut_last = (
+        form.split(x, torch.bfloat16) for x in (weight.index_select(axis, keep), weight)
+    )
     for name, kept in form.kept(axis, keep).items():
         assert torch.equal(cut_first[name], cut_last[name].index_select(axis, kept))
 
@@ -73,7 +95,10 @@ def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> 
     for name in form.tensors:
         assert torch.equal(stack[name], torch.cat([tensors[name] for tensors in experts]))
     assert stack[SCALE].shape == form.scale_shape(shape)
-    assert torch.equal(form.join(stack.values()), torch.cat([Int8(1).join(tensors.values()) for tensors in experts]))
+    assert torch.equal(
+        form.join(stack.values()),
+        torch.cat([Int8(1).join(tensors.values()) for tensors in experts]),
+    )
 
 
 @every
@@ -87,13 +112,22 @@ def test_every_rank_reads_its_own_part(
     for name, expected in whole.items():
         for rank in range(world_size):
             start, end = owned_range(expected.numel(), world_size, rank)
-            found = form.read(name, shape, start, end, lambda a, b: weight.reshape(-1)[a:b].clone(), torch.bfloat16)
+            found = form.read(
+                name,
+                shape,
+                start,
+                end,
+                lambda a, b: weight.reshape(-1)[a:b].clone(),
+                torch.bfloat16,
+            )
             assert torch.equal(found, expected.reshape(-1)[start:end])
 
 
 @every
 @pytest.mark.parametrize("world_size", [1, 3, 7])
-def test_rows_are_decoded_from_the_scales_a_rank_needs(form: Int8, shape: tuple[int, int], world_size: int) -> None:
+def test_rows_are_decoded_from_the_scales_a_rank_needs(
+    form: Int8, shape: tuple[int, int], world_size: int
+) -> None:
     tensors = form.split(weight_of(shape), torch.bfloat16)
     whole, columns = form.join(tensors.values()), tensors[SCALE].shape[1]
     for rank in range(world_size):
@@ -114,7 +148,9 @@ def test_zeros_and_the_smallest_numbers_have_a_scale() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(family: str, tmp_path: Path) -> None:
+def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(
+    family: str, tmp_path: Path
+) -> None:
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     dense = open_int8(tmp_path).weights
     keep = draw(dense.shape, FEW, MANY)
@@ -161,7 +197,9 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
 @forms
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(5,), (2, 3)])
-def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: bool, batch: tuple[int, ...]) -> None:
+def test_a_linear_computes_with_the_weight_that_it_stands_for(
+    form: Int8, bias: bool, batch: tuple[int, ...]
+) -> None:
     stock = nn.Linear(70, 45, bias=bias)
     held = form.split(stock.weight.detach(), torch.float32)
     linear = Int8Linear(stock, form)
@@ -178,7 +216,9 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
 
 
 @pytest.mark.parametrize(("transposed", "axis"), [(False, 0), (False, 1), (True, 0), (True, 1)])
-def test_one_expert_at_a_time(transposed: bool, axis: Literal[0, 1], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_expert_at_a_time(
+    transposed: bool, axis: Literal[0, 1], monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts, inputs, outputs, counts = 4, 70, 45, [3, 0, 2, 6]  # no token chose the second
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     form = Int8(axis, shape[0])
@@ -188,7 +228,9 @@ def test_one_expert_at_a_time(transposed: bool, axis: Literal[0, 1], monkeypatch
     stack.store_as(form, torch.empty(0))
     stack.weight.data, stack.weight_scale.data = held[WEIGHT], held[SCALE]  # type: ignore[assignment]
     monkeypatch.setattr(frozen, "dequantise", dequantise := Mock(wraps=frozen.dequantise))
-    x = torch.randn(sum(counts), inputs, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(
+        sum(counts), inputs, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     found, expected = (of(x, counts) for of in (stack, ExpertStack(whole, transposed)))
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
@@ -196,7 +238,9 @@ def test_one_expert_at_a_time(transposed: bool, axis: Literal[0, 1], monkeypatch
 
 
 @pytest.mark.parametrize("family", ["phi3", "mixtral", "deepseek_v3", "gpt_oss"])
-def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tmp_path: Path) -> None:
+def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(
+    family: str, tmp_path: Path
+) -> None:
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     pretrained = open_int8(tmp_path)
     model, weights = build_for_losses(pretrained, "eager"), pretrained.weights
@@ -205,4 +249,7 @@ def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tm
     expected = {name: (held.shape, held.element_size == 1) for name, held in stored.items()}
     assert found == expected
     layers = decoder_layers(model)
-    assert all(isinstance(layers[i].get_submodule(x.linear), FrozenLinear) for i, x in pretrained.shape.linears())
+    assert all(
+        isinstance(layers[i].get_submodule(x.linear), FrozenLinear)
+        for i, x in pretrained.shape.linears()
+    )

@@ -90,7 +90,8 @@ def record(folder: Path) -> None:
 
 def draw_curves(folder: Path) -> None:
     log = TensorBoardLog(folder)
-    full = OSError(errno.ENOSPC, "No space left on device")  # its thread would print a traceback of its own
+    # its thread would print a traceback of its own
+    full = OSError(errno.ENOSPC, "No space left on device")
     with patch("torch.utils.tensorboard.SummaryWriter.flush", Mock(side_effect=full)):
         log.write(step_record(1))
 
@@ -108,7 +109,11 @@ def measure(folder: Path) -> None:
     result = json.dumps({"answers_plan": None, "dense": model} | model)
     answer = SimpleNamespace(returncode=0, stdout=result)
     with patch.object(subprocess, "run", Mock(return_value=answer)), full_disk():
-        measure_after(RunConfig(output_dir=str(folder), evaluate=EvaluateConfig(after=["piqa"])), folder, Mock())
+        measure_after(
+            RunConfig(output_dir=str(folder), evaluate=EvaluateConfig(after=["piqa"])),
+            folder,
+            Mock(),
+        )
 
 
 def export_model(folder: Path) -> None:
@@ -119,7 +124,14 @@ def export_model(folder: Path) -> None:
 
 def draw_chats(folder: Path) -> None:
     model = make_tiny_llama(folder / "model")
-    how = {"prompts": None, "text": None, "max_new_tokens": 3, "seed": 0, "batch_size": 4, "engine": "transformers"}
+    how = {
+        "prompts": None,
+        "text": None,
+        "max_new_tokens": 3,
+        "seed": 0,
+        "batch_size": 4,
+        "engine": "transformers",
+    }
     options = Namespace(model=str(model), out=folder / "chats.jsonl", tokens=9, **how)
     with full_disk():
         collect(options, Communicator())
@@ -133,7 +145,17 @@ def name_base(folder: Path) -> None:
         Pruning.save_base(training, folder / "base", folder)
 
 
-WRITERS: list[Act] = [start, write_status, record, draw_curves, save, measure, export_model, draw_chats, name_base]
+WRITERS: list[Act] = [
+    start,
+    write_status,
+    record,
+    draw_curves,
+    save,
+    measure,
+    export_model,
+    draw_chats,
+    name_base,
+]
 
 
 @pytest.mark.parametrize("write", WRITERS)

@@ -50,7 +50,10 @@ def tensors_of(model: Path) -> dict[str, Tensor]:
 
 def named_as_in_llama_cpp(model: Path) -> dict[str | None, Tensor]:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, 100)
-    return {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tensors_of(model).items()}
+    return {
+        names.get_name(name, (".weight", ".bias")): tensor
+        for name, tensor in tensors_of(model).items()
+    }
 
 
 def value(reader: GGUFReader, key: str) -> Any:
@@ -64,11 +67,15 @@ def wanted_values(name: str, expected: dict[str | None, Tensor], head_dim: int) 
     if ".attn_q." not in name and ".attn_k." not in name:
         return rows
     starts, half = range(0, len(rows), head_dim), head_dim // 2
-    return rows[[start + pair + side for start in starts for pair in range(half) for side in (0, half)]]
+    return rows[
+        [start + pair + side for start in starts for pair in range(half) for side in (0, half)]
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_tensor_and_size_is_there(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
+def test_every_tensor_and_size_is_there(
+    case: Case, models: dict[str, Path], tmp_path: Path
+) -> None:
     reader, _ = convert(models[case.name], tmp_path / "m.gguf")
     expected = named_as_in_llama_cpp(models[case.name])
     tensors = [tensor for tensor in reader.tensors if tensor.name != FACTORS]
@@ -105,7 +112,9 @@ def test_q8_0_is_within_half_a_step_and_odd_rows_stay_f16(tmp_path: Path) -> Non
     """The other cases have rows of 48, almost all of which stay f16. This one has rows of 64."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
     sizes = heads | {"hidden_size": 64, "intermediate_size": 96}
-    model = make_model(Case("q8", "llama", sizes, [(4, 64), (2, 37), (3, 96)], "pruned_llama"), tmp_path)
+    model = make_model(
+        Case("q8", "llama", sizes, [(4, 64), (2, 37), (3, 96)], "pruned_llama"), tmp_path
+    )
     reader, remarks = convert(model, tmp_path / "m.gguf", "q8_0")
     expected, halves = named_as_in_llama_cpp(model), set()
     for tensor in reader.tensors:
@@ -115,8 +124,11 @@ def test_q8_0_is_within_half_a_step_and_odd_rows_stay_f16(tmp_path: Path) -> Non
             want = wanted_values(tensor.name, expected, 8).reshape(-1, 32)
             # A block's largest value is 127 steps. The step itself is rounded to f16 (11 bits).
             limit = np.abs(want).max(1, keepdims=True) * (0.5 / 127 + 2**-11)
-            assert (np.abs(dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32) - want) <= limit).all()
-    assert halves == {"blk.1.ffn_down.weight", "blk.2.attn_output.weight"}  # 37 and 3 * 2 * 8 columns
+            assert (
+                np.abs(dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32) - want) <= limit
+            ).all()
+    # 37 and 3 * 2 * 8 columns
+    assert halves == {"blk.1.ffn_down.weight", "blk.2.attn_output.weight"}
     assert [remark.partition(",")[0] for remark in remarks] == ["2 tensors stay f16"]
 
 
@@ -127,7 +139,8 @@ def test_window_and_rope_scaling(models: dict[str, Path], tmp_path: Path) -> Non
     reader, remarks = convert(models["layers_no_window"], tmp_path / "no_window.gguf")
     assert value(reader, "deci.context_length") == 64
     assert remarks == []
-    stray = edit_config(models["mha"], tmp_path / "stray", sliding_window=5)  # LLaMA's class has no window
+    # LLaMA's class has no window
+    stray = edit_config(models["mha"], tmp_path / "stray", sliding_window=5)
     reader, remarks = convert(stray, tmp_path / "stray.gguf")
     assert (value(reader, "llama.context_length"), remarks) == (64, [])
     reader, _ = convert(models["stand_in"], tmp_path / "linear.gguf")
@@ -140,8 +153,14 @@ def test_window_and_rope_scaling(models: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_llama3_factors_are_those_of_transformers() -> None:
-    rope = LLAMA3 | {"rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 8192}
-    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, head_dim=128, rope_parameters=rope)
+    rope = LLAMA3 | {
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(
+        hidden_size=4096, num_attention_heads=32, head_dim=128, rope_parameters=rope
+    )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
     factors = llama3_factors(rope, 128)
@@ -152,7 +171,13 @@ def test_llama3_factors_are_those_of_transformers() -> None:
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     """Measures numpy's share, which tracemalloc sees: permuted, rounded and quantised values."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
-    case = Case("deep", "llama", heads | {"hidden_size": 256, "intermediate_size": 256}, [(4, 256)] * 24, "llama")
+    case = Case(
+        "deep",
+        "llama",
+        heads | {"hidden_size": 256, "intermediate_size": 256},
+        [(4, 256)] * 24,
+        "llama",
+    )
     model = make_model(case, tmp_path)
     tracemalloc.start()
     convert(model, tmp_path / "m.gguf")
@@ -170,7 +195,10 @@ def edit_config(model: Path, copy: Path, **changes: Any) -> Path:
 
 
 def test_a_value_beyond_f16_is_named(models: dict[str, Path], tmp_path: Path) -> None:
-    name, model = "model.layers.1.mlp.up_proj.weight", edit_config(models["mha"], tmp_path / "model")
+    name, model = (
+        "model.layers.1.mlp.up_proj.weight",
+        edit_config(models["mha"], tmp_path / "model"),
+    )
     path = next(p for p in model.glob("*.safetensors") if name in load_file(p))
     edit_tensors(lambda tensors: tensors[name].fill_(7e4), path.name)(model)
     must_name(name, convert, model, tmp_path / "m.gguf")

@@ -21,7 +21,15 @@ from tests.refusals import must_name
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
-STATE = {"step": 5, "steps": 10, "world_size": 2, "seed": 0, "prune": asdict(CONFIG), "dense": [], "kept": []}
+STATE = {
+    "step": 5,
+    "steps": 10,
+    "world_size": 2,
+    "seed": 0,
+    "prune": asdict(CONFIG),
+    "dense": [],
+    "kept": [],
+}
 STATE |= {"updates_since_cut": 0, "moment_tokens": 0.0, "resumed_from": [], "format": layout.FORMAT}
 
 
@@ -45,14 +53,21 @@ def saved(folder: Path, **changes: Any) -> Path:
         ({"surplus": 1}, "state.json"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], names: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_named(
+    tmp_path: Path, changes: dict[str, Any], names: str
+) -> None:
     saved(tmp_path, **changes)
     must_name(f"{tmp_path} {names}", checkpoint._read, tmp_path, CONFIG, COMM)
 
 
 @pytest.mark.parametrize(
     ("zero", "world_size", "names"),
-    [(True, 2, ""), (True, 3, "ZeRO-3 3 ranks"), (False, 2, "without ZeRO-3"), (False, 1, "without ZeRO-3")],
+    [
+        (True, 2, ""),
+        (True, 3, "ZeRO-3 3 ranks"),
+        (False, 2, "without ZeRO-3"),
+        (False, 1, "without ZeRO-3"),
+    ],
 )
 def test_another_engine_or_other_ranks_of_zero_3_cannot_load_an_optimizer(
     tmp_path: Path, zero: bool, world_size: int, names: str
@@ -77,9 +92,19 @@ def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
     tmp_path: Path, changes: dict[str, Any], trained: dict[str, torch.dtype], names: str
 ) -> None:
     state = PruningState(**STATE | {"adam": {}, "prune": CONFIG} | changes)
-    parameters = [(f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype))) for name, dtype in trained.items()]
+    parameters = [
+        (f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype)))
+        for name, dtype in trained.items()
+    ]
     model = Mock(named_parameters=lambda: parameters, parameters=lambda: dict(parameters).values())
-    must_name(f"optimizer.pt {names}", checkpoint._check_restorable, "has no optimizer.pt", state, model, zero=True)
+    must_name(
+        f"optimizer.pt {names}",
+        checkpoint._check_restorable,
+        "has no optimizer.pt",
+        state,
+        model,
+        zero=True,
+    )
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
@@ -91,7 +116,8 @@ def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    (tmp_path / "trainer_state.json").touch()  # `trainer.save_state()` writes it next to the checkpoints
+    # `trainer.save_state()` writes it next to the checkpoints
+    (tmp_path / "trainer_state.json").touch()
     assert checkpoint._find(tmp_path / "nothing") is None
     for step in (3, 12):
         saved(tmp_path / f"checkpoint-{step}")
@@ -106,11 +132,17 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
     newest = tmp_path / "checkpoint-12"
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved" / "trainer_state.json").touch()
-    for folder, lacking in ((newest, newest), (tmp_path, newest), (tmp_path / "moved", tmp_path / "moved")):
+    for folder, lacking in (
+        (newest, newest),
+        (tmp_path, newest),
+        (tmp_path / "moved", tmp_path / "moved"),
+    ):
         must_name(f"{lacking} pruning/", checkpoint._find, folder)
 
 
-def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A cut may come before the next score, if the next step overflows in fp16."""
     monkeypatch.setattr(checkpoint, "read_history", lambda path: [])
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
@@ -133,7 +165,9 @@ def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) 
 def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() -> None:
     calls: list[str] = []
     zero = SimpleNamespace(step=lambda: calls.append("update"))
-    take_back = ShardedModel.before_each_update(Mock(zero_optimizer=zero), lambda: calls.append("scores"))
+    take_back = ShardedModel.before_each_update(
+        Mock(zero_optimizer=zero), lambda: calls.append("scores")
+    )
     zero.step()
     take_back()
     zero.step()

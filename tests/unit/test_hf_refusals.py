@@ -9,7 +9,14 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, TrainerControl, TrainerState
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    TrainerControl,
+    TrainerState,
+)
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
@@ -32,13 +39,20 @@ from loraprune_ds.zero.external_engine import share_model
 from tests.families import LLAMA_LINEARS, tiny_model
 from tests.refusals import must_name
 
-SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 32,
+}
 ALL = [linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
 CONTROL = cast(Any, None)
 
 
 def base(**more: Any) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **more))
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, **more)
+    )
 
 
 def adapted(base_model: LlamaForCausalLM | None = None, **more: Any) -> PeftModel:
@@ -53,11 +67,15 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
     layer, smaller = decoder_layers(model)[0], LayerCounts(heads=1, channels=20)
-    set_sizes(layer, base_shape(model).layers[0].resized(smaller))  # a cut tells all adapters their sizes
+    # a cut tells all adapters their sizes
+    set_sizes(layer, base_shape(model).layers[0].resized(smaller))
     for adapter in ("default", "ref"):
         module = cast(Any, layer).mlp.up_proj
         assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 16)
-        assert (module.lora_A[adapter].out_features, module.base_layer.out_features) == (module.r[adapter], 20)
+        assert (module.lora_A[adapter].out_features, module.base_layer.out_features) == (
+            module.r[adapter],
+            20,
+        )
         assert cast(Any, layer).mlp.down_proj.lora_A[adapter].in_features == 20
 
 
@@ -76,7 +94,9 @@ def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
     adapted_model = adapted(cast(Any, model), target_modules=names)
     check(adapted_model)
     assert live_shape(adapted_model) == base_shape(adapted_model)
-    without = adapted(cast(Any, tiny_model("qwen3_5_text")), target_modules=[x for x in names if x != "q_proj"])
+    without = adapted(
+        cast(Any, tiny_model("qwen3_5_text")), target_modules=[x for x in names if x != "q_proj"]
+    )
     must_name("layer 1 self_attn.q_proj target_modules in_proj_qkv", check, without)
 
 
@@ -85,7 +105,9 @@ def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixtu
     must_name("t5 bias unshare_bias", check, adapted(t5, target_modules=linear_names(t5)))
     own: Any = unshare_bias(tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False))
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(own(ids, decoder_input_ids=ids).logits, t5(ids, decoder_input_ids=ids).logits)
+    assert torch.equal(
+        own(ids, decoder_input_ids=ids).logits, t5(ids, decoder_input_ids=ids).logits
+    )
     model = adapted(own, target_modules=linear_names(own))
     check(model)
     assert live_shape(model) == base_shape(model)
@@ -106,7 +128,10 @@ def check(model: torch.nn.Module) -> None:
 
 def olmo2_that_trains_a_norm() -> PeftModel:
     model = Olmo2ForCausalLM(Olmo2Config(**SIZES, num_attention_heads=4, num_key_value_heads=2))
-    return cast(PeftModel, get_peft_model(model, LoraConfig(r=2, target_modules=ALL, modules_to_save=["q_norm"])))
+    return cast(
+        PeftModel,
+        get_peft_model(model, LoraConfig(r=2, target_modules=ALL, modules_to_save=["q_norm"])),
+    )
 
 
 def changed(change: Callable[[Any], object]) -> Callable[[], torch.nn.Module]:
@@ -139,34 +164,55 @@ def tied(**more: Any) -> Callable[[], torch.nn.Module]:
         (changed(lambda model: model.to(torch.float64)), "torch.float64"),
         (base, "LlamaForCausalLM"),
         (olmo2_that_trains_a_norm, "model.layers.0.self_attn.q_norm"),
-        (changed(lambda m: delattr(decoder_layers(m)[1].mlp, "gate_proj")), "layer 1 mlp.gate_proj"),
+        (
+            changed(lambda m: delattr(decoder_layers(m)[1].mlp, "gate_proj")),
+            "layer 1 mlp.gate_proj",
+        ),
     ],
 )
-def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], torch.nn.Module], names: str) -> None:
+def test_a_model_that_cannot_be_pruned_is_named(
+    make: Callable[[], torch.nn.Module], names: str
+) -> None:
     model = make()
     must_name(names, check, model)
 
 
 def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
-    lora: dict[str, Any] = {"target_modules": ALL, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    lora: dict[str, Any] = {
+        "target_modules": ALL,
+        "modules_to_save": ["lm_head"],
+        "task_type": "CAUSAL_LM",
+    }
     model = get_peft_model(base().bfloat16(), LoraConfig(r=2, **lora))
     begin = LoraPruneCallback(PruneConfig()).on_init_end
     args, state = cast(Any, SimpleNamespace(output_dir="unused", fp16=False)), TrainerState()
     begin(args, state, CONTROL, model=model)  # DeepSpeed casts what is not born sharded
     for parameter in model.parameters():
         cast(Any, parameter).ds_tensor = None
-    must_name("bfloat16 float32 autocast_adapter_dtype=False", begin, args, state, CONTROL, model=model)
+    must_name(
+        "bfloat16 float32 autocast_adapter_dtype=False", begin, args, state, CONTROL, model=model
+    )
     model.requires_grad_(False)
     begin(args, state, CONTROL, model=model)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS] + ["generation_config.cache_implementation"])
+@pytest.mark.parametrize(
+    "name", [name for name, *_ in ARGUMENTS] + ["generation_config.cache_implementation"]
+)
 def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
-    model, value = base(), "static" if "cache" in name else 2 if "size" in name or name == "n_gpu" else True
-    args = SimpleNamespace(cache_implementation=None, parallelism_config=SimpleNamespace(sp_size=1, cp_size=1))
+    model, value = (
+        base(),
+        "static" if "cache" in name else 2 if "size" in name or name == "n_gpu" else True,
+    )
+    args = SimpleNamespace(
+        cache_implementation=None, parallelism_config=SimpleNamespace(sp_size=1, cp_size=1)
+    )
     value = {"cache_implementation": "static"} if name == "generation_kwargs" else value
     check_arguments(args, model)
-    owners = {"generation_config": cast(Any, model).generation_config, "parallelism_config": args.parallelism_config}
+    owners = {
+        "generation_config": cast(Any, model).generation_config,
+        "parallelism_config": args.parallelism_config,
+    }
     setattr(owners.get(name.partition(".")[0], args), name.rpartition(".")[2], value)
     must_name(f"{name}={value}", check_arguments, args, model)
 
@@ -180,9 +226,15 @@ def zero_over(inner: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "options", "name"),
-    [("SGD", {"lr": 0.1}, "SGD"), ("Adafactor", {}, "Adafactor"), ("AdamW", {"amsgrad": True}, "AdamW with amsgrad")],
+    [
+        ("SGD", {"lr": 0.1}, "SGD"),
+        ("Adafactor", {}, "Adafactor"),
+        ("AdamW", {"amsgrad": True}, "AdamW with amsgrad"),
+    ],
 )
-def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(kind: str, options: dict[str, Any], name: str) -> None:
+def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(
+    kind: str, options: dict[str, Any], name: str
+) -> None:
     inner = getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
     model = adapted()
     must_name(name, share_model, model, zero_over(inner), base_shape(model))
@@ -192,7 +244,9 @@ def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(kind: str, optio
 # All of it is asked before the first step
 
 
-def begins_with(names: str, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any) -> None:
+def begins_with(
+    names: str, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any
+) -> None:
     """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Checks what the refusal names."""
     state, zero = TrainerState(global_step=step, max_steps=10), zero_over(inner)
     given = cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args))
@@ -209,7 +263,10 @@ def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> N
     begins_with("DeepSpeed NVMe", adapted(), adam, deepspeed_plugin=nvme)
     begins_with("layer 0 self_attn.q_proj", adapted(target_modules=ALL[1:]), adam)
     begins_with("SGD", adapted(), sgd)
-    monkeypatch.setattr("loraprune_ds.zero.external_engine.dist.get_world_size", lambda group=None: 2 if group else 4)
+    monkeypatch.setattr(
+        "loraprune_ds.zero.external_engine.dist.get_world_size",
+        lambda group=None: 2 if group else 4,
+    )
     begins_with("2 4 ranks", adapted(), adam)
 
 
@@ -224,7 +281,12 @@ def test_a_resume_needs_the_callback_s_own_and_the_same_schedule() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "strategy", "saves", "forgotten"),
-    [(0, "steps", True, True), (0, "steps", False, False), (1, "steps", True, False), (0, "best", False, True)],
+    [
+        (0, "steps", True, True),
+        (0, "steps", False, False),
+        (1, "steps", True, False),
+        (0, "best", False, True),
+    ],
 )
 def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
     tmp_path: Path, *, rank: int, strategy: str, saves: bool, forgotten: bool
@@ -234,7 +296,10 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
         (tmp_path / f"checkpoint-{step}" / "pruning").mkdir(parents=True)
     callback = LoraPruneCallback(PruneConfig())
     callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None, save_size=lambda *_: None))
-    args = cast(Any, SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0, save_strategy=strategy))
+    args = cast(
+        Any,
+        SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0, save_strategy=strategy),
+    )
     callback.on_step_end(args, TrainerState(global_step=4), TrainerControl(should_save=saves))
     assert (tmp_path / "checkpoint-4" / "pruning").exists() != forgotten
     assert (tmp_path / "checkpoint-6" / "pruning").exists()

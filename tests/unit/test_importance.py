@@ -20,21 +20,31 @@ from tests.unit.shapes_and_scores import make_shape
 
 # Elements
 
-FP32 = 1e-5  # relative to the largest sum: fp32 products of up to 23 terms whose parts cancel, summed in fp64
+# relative to the largest sum: fp32 products of up to 23 terms whose parts cancel, summed in fp64
+FP32 = 1e-5
 
 
 def owned_shard(weight: Tensor, world_size: int, rank: int) -> OwnedShard:
     """What `rank` owns of a weight, as the package reads it from a ZeRO-3 parameter. Padding is poisoned with NaN."""
     size = partition_numel(weight.numel(), world_size)
-    padded = torch.cat([weight.reshape(-1), weight.new_full((size * world_size - weight.numel(),), float("nan"))])
+    padded = torch.cat(
+        [weight.reshape(-1), weight.new_full((size * world_size - weight.numel(),), float("nan"))]
+    )
     parameter: Any = torch.empty(0)
-    parameter.ds_numel, parameter.ds_tensor = weight.numel(), padded[rank * size : (rank + 1) * size]
+    parameter.ds_numel, parameter.ds_tensor = (
+        weight.numel(),
+        padded[rank * size : (rank + 1) * size],
+    )
     flat, start = owned_flat(parameter, world_size, rank)
     return OwnedShard(flat, start, (weight.shape[0], weight.shape[1]))
 
 
 def random_linear(
-    generator: torch.Generator, shape: tuple[int, int], r: int, scaling: float, dtype: torch.dtype = torch.float32
+    generator: torch.Generator,
+    shape: tuple[int, int],
+    r: int,
+    scaling: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, LoraFactors]:
     """Returns a weight and its LoRA."""
     rows, columns = shape
@@ -59,25 +69,40 @@ def close(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("name", ELEMENT_CRITERIA)
 def test_criteria_are_the_oracles_in_fp64(name: str, scaling: float) -> None:
     for shape, r in (((9, 6), 3), ((3, 11), 4), ((1, 1), 2)):
-        weight, factors = random_linear(torch.Generator().manual_seed(1), shape, r, scaling, torch.float64)
+        weight, factors = random_linear(
+            torch.Generator().manual_seed(1), shape, r, scaling, torch.float64
+        )
         found = ELEMENT_CRITERIA[name](weight.clone(), factors).abs()
         torch.testing.assert_close(found, oracle(name, weight, factors), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 17])
-def test_partial_sums_add_up_to_the_sums_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_partial_sums_add_up_to_the_sums_of_the_whole_weight(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     monkeypatch.setattr(criterion, "CPU_BLOCK_NUMEL", block)
     draw, generator = random.Random(block), torch.Generator().manual_seed(block)
     for _ in range(1000):
-        shape, r, world_size = (draw.randint(1, 23), draw.randint(1, 23)), draw.randint(1, 4), draw.randint(1, 9)
+        shape, r, world_size = (
+            (draw.randint(1, 23), draw.randint(1, 23)),
+            draw.randint(1, 4),
+            draw.randint(1, 9),
+        )
         weight, factors = random_linear(generator, shape, r, draw.choice([0.5, 1.0, 2.0]))
         axis, name = draw.randint(0, 1), draw.choice(["lora", "magnitude"])
         total = torch.zeros(shape[axis], dtype=torch.float64)
         for rank in range(world_size):
-            part = score_shard(owned_shard(weight, world_size, rank), factors, ELEMENT_CRITERIA[name], axis)
+            part = score_shard(
+                owned_shard(weight, world_size, rank), factors, ELEMENT_CRITERIA[name], axis
+            )
             assert (part.dtype, part.shape) == (torch.float64, total.shape)
             total += part
-        assert close(total, oracle(name, weight, factors).sum(1 - axis)), (shape, world_size, axis, name)
+        assert close(total, oracle(name, weight, factors).sum(1 - axis)), (
+            shape,
+            world_size,
+            axis,
+            name,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,7 +135,9 @@ def made_up(generator: torch.Generator, factor: float) -> GroupSums:
 
 def added(sums: GroupSums, normalization: Normalization) -> list[dict[str, Tensor]]:
     """Adds up the scores of a layer's linears."""
-    layers = [{kind: torch.zeros(n).double() for kind, n in layer.items()} for layer in SHAPE.counts]
+    layers = [
+        {kind: torch.zeros(n).double() for kind, n in layer.items()} for layer in SHAPE.counts
+    ]
     total = float(torch.cat([*sums.of_runs]).sum())
     for (layer, linear), scores in zip(sums.linears, sums.of_runs, strict=True):
         divisor = {"l2": float(scores.norm()), "step": total, "none": 1.0}[normalization] or 1.0
@@ -120,22 +147,31 @@ def added(sums: GroupSums, normalization: Normalization) -> list[dict[str, Tenso
 
 @pytest.mark.parametrize("normalization", ["l2", "step", "none"])
 @pytest.mark.parametrize("factor", [1.0, 50.0, 0.0])
-def test_scores_of_a_layer_are_those_of_its_linears(normalization: Normalization, factor: float) -> None:
+def test_scores_of_a_layer_are_those_of_its_linears(
+    normalization: Normalization, factor: float
+) -> None:
     """By `step` each step counts alike, though the gradients of one are larger, or zero."""
     average, generator = MovingAverage(0.9), torch.Generator().manual_seed(0)
     steps = [made_up(generator, 1.0), made_up(generator, factor)]
     for sums in steps:
         average.update(sums.by_layer(normalization))
-    for found, *of_steps in zip(average.scores or [], *(added(sums, normalization) for sums in steps), strict=True):
+    for found, *of_steps in zip(
+        average.scores or [], *(added(sums, normalization) for sums in steps), strict=True
+    ):
         for kind, scores in found.items():
             first, second = (layer[kind] for layer in of_steps)
-            torch.testing.assert_close(scores, 0.09 * first + 0.1 * second, rtol=1e-12, atol=1e-12)  # fp64
+            # fp64
+            torch.testing.assert_close(scores, 0.09 * first + 0.1 * second, rtol=1e-12, atol=1e-12)
 
 
 def test_random_scores_are_one_draw_per_group() -> None:
     shape = make_shape([(4, 30), (4, 30), (2, 5)])
     first, again, other = random_scores(shape, 1), random_scores(shape, 1), random_scores(shape, 2)
     assert [(len(s["heads"]), len(s["channels"])) for s in first] == [(4, 30), (4, 30), (2, 5)]
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(first, again, strict=True) for k in ("heads", "channels"))
+    assert all(
+        torch.equal(a[k], b[k])
+        for a, b in zip(first, again, strict=True)
+        for k in ("heads", "channels")
+    )
     assert not torch.equal(first[0]["channels"], other[0]["channels"])
     assert not torch.equal(first[0]["channels"], first[1]["channels"])  # layers draw their own

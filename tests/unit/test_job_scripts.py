@@ -51,13 +51,22 @@ class Ended:
     requeued: str | None  # as what
 
 
-def submit(folder: Path, script: str, *arguments: str, ranks: str = "true", shown: str = RUNNING, **more: str) -> Ended:
+def submit(
+    folder: Path,
+    script: str,
+    *arguments: str,
+    ranks: str = "true",
+    shown: str = RUNNING,
+    **more: str,
+) -> Ended:
     """Runs a script with a fake `srun`, whose ranks run the bash code `ranks`, and a `scontrol` that prints `shown`."""
     bin, started, requeued = folder / "bin", folder / "started", folder / "requeued"
     bin.mkdir()
     (folder / "site.sh").write_text(SITE.format(bin=bin))
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        filled = text.format(started=started, out=folder / "out", ranks=ranks, requeued=requeued, shown=shown)
+        filled = text.format(
+            started=started, out=folder / "out", ranks=ranks, requeued=requeued, shown=shown
+        )
         (bin / name).write_text(filled)
         (bin / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "node1"}
@@ -67,7 +76,12 @@ def submit(folder: Path, script: str, *arguments: str, ranks: str = "true", show
     environment = os.environ | slurm | site | more
     ended = subprocess.run(command, cwd=folder, env=environment, timeout=60, **streams)
     last = shlex.split(started.read_text().splitlines()[-1]) if started.exists() else []
-    return Ended(ended.returncode, ended.stdout, last, requeued.read_text().strip() if requeued.exists() else None)
+    return Ended(
+        ended.returncode,
+        ended.stdout,
+        last,
+        requeued.read_text().strip() if requeued.exists() else None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +93,9 @@ def submit(folder: Path, script: str, *arguments: str, ranks: str = "true", show
         (["--text", "x.txt", "--speed"], False),
     ],
 )
-def test_only_perplexity_is_measured_sharded(tmp_path: Path, given: list[str], sharded: bool) -> None:
+def test_only_perplexity_is_measured_sharded(
+    tmp_path: Path, given: list[str], sharded: bool
+) -> None:
     ended = submit(tmp_path, "evaluate.sbatch", "model", *given)
     assert ended.code == 0, ended.log
     words = ended.ranks[ended.ranks.index(str(ROOT / "launch" / "evaluate.py")) + 1 :]
@@ -90,7 +106,9 @@ def status(step: int, state: State = "running", job: str | None = "7") -> Status
     return Status(state, step, 10, job=job)
 
 
-def fail_at(folder: Path, before: Status | None, after: Status, code: int = 1, **given: str) -> Ended:
+def fail_at(
+    folder: Path, before: Status | None, after: Status, code: int = 1, **given: str
+) -> Ended:
     """Runs prune.sbatch. The ranks find `before` in status.json, leave `after` and end with `code`."""
     if before is not None:
         write_status(folder / "out", before)
@@ -104,7 +122,8 @@ def shown(old: str, new: str) -> dict[str, str]:
 
 
 LAST = shown("Restarts=0", "Restarts=3") | {"SLURM_RESTART_COUNT": "3"}
-ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "35"}  # SLURM_JOB_ID may be the whole array's
+# SLURM_JOB_ID may be the whole array's
+ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "35"}
 
 
 @pytest.mark.parametrize(
@@ -122,13 +141,22 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "35"}  # SLURM_JOB_ID
         pytest.param(None, status(7, job="8"), 1, {}, None, id="taken over by another job"),
         pytest.param(None, status(7, job=None), 1, {}, None, id="taken over outside Slurm"),
         pytest.param(None, status(7), 1, shown("RUNNING", "COMPLETING"), None, id="cancelled"),
-        pytest.param(None, status(7), 1, shown("Time=None", "Time=2026-11-27"), None, id="preempted"),
-        pytest.param(None, status(7), 1, shown("Restarts=0", "Restarts=1"), None, id="on other nodes"),
+        pytest.param(
+            None, status(7), 1, shown("Time=None", "Time=2026-11-27"), None, id="preempted"
+        ),
+        pytest.param(
+            None, status(7), 1, shown("Restarts=0", "Restarts=1"), None, id="on other nodes"
+        ),
         pytest.param(None, status(7), 1, LAST, None, id="the last restart"),
     ],
 )
 def test_a_job_starts_again_after_new_steps_unless_it_would_fail_again_or_belongs_to_another(
-    tmp_path: Path, before: Status | None, after: Status, code: int, given: dict[str, str], requeued: str | None
+    tmp_path: Path,
+    before: Status | None,
+    after: Status,
+    code: int,
+    given: dict[str, str],
+    requeued: str | None,
 ) -> None:
     ended = fail_at(tmp_path, before, after, code, **given)
     assert ended.requeued == requeued, ended.log
@@ -172,18 +200,27 @@ def test_a_bad_node_is_named_once_and_all_hear_of_it(
         return preflight.Rendezvous(NODES, index, port, timeout).agree("stage", check)
 
     with ThreadPoolExecutor(len(NODES)) as pool:
-        nodes = [pool.submit(be_node, index, check) for index, check in enumerate(checks) if check is not None]
+        nodes = [
+            pool.submit(be_node, index, check)
+            for index, check in enumerate(checks)
+            if check is not None
+        ]
         assert [node.result() for node in nodes] == fits
-    told_by_all = re.findall("^preflight: .*\n", capfd.readouterr().err, re.MULTILINE)  # torch reports waits, too
+    # torch reports waits, too
+    told_by_all = re.findall("^preflight: .*\n", capfd.readouterr().err, re.MULTILINE)
     assert "".join(told_by_all) == told
 
 
-def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_shared_or_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(preflight, "VISIBLE_WITHIN", 0.0)
     with preflight.probe_file(tmp_path / "runs" / "mine") as file:
         assert file.parent == tmp_path
         preflight.check_visible(file, "gpu1")
-    with pytest.raises(preflight.Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
+    with pytest.raises(
+        preflight.Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"
+    ):
         preflight.check_visible(file, "gpu1")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -192,7 +229,14 @@ def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkey
 
 
 def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Path) -> None:
-    command = [sys.executable, "slurm/preflight.py", "--nodes", "localhost", "--port", str(free_port())]
+    command = [
+        sys.executable,
+        "slurm/preflight.py",
+        "--nodes",
+        "localhost",
+        "--port",
+        str(free_port()),
+    ]
     command += ["--output", str(tmp_path)]
     ended = run_to_end(command, cwd=ROOT, environment={"GLOO_SOCKET_IFNAME": "nosuch"}, timeout=120)
     assert ended.code == 1
@@ -212,7 +256,9 @@ def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixtu
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(be_node, range(2))) == [True, True]
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"preflight: all-to-all over 4 ranks by gloo: [\d.e-]+ GB/s to the slowest\n", out)
+    assert re.fullmatch(
+        r"preflight: all-to-all over 4 ranks by gloo: [\d.e-]+ GB/s to the slowest\n", out
+    )
     assert err == ""
 
 
@@ -239,10 +285,15 @@ class FakeRanks:
         pass
 
 
-def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(preflight, "distributed", FakeRanks())
     assert preflight._exchange(0, 2, "cpu") == 2.0**-40
-    for wrong, told in (("sum", "a sum over all ranks is 5"), ("part", "an all-to-all brought wrong numbers")):
+    for wrong, told in (
+        ("sum", "a sum over all ranks is 5"),
+        ("part", "an all-to-all brought wrong numbers"),
+    ):
         monkeypatch.setattr(preflight, "distributed", FakeRanks(wrong))
         with pytest.raises(ValueError, match=told):
             preflight._exchange(0, 2, "cpu")
@@ -250,7 +301,9 @@ def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(monkeypatch: 
 
 def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
+    gpus = SimpleNamespace(
+        device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu"
+    )
     monkeypatch.setattr("loraprune_ds.zero.device.accelerator", lambda: gpus)
     monkeypatch.setattr("loraprune_ds.ranks.device.is_cpu", lambda: False)
     preflight.check_accelerators(4)

@@ -66,7 +66,12 @@ def import_faults(part: str, source: str) -> list[str]:
         root, target = module.split(".")[0], part_of(module)
         if root == "deepspeed" and part != KNOWS_DEEPSPEED:
             faults.append(f"{part} imports {module}; only {KNOWS_DEEPSPEED} may know DeepSpeed")
-        if root in (PACKAGE, *SCRIPTS) and target in LEVEL and target != part and LEVEL[target] >= LEVEL[part]:
+        if (
+            root in (PACKAGE, *SCRIPTS)
+            and target in LEVEL
+            and target != part
+            and LEVEL[target] >= LEVEL[part]
+        ):
             faults.append(f"{part} imports {module}, which comes after it")
     return faults
 
@@ -83,7 +88,11 @@ def imports_between_files() -> dict[str, set[str]]:
     modules = {module_of(path): path for path in FILES}
     found = {}
     for module, path in modules.items():
-        targets = {name for name in imported_modules(ast.parse(path.read_text())) if name.startswith(PACKAGE)}
+        targets = {
+            name
+            for name in imported_modules(ast.parse(path.read_text()))
+            if name.startswith(PACKAGE)
+        }
         named = {name if name in modules else name.rpartition(".")[0] for name in targets}
         found[module] = {name for name in named if name in modules} - {module}
     return found
@@ -96,7 +105,9 @@ def test_every_file_keeps_to_its_layer_and_is_short(path: Path) -> None:
     assert not part or import_faults(part, source) == []
     assert len(source.splitlines()) <= MAX_LINES
     if part and path.name == "__init__.py":
-        assert not list(imported_modules(ast.parse(source))), "only the package itself names what others define"
+        assert not list(imported_modules(ast.parse(source))), (
+            "only the package itself names what others define"
+        )
 
 
 def test_no_file_imports_itself_through_others() -> None:
@@ -105,7 +116,9 @@ def test_no_file_imports_itself_through_others() -> None:
     TopologicalSorter(imports).prepare()  # raises a CycleError that names the files
 
 
-EXPORT_AND_EVALUATE = [module_of(path) for path in FILES if part_of_file(path) in ("export", "evaluate")]
+EXPORT_AND_EVALUATE = [
+    module_of(path) for path in FILES if part_of_file(path) in ("export", "evaluate")
+]
 
 
 @pytest.mark.parametrize(
@@ -116,15 +129,24 @@ EXPORT_AND_EVALUATE = [module_of(path) for path in FILES if part_of_file(path) i
     ],
     ids=["exports and evaluations", "settings"],
 )
-def test_an_import_does_not_wait_for_packages_it_does_not_need(line: str, unwanted: list[str]) -> None:
+def test_an_import_does_not_wait_for_packages_it_does_not_need(
+    line: str, unwanted: list[str]
+) -> None:
     code = f"{line}; import sys; sys.exit(any(name in sys.modules for name in {unwanted}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_the_callback_loads_a_part_of_the_package() -> None:
-    code = "import sys; from loraprune_ds import LoraPruneCallback, PruneConfig; print(*sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    loaded, own = set(printed.split()), {module_of(path) for path in FILES if path.parent.name != "families"}
+    code = (
+        "import sys; from loraprune_ds import LoraPruneCallback, PruneConfig; print(*sys.modules)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    loaded, own = (
+        set(printed.split()),
+        {module_of(path) for path in FILES if path.parent.name != "families"},
+    )
     assert not loaded & {"gguf", "matplotlib"}
     assert len(loaded & own) <= MOST_LOADED
 
@@ -142,24 +164,39 @@ def test_every_public_name_leads_to_its_definition() -> None:
 
 def refusal() -> str:
     message = refused(check_private_attributes)
-    assert message.startswith(f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs (")
+    assert message.startswith(
+        f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs ("
+    )
     return message.split("(", 1)[1].rsplit(")", 1)[0]
 
 
-@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls, names in private.METHODS for name in names])
+@pytest.mark.parametrize(
+    ("cls", "name"), [(cls, name) for cls, names in private.METHODS for name in names]
+)
 def test_a_missing_method_is_named(monkeypatch: pytest.MonkeyPatch, cls: Any, name: str) -> None:
     for base in getattr(cls, "__mro__", [cls]):
         if name in vars(base):
             monkeypatch.delattr(base, name)
-    assigned = [f"{holder}.{x}" for _, function, holder, names in private.ASSIGNED if function == name for x in names]
+    assigned = [
+        f"{holder}.{x}"
+        for _, function, holder, names in private.ASSIGNED
+        if function == name
+        for x in names
+    ]
     assert refusal().split(", ") == [f"{cls.__name__}.{name}", *assigned]
 
 
 @pytest.mark.parametrize(
     ("cls", "function", "holder", "name"),
-    [(cls, function, holder, name) for cls, function, holder, names in private.ASSIGNED for name in names],
+    [
+        (cls, function, holder, name)
+        for cls, function, holder, names in private.ASSIGNED
+        for name in names
+    ],
 )
-def test_a_lack_is_named(monkeypatch: pytest.MonkeyPatch, cls: type, function: str, holder: str, name: str) -> None:
+def test_a_lack_is_named(
+    monkeypatch: pytest.MonkeyPatch, cls: type, function: str, holder: str, name: str
+) -> None:
     """Pretends that DeepSpeed's function assigns everything but this one."""
     names = tuple(n for n in getattr(cls, function).__code__.co_names if n != name)
     monkeypatch.setattr(cls, function, SimpleNamespace(__code__=SimpleNamespace(co_names=names)))
@@ -195,11 +232,17 @@ def written_to_engine(source: str) -> set[str]:
 def test_everything_the_package_touches_is_checked() -> None:
     checked = {name for _, names in private.METHODS for name in names}
     checked |= {name for *_, names in private.ASSIGNED for name in names}
-    files = [path for path in (ROOT / "loraprune_ds" / "zero").glob("*.py") if "ds_config" not in path.name]
+    files = [
+        path
+        for path in (ROOT / "loraprune_ds" / "zero").glob("*.py")
+        if "ds_config" not in path.name
+    ]
     used = set().union(*(touched(path.read_text()) for path in files))
     assert used >= {"ds_tensor", "grad_position", "is_invalid_trace", "_setup_for_real_optimizer"}
     assert used - checked - PUBLIC - ONLY_WRITTEN == set()
-    assert set().union(*(written_to_engine(path.read_text()) for path in files)) == set(private.ENGINE_COUNTERS)
+    assert set().union(*(written_to_engine(path.read_text()) for path in files)) == set(
+        private.ENGINE_COUNTERS
+    )
     by_name = {*private.FLAT_LISTS, *private.LOSS_SCALE_FIELDS}  # in loops over the list
     others = "\n".join(path.read_text() for path in files if path.name != "private.py")
     assert {name for name in checked - by_name if not re.search(rf"\b{name}\b", others)} == set()

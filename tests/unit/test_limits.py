@@ -17,7 +17,14 @@ from tests.families import tiny_config
 from tests.paper import PAPER
 from tests.published import PUBLISHED
 from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import SMOLLM2, gone, keep_at_end, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import (
+    SMOLLM2,
+    gone,
+    keep_at_end,
+    make_shape,
+    random_scores_of,
+    random_shape,
+)
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
@@ -37,7 +44,9 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
         (30, {"protected_first": 2, "protected_last": 3}, [0, 1, 27, 28, 29]),
     ],
 )
-def test_first_tenth_and_last_layer_are_protected(layers: int, prune: dict[str, int], protected: list[int]) -> None:
+def test_first_tenth_and_last_layer_are_protected(
+    layers: int, prune: dict[str, int], protected: list[int]
+) -> None:
     limits = limits_of(make_shape([(4, 40)] * layers), **prune)
     assert limits.open_layers == [i for i in range(layers) if i not in protected]
     for i in protected:
@@ -45,7 +54,12 @@ def test_first_tenth_and_last_layer_are_protected(layers: int, prune: dict[str, 
 
 
 def test_floors_are_multiples() -> None:
-    prune = {"protected_first": 0, "protected_last": 0, "tensor_parallel": 2, "channel_multiple": 33}
+    prune = {
+        "protected_first": 0,
+        "protected_last": 0,
+        "tensor_parallel": 2,
+        "channel_multiple": 33,
+    }
     limits = limits_of(make_shape([(4, 200), (4, 100), (2, 66)]), ranking="global", **prune)
     assert [tuple(layer.values()) for layer in limits.floor] == [(2, 66), (2, 66), (2, 66)]
 
@@ -54,14 +68,22 @@ def test_floors_are_multiples() -> None:
     ("layer", "prune", "names"),
     [
         ((4, 48), {}, "prune.channel_multiple 64 layer 1 48"),
-        ((16, 160), {"channel_multiple": 25, "tensor_parallel": 16}, "prune.tensor_parallel 16 400 160"),
+        (
+            (16, 160),
+            {"channel_multiple": 25, "tensor_parallel": 16},
+            "prune.tensor_parallel 16 400 160",
+        ),
         ((3, 128), {"tensor_parallel": 2}, "prune.tensor_parallel 2 3 heads layer 0"),
         ((4, 130), {"tensor_parallel": 4}, "prune.tensor_parallel 4 130 channels layer 0"),
     ],
 )
-def test_too_large_a_multiple_is_refused(layer: tuple[int, int], prune: dict[str, Any], names: str) -> None:
+def test_too_large_a_multiple_is_refused(
+    layer: tuple[int, int], prune: dict[str, Any], names: str
+) -> None:
     """Layers 0 and 2 are protected. A server has to divide what they keep, too, and the channels of an expert."""
-    must_name(names, resolve, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3))
+    must_name(
+        names, resolve, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3)
+    )
     mixture = shape_from_config(tiny_config("mixtral").to_dict(), "mixtral")  # 8 channels, 5 heads
     must_name("prune.tensor_parallel 5 8 expert", resolve, PruneConfig(tensor_parallel=5), mixture)
     common = PruneConfig(**PAPER | {"ratio": 0.01, "channel_multiple": 96, "tensor_parallel": 4})
@@ -72,21 +94,30 @@ def test_too_large_a_multiple_is_refused(layer: tuple[int, int], prune: dict[str
 
 
 def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> PruneConfig:
-    narrowest, heads = (min(layer[kind] for layer in shape.counts) for kind in ("channels", "heads"))
-    pairs = all(layer["heads"] % 2 == layer["channels"] % 2 == 0 for layer in shape.counts) and heads > 1
+    narrowest, heads = (
+        min(layer[kind] for layer in shape.counts) for kind in ("channels", "heads")
+    )
+    pairs = (
+        all(layer["heads"] % 2 == layer["channels"] % 2 == 0 for layer in shape.counts)
+        and heads > 1
+    )
     return PruneConfig(
         ratio=0.999999,
         ranking=ranking,
         protected_first=draw.choice([0, 0, 1, 2]),
         protected_last=draw.choice([0, 0, 1]),
-        channel_multiple=draw.choice([1, 1, *(multiple for multiple in (4, 16) if multiple <= narrowest)]),
+        channel_multiple=draw.choice(
+            [1, 1, *(multiple for multiple in (4, 16) if multiple <= narrowest)]
+        ),
         tensor_parallel=draw.choice([1, 2]) if pairs else 1,
     )
 
 
 def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
     """The one that the error of an unreachable ratio states."""
-    stated = re.search(r"out of reach.* at most ([\d.e-]+) can leave$", refused(resolve, config, shape))
+    stated = re.search(
+        r"out of reach.* at most ([\d.e-]+) can leave$", refused(resolve, config, shape)
+    )
     assert stated
     return float(stated[1])
 
@@ -107,8 +138,14 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
         config = replace(config, ratio=most)
         _, limits, (size,) = resolve(config, shape)
         keep = keep_at_end(random_scores_of(shape, generator), shape, limits, size)
-        steps = {kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()}
-        step = len(limits.open_layers) * steps["channels"] / 2 if limits.uniform else max(steps.values())
+        steps = {
+            kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()
+        }
+        step = (
+            len(limits.open_layers) * steps["channels"] / 2
+            if limits.uniform
+            else max(steps.values())
+        )
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)
@@ -129,7 +166,13 @@ def test_a_ratio_above_it_is_refused_and_an_end_far_below_is_told(ranking: Ranki
     must_name(f"prune.ratio {most}", resolve, more, SMOLLM2)
     nothing = {"ratio": 1e-9, "channel_multiple": 1536, "tensor_parallel": 3}
     must_name("prune.ratio 0.0", limits_of, SMOLLM2, ranking=ranking, **nothing)
-    must_name("prune.protected_first prune.protected_last 30", limits_of, SMOLLM2, ranking=ranking, protected_first=29)
+    must_name(
+        "prune.protected_first prune.protected_last 30",
+        limits_of,
+        SMOLLM2,
+        ranking=ranking,
+        protected_first=29,
+    )
     line = shortfall(make_limits(PruneConfig(ratio=0.37, ranking=ranking), SMOLLM2), 0.37, 0.188)
     assert line is not None
     assert "18.8 %" in line
@@ -140,7 +183,12 @@ def test_open_layers_that_lack_a_kind_are_one_line() -> None:
     gemma = shape_from_config(PUBLISHED["gemma4-31b"][0]["text_config"], "gemma")  # keeps all heads
     must_name("prune.ranking uniform", resolve, PruneConfig(ranking="global"), gemma)
     sparse_last = shape_from_config(tiny_config("glm4_moe_lite").to_dict(), "glm")
-    without_experts: Any = {"protected_first": 0, "protected_last": 1, "ratio": 0.6, "head_ratio": 0.1}
+    without_experts: Any = {
+        "protected_first": 0,
+        "protected_last": 1,
+        "ratio": 0.6,
+        "head_ratio": 0.1,
+    }
     must_name("prune.head_ratio 0.1 experts", resolve, PruneConfig(**without_experts), sparse_last)
 
 

@@ -33,29 +33,44 @@ Rows = list[tuple[list[Any], list[Any]]]  # per step: scores, kept groups
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=32, ffn=48, layers=3, vocab=97)
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=32, ffn=48, layers=3, vocab=97
+    )
 
 
 def make_model(folder: Path, r: int = 4) -> Any:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(base, LoraConfig(r=r, target_modules=linear_names(base), init_lora_weights=False))
+    return get_peft_model(
+        base, LoraConfig(r=r, target_modules=linear_names(base), init_lora_weights=False)
+    )
 
 
 def train(
-    model: Any, make: Make = optim.SGD, lr: float = 0.0, scale: float = 0.0, parts: int = 1, **at: Any
+    model: Any,
+    make: Make = optim.SGD,
+    lr: float = 0.0,
+    scale: float = 0.0,
+    parts: int = 1,
+    **at: Any,
 ) -> tuple[Rows, Any, list[StepRecord]]:
     """Trains on the same batches. At a rate of 0 only cuts change weights. `at`: settings of pruning, and more."""
     optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
     cast(Any, optimizer).scaler = scaler
-    prune = replace(PRUNE, **{key: value for key, value in at.items() if key in PruneConfig.__dataclass_fields__})
+    prune = replace(
+        PRUNE,
+        **{key: value for key, value in at.items() if key in PruneConfig.__dataclass_fields__},
+    )
     pruning, rows = Pruning(model.train(), optimizer, prune, STEPS), Rows()
-    for step, (ids, _) in enumerate(make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1):
+    for step, (ids, _) in enumerate(
+        make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1
+    ):
         pruning.begin_step()
         share = math.inf if step == at.get("overflow") else 1 / parts
         for part in ids.chunk(parts):
-            loss = scaler.scale(model(input_ids=part, labels=part).loss * share)  # its graph lives on during a cut
+            # its graph lives on during a cut
+            loss = scaler.scale(model(input_ids=part, labels=part).loss * share)
             loss.backward()
         if at.get("clip"):
             scaler.unscale_(optimizer)
@@ -69,7 +84,9 @@ def train(
         rows.append((scores, kept))
     pruning.close()
     if out := at.get("out"):
-        pruning.save_model(out, AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path))
+        pruning.save_model(
+            out, AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path)
+        )
     return rows, optimizer, pruning.recorder.history.steps
 
 
@@ -87,16 +104,26 @@ def same(rows: Rows, others: Rows, **close: Any) -> None:
 BITWISE: dict[str, Any] = {"rtol": 0.0, "atol": 0.0}
 
 
-def test_neither_clipping_nor_a_loss_scaler_changes_a_bit_of_a_score(folder: Path, plain: Rows) -> None:
+def test_neither_clipping_nor_a_loss_scaler_changes_a_bit_of_a_score(
+    folder: Path, plain: Rows
+) -> None:
     assert plain[0][1] != plain[-1][1]
-    cases: tuple[dict[str, Any], ...] = ({"clip": True}, {"scale": 4096.0}, {"scale": 4096.0, "clip": True})
+    cases: tuple[dict[str, Any], ...] = (
+        {"clip": True},
+        {"scale": 4096.0},
+        {"scale": 4096.0, "clip": True},
+    )
     for settings in cases:
         same(train(make_model(folder), **settings)[0], plain, **BITWISE)
 
 
 @pytest.mark.parametrize("criterion", ["lora", "fisher"])
-def test_clipping_hides_neither_the_norm_nor_the_layer_of_a_nan(folder: Path, criterion: str) -> None:
-    clipped, not_clipped = (train(make_model(folder), criterion=criterion, clip=clip)[2] for clip in (True, False))
+def test_clipping_hides_neither_the_norm_nor_the_layer_of_a_nan(
+    folder: Path, criterion: str
+) -> None:
+    clipped, not_clipped = (
+        train(make_model(folder), criterion=criterion, clip=clip)[2] for clip in (True, False)
+    )
     assert [step.grad_norm for step in clipped] == [step.grad_norm for step in not_clipped]
     model = make_model(folder)
     layer = model.get_base_model().model.layers[2]
@@ -105,7 +132,9 @@ def test_clipping_hides_neither_the_norm_nor_the_layer_of_a_nan(folder: Path, cr
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
-def test_micro_batches_and_checkpointing_add_up(folder: Path, plain: Rows, reentrant: bool | None) -> None:
+def test_micro_batches_and_checkpointing_add_up(
+    folder: Path, plain: Rows, reentrant: bool | None
+) -> None:
     model = make_model(folder)
     if reentrant is not None:
         model.enable_input_require_grads()
@@ -113,10 +142,13 @@ def test_micro_batches_and_checkpointing_add_up(folder: Path, plain: Rows, reent
     same(train(model, parts=2, clip=True)[0], plain, rtol=1e-4, atol=0.0)
 
 
-@pytest.mark.parametrize("make", [optim.SGD, partial(optim.AdamW, fused=True)])  # a scaler calls fused ones anyway
+# a scaler calls fused ones anyway
+@pytest.mark.parametrize("make", [optim.SGD, partial(optim.AdamW, fused=True)])
 def test_a_step_that_the_scaler_skips_is_not_scored(folder: Path, make: Make) -> None:
     rows, _, steps = train(make_model(folder), make, scale=4096.0, overflow=3)
-    assert [(step.skipped, step.grad_norm is None) for step in steps] == [(i == 3, i == 3) for i in range(1, 6)]
+    assert [(step.skipped, step.grad_norm is None) for step in steps] == [
+        (i == 3, i == 3) for i in range(1, 6)
+    ]
     torch.testing.assert_close(rows[2][0], rows[1][0], **BITWISE)
 
 
@@ -137,10 +169,17 @@ def test_calls_out_of_order_are_refused_until_pruning_has_ended(folder: Path) ->
 def hooks(model: nn.Module) -> list[Any]:
     """Returns every dictionary of hooks on a model."""
     found = ((name, vars(module)) for name, module in model.named_modules())
-    return [(name, key, copy(value)) for name, state in found for key, value in state.items() if "hooks" in key]
+    return [
+        (name, key, copy(value))
+        for name, state in found
+        for key, value in state.items()
+        if "hooks" in key
+    ]
 
 
-@pytest.mark.parametrize("more", [{}, {"criterion": "fisher", "compensate": "least_squares"}], ids=["lora", "fisher"])
+@pytest.mark.parametrize(
+    "more", [{}, {"criterion": "fisher", "compensate": "least_squares"}], ids=["lora", "fisher"]
+)
 def test_nothing_of_pruning_stays_on_a_model_so_it_can_be_saved_and_pruned_again(
     folder: Path, more: dict[str, Any]
 ) -> None:
@@ -156,10 +195,15 @@ def test_nothing_of_pruning_stays_on_a_model_so_it_can_be_saved_and_pruned_again
     assert sum(map(len, second[-1][1])) < sum(sizes)
 
 
-@pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad, optim.NAdam, lambda p, lr: optim.SGD(p, lr, 0.9)])
+@pytest.mark.parametrize(
+    "make", [optim.AdamW, optim.Adagrad, optim.NAdam, lambda p, lr: optim.SGD(p, lr, 0.9)]
+)
 def test_the_state_of_torch_s_optimizers_is_cut(folder: Path, make: Make) -> None:
     _, optimizer, _ = train(make_model(folder), make, lr=1e-3)
-    shapes = {p: {x.shape for x in state.values() if getattr(x, "ndim", 0)} for p, state in optimizer.state.items()}
+    shapes = {
+        p: {x.shape for x in state.values() if getattr(x, "ndim", 0)}
+        for p, state in optimizer.state.items()
+    }
     assert shapes == {p: {p.shape} for p in shapes}
     assert shapes
 
@@ -197,9 +241,18 @@ compiled: Callable[[Any], Any] = partial(torch.compile, backend="eager")
     ],
     ids=["the model", "around a wrapper", "inside a wrapper", "a layer"],
 )
-def test_what_torch_compile_has_compiled_is_named(folder: Path, wrap: Callable[[Any], Any], name: str) -> None:
+def test_what_torch_compile_has_compiled_is_named(
+    folder: Path, wrap: Callable[[Any], Any], name: str
+) -> None:
     model = make_model(folder)
-    must_name(f"{name} torch.compile", Pruning, wrap(model), optim.SGD(model.parameters(), lr=0.1), PRUNE, STEPS)
+    must_name(
+        f"{name} torch.compile",
+        Pruning,
+        wrap(model),
+        optim.SGD(model.parameters(), lr=0.1),
+        PRUNE,
+        STEPS,
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,12 @@ from transformers import Cohere2Config, Gemma2Config, PreTrainedConfig, PreTrain
 
 from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.evaluate.models import ModelSource, load_model
-from loraprune_ds.model.classes import attn_implementation, causal_lm_class, check_flash_attention, describe_attention
+from loraprune_ds.model.classes import (
+    attn_implementation,
+    causal_lm_class,
+    check_flash_attention,
+    describe_attention,
+)
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import open_pretrained
@@ -21,7 +26,8 @@ from tests.refusals import must_name
 # Both sides are fp32, from the same hidden states. A logit is a sum of 60 products, a softmax one of 97, and a gradient
 # one of 97 again. Each is rounded to 6e-8, in another order. The largest error found is 1e-6 of the largest element.
 TOLERANCE = 2e-6
-DECODERS = [family for family in sorted(FAMILIES) if not is_seq2seq(family)]  # the others: test_seq2seq.py
+# the others: test_seq2seq.py
+DECODERS = [family for family in sorted(FAMILIES) if not is_seq2seq(family)]
 GENERATOR = torch.Generator().manual_seed(5)
 IDS = torch.randint(3, 97, (2, 17), generator=GENERATOR)
 LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=GENERATOR) < 0.3, IGNORE_INDEX)
@@ -39,7 +45,11 @@ def losses_and_gradient(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Ten
     hook = model.get_submodule("lm_head").register_forward_pre_hook(make_leaf)
     given = model(**inputs)
     hook.remove()
-    loss = given.loss if not isinstance(given, Tensor) else given.sum() / int((inputs["labels"][:, 1:] >= 0).sum())
+    loss = (
+        given.loss
+        if not isinstance(given, Tensor)
+        else given.sum() / int((inputs["labels"][:, 1:] >= 0).sum())
+    )
     return loss.detach(), torch.autograd.grad(loss, read[0])[0]
 
 
@@ -53,7 +63,9 @@ def worst(found: Tensor, expected: Tensor) -> float:
 def test_loss_and_gradient_are_transformers_own(family: str) -> None:
     expected = losses_and_gradient(tiny_model(family), input_ids=IDS, labels=LABELS)
     for chunk in (None, 1, 7):
-        found = losses_and_gradient(with_token_losses(tiny_model(family), chunk), input_ids=IDS, labels=LABELS)
+        found = losses_and_gradient(
+            with_token_losses(tiny_model(family), chunk), input_ids=IDS, labels=LABELS
+        )
         assert max(map(worst, found, expected)) < TOLERANCE, chunk
 
 
@@ -64,7 +76,8 @@ def test_logits_are_transformers_own_bit_by_bit(family: str, dtype: torch.dtype)
     head = Head(output_head(model).weight, logits_transform(model.config))
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
-    expected, names = logits(model), [name for name, _ in model.named_parameters()]  # a tied weight has one
+    # a tied weight has one
+    expected, names = logits(model), [name for name, _ in model.named_parameters()]
     assert torch.equal(head.logits(hidden), expected)
     model = with_token_losses(model)
     assert torch.equal(logits(model), expected)
@@ -86,7 +99,9 @@ NONE = LogitsTransform()
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_the_config_names_the_transform(config: PreTrainedConfig, transform: LogitsTransform) -> None:
+def test_the_config_names_the_transform(
+    config: PreTrainedConfig, transform: LogitsTransform
+) -> None:
     """With the values that change nothing, and with defaults of the class. The tests above have all families."""
     assert logits_transform(config) == transform
 
@@ -127,7 +142,9 @@ def test_flash_attention_without_a_gpu_a_package_or_in_fp32_is_refused(
     must_name(f"model.attn_implementation {FLASH} {named}", check_flash_attention, config)
     check_flash_attention(ModelConfig(attn_implementation="sdpa", dtype=dtype))
     tiny_model("llama").save_pretrained(tmp_path)
-    must_name(f"model.attn_implementation {FLASH}", build_for_losses, open_pretrained(tmp_path), FLASH)
+    must_name(
+        f"model.attn_implementation {FLASH}", build_for_losses, open_pretrained(tmp_path), FLASH
+    )
 
 
 def test_a_capped_model_is_built_and_loaded_with_its_cap(tmp_path: Path) -> None:
@@ -135,6 +152,10 @@ def test_a_capped_model_is_built_and_loaded_with_its_cap(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     pretrained = open_pretrained(tmp_path)
     assert build_for_losses(pretrained, "sdpa").config._attn_implementation == "eager"
-    loaded = load_model(ModelSource("gemma2", "checkpoint", pretrained, tmp_path), "float32", torch.device("cpu"))
+    loaded = load_model(
+        ModelSource("gemma2", "checkpoint", pretrained, tmp_path), "float32", torch.device("cpu")
+    )
     assert torch.equal(logits(loaded), logits(model))
-    assert (logits(tiny_model("gemma2", attn_logit_softcapping=None)) - logits(model)).abs().max() > 0.1
+    assert (
+        logits(tiny_model("gemma2", attn_logit_softcapping=None)) - logits(model)
+    ).abs().max() > 0.1

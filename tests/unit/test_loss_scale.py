@@ -51,7 +51,9 @@ class EngineThatSkips:
 
     def __init__(self, overflows: set[int]) -> None:
         self.optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=CONFIG.learning_rate)
-        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(CONFIG, [8, 4], step))
+        self.lr_scheduler = LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(CONFIG, [8, 4], step)
+        )
         self.overflows = overflows
         self.steps = 0
 

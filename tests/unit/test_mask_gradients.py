@@ -17,7 +17,12 @@ from tests.oracle.formula import mask_fisher
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun
 
-UNCHANGED: Any = {"ranking": "uniform", "normalize": "none", "compensate": "none", "moving_average": 0.0}
+UNCHANGED: Any = {
+    "ranking": "uniform",
+    "normalize": "none",
+    "compensate": "none",
+    "moving_average": 0.0,
+}
 PRUNE = PruneConfig(**UNCHANGED, ratio=0.3, protected_first=0, channel_multiple=1)
 # Both sides are in fp64, but norms, rotary angles and some softmaxes are in fp32. The package sums in fp32.
 TOLERANCE = 1e-5
@@ -27,7 +32,9 @@ QUERY_HEADS = {"gemma": (5, 1), "glm4": (10, 2)}  # of all key-value heads, and 
 def tiny_run(folder: Path, family: str, **settings: Any) -> tuple[PlainRun, Batch]:
     """Returns a run of one step in micro-batches of 2 samples, and its batch of 6."""
     tiny_model(family, seed=1).save_pretrained(folder)
-    run = PlainRun(folder, random_lora(folder), PRUNE, 10, dtype=torch.float64, micro_batch_size=2, **settings)
+    run = PlainRun(
+        folder, random_lora(folder), PRUNE, 10, dtype=torch.float64, micro_batch_size=2, **settings
+    )
     (batch,) = make_batches(steps=1, samples=6, tokens=12, vocab=SIZES["vocab_size"], seed=3)
     return run, batch
 
@@ -36,7 +43,9 @@ def masked_scores(run: PlainRun, batch: Batch, heads: int = 5, ranges: int = 0) 
     """Returns the oracle's scores: heads, then channels, layer by layer."""
     masked: list[tuple[nn.Module, int, int]] = []
     for i, layer in enumerate(run.prunable.layers):
-        attention, mlp = (layer.get_submodule(x.linear) for _, x in run.prunable.shape.input_linears([i]))
+        attention, mlp = (
+            layer.get_submodule(x.linear) for _, x in run.prunable.shape.input_linears([i])
+        )
         masked += [(attention, heads, ranges), (mlp, SIZES["intermediate_size"], 0)]
     wanted = batch[1][:, 1:].flatten()
 
@@ -61,7 +70,9 @@ def test_scores_are_those_of_an_explicit_mask(tmp_path: Path, family: str) -> No
     assert all(relative(a, b) < TOLERANCE for a, b in zip(found, expected, strict=True))
 
 
-def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run, batch = tiny_run(tmp_path, "llama")
     monkeypatch.setattr(type(run.prunable), "loss_scale", 1024.0)
     run.prunable.world_size = 4
@@ -88,4 +99,5 @@ def test_any_block_of_tokens_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(criterion, "CPU_INPUTS", block)
         found = sum_of_squares(mask_gradients(x, g, 3))
         assert found.dtype == torch.float32
-        assert relative(found.double(), exact) < 1e-6  # products are exact in fp32, sums of 21 terms are not
+        # products are exact in fp32, sums of 21 terms are not
+        assert relative(found.double(), exact) < 1e-6

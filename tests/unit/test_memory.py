@@ -18,7 +18,13 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.ranks import device
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.device import KERNEL_CACHES, StepPeak, limit_kernels, resident_bytes, trim_heap
+from loraprune_ds.ranks.device import (
+    KERNEL_CACHES,
+    StepPeak,
+    limit_kernels,
+    resident_bytes,
+    trim_heap,
+)
 
 MB = 1_000_000
 ONEDNN, TORCH = KERNEL_CACHES
@@ -43,11 +49,16 @@ for n in (16, 32, 16, 32):
 """
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU compiles no bf16 products")
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU compiles no bf16 products"
+)
 @pytest.mark.usefixtures("no_limits")
 def test_the_limits_hold_after_torch_is_imported() -> None:
     """With room for one kernel each product is compiled anew."""
-    command, environment = [sys.executable, "-c", TWO_SHAPES_TWICE], os.environ | {"ONEDNN_VERBOSE": "profile_create"}
+    command, environment = (
+        [sys.executable, "-c", TWO_SHAPES_TWICE],
+        os.environ | {"ONEDNN_VERBOSE": "profile_create"},
+    )
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout.count("cache_miss") == 4, answer.stdout
 
@@ -81,7 +92,9 @@ class NoModel(SimpleNamespace):
     """What `PruningSteps` asks a model of one rank."""
 
     def __init__(self) -> None:
-        super().__init__(comm=Communicator(), weight_bytes=lambda: [1], gradient_sum=lambda: torch.zeros(()))
+        super().__init__(
+            comm=Communicator(), weight_bytes=lambda: [1], gradient_sum=lambda: torch.zeros(())
+        )
 
 
 def steps_with(**pruner: Any) -> PruningSteps:

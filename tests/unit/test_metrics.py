@@ -14,7 +14,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from loraprune_ds.report.records import EvaluationRecord, History, MetricsLog, Record, read_history, write_history
+from loraprune_ds.report.records import (
+    EvaluationRecord,
+    History,
+    MetricsLog,
+    Record,
+    read_history,
+    write_history,
+)
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train import recorder
 from loraprune_ds.train.recorder import ProgressDisplay
@@ -41,7 +48,10 @@ def written(path: Path, records: Iterable[Record]) -> Path:
 
 
 def test_numbers_json_cannot_hold_are_null(tmp_path: Path) -> None:
-    records: list[Record] = [step_record(1, loss=math.nan), EvaluationRecord(1, "pruned", math.inf, 1, 1)]
+    records: list[Record] = [
+        step_record(1, loss=math.nan),
+        EvaluationRecord(1, "pruned", math.inf, 1, 1),
+    ]
     path = written(tmp_path / "metrics.jsonl", records)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [lines[0]["loss"], lines[1]["perplexity"]] == [None, None]
@@ -77,7 +87,8 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["nonsense", "[1, 2]", '{"kind": "step", "step": 1}', '{"kind": "new", "step": 1}', FOREIGN]
+    "damage",
+    ["nonsense", "[1, 2]", '{"kind": "step", "step": 1}', '{"kind": "new", "step": 1}', FOREIGN],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     path = written(tmp_path / "metrics.jsonl", [step_record(1)])
@@ -87,11 +98,23 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     ("there", "last_step", "missing"),
-    [([1, 2, 4, 5], None, 3), ([2, 3], None, 1), ([1, 2, 5], 5, 3), ([1, 2], 4, 3), ([], 1, 1), ([1, 2, 4], 2, None)],
+    [
+        ([1, 2, 4, 5], None, 3),
+        ([2, 3], None, 1),
+        ([1, 2, 5], 5, 3),
+        ([1, 2], 4, 3),
+        ([], 1, 1),
+        ([1, 2, 4], 2, None),
+    ],
 )
-def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: int | None, missing: int | None) -> None:
+def test_a_missing_step_is_named(
+    tmp_path: Path, there: list[int], last_step: int | None, missing: int | None
+) -> None:
     """A step missing after the checkpoint is no fault: a crash of the machine may have lost it."""
-    path = written(tmp_path / "metrics.jsonl", [EvaluationRecord(0, "dense", 9.0, 1, 1), *map(step_record, there)])
+    path = written(
+        tmp_path / "metrics.jsonl",
+        [EvaluationRecord(0, "dense", 9.0, 1, 1), *map(step_record, there)],
+    )
     if missing is None:
         assert [record.step for record in in_order(read_history(path, last_step))] == [0, 1, 2]
         return
@@ -100,18 +123,30 @@ def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: in
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_of_a_gpu_and_of_many_ranks(tmp_path: Path) -> None:
     values = [1000 - rank for rank in range(9)]
-    record = replace(step_record(1), weight_bytes=values, resident_bytes=values[:8], reserved_bytes=[7, 8], mfu=0.25)
+    record = replace(
+        step_record(1),
+        weight_bytes=values,
+        resident_bytes=values[:8],
+        reserved_bytes=[7, 8],
+        mfu=0.25,
+    )
     fill(TensorBoardLog(tmp_path), [record])
     found = {tag: value for tag, ((_, value),) in scalars_of(tmp_path).items()}
     spread = {tag: value for tag, value in found.items() if tag.startswith("weight_bytes/")}
     assert spread == {"weight_bytes/min": 992, "weight_bytes/max": 1000}
     assert [found[f"resident_bytes/rank_{rank}"] for rank in range(8)] == values[:8]
-    assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"], found["speed/mfu"]) == (7, 8, 0.25)
+    assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"], found["speed/mfu"]) == (
+        7,
+        8,
+        0.25,
+    )
     assert found["speed/tokens_per_second_per_rank"] == pytest.approx(4096 / 9)
 
 
@@ -147,7 +182,8 @@ def test_a_log_file_gets_whole_lines_every_few_seconds() -> None:
     text = shown(io.StringIO(), 12)
     assert not {"\r", "\x1b"} & set(text)
     lines = [line.split("/")[0] for line in text.splitlines() if "cut to" not in line]
-    assert lines == ["step  1", "step  4", "step  7", "step 10", "step 12"]  # the first, one per 5 s, the last
+    # the first, one per 5 s, the last
+    assert lines == ["step  1", "step  4", "step  7", "step 10", "step 12"]
 
 
 def test_a_terminal_gets_one_live_line() -> None:
@@ -179,10 +215,12 @@ def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(recorder.time, "monotonic", lambda: 0.0)
     shown = ProgressDisplay(100, stream=(stream := io.StringIO()), every_seconds=0)
     left = []
-    for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up
+    # the first one is a warm-up
+    for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):
         shown.write(step_record(step, seconds=seconds))
         left.append(clock(stream.getvalue().splitlines()[-1]))
     assert left[:2] == ["00:00", "00:00, 06:32 left"]  # 98 steps of 4 s
     assert left[-1] == "00:00, 01:31 left"
     shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
-    assert clock(shown._step_line(step_record(10))) == "00:00, 03:00 left"  # 90 of (4 · 1 + 4) / 4 s
+    # 90 of (4 · 1 + 4) / 4 s
+    assert clock(shown._step_line(step_record(10))) == "00:00, 03:00 left"

@@ -27,7 +27,16 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.weight_files import INDEX_FILE
 from tests.families import SIZES, tiny_model
-from tests.family_cuts import FEW, MANY, cut_and_export, difference, load, logits, reopened, with_lora
+from tests.family_cuts import (
+    FEW,
+    MANY,
+    cut_and_export,
+    difference,
+    load,
+    logits,
+    reopened,
+    with_lora,
+)
 from tests.integration.resuming import read_tensors
 from tests.multimodal import load_whole, multimodal
 from tests.refusals import edit, must_name
@@ -42,7 +51,12 @@ ONE: dict[str, Any] = {FIELD: 1}
 NEXT = "qwen3_next"  # is published without the field
 # A family or a multimodal type, how many layers there are, whether all experts are one tensor as published, and the
 # key-value heads. Of 2 only query heads leave.
-CASES = [("qwen3_5_text", 2, False, 5), ("qwen3_5_moe_text", 1, True, 5), (NEXT, 1, False, 5), ("qwen3_5", 1, False, 5)]
+CASES = [
+    ("qwen3_5_text", 2, False, 5),
+    ("qwen3_5_moe_text", 1, True, 5),
+    (NEXT, 1, False, 5),
+    ("qwen3_5", 1, False, 5),
+]
 CASES += [("qwen3_5_text", 1, False, 2)]
 
 
@@ -69,9 +83,15 @@ def add_head(folder: Path, count: int, *, fused: bool = False) -> PreTrainedMode
         layers = {name: x for name, x in layers.items() if ".experts." not in name}
         layers |= {name: x.detach() for name, x in head.named_parameters() if ".experts." in name}
     shutil.rmtree(folder / "head")
-    tensors = {f"mtp.{name.removeprefix('model.')}": x for name, x in layers.items() if "model.layers" in name}
+    tensors = {
+        f"mtp.{name.removeprefix('model.')}": x
+        for name, x in layers.items()
+        if "model.layers" in name
+    }
     tensors |= {f"mtp.{name}.weight": torch.randn(size) for name, size in OTHERS.items()}
-    tensors = load_file(folder / "model.safetensors") | {name: x.bfloat16() for name, x in tensors.items()}
+    tensors = load_file(folder / "model.safetensors") | {
+        name: x.bfloat16() for name, x in tensors.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return head
 
@@ -94,7 +114,9 @@ def largest(layer: nn.Module, heads: int, others: int, ranges: int) -> LayerKeep
         return weights[name].double().movedim(axis, 0).reshape(groups, -1).square().sum(1)
 
     axes = {"q": 0, "o": 1} if ranges > 1 else {"q": 0, "k": 0, "v": 0, "o": 1}
-    attention = [squares(f"self_attn.{x}_proj.weight", ranges * HEADS, axis) for x, axis in axes.items()]
+    attention = [
+        squares(f"self_attn.{x}_proj.weight", ranges * HEADS, axis) for x, axis in axes.items()
+    ]
     experts = "mlp.experts.down_proj" in weights
     mlp = [("experts.gate_up_proj", 0), ("experts.down_proj", 0)] if experts else []
     mlp = mlp or [("gate_proj.weight", 0), ("up_proj.weight", 0), ("down_proj.weight", 1)]
@@ -109,10 +131,16 @@ def largest(layer: nn.Module, heads: int, others: int, ranges: int) -> LayerKeep
 
 
 @pytest.mark.parametrize(("name", "count", "fused", "keys"), CASES)
-def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, keys: int, tmp_path: Path) -> None:
+def test_a_kept_head_is_the_masked_one(
+    name: str, count: int, fused: bool, keys: int, tmp_path: Path
+) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     field: dict[str, Any] = {} if name == NEXT else {FIELD: count}
-    whole = multimodal(name) if name == "qwen3_5" else tiny_model(name, **field, num_key_value_heads=keys)
+    whole = (
+        multimodal(name)
+        if name == "qwen3_5"
+        else tiny_model(name, **field, num_key_value_heads=keys)
+    )
     whole.save_pretrained(source)
     head = add_head(source, count, fused=fused)
     pruned = cut(source, tmp_path / "pruned", FEW, FEW)
@@ -122,10 +150,13 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, keys:
     before, given, found = read_tensors(pruned), read_tensors(source), read_tensors(out)
     assert all(torch.equal(found[x], tensor) for x, tensor in before.items())
     assert all(torch.equal(found[f"mtp.{x}.weight"], given[f"mtp.{x}.weight"]) for x in OTHERS)
-    assert {x.dtype for name, x in found.items() if name not in before} == {torch.bfloat16}  # as in the source
+    # as in the source
+    assert {x.dtype for name, x in found.items() if name not in before} == {torch.bfloat16}
     index = read_json(out / INDEX_FILE)
     assert index["weight_map"].keys() == found.keys()
-    assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in found.values())
+    assert index["metadata"]["total_size"] == sum(
+        x.numel() * x.element_size() for x in found.values()
+    )
     config = read_json(out / "config.json")
     assert config.get("text_config", config).get(FIELD) == (None if name == NEXT else count)
     load_whole(out, *(() if name == "qwen3_5" else [type(whole)]))
@@ -136,7 +167,11 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, keys:
     alone = tmp_path / "alone"
     alone.mkdir()
     write_json(alone / "config.json", as_head(text, count))
-    tensors = {f"model.{x.removeprefix('mtp.')}": tensor for x, tensor in found.items() if x.startswith("mtp.layers")}
+    tensors = {
+        f"model.{x.removeprefix('mtp.')}": tensor
+        for x, tensor in found.items()
+        if x.startswith("mtp.layers")
+    }
     tensors |= {x: p.detach() for x, p in head.named_parameters() if "layers" not in x}
     save_file(tensors, alone / "model.safetensors", metadata={"format": "pt"})
     load_whole(alone, type(head))
@@ -155,13 +190,19 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     tiny_model("qwen3_5_text", **ONE).save_pretrained(bare)
     shutil.copytree(bare, source)
     add_head(source, 1)
-    equal, unequal = cut(source, tmp_path / "equal", FEW, FEW), cut(source, tmp_path / "unequal", FEW, MANY)
+    equal, unequal = (
+        cut(source, tmp_path / "equal", FEW, FEW),
+        cut(source, tmp_path / "unequal", FEW, MANY),
+    )
     must_name("bare mtp", export, equal, bare, out)
     must_name("mtp prune.ranking", export, unequal, source, out)
     must_name("--mtp --format", export, equal, source, out, "gguf-f16")
     export(equal, source, kept)
     must_name("kept mtp", export, kept, source, out)
-    others: dict[str, dict[str, Any]] = {"wider": {"head_dim": 16}, "smaller": {"intermediate_size": 12}}
+    others: dict[str, dict[str, Any]] = {
+        "wider": {"head_dim": 16},
+        "smaller": {"intermediate_size": 12},
+    }
     for name, sizes in others.items():
         tiny_model("qwen3_5_text", **ONE, **sizes).save_pretrained(tmp_path / name)
         add_head(tmp_path / name, 1)

@@ -28,16 +28,23 @@ pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 def publish(folder: Path, pattern: str) -> None:
     """Writes a tiny model with the fields of the published config.json, of which transformers 5 writes others."""
-    tiny_model("nemotron_h", hybrid_override_pattern=pattern, moe_latent_size=None).save_pretrained(folder)
+    tiny_model("nemotron_h", hybrid_override_pattern=pattern, moe_latent_size=None).save_pretrained(
+        folder
+    )
     config = read_json(folder / "config.json")
-    config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(config.pop("layers_block_type"))}
+    config |= {
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(config.pop("layers_block_type")),
+    }
     write_json(folder / "config.json", config | {"num_nextn_predict_layers": 1})
     write_weight_file(folder / "mtp.safetensors", {"mtp.layers.0.norm.weight": torch.ones(60)})
     write_index(folder, ["model.safetensors", "mtp.safetensors"])
 
 
 @pytest.mark.parametrize(("pattern", "fine"), [("MEM*EM", "experts"), ("M-M*-M", "channels")])
-def test_a_published_layout_is_read_cut_and_written(pattern: str, fine: str, tmp_path: Path) -> None:
+def test_a_published_layout_is_read_cut_and_written(
+    pattern: str, fine: str, tmp_path: Path
+) -> None:
     """Its names begin with `backbone.`. Layers of Mamba-2 keep their tensors, although they have no groups.
 
     Layers that predict further tokens are left out.
@@ -82,20 +89,32 @@ def test_refitted_linears_of_a_step_replace_those_of_the_source(tmp_path: Path) 
     both = weights.overlaid(open_refits(weights.shape, tmp_path))
     assert torch.equal(both.read_full(name, torch.float32), refitted)
     others = (other for other in weights.shape.parameters() if other != name)
-    assert all(torch.equal(both.read_full(x, torch.float32), weights.read_full(x, torch.float32)) for x in others)
+    assert all(
+        torch.equal(both.read_full(x, torch.float32), weights.read_full(x, torch.float32))
+        for x in others
+    )
 
 
 def test_routers_stay_fp32_as_in_transformers() -> None:
     names = causal_lm_class("nemotron_h")._keep_in_fp32_modules_strict or ()
     layers = shape_from_config(tiny_config("nemotron_h").to_dict(), "tiny").layers
     in_fp32 = {tensor.name for layer in layers for tensor in layer.tensors if tensor.keep_fp32}
-    assert in_fp32 == {x.name for layer in layers for x in layer.tensors if any(name in x.name for name in names)}
+    assert in_fp32 == {
+        x.name for layer in layers for x in layer.tensors if any(name in x.name for name in names)
+    }
 
 
 def test_a_layer_without_channels_is_not_too_narrow() -> None:
-    shape = shape_from_config(tiny_config("nemotron_h", hybrid_override_pattern="M-*").to_dict(), "tiny")
-    assert make_limits(PruneConfig(channel_multiple=16, protected_last=0), shape).floor[1]["channels"] == 16
-    must_name("channel_multiple 24 layer 1 23", make_limits, PruneConfig(channel_multiple=24), shape)
+    shape = shape_from_config(
+        tiny_config("nemotron_h", hybrid_override_pattern="M-*").to_dict(), "tiny"
+    )
+    assert (
+        make_limits(PruneConfig(channel_multiple=16, protected_last=0), shape).floor[1]["channels"]
+        == 16
+    )
+    must_name(
+        "channel_multiple 24 layer 1 23", make_limits, PruneConfig(channel_multiple=24), shape
+    )
 
 
 def test_the_published_model_without_experts_has_the_parameters_that_are_published() -> None:

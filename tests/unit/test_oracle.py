@@ -63,13 +63,23 @@ def planted_layer() -> dict[str, formula.LoraLinear]:
     query = torch.tensor([1.0, -2.0, 3.0, 4.0]).repeat_interleave(3)  # per query head
     group = torch.tensor([1.0, -2.0]).repeat_interleave(3)
     channel = torch.tensor([3.0, 4.0])
-    rows = {"self_attn.q_proj": query, "self_attn.k_proj": 1e3 * group, "self_attn.v_proj": 1e6 * group}
+    rows = {
+        "self_attn.q_proj": query,
+        "self_attn.k_proj": 1e3 * group,
+        "self_attn.v_proj": 1e6 * group,
+    }
     rows |= {"mlp.gate_proj": channel, "mlp.up_proj": -1e3 * channel}
     columns = {"self_attn.o_proj": 1e9 * query, "mlp.down_proj": 1e6 * channel}
     weights = {name: row[:, None].expand(-1, 5) for name, row in rows.items()}
     weights |= {name: column.expand(5, -1) for name, column in columns.items()}
     return {
-        name: (W, torch.ones(1, W.shape[1]), torch.zeros(len(W), 1), torch.zeros(1, W.shape[1]), torch.ones(len(W), 1))
+        name: (
+            W,
+            torch.ones(1, W.shape[1]),
+            torch.zeros(len(W), 1),
+            torch.zeros(1, W.shape[1]),
+            torch.ones(len(W), 1),
+        )
         for name, W in weights.items()
     }
 

@@ -17,7 +17,8 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 Cuts = dict[int, list[LayerCut]]  # by step
 VOCAB = 101
 FP64 = Settings(lora_alpha=8, dtype=torch.float64)
-FORWARD = 1e-5  # transformers computes norms, softmax and rotary angles in fp32 even in an fp64 model
+# transformers computes norms, softmax and rotary angles in fp32 even in an fp64 model
+FORWARD = 1e-5
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,23 @@ class Tiny:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mha": {"heads": 4, "kv_heads": 4, "head_dim": 6, "hidden": 24, "ffn": 37},
-    "gqa-biases": {"heads": 6, "kv_heads": 3, "head_dim": 4, "hidden": 30, "ffn": 41, "biases": True},
-    "tied": {"heads": 6, "kv_heads": 2, "head_dim": 8, "hidden": 20, "ffn": 23, "model_type": "mistral", "tie": True},
+    "gqa-biases": {
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 4,
+        "hidden": 30,
+        "ffn": 41,
+        "biases": True,
+    },
+    "tied": {
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "hidden": 20,
+        "ffn": 23,
+        "model_type": "mistral",
+        "tie": True,
+    },
 }
 
 
@@ -54,7 +70,11 @@ def test_loss_is_the_mean_over_the_supervised_tokens_of_the_global_batch(tiny: T
     whole = tiny.trainer()
     logits = whole.logits(ids)
     per_sample = [
-        F.cross_entropy(logits[sample, :-1][labels[sample, 1:] != -100], wanted[wanted != -100], reduction="none")
+        F.cross_entropy(
+            logits[sample, :-1][labels[sample, 1:] != -100],
+            wanted[wanted != -100],
+            reduction="none",
+        )
         for sample, wanted in enumerate(labels[:, 1:])
     ]
     expected = float(torch.cat(per_sample).mean())
@@ -73,7 +93,8 @@ def test_loss_is_the_mean_over_the_supervised_tokens_of_the_global_batch(tiny: T
 def test_gradients_against_a_finite_step_of_the_loss(tiny: Tiny) -> None:
     trainer = tiny.trainer()
     gradients = trainer.step(tiny.batches[0], 0.0).gradients
-    size = 1e-2  # large, since parts of the forward pass are fp32; the five-point rule's own error is of its 4th power
+    # large, since parts of the forward pass are fp32; the five-point rule's own error is of its 4th power
+    size = 1e-2
     for name, parameter in trainer.copies.items():
         position = torch.unravel_index(gradients[name].abs().argmax(), parameter.shape)
         start = parameter.data[position].clone()
@@ -97,7 +118,9 @@ def test_scores_come_from_weights_and_gradients_before_the_update(tiny: Tiny) ->
             a, b = f"layers.{i}.{linear}.lora_A", f"layers.{i}.{linear}.lora_B"
             weight, gradients = frozen[f"layers.{i}.{linear}.weight"], records[0].gradients
             layer[linear] = (weight, masters[a], masters[b], gradients[a], gradients[b])
-        expected = formula.group_scores(layer, 8 / 4, kv_heads, trainer.queries_per_group, trainer.head_dim, True)
+        expected = formula.group_scores(
+            layer, 8 / 4, kv_heads, trainer.queries_per_group, trainer.head_dim, True
+        )
         for kind in range(2):
             first, second = records[0].scores[i][kind], records[1].scores[i][kind]
             close(first, expected[kind])
@@ -122,7 +145,10 @@ def test_clipping_changes_the_update_and_not_the_scores(tiny: Tiny) -> None:
 def some_cut(trainer: DenseTrainer) -> list[LayerCut]:
     """Scattered groups, other ones in each layer, as explicit lists."""
     kept = enumerate(trainer.kept)
-    return [([h for h in heads if h != i + 1], [c for c in channels if c % 3 != i]) for i, (heads, channels) in kept]
+    return [
+        ([h for h in heads if h != i + 1], [c for c in channels if c % 3 != i])
+        for i, (heads, channels) in kept
+    ]
 
 
 def test_a_cut_equals_masking(tiny: Tiny) -> None:
@@ -137,7 +163,10 @@ def test_a_cut_equals_masking(tiny: Tiny) -> None:
     for i, (heads, channels) in enumerate(cut):
         assert isinstance(heads, list)
         assert isinstance(channels, list)
-        for linear, kept, width in (("self_attn.o_proj", heads, query_width), ("mlp.down_proj", channels, 1)):
+        for linear, kept, width in (
+            ("self_attn.o_proj", heads, query_width),
+            ("mlp.down_proj", channels, 1),
+        ):
             module = masked.layers[i].get_submodule(linear)
             mask = torch.zeros(module.base_layer.weight.shape[1], dtype=torch.float64)  # type: ignore[union-attr]
             for group in kept:
@@ -147,7 +176,9 @@ def test_a_cut_equals_masking(tiny: Tiny) -> None:
 
     close(cut_model.logits(ids), masked.logits(ids), FORWARD)
     assert (dense_logits - masked.logits(ids)).abs().max() > 0.1
-    assert sum(t.numel() for t in cut_model.frozen().values()) < sum(t.numel() for t in masked.frozen().values())
+    assert sum(t.numel() for t in cut_model.frozen().values()) < sum(
+        t.numel() for t in masked.frozen().values()
+    )
 
 
 def test_adam_goes_on_after_a_cut_with_its_own_moments(tiny: Tiny) -> None:
@@ -163,7 +194,9 @@ def test_adam_goes_on_after_a_cut_with_its_own_moments(tiny: Tiny) -> None:
         w1 = start * (1 - 1e-2 * 0.1) - 1e-2 * (m1 / 0.2) / ((v1 / 0.05).sqrt() + 1e-6)
         m1, v1, w1 = (_kept_part(tensor, name, cut, trainer) for tensor in (m1, v1, w1))
         m2, v2 = 0.8 * m1 + 0.2 * g2, 0.95 * v1 + 0.05 * g2**2
-        w2 = w1 * (1 - 3e-3 * 0.1) - 3e-3 * (m2 / (1 - 0.8**2)) / ((v2 / (1 - 0.95**2)).sqrt() + 1e-6)
+        w2 = w1 * (1 - 3e-3 * 0.1) - 3e-3 * (m2 / (1 - 0.8**2)) / (
+            (v2 / (1 - 0.95**2)).sqrt() + 1e-6
+        )
         close(moments[name][0], m2)
         close(moments[name][1], v2)
         close(final, w2)
@@ -177,19 +210,33 @@ def _kept_part(tensor: Tensor, name: str, cut: list[LayerCut], trainer: DenseTra
     if (factor == "lora_A") != inner:
         return tensor
     kept = cut[int(layer)][0 if linear[0] in "qkvo" else 1]
-    width = {"q": trainer.queries_per_group, "o": trainer.queries_per_group}.get(linear[0], 1) * trainer.head_dim
-    grouped = (tensor.T if inner else tensor).unflatten(0, (-1, width if linear[0] in "qkvo" else 1))
+    width = {"q": trainer.queries_per_group, "o": trainer.queries_per_group}.get(
+        linear[0], 1
+    ) * trainer.head_dim
+    grouped = (tensor.T if inner else tensor).unflatten(
+        0, (-1, width if linear[0] in "qkvo" else 1)
+    )
     mask = torch.tensor([group in kept for group in range(len(grouped))])  # type: ignore[operator]
     part = grouped[mask].flatten(0, 1)
     return part.T if inner else part
 
 
-def test_counts_keep_the_highest_averages_and_indices_stay_those_of_the_original(tiny: Tiny) -> None:
+def test_counts_keep_the_highest_averages_and_indices_stay_those_of_the_original(
+    tiny: Tiny,
+) -> None:
     trainer = tiny.trainer()
     heads, channels = (len(kept) for kept in trainer.kept[0])
-    cuts: Cuts = {1: [(heads, channels - 9), (heads - 1, channels - 5)], 3: [(1, channels - 15)] * 2}
+    cuts: Cuts = {
+        1: [(heads, channels - 9), (heads - 1, channels - 5)],
+        3: [(1, channels - 15)] * 2,
+    }
     records = trainer.run(tiny.batches, [1e-2] * 4, cuts)
-    assert [[(len(h), len(c)) for h, c in record.kept] for record in records] == [cuts[1], cuts[1], cuts[3], cuts[3]]
+    assert [[(len(h), len(c)) for h, c in record.kept] for record in records] == [
+        cuts[1],
+        cuts[1],
+        cuts[3],
+        cuts[3],
+    ]
     for before, after in ((None, records[0]), (records[1], records[2])):
         for i in range(2):
             for kind in range(2):
@@ -224,4 +271,5 @@ def test_bfloat16_trains_fp32_masters(tiny: Tiny) -> None:
         assert torch.equal(trainer.copies[name].detach(), master.bfloat16())
         assert not torch.equal(master, master.bfloat16().float())
     for ours, reference in zip(records, exact, strict=True):
-        assert ours.loss == pytest.approx(reference.loss, rel=2e-2)  # 8 bits of mantissa over two layers
+        # 8 bits of mantissa over two layers
+        assert ours.loss == pytest.approx(reference.loss, rel=2e-2)

@@ -63,7 +63,10 @@ def of_another_seed(config: RunConfig, state: layout.State = "stopped") -> None:
 
 
 def of_an_earlier_commit(
-    config: RunConfig, state: layout.State = "stopped", section: str = "prune", setting: str = "score_every: 1"
+    config: RunConfig,
+    state: layout.State = "stopped",
+    section: str = "prune",
+    setting: str = "score_every: 1",
 ) -> None:
     """Leaves a run with a setting that has gone since."""
     leave(config, state)
@@ -74,7 +77,8 @@ def of_an_earlier_commit(
 Make = Callable[[RunConfig], object]
 FOREIGN = partial(hold, name="thesis.tex")
 WITH_A_MODEL_KEY = partial(of_an_earlier_commit, state="finished", section="model")
-OF_ANOTHER_TOOL = partial(hold, name="config.yaml", text="on: push\njobs: {1: a}\n")  # keys that are no strings
+# keys that are no strings
+OF_ANOTHER_TOOL = partial(hold, name="config.yaml", text="on: push\njobs: {1: a}\n")
 CASES: list[tuple[Make, str | None, str]] = [
     (lambda config: None, None, "fresh"),
     (hold, None, "fresh"),
@@ -98,14 +102,20 @@ CASES: list[tuple[Make, str | None, str]] = [
     (of_an_earlier_commit, "auto", f"format {layout.FORMAT}"),
     (partial(of_an_earlier_commit, state="finished"), None, f"format {layout.FORMAT}"),
     (partial(of_an_earlier_commit, setting="depth_ratio: 0.0"), "auto", "resume"),
-    (partial(of_an_earlier_commit, setting="depth_ratio: 0.1"), "auto", "config.yaml prune.depth_ratio 0.1 6ec3512a"),
+    (
+        partial(of_an_earlier_commit, setting="depth_ratio: 0.1"),
+        "auto",
+        "config.yaml prune.depth_ratio 0.1 6ec3512a",
+    ),
     (partial(WITH_A_MODEL_KEY, setting="drop_layers: []"), None, "finished"),
     (partial(WITH_A_MODEL_KEY, setting="drop_layers: [3]"), None, "model.drop_layers [3] 6ec3512a"),
 ]
 
 
 @pytest.mark.parametrize(("make", "resume", "expected"), CASES)
-def test_start(config: RunConfig, make: Make, resume: str | None, expected: str, tmp_path: Path) -> None:
+def test_start(
+    config: RunConfig, make: Make, resume: str | None, expected: str, tmp_path: Path
+) -> None:
     make(config)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     if expected in ("fresh", "resume", "finished"):
@@ -115,10 +125,17 @@ def test_start(config: RunConfig, make: Make, resume: str | None, expected: str,
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
-def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(config: RunConfig) -> None:
+def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(
+    config: RunConfig,
+) -> None:
     leave(config)
-    train, every = TrainConfig(steps=100, micro_batch_size=8), dataclasses.replace(config.checkpoint, every=7)
-    other = dataclasses.replace(config, train=train, checkpoint=every, logging=LoggingConfig(report_to=[]))
+    train, every = (
+        TrainConfig(steps=100, micro_batch_size=8),
+        dataclasses.replace(config.checkpoint, every=7),
+    )
+    other = dataclasses.replace(
+        config, train=train, checkpoint=every, logging=LoggingConfig(report_to=[])
+    )
     assert start_with(other, "auto").start == "resume"
     faster = dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0))
     assert "train.learning_rate" in refused_start(faster)
@@ -131,8 +148,12 @@ def test_a_finished_run_may_be_measured_in_another_way(config: RunConfig) -> Non
     assert (output.start, output.config.evaluate) == ("finished", evaluate)
 
 
-def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tmp_path: Path) -> None:
-    saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3, channel_multiple=1), train=TrainConfig(steps=7))
+def test_what_is_not_given_comes_from_the_run_that_goes_on(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    saved = dataclasses.replace(
+        config, prune=PruneConfig(ratio=0.3, channel_multiple=1), train=TrainConfig(steps=7)
+    )
     folder, given = create(saved), {"output_dir": config.output_dir}
     assert OutputFolder(given, "auto").config == OutputFolder(given).config == saved
     more = given | {"prune": {"ratio": 0.4}, "train": None}
@@ -163,7 +184,9 @@ def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) 
     raw = saved.to_dict()
     raw["prune"]["depth_ratio"] = 0.0  # of an earlier commit
     save_state(Path(config.output_dir), config=raw)
-    going_on, fresh = (OutputFolder({"output_dir": config.output_dir}, resume) for resume in ("auto", None))
+    going_on, fresh = (
+        OutputFolder({"output_dir": config.output_dir}, resume) for resume in ("auto", None)
+    )
     assert (going_on.config, fresh.continued) == (saved, None)
     assert going_on.continued is not None
     assert going_on.continued.data.commits == {"data": "c0ffee"}
@@ -172,21 +195,27 @@ def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) 
 
 @pytest.mark.parametrize("resume", [None, "auto"])
 @pytest.mark.parametrize("name", ["status.json", "config.yaml"])
-def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str, resume: str | None) -> None:
+def test_a_run_of_another_format_is_refused_as_such(
+    config: RunConfig, name: str, resume: str | None
+) -> None:
     """Also if its config has keys that are gone, or is lost."""
     leave(config)
     folder = Path(config.output_dir)
     save_state(folder, format=layout.FORMAT - 1)
     status = read_json(folder / "status.json") | {"format": layout.FORMAT - 1}
     (folder / "status.json").write_text(json.dumps(status))
-    (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
+    (folder / "config.yaml").write_text(
+        "" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2})
+    )
 
     reader = layout.READERS[str(layout.FORMAT - 1)]
     with pytest.raises(layout.CheckpointMismatch, match=f"{layout.FORMAT - 1}.* {reader}"):
         _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 
-def test_a_path_in_the_run_or_elsewhere(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_the_run_or_elsewhere(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A start looks next to the checkpoint itself, not next to a link to it."""
     other = tmp_path / "other" / "step-3"
     other.mkdir(parents=True)
@@ -203,7 +232,9 @@ def test_a_path_in_the_run_or_elsewhere(config: RunConfig, tmp_path: Path, monke
         assert str(path) in refused_start(config, str(path))
 
 
-def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_process_left(config: RunConfig) -> None:
+def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_process_left(
+    config: RunConfig,
+) -> None:
     first, second = start_with(config), start_with(config)
     assert (first.start, second.start) == ("fresh", "fresh")
     first.create(config)
@@ -216,11 +247,15 @@ def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_proc
     assert sorted(path.name for path in folder.rglob("*")) == ["checkpoints", "config.yaml"]
 
 
-def run_status(folder: Path, *, first: int = 4, mark: str = "a", rank: int = 0, ranks: int = 1) -> RunStatus:
+def run_status(
+    folder: Path, *, first: int = 4, mark: str = "a", rank: int = 0, ranks: int = 1
+) -> RunStatus:
     return RunStatus(folder, 10, first=first, mark=mark, rank=rank, ranks=ranks)
 
 
-def fail_inside(status: RunStatus, error: BaseException, during: Callable[[], None] = lambda: None) -> None:
+def fail_inside(
+    status: RunStatus, error: BaseException, during: Callable[[], None] = lambda: None
+) -> None:
     def run() -> None:
         with status:
             during()
@@ -268,8 +303,13 @@ def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_p
     second.update(5)
 
 
-def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraprune_ds.checkpoint.layout.read_status", lambda folder: pytest.fail("read at every step"))
+def test_ranks_that_write_no_status_do_not_read_it_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "loraprune_ds.checkpoint.layout.read_status",
+        lambda folder: pytest.fail("read at every step"),
+    )
     with run_status(tmp_path, rank=1, ranks=2) as status:
         status.update(5)
         status.end("finished")
@@ -284,7 +324,9 @@ def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkey
         (UserError("agreed"), "rank 0: RuntimeError: Connection closed by peer"),
     ],
 )
-def test_what_a_rank_met_alone_is_not_hidden_by_a_lost_connection(tmp_path: Path, error: Exception, line: str) -> None:
+def test_what_a_rank_met_alone_is_not_hidden_by_a_lost_connection(
+    tmp_path: Path, error: Exception, line: str
+) -> None:
     """Rank 0 may still be at the end of the step before."""
     first, other = run_status(tmp_path, ranks=2), run_status(tmp_path, rank=1, ranks=2)
 
@@ -298,14 +340,22 @@ def test_what_a_rank_met_alone_is_not_hidden_by_a_lost_connection(tmp_path: Path
 
 @pytest.mark.parametrize("state", ["running", "finished"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: layout.State, rank: int) -> None:
+def test_a_run_that_went_on_elsewhere_is_not_called_failed(
+    tmp_path: Path, state: layout.State, rank: int
+) -> None:
     """By what was left of it on a node that was lost, and fails when it is found again."""
     elsewhere = layout.Status(state, 9, 10)
     status = run_status(tmp_path, rank=rank, ranks=2)
-    fail_inside(status, RuntimeError("Connection closed by peer"), lambda: layout.write_status(tmp_path, elsewhere))
+    fail_inside(
+        status,
+        RuntimeError("Connection closed by peer"),
+        lambda: layout.write_status(tmp_path, elsewhere),
+    )
     assert last_status(tmp_path) == elsewhere
 
 
-def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_status_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, status = Mock(side_effect=OSError(28, "No space left on device")), run_status(tmp_path)
     fail_inside(status, UserError("x"), lambda: monkeypatch.setattr(layout, "write_status", full))

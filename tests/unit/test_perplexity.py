@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.perplexity import Perplexity, measure_perplexity, split_batches, split_windows, tokenize
+from loraprune_ds.model.perplexity import (
+    Perplexity,
+    measure_perplexity,
+    split_batches,
+    split_windows,
+    tokenize,
+)
 from loraprune_ds.model.tokenizer import Starts, text_starts
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
@@ -27,9 +33,13 @@ def forward(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
 
 
-def rank_of(world_size: int, rank: int, all_reduce: Callable[[Tensor], Tensor] = lambda values: values) -> Any:
+def rank_of(
+    world_size: int, rank: int, all_reduce: Callable[[Tensor], Tensor] = lambda values: values
+) -> Any:
     """Stands for a Communicator."""
-    return SimpleNamespace(device=torch.device("cpu"), rank=rank, world_size=world_size, all_reduce=all_reduce)
+    return SimpleNamespace(
+        device=torch.device("cpu"), rank=rank, world_size=world_size, all_reduce=all_reduce
+    )
 
 
 def losses_of(forward: Any) -> Any:
@@ -37,7 +47,9 @@ def losses_of(forward: Any) -> Any:
 
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = forward(input_ids)[:, :-1].float()
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+        return torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels[:, 1:], reduction="none"
+        )
 
     return losses
 
@@ -76,7 +88,9 @@ def over_ranks(forward: Any, batches: Sequence[Tensor], world_size: int) -> list
             calls[rank] += 1
             return forward(input_ids)
 
-        return measure_perplexity(losses_of(counted), twice(batches), rank_of(world_size, rank, all_reduce))
+        return measure_perplexity(
+            losses_of(counted), twice(batches), rank_of(world_size, rank, all_reduce)
+        )
 
     for rank in range(world_size):
         be_rank(rank, lambda values: parts.append(values.clone()) or values)
@@ -88,7 +102,9 @@ def over_ranks(forward: Any, batches: Sequence[Tensor], world_size: int) -> list
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 7, 100])
 @pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_it_is_the_mean_of_all_tokens_for_any_batches_and_ranks(forward: Any, batch_size: int, world_size: int) -> None:
+def test_it_is_the_mean_of_all_tokens_for_any_batches_and_ranks(
+    forward: Any, batch_size: int, world_size: int
+) -> None:
     """With 7 windows most batch sizes leave a smaller last batch, and most ranks an unequal share."""
     windows = token_ids(7 * 16).view(7, 16)
     expected = slow_perplexity(forward, windows)
@@ -123,7 +139,9 @@ def test_every_window_can_begin_with_bos() -> None:
 def test_only_gemmas_windows_begin_with_bos() -> None:
     tokenizer = make_tokenizer(VOCAB)
     windows = {name: text_starts(tokenizer, family, {}).window for name, family in FAMILIES.items()}
-    assert [name for name in windows if windows[name] == tokenizer.bos_token_id] == [x for x in windows if "gemma" in x]
+    assert [name for name in windows if windows[name] == tokenizer.bos_token_id] == [
+        x for x in windows if "gemma" in x
+    ]
 
 
 def test_only_the_beginning_of_a_long_text_is_tokenised_if_it_has_enough_tokens() -> None:
@@ -160,8 +178,12 @@ def test_a_text_shorter_than_a_window_or_with_ids_that_the_embedding_lacks_is_re
 # Extreme logits
 
 
-@pytest.mark.parametrize(("value", "expected"), [(1e2, math.exp(100)), (1e4, math.inf), (math.nan, math.nan)])
-def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none(value: float, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1e2, math.exp(100)), (1e4, math.inf), (math.nan, math.nan)]
+)
+def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none(
+    value: float, expected: float
+) -> None:
     def forward(input_ids: Tensor) -> Tensor:
         logits = torch.zeros(*input_ids.shape, VOCAB)
         logits[..., 0] = value  # token 0 is never in the text
@@ -174,13 +196,21 @@ def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none(value
 def test_losses_are_summed_in_fp64() -> None:
     losses = 600 + torch.rand(8, 31, generator=torch.Generator().manual_seed(1))
     batches = [token_ids(8 * 32).view(8, 32)]
-    found = measure_perplexity(lambda input_ids, labels: losses, twice(batches), rank_of(1, 0)).perplexity
-    assert found == pytest.approx(math.exp(math.fsum(losses.flatten().tolist()) / losses.numel()), rel=1e-9)
+    found = measure_perplexity(
+        lambda input_ids, labels: losses, twice(batches), rank_of(1, 0)
+    ).perplexity
+    assert found == pytest.approx(
+        math.exp(math.fsum(losses.flatten().tolist()) / losses.numel()), rel=1e-9
+    )
 
 
 def test_low_precision_logits_are_enough_and_have_no_graph() -> None:
     windows = token_ids(64 * 32).view(64, 32)
-    logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    logits = (
+        torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))
+        .bfloat16()
+        .requires_grad_()
+    )
 
     def forward(ids: Tensor) -> Tensor:
         assert not logits[ids].requires_grad

@@ -25,8 +25,14 @@ SMALL = shape_from_config(SOURCE, "somewhere")
 WEIGHTS = SMALL.total_numel() * 2
 
 
-def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMALL, **train: Any) -> Request:
-    settings: dict[str, Any] = {"steps": steps, "global_batch_size": 64, "distill_weight": 0} | train
+def request(
+    cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMALL, **train: Any
+) -> Request:
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "global_batch_size": 64,
+        "distill_weight": 0,
+    } | train
     config = RunConfig(
         output_dir="unused",
         data=DataConfig(window=64),
@@ -60,8 +66,13 @@ def test_offload_moves_bytes_from_the_gpu_to_the_host() -> None:
 
 def test_pinned_blocks_are_rounded_up_to_powers_of_two() -> None:
     def host(pinned: bool, shape: ModelShape = SMALL) -> dict[str, int]:
-        both = {f"offload_{what}": {"device": "cpu", "pin_memory": pinned} for what in ("param", "optimizer")}
-        return make_plan(changed(request(Cluster(1, 2), shape=shape), deepspeed=both)).stages[0].host
+        both = {
+            f"offload_{what}": {"device": "cpu", "pin_memory": pinned}
+            for what in ("param", "optimizer")
+        }
+        return (
+            make_plan(changed(request(Cluster(1, 2), shape=shape), deepspeed=both)).stages[0].host
+        )
 
     plain, pinned = host(pinned=False), host(pinned=True)
     # Pieces of the channels' linears have 512 * 1376 elements, those of embedding and head 512 * 1000, half of each on
@@ -74,22 +85,49 @@ def test_pinned_blocks_are_rounded_up_to_powers_of_two() -> None:
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:
-    small, large, larger = (logits(SMALL, request(Cluster(1, 1)).batch(samples, 128)) for samples in (1, 4096, 4097))
+    small, large, larger = (
+        logits(SMALL, request(Cluster(1, 1)).batch(samples, 128)) for samples in (1, 4096, 4097)
+    )
     assert small == 128 * (SMALL.vocab_size * (4 + 2) + 2 * 512 * 2)
     assert larger - large == 128 * 2 * 512 * 2  # hidden states
 
 
 @pytest.mark.parametrize(
-    ("samples", "epochs", "steps"), [(1000, 2.5, 19), (1000, 0.5, 3), (128, 1, 1), (12_800, 0.29, 29)]
+    ("samples", "epochs", "steps"),
+    [(1000, 2.5, 19), (1000, 0.5, 3), (128, 1, 1), (12_800, 0.29, 29)],
 )
-def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
+def test_epochs_have_the_steps_that_the_run_makes_of_them(
+    samples: int, epochs: float, steps: int
+) -> None:
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
-    planned = build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples)
+    planned = build_request(
+        "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples
+    )
     assert (planned.pruning.steps, planned.steps_known) == (steps, True)
-    must_name("--samples", build_request, "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
-    late = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128, warmup_steps=steps)
-    must_name("train.warmup_steps", build_request, "small", SOURCE, SMALL, late.config, late.cluster, samples=samples)
+    must_name(
+        "--samples",
+        build_request,
+        "small",
+        SOURCE,
+        SMALL,
+        unknown.config,
+        unknown.cluster,
+        samples=5,
+    )
+    late = request(
+        Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128, warmup_steps=steps
+    )
+    must_name(
+        "train.warmup_steps",
+        build_request,
+        "small",
+        SOURCE,
+        SMALL,
+        late.config,
+        late.cluster,
+        samples=samples,
+    )
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:
@@ -102,7 +140,9 @@ def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) ->
 
 
 def test_nccl_takes_more_with_more_ranks() -> None:
-    held = [Cluster(nodes, gpus).nccl_bytes for nodes, gpus in ((1, 1), (1, 2), (1, 8), (4, 8), (64, 8))]
+    held = [
+        Cluster(nodes, gpus).nccl_bytes for nodes, gpus in ((1, 1), (1, 2), (1, 8), (4, 8), (64, 8))
+    ]
     assert held[0] == 0
     assert held[2] == pytest.approx(4.34e9)  # as published
     assert held == sorted(held)
@@ -119,18 +159,25 @@ def test_what_is_gathered_is_bounded_by_the_limits_and_by_the_model() -> None:
     assert gathered_weights(plain, SMALL, trains=False) == 2 * layer
     for live in (SMALL.layers[0].numel // 2, 2 * SMALL.layers[0].numel):
         few = changed(plain, deepspeed={"stage3_max_live_parameters": live})
-        beside = 2 * live if live > SMALL.layers[0].numel else 0  # nothing is fetched ahead of a larger module
+        # nothing is fetched ahead of a larger module
+        beside = 2 * live if live > SMALL.layers[0].numel else 0
         assert gathered_weights(few, SMALL) == pytest.approx(beside + 2 * layer, rel=1e-6)
 
 
 def test_eager_attention_checkpointing_and_recovery_cost_what_they_change() -> None:
     plain, longer = request(Cluster(1, 4)), make_plan(request(Cluster(1, 4), recovery_steps=30))
-    changes: Any = [{"train": {"gradient_checkpointing": True}}, {}, {"model": {"attn_implementation": "eager"}}]
+    changes: Any = [
+        {"train": {"gradient_checkpointing": True}},
+        {},
+        {"model": {"attn_implementation": "eager"}},
+    ]
     again, usual, eager = plans = [make_plan(changed(plain, **x)) for x in changes]
     taught = make_plan(changed(plain, train={"distill_weight": 0.5}))
     kept = [stage(plan, "dense").phases["training"]["activations"] for plan in plans]
     assert 2 * kept[0] < kept[1] < kept[2]
-    assert usual.costs["step"].compute < min(x.costs["step"].compute for x in (again, eager, taught))
+    assert usual.costs["step"].compute < min(
+        x.costs["step"].compute for x in (again, eager, taught)
+    )
     added = 30 * usual.costs["last_step"].total.at_least
     assert longer.in_all.at_least == pytest.approx(usual.in_all.at_least + added)
 
@@ -155,7 +202,8 @@ def test_the_search_finds_the_fewest_gpus_that_can_split_the_batch() -> None:
     needs = {n: make_plan(changed(asked, Cluster(1, n))).device_bytes / 1e6 for n in (1, 2, 4, 8)}
     assert needs[8] < needs[4] < min(needs[1], needs[2])
     found, reason = search(asked, tight(8, needs[4] + 1), 1)
-    assert (found.fits, found.request.world_size, reason) == (True, 4, "")  # micro-batches of 2 leave no 3
+    # micro-batches of 2 leave no 3
+    assert (found.fits, found.request.world_size, reason) == (True, 4, "")
     found, reason = search(asked, tight(2, needs[4] + 1), 2)
     assert (found.request.cluster.nodes, found.request.cluster.gpus_per_node, reason) == (2, 2, "")
     largest, reason = search(asked, tight(8, 1), 512)
@@ -166,7 +214,10 @@ def test_the_search_finds_the_fewest_gpus_that_can_split_the_batch() -> None:
 def test_the_largest_micro_batch_that_fits_is_proposed() -> None:
     plan = make_plan(request(Cluster(1, 4), micro_batch_size=1))
     assert largest_micro_batch(plan) == 16  # all of a rank's part of the batch
-    needs = {size: make_plan(request(Cluster(1, 4), micro_batch_size=size)).device_bytes for size in (1, 4, 8)}
+    needs = {
+        size: make_plan(request(Cluster(1, 4), micro_batch_size=size)).device_bytes
+        for size in (1, 4, 8)
+    }
     assert needs[1] < needs[4] < needs[8]
     between = make_plan(request(tight(4, (needs[4] + needs[8]) / 2e6), micro_batch_size=1))
     assert largest_micro_batch(between) == 4
@@ -175,7 +226,8 @@ def test_the_largest_micro_batch_that_fits_is_proposed() -> None:
 
 def test_a_change_that_the_deepspeed_json_refuses_is_no_suggestion(tmp_path: Path) -> None:
     settings = json.loads(Path("ds_configs/zero3.json").read_text())
-    settings["zero_optimization"]["stage3_use_all_reduce_for_fetch_params"] = True  # of weights of one dtype
+    # of weights of one dtype
+    settings["zero_optimization"]["stage3_use_all_reduce_for_fetch_params"] = True
     (tmp_path / "one_dtype.json").write_text(json.dumps(settings))
     cluster = tight(2, 40)
     plain = request(cluster, micro_batch_size=4).config
@@ -211,7 +263,8 @@ def test_a_refit_costs_memory_traffic_and_disk() -> None:
     without, refit = (make_plan(changed(plain, prune=prune)) for prune in settings)
     assert refit.stages[1].peak_phase == "refit"
     assert refit.costs["first_cut"].sent["cut"] > without.costs["first_cut"].sent["cut"]
-    halves = 4 * ((512**2 + 1376**2) // 2 + 512 * 512 // 2 + 1) * 4  # of each of the four layers that may be cut
+    # of each of the four layers that may be cut
+    halves = 4 * ((512**2 + 1376**2) // 2 + 512 * 512 // 2 + 1) * 4
     assert refit.checkpoint_bytes > without.checkpoint_bytes + halves
 
 
@@ -225,4 +278,6 @@ def test_hpz_keeps_its_gathers_inside_whole_nodes(tmp_path: Path) -> None:
     alone = with_hpz(tmp_path, "auto", one)  # where it means nothing
     assert make_plan(alone).costs["step"] == make_plan(request(one)).costs["step"]
     assert [changed(alone, Cluster(2, n)).fetch.zero_hpz_partition_size for n in (2, 8)] == [2, 8]
-    must_name("zero_hpz_partition_size 4 6", with_hpz, tmp_path, 4, Cluster(2, 6), global_batch_size=24)
+    must_name(
+        "zero_hpz_partition_size 4 6", with_hpz, tmp_path, 4, Cluster(2, 6), global_batch_size=24
+    )

@@ -37,7 +37,9 @@ ON_ONE_GPU = {
 }
 
 
-@pytest.mark.parametrize(("name", "one_gpu"), [*((x, False) for x in MODERN), *((x, True) for x in ON_ONE_GPU)])
+@pytest.mark.parametrize(
+    ("name", "one_gpu"), [*((x, False) for x in MODERN), *((x, True) for x in ON_ONE_GPU)]
+)
 def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str, one_gpu: bool) -> None:
     (source, billions, *_), path = MODERN[name], CONFIGS / f"{name}.yaml"
     overrides = ON_ONE_GPU[name] if one_gpu else []
@@ -46,18 +48,23 @@ def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str, one_gpu: 
     meant = re.search(r"Meant for (\w+) nodes? of 8 GPUs", path.read_text())
     assert meant
     plan = make_plan(
-        build_request(name, source, shape, config, Cluster(1, 1) if one_gpu else Cluster(NODES[meant[1]], 8))
+        build_request(
+            name, source, shape, config, Cluster(1, 1) if one_gpu else Cluster(NODES[meant[1]], 8)
+        )
     )
     assert plan.fits
     assert row(path, plan, overrides) in (CONFIGS / "README.md").read_text()
     if not one_gpu:
-        assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)  # as published, rounded
+        # as published, rounded
+        assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)
         assert plan.request.micro_batches == 1
 
 
 def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
     total, request = plan.in_all, plan.request
-    hours = " to ".join(dict.fromkeys(f"{seconds / 3600:.1f}" for seconds in (total.at_least, total.at_most)))
+    hours = " to ".join(
+        dict.fromkeys(f"{seconds / 3600:.1f}" for seconds in (total.at_least, total.at_most))
+    )
     memory = plan.device_bytes / GIB
     sent, saved = total.bytes_sent / 1e9, plan.checkpoint_bytes / 1e9
     run = ", ".join(f"`{part}`" for part in (path.name, *overrides))
@@ -67,7 +74,8 @@ def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_config_has_the_recipe(path: Path) -> None:
     config, default = config_from_dict(read_config(path)), RunConfig("unused")
-    sizes = {"ratio": 0.5, "channel_multiple": 64, "tensor_parallel": 1, "head_ratio": None}  # of a model
+    # of a model
+    sizes = {"ratio": 0.5, "channel_multiple": 64, "tensor_parallel": 1, "head_ratio": None}
     assert replace(config.prune, prune_every=10, **sizes) == default.prune
     assert (config.train.distill_weight, config.train.distill_temperature) == (0.25, 2.0)
     if config.model.path != "embedded":
@@ -77,7 +85,14 @@ def test_every_other_config_has_the_recipe(path: Path) -> None:
 
 
 # Nodes and GPUs that each of the paper's runs is meant for.
-PAPER = {"7b": (1, 8), "7b-single-shot": (1, 8), "13b": (1, 8), "30b": (2, 8), "65b": (4, 8), "65b-int8": (1, 1)}
+PAPER = {
+    "7b": (1, 8),
+    "7b-single-shot": (1, 8),
+    "13b": (1, 8),
+    "30b": (2, 8),
+    "65b": (4, 8),
+    "65b-int8": (1, 1),
+}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "paper").glob("*")), ids=lambda path: path.stem)
@@ -87,8 +102,18 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
     request = make_request(f"llama-{size}", Cluster(*cluster), config_path=str(path))
     prune, train = request.config.prune, request.config.train
     assert make_plan(request).fits
-    assert (prune.criterion, prune.normalize, prune.ranking, prune.compensate) == ("lora", "l2", "uniform", "none")
-    assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distill_weight) == (0.5, 128, 0, 0)
+    assert (prune.criterion, prune.normalize, prune.ranking, prune.compensate) == (
+        "lora",
+        "l2",
+        "uniform",
+        "none",
+    )
+    assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distill_weight) == (
+        0.5,
+        128,
+        0,
+        0,
+    )
     assert request.config.model.frozen == ("int8" if kind == "int8-" else None)
     if kind == "single-shot-":
         assert request.pruning.cut_steps == [request.pruning.steps]
@@ -99,7 +124,9 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
 
 # Every recorded run of `plan_measured.py` and `wide_layers.py`. What a process held beside its state when a step began
 # (Python's objects, kernels) is added to the plan
-RECORDED = [(False, x) for x in sorted(read_json(RESULT))] + [(True, x) for x in sorted(read_json(WIDE)) if x != "bin"]
+RECORDED = [(False, x) for x in sorted(read_json(RESULT))] + [
+    (True, x) for x in sorted(read_json(WIDE)) if x != "bin"
+]
 
 
 @pytest.mark.parametrize(("wide", "name"), RECORDED)
@@ -109,7 +136,9 @@ def test_the_peaks_of_a_recorded_run_are_planned(tmp_path: Path, wide: bool, nam
     else:
         save_1b_config(tmp_path / "1b")
         model, ranks = name.split(", ")
-        found = peaks(cases(model, tmp_path).request(int(ranks.split()[0])), read_json(RESULT)[name]["ranks"])
+        found = peaks(
+            cases(model, tmp_path).request(int(ranks.split()[0])), read_json(RESULT)[name]["ranks"]
+        )
     assert list(found) == ["before", "after"]
     for when, (planned, measured) in found.items():
         assert LOWEST <= planned / measured <= HIGHEST, (when, planned, measured)

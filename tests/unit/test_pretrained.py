@@ -24,7 +24,14 @@ from tests.oracle.models import make_tiny_llama
 from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
 from tests.unit.shapes_and_scores import keep_of
 
-SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 6, "hidden": 48, "ffn": 37, "layers": 3}
+SIZES: dict[str, Any] = {
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 6,
+    "hidden": 48,
+    "ffn": 37,
+    "layers": 3,
+}
 WEIGHT, INDEX = "model.layers.1.mlp.up_proj.weight", "model.safetensors.index.json"
 
 
@@ -51,7 +58,10 @@ def split(folder: Path) -> None:
     """Makes two weight files and an index, as larger models have them."""
     tensors = tensors_of(folder)
     names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    halves = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, members in halves.items():
         save(folder, {name: tensors[name] for name in members}, file)
     (folder / "model.safetensors").unlink()
@@ -65,7 +75,9 @@ def split(folder: Path) -> None:
 @pytest.mark.parametrize("in_two", [False, True])
 def test_read_flat_reads_a_slice(folder: Path, in_two: bool) -> None:
     types = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-    expected = {name: tensor.to(types[i % 4]) for i, (name, tensor) in enumerate(tensors_of(folder).items())}
+    expected = {
+        name: tensor.to(types[i % 4]) for i, (name, tensor) in enumerate(tensors_of(folder).items())
+    }
     save(folder, expected)
     if in_two:
         split(folder)
@@ -77,13 +89,21 @@ def test_read_flat_reads_a_slice(folder: Path, in_two: bool) -> None:
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
         shard = opened.weights.read_flat(name, start, end, dtype)
         assert shard.dtype == dtype
-        assert torch.equal(shard, expected[name].reshape(-1)[start:end].to(dtype)), (name, start, end)
+        assert torch.equal(shard, expected[name].reshape(-1)[start:end].to(dtype)), (
+            name,
+            start,
+            end,
+        )
 
 
 def test_tensors_and_files_that_the_model_does_not_need_are_ignored(folder: Path) -> None:
-    save(folder, tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    save(
+        folder, tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    )
     save(folder, {"base_model.model.x": torch.ones(2)}, "adapter_model.safetensors")
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).weights.files
+    assert (
+        "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).weights.files
+    )
 
 
 @pytest.mark.parametrize("difference", [0.0, 1e-3, None])
@@ -111,7 +131,11 @@ def test_a_head_that_config_json_calls_tied_is_tied_as_in_transformers(
 
 # Damage
 
-SINGLE, FIRST, SECOND = "model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SINGLE, FIRST, SECOND = (
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+)
 THIRD, SURPLUS = "model-00003-of-00003.safetensors", "model.layers.3.mlp.up_proj.weight"
 
 
@@ -119,21 +143,43 @@ def change_tensors(act: Callable[[dict[str, Tensor]], object]) -> tuple[bool, Sp
     return False, edit_tensors(act)
 
 
-DAMAGE: list[tuple[bool, Spoil, str]] = [  # of one file, or of two and their index; names in the line
+# of one file, or of two and their index; names in the line
+DAMAGE: list[tuple[bool, Spoil, str]] = [
     *((False, truncate(SINGLE, left), SINGLE) for left in (0, 3, 100, -1)),
     (False, lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), SINGLE),
     (*change_tensors(lambda x: x.pop(WEIGHT)), WEIGHT),
-    (False, edit("config.json", num_hidden_layers=1000), "model.layers.999. num_hidden_layers 1000"),
+    (
+        False,
+        edit("config.json", num_hidden_layers=1000),
+        "model.layers.999. num_hidden_layers 1000",
+    ),
     (False, edit("config.json", attention_bias=True), "model.layers.0.self_attn.q_proj.bias"),
-    (*change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})), f"{SINGLE} {WEIGHT} [48, 37] [37, 48]"),
-    (*change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(torch.int8)})), f"{SINGLE} {WEIGHT} I8"),
+    (
+        *change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})),
+        f"{SINGLE} {WEIGHT} [48, 37] [37, 48]",
+    ),
+    (
+        *change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(torch.int8)})),
+        f"{SINGLE} {WEIGHT} I8",
+    ),
     (*change_tensors(lambda x: x.update({SURPLUS: torch.ones(48)})), f"{SINGLE} {SURPLUS}"),
-    (False, lambda x: save(x, {WEIGHT: tensors_of(x)[WEIGHT]}, "more.safetensors"), f"more.safetensors {WEIGHT}"),
+    (
+        False,
+        lambda x: save(x, {WEIGHT: tensors_of(x)[WEIGHT]}, "more.safetensors"),
+        f"more.safetensors {WEIGHT}",
+    ),
     (False, lambda folder: (folder / SINGLE).rename(folder / "model.bin"), "safetensors"),
-    (False, lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"), "safetensors"),
+    (
+        False,
+        lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"),
+        "safetensors",
+    ),
     (False, remove("config.json"), "config.json"),
     (False, write("config.json", "[1, 2]"), "config.json"),
-    *((True, write(INDEX, text), INDEX) for text in ("\udcff{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {}}')),
+    *(
+        (True, write(INDEX, text), INDEX)
+        for text in ("\udcff{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {}}')
+    ),
     (True, remove(SECOND), f"{SECOND} {INDEX}"),
     (True, truncate(FIRST, -1), FIRST),
     (True, lambda folder: shutil.copy(folder / SECOND, folder / THIRD), f"{THIRD} {INDEX}"),
@@ -181,7 +227,9 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
             width *= QUERIES_PER_GROUP if linear.queries else 1
             indices = [group * width + k for group in groups for k in range(width)]
             name = f"model.layers.{i}.{linear.name}"
-            left[f"{name}.weight"] = left[f"{name}.weight"].index_select(linear.axis, torch.tensor(indices))
+            left[f"{name}.weight"] = left[f"{name}.weight"].index_select(
+                linear.axis, torch.tensor(indices)
+            )
             if linear.axis == 0 and f"{name}.bias" in left:
                 left[f"{name}.bias"] = left[f"{name}.bias"][indices]
     return left
@@ -189,7 +237,9 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
-def test_every_part_is_the_slice(source: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_is_the_slice(
+    source: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
     dense = open_pretrained(source)
     cut = dense.weights.cut(keep_of(kept))
@@ -200,8 +250,14 @@ def test_every_part_is_the_slice(source: Path, kept: Kept, chunk: int, monkeypat
     assert {name: tuple(p.shape) for name, p in built.named_parameters()} == sizes
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
-        for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):
-            assert torch.equal(cut.read_flat(name, start, end, torch.float32), flat[start:end]), (name, start, end)
+        for start, end in itertools.pairwise(
+            sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])
+        ):
+            assert torch.equal(cut.read_flat(name, start, end, torch.float32), flat[start:end]), (
+                name,
+                start,
+                end,
+            )
 
 
 def test_with_nothing_cut_it_is_the_model_on_disk(source: Path) -> None:
@@ -209,7 +265,9 @@ def test_with_nothing_cut_it_is_the_model_on_disk(source: Path) -> None:
     assert dense.cut(keep_of([([0, 1, 2, 3], [*range(37)])] * 3)) is dense
 
 
-def test_a_hub_model_is_downloaded_without_other_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_model_is_downloaded_without_other_formats(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         assert (repository, revision, "*.bin" in allow_patterns) == ("some/model", "main", False)
         assert {"*.safetensors", "tokenizer.model", "spiece.model"} <= set(allow_patterns)

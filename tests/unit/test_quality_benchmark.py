@@ -10,7 +10,9 @@ def test_every_setting_is_a_run_config() -> None:
         tokens = (config.train.steps or 0) + sum(config.recovery)
         tokens *= config.train.global_batch_size * config.data.window
         last = "10240" if setting.group == "once" else setting.name.rpartition("-")[2]
-        assert tokens == (int(last) if last in ("10240", "20480", "409600") else 81_920), setting.name
+        assert tokens == (int(last) if last in ("10240", "20480", "409600") else 81_920), (
+            setting.name
+        )
 
 
 def test_the_recipe_is_what_was_measured() -> None:
@@ -20,4 +22,7 @@ def test_the_recipe_is_what_was_measured() -> None:
     measured = config_from_dict(read_config("tests/benchmarks/base.yaml", overrides))
     for section in ("lora", "prune", "train", "evaluate", "deepspeed"):
         assert getattr(shipped, section) == getattr(measured, section), section
-    assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)
+    assert (shipped.model.dtype, shipped.data.window) == (
+        measured.model.dtype,
+        measured.data.window,
+    )

@@ -39,8 +39,13 @@ TWO: dict[str, Any] = {"num_attention_heads": 10, "num_key_value_heads": 2}
 
 def source(queries: int, keys: int, *layers: tuple[int, int]) -> dict[str, Any]:
     """Returns a config.json with these query heads and key-value heads in all layers, or in each."""
-    config = sizes_of("llama", 144, 24, 3, queries, num_key_value_heads=keys, vocab_size=33, head_dim=8)
-    own = {str(i): {"num_attention_heads": q, "num_key_value_heads": k} for i, (q, k) in enumerate(layers)}
+    config = sizes_of(
+        "llama", 144, 24, 3, queries, num_key_value_heads=keys, vocab_size=33, head_dim=8
+    )
+    own = {
+        str(i): {"num_attention_heads": q, "num_key_value_heads": k}
+        for i, (q, k) in enumerate(layers)
+    }
     return config | ({"model_type": "pruned_llama", "per_layer_config": own} if layers else {})
 
 
@@ -56,7 +61,8 @@ def test_masked_equals_cut(family: str) -> None:
     assert_masked_equals_cut(family, before, masked, [FEW, MANY])
     assert QUERY_HEADS in before.shape.kinds
     assert cached_numel(before.shape) == cached_numel(whole)  # keys and values stay
-    assert whole.resized(layers_with(whole, FEW)).is_uniform  # also if some layers have a delta net instead
+    # also if some layers have a delta net instead
+    assert whole.resized(layers_with(whole, FEW)).is_uniform
 
 
 # Scores
@@ -103,15 +109,21 @@ def test_a_cut_keeps_the_moments_of_the_heads_that_stay() -> None:
     moments = torch.einsum("tkg,tkh->kgh", s, s)
     keep = LayerKeep(query_heads=torch.tensor([0, 3, 5, 6]), channels=torch.tensor([1]))
     kept = LayerScores(query_heads=moments, channels=torch.arange(3.0)).select(keep)
-    assert torch.equal(kept[QUERY_HEADS], torch.stack([moments[0][[0, 3]][:, [0, 3]], moments[1][1:3, 1:3]]))
+    assert torch.equal(
+        kept[QUERY_HEADS], torch.stack([moments[0][[0, 3]][:, [0, 3]], moments[1][1:3, 1:3]])
+    )
     assert kept["channels"].tolist() == [1]
 
 
 @pytest.mark.parametrize("ranking", ["global", "uniform"])
 @pytest.mark.parametrize("criterion", ["fisher", "lora", "random"])
-def test_an_equal_number_leaves_each_key_value_head(tmp_path: Path, ranking: Any, criterion: Any) -> None:
+def test_an_equal_number_leaves_each_key_value_head(
+    tmp_path: Path, ranking: Any, criterion: Any
+) -> None:
     tiny_model("llama", seed=1, **TWO).save_pretrained(tmp_path)
-    prune = replace(PRUNE, criterion=criterion, ranking=ranking, ratio=0.5, prune_every=2, moving_average=0.9)
+    prune = replace(
+        PRUNE, criterion=criterion, ranking=ranking, ratio=0.5, prune_every=2, moving_average=0.9
+    )
     run = PlainRun(tmp_path, random_lora(tmp_path), prune, 6)
     run.run(make_batches(steps=6, samples=6, tokens=12, vocab=97, seed=3))
     assert len(run.cuts) > 1
@@ -137,18 +149,27 @@ def test_query_heads_are_groups_where_they_make_finer_steps(heads: Any, kind: st
     shape, layers = read(*heads), heads[2:] or [heads] * 3
     assert shape.kinds == (kind, "channels")
     assert [layer.key_value_heads for layer in shape.layers] == [keys for _, keys in layers]
-    assert [attention.queries for attention in shape.attention] == [queries for queries, _ in layers]
+    assert [attention.queries for attention in shape.attention] == [
+        queries for queries, _ in layers
+    ]
 
 
 def test_heads_that_stay_are_of_one_kind() -> None:
-    assert shape_from_config(tiny_config("helium", **TWO).to_dict(), "somewhere").kinds == ("heads", "channels")
+    assert shape_from_config(tiny_config("helium", **TWO).to_dict(), "somewhere").kinds == (
+        "heads",
+        "channels",
+    )
 
 
 @pytest.mark.parametrize("queries", [(2, 4, 6), (2, 2, 2)])
-def test_layers_with_one_and_two_key_value_heads_are_exported_and_read_again(queries: tuple[int, ...]) -> None:
+def test_layers_with_one_and_two_key_value_heads_are_exported_and_read_again(
+    queries: tuple[int, ...],
+) -> None:
     """Earlier versions left such layers."""
     config = source(6, 2, (3, 1), (6, 2), (6, 2))
-    smaller = shape_from_config(config, "somewhere").resized([LayerCounts(query_heads=n, channels=24) for n in queries])
+    smaller = shape_from_config(config, "somewhere").resized(
+        [LayerCounts(query_heads=n, channels=24) for n in queries]
+    )
     again = shape_from_config(export_config(config, smaller, "float32").config, "export")
     assert again.layers == smaller.layers
     assert [layer.key_value_heads for layer in again.layers] == [1, 2, 2]
@@ -165,7 +186,9 @@ def test_servers_share_query_heads_and_repeat_key_value_heads() -> None:
 def test_an_older_checkpoint_of_the_callback_goes_on_with_whole_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_tiny_llama(tmp_path / "tiny", heads=8, kv_heads=2, hidden=32, ffn=24, layers=2, vocab=97)
+    folder = make_tiny_llama(
+        tmp_path / "tiny", heads=8, kv_heads=2, hidden=32, ffn=24, layers=2, vocab=97
+    )
 
     def begin(model: Any, checkpoint: PruningCheckpoint | None = None) -> Pruning:
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

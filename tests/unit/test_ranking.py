@@ -14,7 +14,14 @@ from loraprune_ds.pruning.importance import GroupSums, MovingAverage
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
-from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_settings, resolved
+from tests.unit.shapes_and_scores import (
+    SMOLLM2,
+    gone,
+    make_shape,
+    random_scores_of,
+    random_settings,
+    resolved,
+)
 
 
 def check_limits(limits: Limits, shape: ModelShape) -> None:
@@ -30,13 +37,19 @@ def test_every_cut_stops_within_one_group_of_its_target() -> None:
     for _ in range(250):
         ratio = draw.uniform(0.02, 0.8)
         ratios = [None, None, 0.2]
-        limits, budget = random_settings(draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios)
+        limits, budget = random_settings(
+            draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios
+        )
         dense = shape = limits.dense
-        steps = {kind: multiple * dense.group_numel[kind] for kind, multiple in limits.multiples.items()}
+        steps = {
+            kind: multiple * dense.group_numel[kind] for kind, multiple in limits.multiples.items()
+        }
         allowed = max(steps.values()) + steps["channels"] / 2
         for fraction in (0.3, 0.7, 0.9, 1.0):
             scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
-            shape = shape.after(rank_global(scores, shape, limits, replace(budget, ratio=fraction * ratio)))
+            shape = shape.after(
+                rank_global(scores, shape, limits, replace(budget, ratio=fraction * ratio))
+            )
             check_limits(limits, shape)
             assert abs(gone(shape, dense) - fraction * ratio * dense.linear_numel()) <= allowed
 
@@ -50,7 +63,9 @@ def test_without_floors_it_stops_within_half_a_channel() -> None:
         assert abs(off) <= SMOLLM2.group_numel["channels"] / 2 + 0.5
 
 
-def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) -> tuple[list[Any], list[Any]]:
+def split_groups(
+    scores: list[LayerScores], keep: list[LayerKeep], kind: str
+) -> tuple[list[Any], list[Any]]:
     """(score, -layer, -index) of what goes and of what stays."""
     goes, stays = [], []
     for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
@@ -61,7 +76,9 @@ def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) ->
 
 
 @pytest.mark.parametrize("levels", [None, 5, 1])
-def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(levels: int | None) -> None:
+def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(
+    levels: int | None,
+) -> None:
     generator = torch.Generator().manual_seed(3)
     shape = make_shape([(9, 40), (7, 55), (8, 20), (9, 30)])
     limits, budget = resolved(shape, ranking="global", ratio=0.4)
@@ -81,9 +98,20 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
     shape = dense = make_shape([(8, 96)] * 4)
     generator = torch.Generator().manual_seed(7)
     for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
-        scores = [LayerScores({**x, "heads": x["heads"] * 1e-6}) for x in random_scores_of(shape, generator)]
-        shape = shape.after(rank_global(scores, shape, *resolved(dense, ranking="global", ratio=target)))
-        assert sum(d["heads"] - layer["heads"] for d, layer in zip(dense.counts, shape.counts, strict=True)) == heads
+        scores = [
+            LayerScores({**x, "heads": x["heads"] * 1e-6})
+            for x in random_scores_of(shape, generator)
+        ]
+        shape = shape.after(
+            rank_global(scores, shape, *resolved(dense, ranking="global", ratio=target))
+        )
+        assert (
+            sum(
+                d["heads"] - layer["heads"]
+                for d, layer in zip(dense.counts, shape.counts, strict=True)
+            )
+            == heads
+        )
 
 
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
@@ -101,16 +129,26 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "blocks", "kept"),
     [
-        ([0, 9, 9, 9, 9, 9, 9, 9], [1, 9, 1, 9, 1, 9, 1, 9], 1, [8, 4]),  # the worst channel, and the worst block
-        ([0] * 4 + [1, 1, 1, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [4, 8]),  # the best of two next blocks
-        ([0] * 4 + [1, 9, 9, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [8, 4]),  # the worst of two next blocks
+        # the worst channel, and the worst block
+        ([0, 9, 9, 9, 9, 9, 9, 9], [1, 9, 1, 9, 1, 9, 1, 9], 1, [8, 4]),
+        # the best of two next blocks
+        ([0] * 4 + [1, 1, 1, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [4, 8]),
+        # the worst of two next blocks
+        ([0] * 4 + [1, 9, 9, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [8, 4]),
     ],
 )
-def test_a_block_counts_with_its_mean(first: list[float], second: list[float], blocks: int, kept: list[int]) -> None:
+def test_a_block_counts_with_its_mean(
+    first: list[float], second: list[float], blocks: int, kept: list[int]
+) -> None:
     shape = make_shape([(1, len(first))] * 2, hidden=4, head_dim=1)
-    scores = [LayerScores(heads=torch.ones(1), channels=torch.tensor(x, dtype=torch.float64)) for x in (first, second)]
+    scores = [
+        LayerScores(heads=torch.ones(1), channels=torch.tensor(x, dtype=torch.float64))
+        for x in (first, second)
+    ]
     target = blocks * 4 * shape.group_numel["channels"] / shape.linear_numel()
-    keep = rank_global(scores, shape, *resolved(shape, ranking="global", ratio=target, channel_multiple=4))
+    keep = rank_global(
+        scores, shape, *resolved(shape, ranking="global", ratio=target, channel_multiple=4)
+    )
     assert [len(layer["channels"]) for layer in keep] == kept
     if blocks == 1:
         assert keep[1]["channels"].tolist() == [1, 3, 5, 7]
@@ -119,7 +157,10 @@ def test_a_block_counts_with_its_mean(first: list[float], second: list[float], b
 def test_rounding_never_breaks_a_multiple() -> None:
     """The means of blocks of equal scores differ in the last bit; the smaller first block must still leave first."""
     shape = make_shape([(1, 173)] * 2, hidden=4, head_dim=1)
-    target, generator = 45 * shape.group_numel["channels"] / shape.linear_numel(), torch.Generator().manual_seed(8)
+    target, generator = (
+        45 * shape.group_numel["channels"] / shape.linear_numel(),
+        torch.Generator().manual_seed(8),
+    )
     limits, budget = resolved(shape, ranking="global", ratio=target, channel_multiple=64)
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
@@ -127,8 +168,12 @@ def test_rounding_never_breaks_a_multiple() -> None:
         assert [layer["channels"] for layer in left.counts] == [173, 128]
 
 
-@pytest.mark.parametrize(("normalize", "left_whole"), [(PruneConfig().normalize, []), ("none", [2])])
-def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normalization, left_whole: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("normalize", "left_whole"), [(PruneConfig().normalize, []), ("none", [2])]
+)
+def test_one_step_with_large_gradients_leaves_no_layer_whole(
+    normalize: Normalization, left_whole: list[int]
+) -> None:
     """In step 5 of 20 the scores of layer 2 are a million times as large. Without the default they decide for good."""
     shape, generator = make_shape([(4, 60)] * 6), torch.Generator().manual_seed(3)
     linears, average = shape.input_linears(), MovingAverage(0.9)
@@ -136,7 +181,10 @@ def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normaliz
         counts = [shape.counts[i][linear.runs[0].kind] for i, linear in linears]
         parts = [torch.rand(count, generator=generator).double() for count in counts]
         if step == 5:
-            parts = [scores * 1e6 if layer == 2 else scores for (layer, _), scores in zip(linears, parts, strict=True)]
+            parts = [
+                scores * 1e6 if layer == 2 else scores
+                for (layer, _), scores in zip(linears, parts, strict=True)
+            ]
         average.update(GroupSums(shape, linears, parts, step).by_layer(normalize))
     scores = average.on_host()
     assert scores is not None

@@ -33,7 +33,9 @@ TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way 
 def error(limits: Limits, counts: LayerCounts, ratio: float) -> float:
     """How far off equal counts are, in parameters of one open layer."""
     dense, layers = limits.dense, len(limits.open_layers)
-    return abs(gone(limits.with_equal(counts, dense), dense) - ratio * dense.linear_numel()) / layers
+    return (
+        abs(gone(limits.with_equal(counts, dense), dense) - ratio * dense.linear_numel()) / layers
+    )
 
 
 def all_counts(limits: Limits) -> list[LayerCounts]:
@@ -67,7 +69,9 @@ def test_the_goal_comes_nearest_of_all_counts() -> None:
         ("glm4_moe", 0.3, 0.4),
     ],
 )
-def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, head_ratio: float | None) -> None:
+def test_layers_of_several_sorts_have_equal_counts(
+    family: str, ratio: float, head_ratio: float | None
+) -> None:
     """A delta net has no attention, and a dense layer among sparse ones no experts. A stock class holds the result."""
     dense = shape_from_config(tiny_config(family).to_dict(), family)
     limits, budget = resolved(dense, ratio=ratio, head_ratio=head_ratio)
@@ -100,7 +104,10 @@ def test_the_papers_model_and_both_kinds_in_proportion_on_the_way() -> None:
     assert goal["heads"] == 13  # (1 − 0.5 · 32/27) · 32 = 13.04
     assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel["channels"] / 2
     halfway = uniform_counts(limits, 0.25, budget)
-    assert all(abs(halfway[kind] - (dense + goal[kind]) / 2) <= 0.5 for kind, dense in LLAMA_7B.counts[0].items())
+    assert all(
+        abs(halfway[kind] - (dense + goal[kind]) / 2) <= 0.5
+        for kind, dense in LLAMA_7B.counts[0].items()
+    )
     reached = gone(limits.with_equal(halfway, LLAMA_7B), LLAMA_7B) / LLAMA_7B.linear_numel()
     assert reached == pytest.approx(0.25, abs=0.005)  # half a head in every layer
     rounded = uniform_goal(*resolved(LLAMA_7B, **PAPER, ratio=0.5, channel_multiple=64))
@@ -115,7 +122,9 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
         goal, shape = uniform_goal(limits, budget), limits.dense
         for fraction in TARGETS:
             scores = random_scores_of(shape, generator)
-            keep = rank_uniform(scores, shape, limits, uniform_counts(limits, fraction * ratio, budget))
+            keep = rank_uniform(
+                scores, shape, limits, uniform_counts(limits, fraction * ratio, budget)
+            )
             shape = shape.after(keep)  # indexing would fail if a count grew
             (counts,) = {shape.counts[i] for i in limits.open_layers}
             for kind, multiple in limits.multiples.items():
@@ -133,19 +142,25 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
     for levels in (None, 3, 1):  # 1: all groups are tied
         scores = random_scores_of(shape, generator, levels=levels)
         # The scale between layers is nothing.
-        scores[2] = LayerScores(heads=scores[2]["heads"] * 1000, channels=scores[2]["channels"] / 1000)
+        scores[2] = LayerScores(
+            heads=scores[2]["heads"] * 1000, channels=scores[2]["channels"] / 1000
+        )
         counts = uniform_goal(limits, budget)
         keep = rank_uniform(scores, shape, limits, counts)
         for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
             wanted = counts if i in (1, 2, 3) else shape.counts[i]
             assert layer_keep["heads"].tolist() == keep_best(layer["heads"], wanted["heads"])
-            assert layer_keep["channels"].tolist() == keep_best(layer["channels"], wanted["channels"])
+            assert layer_keep["channels"].tolist() == keep_best(
+                layer["channels"], wanted["channels"]
+            )
         near = 1.5 * shape.group_numel["channels"]
         assert gone(shape.after(keep), shape) == pytest.approx(0.3 * shape.linear_numel(), abs=near)
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.31])  # where either kind alone would come nearer
-def test_encoder_and_decoder_protect_their_own_layers_and_keep_as_many_heads_of_both_kinds(ratio: float) -> None:
+def test_encoder_and_decoder_protect_their_own_layers_and_keep_as_many_heads_of_both_kinds(
+    ratio: float,
+) -> None:
     """So umt5 holds the result."""
     layers = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
     shape = shape_from_config(tiny_config("t5", **layers).to_dict(), "t5")

@@ -46,7 +46,8 @@ def die_on(rank: int) -> None:
     if my_rank() == rank:
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
-    raise ConnectionError("peer is gone")  # what a collective says when a peer dies, here even before it does
+    # what a collective says when a peer dies, here even before it does
+    raise ConnectionError("peer is gone")
 
 
 def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
@@ -63,7 +64,12 @@ def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
         (1, ctypes.string_at, (0,), r"(?s)killed by SIGSEGV.*in string_at"),
         (1, sys.exit, (3,), "SystemExit: 3"),
         (1, threading.Lock, (), r"(?s)rank 0 of 1.*cannot pickle"),
-        (2, fail_in_turn, (1, 0.4), r"(?s)^rank 1 of 2: .*in fail_in_turn.*ValueError: rank 1 says"),
+        (
+            2,
+            fail_in_turn,
+            (1, 0.4),
+            r"(?s)^rank 1 of 2: .*in fail_in_turn.*ValueError: rank 1 says",
+        ),
         (2, die_on, (1,), r"^rank 1 of 2: killed by SIGTERM"),  # even if a peer complains first
     ],
 )

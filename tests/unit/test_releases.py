@@ -20,7 +20,9 @@ from loraprune_ds.zero import releases
 from loraprune_ds.zero.releases import Releases, fetched_by, iter_params, listed_once
 from loraprune_ds.zero.sharded import ShardedModel
 
-FREE_AS_DEEPSPEED: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
+FREE_AS_DEEPSPEED: Any = (
+    PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+)  # type: ignore[attr-defined]
 
 
 class Fed(nn.Module):
@@ -46,7 +48,8 @@ def live_coordinator(draw: random.Random, leaves: bool, reach: int) -> tuple[Any
         set_z3_leaf_module(block, leaves and draw.random() < 0.5)
     modules = [module for block in blocks for module in block.modules()]
     owners = [module for module in modules if list(module.parameters(recurse=False))]
-    other = next(draw.choice(owners).parameters(recurse=False))  # as a tied embedding is of the head
+    # as a tied embedding is of the head
+    other = next(draw.choice(owners).parameters(recurse=False))
     modules[-1]._external_params[id(other)] = other  # type: ignore[operator]
     record = modules + modules[::-1]
     coordinator: Any = object.__new__(PartitionedParameterCoordinator)
@@ -61,7 +64,9 @@ def live_coordinator(draw: random.Random, leaves: bool, reach: int) -> tuple[Any
     return coordinator, record
 
 
-def walk(coordinator: Any, record: list[nn.Module], module: nn.Module, step: int, reach: int) -> set[int]:
+def walk(
+    coordinator: Any, record: list[nn.Module], module: nn.Module, step: int, reach: int
+) -> set[int]:
     """Decides by DeepSpeed's walk over the record, where a module uses the parameters that are gathered for it."""
     fetched = coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
     traversed, used = 0, set[int]()
@@ -95,17 +100,22 @@ def test_a_module_that_is_gathered_as_one_is_walked_once(monkeypatch: pytest.Mon
             expected = [id(parameter) for parameter in iter_params(module, recurse=recurse)]
             for _ in range(2):
                 assert [id(parameter) for parameter in listed_once(module, recurse)] == expected
-    whole = next(module for module in record if z3_leaf_module(module) and list(module.parameters()))
+    whole = next(
+        module for module in record if z3_leaf_module(module) and list(module.parameters())
+    )
     monkeypatch.setattr(whole, "named_parameters", None)
     assert list(listed_once(whole, True))
 
 
-def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     coordinator, record = live_coordinator(random.Random(3), False, 60)
     decide, again = Releases(coordinator), Releases(coordinator)
     monkeypatch.setattr(releases, "iter_params", counting := Mock(wraps=releases.iter_params))
     first = [set(decide(module, step)) for step, module in enumerate(record, 1)]
-    assert counting.call_count == 2 * len(record)  # each module for its own decision, and once for the list
+    # each module for its own decision, and once for the list
+    assert counting.call_count == 2 * len(record)
     _ = again(record[0], 1)
     for module in record:
         for parameter in module.parameters(recurse=False):
@@ -116,14 +126,20 @@ def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes(monkeypatch:
         assert again(module, step) == FREE_AS_DEEPSPEED(coordinator, module, step)
 
 
-def test_a_weight_that_a_cut_makes_small_may_take_the_place_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_a_cut_makes_small_may_take_the_place_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Weights of up to 8 elements stay gathered, 10 elements in all. DeepSpeed itself never takes a mark away."""
     monkeypatch.setattr(parameter_offload, "print_rank_0", Mock())
     module = nn.ParameterList([torch.empty(0), torch.empty(0)])
     for parameter, numel in zip(cast(Any, module), (20, 7), strict=True):
         parameter.ds_numel, parameter.ds_persist = numel, False
-    offload: Any = Mock(module=module, param_numel_persistence_threshold=8, model_persistence_threshold=10)
-    offload.mark_persistent_parameters = partial(DeepSpeedZeRoOffload.mark_persistent_parameters, offload)
+    offload: Any = Mock(
+        module=module, param_numel_persistence_threshold=8, model_persistence_threshold=10
+    )
+    offload.mark_persistent_parameters = partial(
+        DeepSpeedZeRoOffload.mark_persistent_parameters, offload
+    )
     model: Any = Mock(module=module, zero_optimizer=Mock(parameter_offload=offload))
     for numel, kept in ((20, [False, True]), (5, [True, False])):
         cast(Any, module)[0].ds_numel = numel

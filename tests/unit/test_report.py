@@ -19,7 +19,14 @@ from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
-from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups, write_results
+from loraprune_ds.report.report import (
+    RESULTS,
+    Outcome,
+    commit,
+    make_report,
+    write_kept_groups,
+    write_results,
+)
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 from tests.unit.shapes_and_scores import keep_of, make_shape
 
@@ -27,10 +34,15 @@ SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), D
 
 
 def report_of(
-    history: History, resumed_from: tuple[int, ...] = (), pruned: ModelShape = PRUNED, schedule: Schedule = SCHEDULE
+    history: History,
+    resumed_from: tuple[int, ...] = (),
+    pruned: ModelShape = PRUNED,
+    schedule: Schedule = SCHEDULE,
 ) -> dict[str, Any]:
     config = RunConfig(output_dir="runs/x", seed=7).to_dict()
-    return make_report(Outcome(config, history, schedule, pruned, [], list(resumed_from), "cpu", [11, 12]), {})
+    return make_report(
+        Outcome(config, history, schedule, pruned, [], list(resumed_from), "cpu", [11, 12]), {}
+    )
 
 
 def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> None:
@@ -60,7 +72,12 @@ def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> N
 
 
 PEAKS = [9, 5, 8, 8, 9, 9, 4, 3, 3, 2]  # of the fuller rank in GB. The cuts are after steps 4 and 6
-CUTS_AT_4_AND_6 = {"channel_multiple": 1, "warmup_fraction": 0.2, "cooldown_fraction": 0.4, "prune_every": 2}
+CUTS_AT_4_AND_6 = {
+    "channel_multiple": 1,
+    "warmup_fraction": 0.2,
+    "cooldown_fraction": 0.4,
+    "prune_every": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -78,40 +95,88 @@ def test_the_peak_of_a_step_is_a_median_without_what_a_refit_holds(
 ) -> None:
     history = small_run()
     for i, peak in enumerate(peaks):
-        history.steps[i] = replace(history.steps[i], peak_bytes=[1, peak * 10**9] if peak else [0, 0])
-    prune = PruneConfig(ratio=0.375, compensate=compensate, compensate_steps=recorded, **CUTS_AT_4_AND_6)
+        history.steps[i] = replace(
+            history.steps[i], peak_bytes=[1, peak * 10**9] if peak else [0, 0]
+        )
+    prune = PruneConfig(
+        ratio=0.375, compensate=compensate, compensate_steps=recorded, **CUTS_AT_4_AND_6
+    )
     report = report_of(history, schedule=plan_pruning(*resolve(prune, DENSE), 10))
-    assert report["step_peak_bytes"] == {"before": before and before * 10**9, "after": after and after * 10**9}
+    assert report["step_peak_bytes"] == {
+        "before": before and before * 10**9,
+        "after": after and after * 10**9,
+    }
 
 
 def test_a_report_of_an_earlier_version_has_no_peak_of_a_step(tmp_path: Path) -> None:
     report = report_of(small_run())
     del report["step_peak_bytes"]
-    for peaks, cells in (({}, "- -"), ({"step_peak_bytes": {"before": 3e9, "after": 2e9}}, "3.0 GB 2.0 GB")):
-        (row,) = [x for x in summary_table(report | peaks, tmp_path).splitlines() if x.startswith("peak memory")]
+    for peaks, cells in (
+        ({}, "- -"),
+        ({"step_peak_bytes": {"before": 3e9, "after": 2e9}}, "3.0 GB 2.0 GB"),
+    ):
+        (row,) = [
+            x
+            for x in summary_table(report | peaks, tmp_path).splitlines()
+            if x.startswith("peak memory")
+        ]
         assert cells in " ".join(row.split())
 
 
 def test_tasks_of_after_are_in_the_final_table(tmp_path: Path) -> None:
-    pruned, dense = ({"results": {"a": {"exact_match,none": x}, "b": {"exact_match,none": 0.0}}} for x in (0.2, 0.5))
-    after = {"asked": ["tasks"], "tasks": pruned, "answers": None, "dense": {"tasks": dense, "answers": None}}
+    pruned, dense = (
+        {"results": {"a": {"exact_match,none": x}, "b": {"exact_match,none": 0.0}}}
+        for x in (0.2, 0.5)
+    )
+    after = {
+        "asked": ["tasks"],
+        "tasks": pruned,
+        "answers": None,
+        "dense": {"tasks": dense, "answers": None},
+    }
     table = summary_table(report_of(small_run()) | {"after": after}, tmp_path)
     (row,) = [line.split() for line in table.splitlines() if line.startswith("exact match")]
-    assert row == ["exact", "match", "of", "written", "answers", "25.0", "%", "10.0", "%", "2", "tasks"]
+    assert row == [
+        "exact",
+        "match",
+        "of",
+        "written",
+        "answers",
+        "25.0",
+        "%",
+        "10.0",
+        "%",
+        "2",
+        "tasks",
+    ]
     assert "accuracy" not in table
 
 
-def test_answers_of_after_are_in_the_final_table_with_what_an_earlier_version_lacks(tmp_path: Path) -> None:
-    one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": None, "exact_match": None}
+def test_answers_of_after_are_in_the_final_table_with_what_an_earlier_version_lacks(
+    tmp_path: Path,
+) -> None:
+    one = {
+        "tokens": 9.0,
+        "ended": 0.5,
+        "repetition": 0.25,
+        "dense_perplexity": None,
+        "exact_match": None,
+    }
     new = one | {"empty": 0.125, "by_kind": {"code": one | {"empty": 0.0}}}
     for greedy, lines in ((one, 3), (new, 4)):
-        pruned, dense = ({"greedy": greedy, "closeness": close} for close in ({"agreement": 0.75}, None))
+        pruned, dense = (
+            {"greedy": greedy, "closeness": close} for close in ({"agreement": 0.75}, None)
+        )
         after = {"tasks": None, "answers": pruned, "dense": {"tasks": None, "answers": dense}}
         table = summary_table(report_of(small_run()) | {"after": after}, tmp_path).splitlines()
         first = table.index("greedy answers, dense -> pruned")
         assert table[first + lines] == ""
         assert table[first + 1].split()[:2] == ["ended", "repetition"]
-        assert ("empty" in table[first + 1]) == ("12.5 % -> 12.5 %" in table[first + 2]) == (greedy is new)
+        assert (
+            ("empty" in table[first + 1])
+            == ("12.5 % -> 12.5 %" in table[first + 2])
+            == (greedy is new)
+        )
         assert any(line.split() == "same most probable token - 75.0 %".split() for line in table)
 
 
@@ -124,9 +189,14 @@ def test_answers_of_after_are_in_the_final_table_with_what_an_earlier_version_la
         ([(8, 512), (8, 511)], [1], []),
     ],
 )
-def test_what_a_server_does_with_the_result(layers: list[tuple[int, int]], gpus: list[int], groups: list[int]) -> None:
+def test_what_a_server_does_with_the_result(
+    layers: list[tuple[int, int]], gpus: list[int], groups: list[int]
+) -> None:
     pruned = make_shape(layers, hidden=256, head_dim=64, queries_per_group=2)
-    assert report_of(small_run(), pruned=pruned)["serving"] == {"tensor_parallel": gpus, "quantisation_groups": groups}
+    assert report_of(small_run(), pruned=pruned)["serving"] == {
+        "tensor_parallel": gpus,
+        "quantisation_groups": groups,
+    }
 
 
 STEPS = [step_record(i, seconds=s) for i, s in enumerate([9.0, 2.0, 8.0, 2.0, 1.0], start=1)]
@@ -138,7 +208,8 @@ SKIPPED = [step_record(1), step_record(2, seconds=0.1, skipped=True), step_recor
     ("history", "resumed_from", "before", "after"),
     [
         (small_run(), (), 2.0, 1.0),  # steps 2 to 4 without the warm-up of 9 s, and 7 to 10
-        (History(steps=STEPS, cuts=CUTS), (2,), 2.0, 1.0),  # the first step after a resume is a warm-up, too
+        # the first step after a resume is a warm-up, too
+        (History(steps=STEPS, cuts=CUTS), (2,), 2.0, 1.0),
         (History(steps=STEPS, cuts=CUTS), (2, 4), 2.0, None),
         (History(steps=SKIPPED), (), 2.0, None),
         (History(), (), None, None),
@@ -147,7 +218,10 @@ SKIPPED = [step_record(1), step_record(2, seconds=0.1, skipped=True), step_recor
 def test_seconds_per_step_are_medians(
     history: History, resumed_from: tuple[int, ...], before: float | None, after: float | None
 ) -> None:
-    assert report_of(history, resumed_from)["seconds_per_step"] == {"before": before, "after": after}
+    assert report_of(history, resumed_from)["seconds_per_step"] == {
+        "before": before,
+        "after": after,
+    }
 
 
 def test_the_later_evaluation_of_a_name_counts_and_infinity_is_valid_json(tmp_path: Path) -> None:
@@ -155,16 +229,24 @@ def test_the_later_evaluation_of_a_name_counts_and_infinity_is_valid_json(tmp_pa
     found = [EvaluationRecord(10, "pruned", p, 1, 1) for p in (80.0, 74.0)]
     evaluations = [EvaluationRecord(0, "dense", math.inf, 1, 1), *found]
     write_json(tmp_path / "report.json", report_of(History(evaluations=evaluations)))
-    assert read_json(tmp_path / "report.json")["perplexity"] == {"dense": None, "after_last_cut": None, "pruned": 74.0}
+    assert read_json(tmp_path / "report.json")["perplexity"] == {
+        "dense": None,
+        "after_last_cut": None,
+        "pruned": 74.0,
+    }
 
 
 def test_a_picture_is_listed_if_it_was_drawn(tmp_path: Path) -> None:
     """A Trainer with `prune.sizes` measures no perplexity, so it has no picture of them."""
-    schedule = plan_pruning(*resolve(PruneConfig(sizes=["0.375", "0.2"], channel_multiple=1), DENSE), 10)
+    schedule = plan_pruning(
+        *resolve(PruneConfig(sizes=["0.375", "0.2"], channel_multiple=1), DENSE), 10
+    )
     kept = keep_of([([0, 1, 2, 3], [0, 5]), ([2], [95]), ([1, 3], [7])])
     for measured, evaluations in enumerate(([], small_run().evaluations)):
         folder, history = tmp_path / f"{measured}", replace(small_run(), evaluations=evaluations)
-        pictures = write_results(folder, Outcome({"seed": 0}, history, schedule, PRUNED, kept, [], "cpu", [1]))
+        pictures = write_results(
+            folder, Outcome({"seed": 0}, history, schedule, PRUNED, kept, [], "cpu", [1])
+        )
         assert sorted(pictures) == sorted(folder.glob("*.png"))
         assert len(pictures) == 2 + measured
 
@@ -173,8 +255,16 @@ def test_kept_groups_are_indices_into_the_dense_model_and_stable(tmp_path: Path)
     kept = keep_of([([0, 1, 2, 3], [0, 5]), ([2], [95]), ([1, 3], [7])])
     write_kept_groups(tmp_path, kept, DENSE)
     text = (tmp_path / "kept_groups.json").read_text()
-    assert json.loads(text)["layers"][1] == {"heads": [2], "heads_dense": 4, "channels": [95], "channels_dense": 96}
-    assert text.splitlines()[2] == '{"channels": [95], "channels_dense": 96, "heads": [2], "heads_dense": 4},'
+    assert json.loads(text)["layers"][1] == {
+        "heads": [2],
+        "heads_dense": 4,
+        "channels": [95],
+        "channels_dense": 96,
+    }
+    assert (
+        text.splitlines()[2]
+        == '{"channels": [95], "channels_dense": 96, "heads": [2], "heads_dense": 4},'
+    )
     assert len(text.splitlines()) == 3 + 2  # a line per layer
     write_kept_groups(tmp_path / "again", kept, DENSE)
     assert (tmp_path / "again" / "kept_groups.json").read_bytes() == text.encode()
@@ -192,7 +282,9 @@ def test_a_commit_is_that_of_its_own_checkout_and_dirty_if_a_file_but_no_result_
     assert commit(tmp_path) is None  # not a repository
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
         subprocess.run([*git, *arguments], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     result.write_text("2")
     assert commit(tmp_path) == head
     assert commit(result.parent) is None  # as an installed copy inside another repository
@@ -212,7 +304,11 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures as they were saved."""
     saved: list[Any] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: saved.append(self) or save(self, *args, **more))
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, *args, **more: saved.append(self) or save(self, *args, **more),
+    )
     return saved
 
 
@@ -222,12 +318,17 @@ def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
 
 
 def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: list[Any]) -> None:
-    kept = keep_of([([0, 1, 2, 3], [*range(96)]), ([2, 3], [*range(40)]), ([1, 2, 3], [*range(50)])])
+    kept = keep_of(
+        [([0, 1, 2, 3], [*range(96)]), ([2, 3], [*range(40)]), ([1, 2, 3], [*range(50)])]
+    )
     draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, kept)
     heads, _, channels, bars = figures[0].axes
     assert heads.get_images()[0].get_array().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
     assert channels.get_images()[0].get_array()[1].tolist() == [1] * 40 + [0] * 56
-    assert [[bar.get_width() for bar in row] for row in bars.containers] == [[96, 96, 96], [96, 40, 50]]
+    assert [[bar.get_width() for bar in row] for row in bars.containers] == [
+        [96, 96, 96],
+        [96, 40, 50],
+    ]
 
 
 def test_training_shows_loss_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
@@ -244,7 +345,10 @@ def test_training_shows_loss_and_perplexities(tmp_path: Path, figures: list[Any]
 
 def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
     """Nothing happened yet; one step with a lost loss and a model that fell apart."""
-    odd = History(steps=[step_record(1, loss=math.nan)], evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)])
+    odd = History(
+        steps=[step_record(1, loss=math.nan)],
+        evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)],
+    )
     for history in (History(), odd):
         draw_training(tmp_path / "odd.png", history)
         assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis

@@ -30,7 +30,9 @@ from tests.unit.run_records import small_run, step_record
 SETTINGS = {"seed": 7, "prune": {"ratio": 0.3, "target": None}}
 
 
-def test_a_run_sends_its_config_records_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_sends_its_config_records_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", wandb := MagicMock())
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}})
@@ -42,11 +44,18 @@ def test_a_run_sends_its_config_records_and_pictures(tmp_path: Path, monkeypatch
     recorder.close()
     # Another rank, which reports nothing.
     RunRecorder(config, 10, active=False).close()
-    opened = {"config": config.to_dict(), "name": tmp_path.name, "project": "mine", "dir": str(tmp_path)}
+    opened = {
+        "config": config.to_dict(),
+        "name": tmp_path.name,
+        "project": "mine",
+        "dir": str(tmp_path),
+    }
     wandb.init.assert_called_once_with(**opened)
     wandb.define_metric.assert_called_once_with("*", step_metric=STEP_AXIS)
     *values, picture = (call.args[0] for call in wandb.log.call_args_list)
-    assert [value[STEP_AXIS] for value in values] == [r.step for r in (*history.steps, *history.cuts)]
+    assert [value[STEP_AXIS] for value in values] == [
+        r.step for r in (*history.steps, *history.cuts)
+    ]
     assert values[0]["train/loss"] == history.steps[0].loss
     assert values[len(history.steps)]["cut/reached"] == history.cuts[0].reached
     assert picture == {"training": wandb.Image.return_value}
@@ -54,8 +63,12 @@ def test_a_run_sends_its_config_records_and_pictures(tmp_path: Path, monkeypatch
     wandb.finish.assert_called_once_with()
 
 
-@pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
-def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)]
+)
+def test_tensorboard_gets_the_records_by_default(
+    report_to: Any, *, written: bool, tmp_path: Path
+) -> None:
     config = RunConfig(output_dir=str(tmp_path), logging=LoggingConfig(report_to=report_to))
     RunRecorder(config, 10, active=True).close()
     assert (tmp_path / "tensorboard").exists() == written
@@ -68,7 +81,9 @@ def fake_trackio(failing: str) -> MagicMock:
 
 
 @pytest.mark.parametrize("failing", ["log", "Image", "finish"])
-def test_an_error_ends_reports_with_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str) -> None:
+def test_an_error_ends_reports_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
     """trackio passes on those of sqlite3."""
     monkeypatch.setitem(sys.modules, "trackio", fake_trackio(failing))
     warnings: list[str] = []
@@ -81,13 +96,19 @@ def test_an_error_ends_reports_with_one_warning(monkeypatch: pytest.MonkeyPatch,
     assert "trackio" in warning
 
 
-def test_a_service_that_fails_to_open_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_service_that_fails_to_open_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "trackio", fake_trackio("init"))
-    must_name("logging.report_to trackio locked", ReportedRun, "trackio", tmp_path, SETTINGS, pytest.fail)
+    must_name(
+        "logging.report_to trackio locked", ReportedRun, "trackio", tmp_path, SETTINGS, pytest.fail
+    )
     (tmp_path / "mlflow.py").write_text("raise AttributeError('numpy has no bool8')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mlflow", raising=False)
-    must_name("logging.report_to mlflow bool8", ReportedRun, "mlflow", tmp_path, SETTINGS, pytest.fail)
+    must_name(
+        "logging.report_to mlflow bool8", ReportedRun, "mlflow", tmp_path, SETTINGS, pytest.fail
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +140,8 @@ def report(name: str, folder: Path, **environment: str) -> None:
         pytest.skip(f"{name} is not installed")
     folder.mkdir()
     Figure().savefig(folder / "training.png")
-    found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # the packages may lie elsewhere
+    # the packages may lie elsewhere
+    found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     places = {"HOME": str(folder), "PYTHONPATH": found, "PATH": "/usr/bin:/bin"}
     command, environment = [sys.executable, "-c", REPORT, name, str(folder)], places | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -128,7 +150,12 @@ def report(name: str, folder: Path, **environment: str) -> None:
 
 def test_mlflow_writes_a_local_store(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    report("mlflow", tmp_path / "run", MLFLOW_TRACKING_URI=f"file:{store}", MLFLOW_ALLOW_FILE_STORE="true")
+    report(
+        "mlflow",
+        tmp_path / "run",
+        MLFLOW_TRACKING_URI=f"file:{store}",
+        MLFLOW_ALLOW_FILE_STORE="true",
+    )
     (loss,) = store.glob("*/*/metrics/train/loss")
     lines = [line.split() for line in loss.read_text().splitlines()]
     assert [int(step) for _, _, step in lines] == [record.step for record in small_run().steps]
@@ -143,10 +170,15 @@ def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
     report("trackio", tmp_path / "run", TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
-        rows = [json.loads(row[0]) for row in connection.execute("select metrics from metrics order by id")]
+        rows = [
+            json.loads(row[0])
+            for row in connection.execute("select metrics from metrics order by id")
+        ]
     history = small_run()
     logged = [row.get(STEP_AXIS) for row in rows if STEP_AXIS in row]
-    assert logged == [record.step for record in (*history.steps, *history.cuts, *history.evaluations)]
+    assert logged == [
+        record.step for record in (*history.steps, *history.cuts, *history.evaluations)
+    ]
 
 
 # A Trainer's reporters get sparsity, cuts, bytes and pictures in the step they happen
@@ -162,7 +194,9 @@ def write(sinks: list[Sink], *pictures: Path) -> None:
     recorder.close()
 
 
-def test_all_reporters_get_the_curves_and_pictures_of_pruning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_reporters_get_the_curves_and_pictures_of_pruning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """MLflow gets the picture, too, though the Trainer has ended its run by then."""
     Figure(figsize=(1, 1)).savefig(path := tmp_path / "training.png")
     sent, artifacts = dict[str, list[Any]](wandb=[], trackio=[]), list[Any]()
@@ -190,6 +224,8 @@ def test_all_reporters_get_the_curves_and_pictures_of_pruning(monkeypatch: pytes
     assert len(events.Images("training")) == 1
 
 
-def test_without_an_open_run_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_an_open_run_nothing_is_sent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None))
     write(find_reporters(["wandb", "trackio"], str(tmp_path), None), tmp_path / "training.png")

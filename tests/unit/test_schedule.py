@@ -27,7 +27,9 @@ def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
     for steps in (10, 40, 100, 260):
         schedule = make_schedule(PruneConfig(ratio=0.4), steps)
         for step in range(steps + 1):
-            assert schedule.target(step) == pytest.approx(cubic_target(step, steps, 0.4, 0.1, 0.1), abs=1e-12)
+            assert schedule.target(step) == pytest.approx(
+                cubic_target(step, steps, 0.4, 0.1, 0.1), abs=1e-12
+            )
 
 
 def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
@@ -35,18 +37,29 @@ def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
     draw = random.Random(0)
     drawn = [(draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)) for _ in range(500)]
     for steps, warmup, cooldown in [(100, 29, 29), *drawn]:  # in per cent
-        config = PruneConfig(ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100)
+        config = PruneConfig(
+            ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100
+        )
         schedule = make_schedule(config, steps)
         for step in range(steps + 1):
-            assert (schedule.target(step) > 0) == (100 * step > warmup * steps), (steps, warmup, step)
-            assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps), (steps, cooldown, step)
+            assert (schedule.target(step) > 0) == (100 * step > warmup * steps), (
+                steps,
+                warmup,
+                step,
+            )
+            assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps), (
+                steps,
+                cooldown,
+                step,
+            )
 
 
 @pytest.mark.parametrize(
     ("steps", "every", "cuts"),
     [
         (40, 4, [8, 12, 16, 20, 24, 28, 32, 36]),
-        (40, 5, [9, 14, 19, 24, 29, 34, 36]),  # the last one where the cool-down begins, whatever the rhythm
+        # the last one where the cool-down begins, whatever the rhythm
+        (40, 5, [9, 14, 19, 24, 29, 34, 36]),
         (100, 10, [20, 30, 40, 50, 60, 70, 80, 90]),
         (100, 1000, [90]),
         (10, 1, [2, 3, 4, 5, 6, 7, 8, 9]),
@@ -55,15 +68,21 @@ def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
 )
 def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
     schedule = make_schedule(PruneConfig(prune_every=every), steps)
-    assert schedule.cut_steps == [step for step in range(2 * steps) if schedule.is_cut(step)] == cuts
+    assert (
+        schedule.cut_steps == [step for step in range(2 * steps) if schedule.is_cut(step)] == cuts
+    )
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
-def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
+def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(
+    name: str, most: int, ranking: Ranking
+) -> None:
     run = config_from_dict(read_config(ROOT / f"launch/configs/paper/{name}.yaml"))
     config = replace(run.prune, ranking=ranking)
-    schedule = plan_pruning(*resolve(config, shape_from_config(read_model_config(name), name)), 40_312)
+    schedule = plan_pruning(
+        *resolve(config, shape_from_config(read_model_config(name), name)), 40_312
+    )
     section, cuts = schedule.sections[0], schedule.cut_steps
     assert 30 < len(cuts) <= most
     if ranking == "global":
@@ -73,13 +92,23 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
     assert all(now != before for before, now in pairwise(counts))
     assert section.size.bounds == (counts[-1], counts[0])
     assert all(layer["channels"] % 128 == 0 for layer in counts)
-    due = [step for step in range(section.start + 1, section.end + 1) if (step - section.start) % 10 == 0]
-    assert all(section.counts(step) in counts for step in due[::50])  # no width of the schedule is left out
+    due = [
+        step
+        for step in range(section.start + 1, section.end + 1)
+        if (step - section.start) % 10 == 0
+    ]
+    # no width of the schedule is left out
+    assert all(section.counts(step) in counts for step in due[::50])
 
 
 def test_a_ratio_that_changes_no_width_and_a_run_too_short_to_cut_are_refused() -> None:
     config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
-    must_name("prune.ratio 0.0001 prune.channel_multiple 128", plan_pruning, *resolve(config, LLAMA_7B), 100)
+    must_name(
+        "prune.ratio 0.0001 prune.channel_multiple 128",
+        plan_pruning,
+        *resolve(config, LLAMA_7B),
+        100,
+    )
     config = PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.49)
     assert make_schedule(config, 1).cut_steps == [1]
     config = replace(config, cooldown_fraction=0.5 - 1e-15)
@@ -90,8 +119,17 @@ def test_every_step_up_to_the_last_cut_scores() -> None:
     schedule = make_schedule(PruneConfig(prune_every=3), 10)
     assert schedule.cut_steps == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == list(range(1, 10))
-    assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]
+    assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [
+        3,
+        4,
+        6,
+        7,
+        8,
+        9,
+    ]
     config = PruneConfig(ranking="uniform", ratio=0.01, channel_multiple=128)
     seldom = plan_pruning(*resolve(config, LLAMA_7B), 100)  # the last steps change no width
     assert 10 < seldom.last_cut < 90
-    assert [step for step in range(1, 101) if seldom.is_scored(step)] == list(range(1, seldom.last_cut + 1))
+    assert [step for step in range(1, 101) if seldom.is_scored(step)] == list(
+        range(1, seldom.last_cut + 1)
+    )

@@ -37,7 +37,9 @@ SIZES = [7, 4, 3, 9, 11, 2]  # of source and target, in turn
 
 
 def pairs() -> list[tuple[Tensor, Tensor]]:
-    texts = torch.randint(3, 97, (sum(SIZES),), generator=torch.Generator().manual_seed(3)).split(SIZES)
+    texts = torch.randint(3, 97, (sum(SIZES),), generator=torch.Generator().manual_seed(3)).split(
+        SIZES
+    )
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -68,7 +70,9 @@ def test_losses_are_the_stock_class_s_forward_and_gradient(family: str, attentio
     for name, parameter in stock.named_parameters():
         if name != "lm_head.weight":
             scale = parameter.grad.abs().max()  # type: ignore[union-attr]
-            torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-5 * float(scale))
+            torch.testing.assert_close(
+                found[name].grad, parameter.grad, rtol=1e-4, atol=1e-5 * float(scale)
+            )
 
 
 def load(folder: Path, rows: list[Any], **settings: Any) -> LoadedData:
@@ -80,7 +84,9 @@ def load(folder: Path, rows: list[Any], **settings: Any) -> LoadedData:
 def first_row(data: LoadedData) -> list[tuple[int, int]]:
     """Returns the tokens of the first sample with their labels."""
     columns, end = data.samples.columns, data.samples.starts[1]
-    return list(zip(columns["input_ids"][:end].tolist(), columns["labels"][:end].tolist(), strict=True))
+    return list(
+        zip(columns["input_ids"][:end].tolist(), columns["labels"][:end].tolist(), strict=True)
+    )
 
 
 def row(source: str, target: str) -> list[tuple[int, int]]:
@@ -92,17 +98,23 @@ def row(source: str, target: str) -> list[tuple[int, int]]:
 @torch.no_grad()
 def loss_of(model: Any, source: list[int], target: list[int]) -> float:
     """Returns the sum of the stock class's losses."""
-    return float(model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).loss) * len(target)
+    return float(model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).loss) * len(
+        target
+    )
 
 
-def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_format_gives_source_start_and_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = load(tmp_path, PAIRS, held_out_fraction=0.2)
     assert first_row(data) == row("w1 w2", "w20")
     held_out = [json.loads(line) for line in data.held_out.split("\n\n")]
     assert len(data.samples) == 8
     assert [one for one in PAIRS if one in held_out] == held_out
     with_bos = make_tokenizer(template="<s> $A </s>")  # as CodeT5's. A chat template may add EOS
-    answers = [answer for _, answer in tokenize_pairs([("w1", "w2"), ("w1", "w2 </s>")], with_bos, START)]
+    answers = [
+        answer for _, answer in tokenize_pairs([("w1", "w2"), ("w1", "w2 </s>")], with_bos, START)
+    ]
     assert answers == [with_bos(text_target="w2")["input_ids"]] * 2
     renamed = [{"a": one["source"], "b": one["target"]} for one in PAIRS]
     fields: Any = {"source_field": "a", "target_field": "b"}
@@ -111,7 +123,9 @@ def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch:
     config = DataConfig(path=str(tmp_path / "pairs.jsonl"), window=8, format="seq2seq", **fields)
     # The prompt of a decoder ends without EOS.
     of_decoder = load_samples(config, TOKENIZER, minimum=1, vocab_size=100, starts=Starts())
-    assert first_row(of_decoder) == [x for x in row("w1 w2", "w20") if x[0] != START and x != (EOS, IGNORE_INDEX)]
+    assert first_row(of_decoder) == [
+        x for x in row("w1 w2", "w20") if x[0] != START and x != (EOS, IGNORE_INDEX)
+    ]
     instructions = [{"instruction": one["source"], "response": one["target"]} for one in PAIRS]
     told = load(tmp_path, instructions, format="instruction", input_field=None, window=40)
     *prompt, before, start, answer, eos = first_row(told)
@@ -119,8 +133,12 @@ def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch:
     assert {label for _, label in prompt} == {IGNORE_INDEX}
     template = "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}w9 {% endif %}{% endfor %}"
     monkeypatch.setattr(TOKENIZER, "chat_template", template)
-    turns = [{"role": role, "content": f"w{i + 1}"} for i, role in enumerate(("user", "assistant") * 2)]
-    chats = load(tmp_path, [{"messages": turns}] * 5, format="chat", held_out_fraction=0.3, window=20)
+    turns = [
+        {"role": role, "content": f"w{i + 1}"} for i, role in enumerate(("user", "assistant") * 2)
+    ]
+    chats = load(
+        tmp_path, [{"messages": turns}] * 5, format="chat", held_out_fraction=0.3, window=20
+    )
     assert first_row(chats) == row("w1 w2 w9 w3", "w4 w9")  # the last turn alone
 
 
@@ -138,17 +156,27 @@ def test_a_bad_row_is_named(tmp_path: Path, bad: Any, names: str) -> None:
 
 
 def test_a_source_beyond_the_window_is_left_out_and_named(tmp_path: Path) -> None:
-    long = {"source": " ".join(["w1"] * 7), "target": "w2"}  # with EOS and the start no place is left
+    # with EOS and the start no place is left
+    long = {"source": " ".join(["w1"] * 7), "target": "w2"}
     data = load(tmp_path, [*PAIRS[:3], long, *PAIRS[3:], long], held_out_fraction=0.2)
-    assert (data.samples.left_out, data.samples.first_left_out) == (2, f"row 4 of {tmp_path / 'pairs.jsonl'}")
-    again = load(tmp_path, [*PAIRS[:3], long, *PAIRS[3:], long], held_out_fraction=0.2)  # from the cache
-    assert (again.samples.left_out, again.samples.first_left_out) == (2, data.samples.first_left_out)
+    assert (data.samples.left_out, data.samples.first_left_out) == (
+        2,
+        f"row 4 of {tmp_path / 'pairs.jsonl'}",
+    )
+    # from the cache
+    again = load(tmp_path, [*PAIRS[:3], long, *PAIRS[3:], long], held_out_fraction=0.2)
+    assert (again.samples.left_out, again.samples.first_left_out) == (
+        2,
+        data.samples.first_left_out,
+    )
 
 
 def test_plain_text_is_refused_with_what_to_do(tmp_path: Path) -> None:
     must_name("data.format seq2seq", load, tmp_path, [{"text": "w1"}], format="text")
     for text in ("w1 w2", '{"source": "w1"}', '{"source": "w1", "target": ""}', "[1]"):
-        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2, 100)
+        must_name(
+            "line 2 source target", split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2, 100
+        )
 
 
 def test_perplexity_is_that_of_targets_after_their_sources() -> None:
@@ -156,8 +184,13 @@ def test_perplexity_is_that_of_targets_after_their_sources() -> None:
     text = "\n".join(map(json.dumps, PAIRS))
     batches = split_batches(text, TOKENIZER, 8, 7, STARTS, 3, 100)
     losses = with_token_losses(tiny_model("t5").requires_grad_(False))
-    found = measure_perplexity(lambda ids, labels: losses(input_ids=ids, labels=labels), batches, rank_of(1, 0))
-    ids = [(TOKENIZER(one["source"])["input_ids"], TOKENIZER(one["target"])["input_ids"]) for one in PAIRS[:7]]
+    found = measure_perplexity(
+        lambda ids, labels: losses(input_ids=ids, labels=labels), batches, rank_of(1, 0)
+    )
+    ids = [
+        (TOKENIZER(one["source"])["input_ids"], TOKENIZER(one["target"])["input_ids"])
+        for one in PAIRS[:7]
+    ]
     total = sum(loss_of(model, x, y) for x, y in ids)
     assert (found.tokens, found.windows) == (14, 7)
     assert found.perplexity == pytest.approx(math.exp(total / 14), rel=1e-5)
@@ -169,12 +202,19 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     sources = [one["source"] for one in PAIRS[:3]]
     write: Any = model.generate  # whose start is padding here
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": EOS}
-    alone = [write(torch.tensor([TOKENIZER(x)["input_ids"]]), **how)[0, 1:].tolist() for x in sources]
+    alone = [
+        write(torch.tensor([TOKENIZER(x)["input_ids"]]), **how)[0, 1:].tolist() for x in sources
+    ]
     texts: list[Any] = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
-    rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
+    rows = [
+        {"source": x, "target": y}
+        for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)
+    ]
     settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
     prompts = encode_prompts(settings, TOKENIZER, ("MODEL", None, 100), "--answers")
-    made, _ = write_answers([Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings)
+    made, _ = write_answers(
+        [Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings
+    )
     assert [one.text for one in made.greedy.texts] == texts
     assert made.greedy.exact_match == pytest.approx(1 / 3)
     assert made.greedy.rouge_l is not None
@@ -183,7 +223,11 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     expected = math.exp(total / sum(map(len, alone)))
     assert made.greedy.dense_perplexity == pytest.approx(expected, rel=1e-5)
     missing = [*rows[:2], {"source": "w1"}]
-    must_name("--answers prompts.jsonl 2", read_prompts, str(write_json(tmp_path / "prompts.jsonl", missing)))
+    must_name(
+        "--answers prompts.jsonl 2",
+        read_prompts,
+        str(write_json(tmp_path / "prompts.jsonl", missing)),
+    )
 
 
 def test_speed_reads_with_both_caches() -> None:

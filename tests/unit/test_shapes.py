@@ -29,11 +29,19 @@ def read(config: dict[str, Any]) -> ModelShape:
 def test_a_llama_also_of_older_configs() -> None:
     """LLaMA-1 files have neither key-value heads nor a head size. Some write null."""
     shape = read(LLAMA_CONFIG)
-    assert (shape.hidden_size, shape.head_dim, shape.attention[0].queries, shape.vocab_size) == (48, 8, 6, 33)
+    assert (shape.hidden_size, shape.head_dim, shape.attention[0].queries, shape.vocab_size) == (
+        48,
+        8,
+        6,
+        33,
+    )
     assert shape.counts == (LayerCounts(heads=3, channels=100),) * 2
     assert (shape.tie_word_embeddings, shape.biases) == (False, frozenset())
     assert shape.is_uniform
-    for config in (without("num_key_value_heads"), without(num_key_value_heads=None, head_dim=None)):
+    for config in (
+        without("num_key_value_heads"),
+        without(num_key_value_heads=None, head_dim=None),
+    ):
         shape = read(config)
         assert (shape.attention[0].queries, shape.counts[0]["heads"], shape.head_dim) == (6, 6, 8)
     assert read(without(head_dim=20)).head_dim == 20
@@ -80,7 +88,9 @@ def test_what_cannot_be_is_refused(config: dict[str, Any], names: str) -> None:
         ("llama", {"vision_config": {"depth": 2000}}, "depth 2000"),
     ],
 )
-def test_more_layers_or_experts_than_any_model_has_are_refused(family: str, changes: dict[str, Any], key: str) -> None:
+def test_more_layers_or_experts_than_any_model_has_are_refused(
+    family: str, changes: dict[str, Any], key: str
+) -> None:
     """Each would be built before a plan or run says anything. A million layers take minutes."""
     config = tiny_config(family).to_dict()
     if "hybrid_override_pattern" in changes:
@@ -88,13 +98,18 @@ def test_more_layers_or_experts_than_any_model_has_are_refused(family: str, chan
     must_name(f"somewhere config.json {key}", read, config | changes)
 
 
-@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B, make_shape([(3, 7), (2, 9)], head_dim=5, queries_per_group=4)])
+@pytest.mark.parametrize(
+    "shape", [SMOLLM2, LLAMA_7B, make_shape([(3, 7), (2, 9)], head_dim=5, queries_per_group=4)]
+)
 def test_a_group_is_what_leaves_with_it(shape: ModelShape) -> None:
     dense = shape.linear_numel()
     for kind in shape.kinds:
         layer = shape.counts[0]
         fewer = LayerCounts({**layer, kind: layer[kind] - 1})
-        assert dense - shape.resized((fewer, *shape.counts[1:])).linear_numel() == shape.group_numel[kind]
+        assert (
+            dense - shape.resized((fewer, *shape.counts[1:])).linear_numel()
+            == shape.group_numel[kind]
+        )
 
 
 def test_biases_leave_with_their_linear() -> None:
@@ -104,16 +119,19 @@ def test_biases_leave_with_their_linear() -> None:
     assert read(biased | {"model_type": "mistral"}).biases == frozenset()  # its class has none
     smaller = shape.resized((LayerCounts(heads=2, channels=90), shape.counts[1]))
     lost = shape.total_numel() - smaller.total_numel()
-    biases = 8 * (2 + 2) + 10 * 2  # q, k, v of one group, gate and up of ten channels. o and down keep theirs
+    # q, k, v of one group, gate and up of ten channels. o and down keep theirs
+    biases = 8 * (2 + 2) + 10 * 2
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases
 
 
 def test_the_operations_of_a_step_product_by_product() -> None:
     """Two layers, 2 key-value heads with 3 queries each of width 4, 10 channels, hidden 8, 50 words, 6 tokens."""
     shape = make_shape([(2, 10)] * 2, hidden=8, head_dim=4, queries_per_group=3)
-    linears = 2 * (8 * 24 + 8 * 8 + 8 * 8 + 24 * 8 + 3 * 8 * 10)  # q, k, v, o and gate, up, down of two layers
+    # q, k, v, o and gate, up, down of two layers
+    linears = 2 * (8 * 24 + 8 * 8 + 8 * 8 + 24 * 8 + 3 * 8 * 10)
     forward = 2 * linears + 2 * 8 * 50
-    scores_and_values = 2 * 2 * (2 * 24 * 3)  # two layers, two products, 24 query columns over 3 tokens on average
+    # two layers, two products, 24 query columns over 3 tokens on average
+    scores_and_values = 2 * 2 * (2 * 24 * 3)
     assert needed_flops_per_token(shape, 6) == 2 * forward + 3 * scores_and_values
     assert needed_flops_per_token(LLAMA_7B, 512) == pytest.approx(4 * 6.5e9, rel=0.05)
 
@@ -124,7 +142,9 @@ def test_the_operations_of_a_step_product_by_product() -> None:
 def test_equal_layers_stay_one_object() -> None:
     """A plan of many layers looks at each sort once. The order of kinds does not matter."""
     shape = make_shape([(4, 60)] * 4)
-    left = shape.resized([LayerCounts(channels=60, heads=4), *[LayerCounts(heads=2, channels=60)] * 3])
+    left = shape.resized(
+        [LayerCounts(channels=60, heads=4), *[LayerCounts(heads=2, channels=60)] * 3]
+    )
     assert len({id(layer) for layer in shape.layers}) == 1
     assert [id(layer) == id(left.layers[1]) for layer in left.layers] == [False, True, True, True]
 
@@ -142,4 +162,7 @@ def test_each_kind_of_a_hybrid_gives_its_share() -> None:
     assert abs(removed - 0.5 * shape.linear_numel()) <= max(shape.group_numel.values())
     for kind in ("heads", "delta"):  # each gives its share, the channels the rest
         fewer = sum(a[kind] - b[kind] for a, b in zip(shape.counts, left.counts, strict=True))
-        assert abs(fewer * shape.group_numel[kind] - budget.shares[kind] * removed) <= shape.group_numel[kind]
+        assert (
+            abs(fewer * shape.group_numel[kind] - budget.shares[kind] * removed)
+            <= shape.group_numel[kind]
+        )

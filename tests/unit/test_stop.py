@@ -27,7 +27,9 @@ def requests(tmp_path: Path) -> Iterator[stop.RequestListener]:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: stop.RequestListener, tmp_path: Path) -> None:
+def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(
+    requests: stop.RequestListener, tmp_path: Path
+) -> None:
     assert requests.current() == stop.NOTHING
     (tmp_path / "SAVE").touch()
     assert requests.current() == stop.SAVE
@@ -49,13 +51,17 @@ def test_only_one_rank_looks_at_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: stop.RequestListener, number: signal.Signals) -> None:
+def test_a_signal_is_a_stop_and_its_echo_the_same_one(
+    requests: stop.RequestListener, number: signal.Signals
+) -> None:
     for _ in range(3):
         os.kill(os.getpid(), number)
         assert requests.current() == stop.STOP
 
 
-def test_only_a_second_interrupt_ends_it(requests: stop.RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_second_interrupt_ends_it(
+    requests: stop.RequestListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 100.0
     monkeypatch.setattr(stop.time, "monotonic", lambda: now)
     signal.raise_signal(signal.SIGINT)
@@ -80,7 +86,9 @@ def test_usr1_is_caught_only_straight_under_srun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: set[str], catches: bool
 ) -> None:
     for name in ("SLURM_PROCID", "CROSS_RANK", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "0") if name in variables else monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "0") if name in variables else monkeypatch.delenv(
+            name, raising=False
+        )
     requests = stop.RequestListener(tmp_path, watches_files=False)
     assert (signal.getsignal(signal.SIGUSR1) == requests._on_signal) == catches
     requests.close()
@@ -107,7 +115,15 @@ time.sleep(20)
 """
 PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 GONE = "rank 1: the launcher is gone, so the run will stop\n"
-UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+UNSHARE = [
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--pid",
+    "--fork",
+    "--mount-proc",
+    "--kill-child",
+]
 # A shell that starts a rank, and ends when it has read a line.
 SHELL = ["sh", "-c", '"$@" & read line', "sh"]
 
@@ -178,10 +194,16 @@ def test_a_parent_outside_of_the_container_is_no_launcher() -> None:
 @pytest.mark.parametrize(
     ("command", "program"),
     [
-        ("python3.11 -u -m deepspeed.launcher.launch --world_info=e30= run.py", "deepspeed.launcher.launch"),
+        (
+            "python3.11 -u -m deepspeed.launcher.launch --world_info=e30= run.py",
+            "deepspeed.launcher.launch",
+        ),
         ("/env/bin/python /env/bin/deepspeed --quiet launch/run.py", "deepspeed"),
         ("/env/bin/python3 /env/bin/torchrun --nproc_per_node 2 launch/run.py", "torchrun"),
-        ("python -X dev -W ignore -um torch.distributed.run launch/run.py", "torch.distributed.run"),
+        (
+            "python -X dev -W ignore -um torch.distributed.run launch/run.py",
+            "torch.distributed.run",
+        ),
         ("slurmstepd: [7001.0]", "slurmstepd"),
         ("bash train.sh torchrun", "bash"),
         ("python -c import+torchrun", "import+torchrun"),
@@ -198,13 +220,25 @@ def test_a_process_counts_by_what_it_runs(command: str, program: str) -> None:
 def test_real_launchers_are_found(tmp_path: Path) -> None:
     """Starts torchrun, and DeepSpeed's launcher as `loraprune-ds run` does."""
     module = tmp_path / "a_rank.py"
-    module.write_text("from loraprune_ds.train.stop import find_launchers\nprint(find_launchers())\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", str(module)]
+    module.write_text(
+        "from loraprune_ds.train.stop import find_launchers\nprint(find_launchers())\n"
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--master_port={free_port()}",
+        str(module),
+    ]
     deepspeed = launcher_command("a_rank", 1, {})
     environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    started = [subprocess.Popen(command, env=environment, **PIPES) for command in (torchrun, deepspeed)]
+    started = [
+        subprocess.Popen(command, env=environment, **PIPES) for command in (torchrun, deepspeed)
+    ]
     ended = [process.communicate(timeout=120) for process in started]
     found = [re.search(r"^\[.*\]$", out, re.MULTILINE) for out, _ in ended]
-    launchers = [json.loads(line[0]) if line else said for line, said in zip(found, ended, strict=True)]
+    launchers = [
+        json.loads(line[0]) if line else said for line, said in zip(found, ended, strict=True)
+    ]
     assert launchers[0] == [started[0].pid]
     assert (launchers[1][1:], len(launchers[1])) == ([started[1].pid], 2)

@@ -14,7 +14,13 @@ from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Budget, Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_goal
 from loraprune_ds.pruning.schedule import plan_pruning
-from loraprune_ds.pruning.target import describe_target, measure, on_a_server, resolve, server_memory
+from loraprune_ds.pruning.target import (
+    describe_target,
+    measure,
+    on_a_server,
+    resolve,
+    server_memory,
+)
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
 from tests.refusals import must_name, refused
@@ -37,10 +43,16 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
     config = PruneConfig(**PAPER | prune)
     _, limits, (size,) = resolve(config, shape)
-    return shape.after(keep_at_end(random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, size))
+    return shape.after(
+        keep_at_end(
+            random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, size
+        )
+    )
 
 
-def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
+def uniform_step(
+    shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0
+) -> float:
     """Returns the size that leaves with one step of the channels in all open layers, plus that of a head."""
     limits = make_limits(PruneConfig(**(PAPER | prune | {"target": "1GiB"})), shape)
     step = limits.multiples["channels"] * shape.group_numel["channels"]
@@ -50,7 +62,9 @@ def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1,
 @pytest.mark.parametrize("shape", [LLAMA_7B, SMOLLM2], ids=["llama-7b", "smollm2"])
 @pytest.mark.parametrize("part", [0.55, 0.75, 0.95])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
-def test_uniform_ends_a_step_below_so_many_parameters(shape: ModelShape, part: float, limits: dict[str, Any]) -> None:
+def test_uniform_ends_a_step_below_so_many_parameters(
+    shape: ModelShape, part: float, limits: dict[str, Any]
+) -> None:
     target = round(part * shape.total_numel())
     reached = cut_to(shape, target=str(target), **limits).total_numel()
     assert 0 <= target - reached <= uniform_step(shape, limits)
@@ -78,7 +92,12 @@ def test_global_reaches_a_target_of_experts(family: str) -> None:
     """The first layer of some has no experts."""
     shape = shape_from_config(tiny_config(family).to_dict(), family)
     target = round(0.9 * shape.total_numel())
-    settings: dict[str, Any] = {"ranking": "global", "protected_first": 0, "protected_last": 0, "channel_multiple": 1}
+    settings: dict[str, Any] = {
+        "ranking": "global",
+        "protected_first": 0,
+        "protected_last": 0,
+        "channel_multiple": 1,
+    }
     reached = cut_to(shape, target=str(target), **settings).total_numel()
     assert abs(reached - target) <= shape.group_numel["experts"]
 
@@ -101,7 +120,8 @@ def test_a_servers_memory_is_reached(ranking: str, bits: dict[str, float]) -> No
 def test_memory_is_weights_and_cache_by_hand() -> None:
     shape = make_shape([(3, 40), (2, 20)], hidden=16, head_dim=4, queries_per_group=2)
     config = PruneConfig(target="1MiB", target_context=300, target_weight_bits=4)
-    linear = 5 * (2 * 8 + 2 * 4) * 16 + 60 * 3 * 16  # q, o and k, v of 5 groups; gate, up, down of 60 channels
+    # q, o and k, v of 5 groups; gate, up, down of 60 channels
+    linear = 5 * (2 * 8 + 2 * 4) * 16 + 60 * 3 * 16
     others = 2 * 50 * 16 + 16 + 4 * 16  # embedding and head, the last norm, two norms of two layers
     memory = server_memory(config, shape)
     assert memory["weights"] == linear / 2 + others * 2
@@ -133,14 +153,18 @@ def test_the_report_tells_what_was_reached() -> None:
         ({"sizes": ["0.2", "half"]}, "prune.sizes 'half'"),
     ],
 )
-def test_a_target_or_a_size_that_cannot_be_reached_is_refused(prune: dict[str, Any], names: str) -> None:
+def test_a_target_or_a_size_that_cannot_be_reached_is_refused(
+    prune: dict[str, Any], names: str
+) -> None:
     settings = prune if "sizes" in prune else PAPER | prune
     must_name(names, lambda: resolve(PruneConfig(**settings), LLAMA_7B))
     resolve(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
-    named = re.search(r"at least ([\d.]+) B stay", refused(resolve, PruneConfig(**PAPER, target="1B"), LLAMA_7B))
+    named = re.search(
+        r"at least ([\d.]+) B stay", refused(resolve, PruneConfig(**PAPER, target="1B"), LLAMA_7B)
+    )
     smallest = float(named.group(1))  # type: ignore[union-attr]
     resolve(PruneConfig(**PAPER, target=f"{smallest + 0.05}B"), LLAMA_7B)
 
@@ -155,7 +179,9 @@ def split(**prune: Any) -> tuple[Limits, Budget]:
 
 
 @pytest.mark.parametrize(("head_ratio", "heads"), [(0.0, 9), (1 / 3, 6), (6 / 9, 3), (0.8, 2)])
-def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: float, heads: int) -> None:
+def test_uniform_takes_so_many_heads_and_makes_up_with_channels(
+    head_ratio: float, heads: int
+) -> None:
     limits, budget = split(head_ratio=head_ratio)
     goal = uniform_goal(limits, budget)
     assert goal["heads"] == heads
@@ -178,7 +204,9 @@ def test_global_splits_its_budget_so(head_ratio: float) -> None:
 def test_the_planner_knows(ranking: Ranking) -> None:
     settings: Any = {"ratio": 0.4, "channel_multiple": 1, "head_ratio": 0.2, "ranking": ranking}
     prune = PruneConfig(**settings, protected_first=0, protected_last=0)
-    config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
+    config = RunConfig(
+        output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8)
+    )
     shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(20)
     assert {layer["heads"] for layer in shape.counts} == {7}
     assert abs(1 - shape.linear_numel() / SHAPE.linear_numel() - 0.4) < 0.01
@@ -200,7 +228,11 @@ def test_what_cannot_be_is_refused(prune: dict[str, Any], names: str) -> None:
 def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
     """fp32, key by value for each of 10 value heads, and for any number of tokens. The other layer has a cache."""
     shape = shape_from_config(tiny_config("qwen3_5_text").to_dict(), "somewhere")
-    config, state, per_token = PruneConfig(target="1MiB", target_context=100), 10 * 10 * 8, 2 * 5 * 12
+    config, state, per_token = (
+        PruneConfig(target="1MiB", target_context=100),
+        10 * 10 * 8,
+        2 * 5 * 12,
+    )
     assert server_memory(config, shape)["kv_cache"] == 2 * per_token * 100 + 4 * state
     assert attention_product(shape, 50) == 2 * 10 * 12 * 50 + 2 * 3 * state
     memory = server_memory(config, shape)["weights"] + 4 * state + 2 * per_token * 7
@@ -212,11 +244,14 @@ def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize("sizes", [["0.5", "0.2", "0.35"], ["4B", "0.2", "10GiB"]])
-def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str], ranking: Ranking) -> None:
+def test_sizes_are_reached_one_after_another_and_no_count_grows(
+    sizes: list[str], ranking: Ranking
+) -> None:
     config = PruneConfig(sizes=sizes, ranking=ranking, head_ratio=0.3)
     plan = plan_pruning(*resolve(config, LLAMA_7B), 400, [10, 20, 30])
     sections = plan.sections
-    assert [section.size.name for section in sections] == [sizes[1], sizes[2], sizes[0]]  # by what they remove
+    # by what they remove
+    assert [section.size.name for section in sections] == [sizes[1], sizes[2], sizes[0]]
     assert [section.last - section.recovery for section in sections] == [20, 30, 10]
     assert plan.steps == 460
     scores, current = random_scores_of(LLAMA_7B, torch.Generator().manual_seed(0)), LLAMA_7B
@@ -227,6 +262,8 @@ def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str]
         assert section.size.name
         amount = read_amount(section.size.name, "size")
         if amount.value < 1:
-            assert gone(current, LLAMA_7B) / LLAMA_7B.linear_numel() == pytest.approx(amount.value, abs=0.005)
+            assert gone(current, LLAMA_7B) / LLAMA_7B.linear_numel() == pytest.approx(
+                amount.value, abs=0.005
+            )
         else:
             assert measure(config, current, amount) == pytest.approx(amount.value, rel=0.005)

@@ -26,15 +26,26 @@ from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer
 
-needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
-SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 32, "layers": 2}
+needs_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing"
+)
+SIZES: dict[str, Any] = {
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "hidden": 16,
+    "ffn": 32,
+    "layers": 2,
+}
 TEMPLATE = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}<s> w59"
 
 
 def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ()) -> Any:
     """Stands for a Communicator."""
     size = {"rank": rank, "world_size": world_size}
-    return SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda mine: [*others, mine], **size)
+    return SimpleNamespace(
+        device=torch.device("cpu"), gather_objects=lambda mine: [*others, mine], **size
+    )
 
 
 # Which tasks there are
@@ -43,7 +54,11 @@ def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ())
 def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     must_name("--tasks lm-eval[hf]", tasks.check_tasks, TaskSettings(("piqa",)))
-    must_name("--tasks reasoning-gym", tasks.check_tasks, TaskSettings(("reasoning_gym:chain_sum",), limit=1))
+    must_name(
+        "--tasks reasoning-gym",
+        tasks.check_tasks,
+        TaskSettings(("reasoning_gym:chain_sum",), limit=1),
+    )
     given = TaskSettings(("reasoning_gym:chain_sum",), include_path=Path())
     must_name("--include-path reasoning_gym", tasks.check_tasks, given)
 
@@ -62,7 +77,11 @@ def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_named(name: str, names: str) -> None:
-    must_name(f"--tasks {name} {names}", tasks.check_tasks, TaskSettings((f"reasoning_gym:{name}",), limit=2))
+    must_name(
+        f"--tasks {name} {names}",
+        tasks.check_tasks,
+        TaskSettings((f"reasoning_gym:{name}",), limit=2),
+    )
 
 
 @needs_gym
@@ -75,7 +94,9 @@ def test_questions_depend_on_the_seed_alone() -> None:
     loaded = load_tasks(TaskSettings(("reasoning_gym",)))
     assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in GYM_DEFAULT]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # here it is another one
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
     for task in loaded:
         assert (len(task.questions), len(task.examples)) == (100, 3)
@@ -100,12 +121,16 @@ def words(*numbers: int) -> str:
 def task_of(*lengths: int) -> GymTask:
     """Makes questions of different lengths, so that batches need padding."""
     entries = [{"question": words(*range(1, n + 1)), "answer": words(5, n)} for n in lengths]
-    scorer = SimpleNamespace(score_answer=lambda answer, entry: 1.0 if answer == entry["answer"] else 0.25)
+    scorer = SimpleNamespace(
+        score_answer=lambda answer, entry: 1.0 if answer == entry["answer"] else 0.25
+    )
     return GymTask("reasoning_gym:made", scorer, entries[1:], entries[:1])
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
-def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(template: str | None, tmp_path: Path) -> None:
+def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(
+    template: str | None, tmp_path: Path
+) -> None:
     folder = make_tiny_llama(tmp_path, vocab=70, seed=3, **SIZES)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.max_position_embeddings = 64
@@ -116,7 +141,9 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
     for entry in task.questions:
         first, question = task.examples[0], entry["question"]
         plain = f"<s> {first['question']} {first['answer']} {question}"
-        chat = f"<s> {first['question']} </s> <s> {first['answer']} </s> <s> {question} </s> <s> w59"
+        chat = (
+            f"<s> {first['question']} </s> <s> {first['answer']} </s> <s> {question} </s> <s> w59"
+        )
         ids = tokenizer(chat if template else plain, add_special_tokens=False)["input_ids"]
         made: list[int] = []
         while len(made) < 2 + tasks.ROOM and made[-1:] != [tokenizer.eos_token_id]:
@@ -126,7 +153,9 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
     assert greedy_answers(task, writer, 3, rank_of(1, 0)) == expected
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
     assert greedy_answers(task, writer, 2, rank_of(2, 0, (by_rank_1,))) == expected
-    must_name("--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), writer, 2, rank_of(1, 0))
+    must_name(
+        "--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), writer, 2, rank_of(1, 0)
+    )
     model.resize_token_embeddings(18)
     must_name("reasoning_gym:made vocab_size 18", greedy_answers, task, writer, 2, rank_of(1, 0))
 
@@ -138,12 +167,22 @@ def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tasks, "version", lambda package: "0")
     monkeypatch.setattr(tasks, "greedy_answers", lambda *given: [right[0], "w1", "w1", "w1"])
     settings = TaskSettings(("reasoning_gym:made",))
-    found: Any = tasks.run_tasks(settings, Writer(cast(Any, None), make_tokenizer()), 2, rank_of(1, 0))
+    found: Any = tasks.run_tasks(
+        settings, Writer(cast(Any, None), make_tokenizer()), 2, rank_of(1, 0)
+    )
     error = (0.25 * 0.75 / 3) ** 0.5
-    metrics = {"exact_match,none": 0.25, "exact_match_stderr,none": error, "score,none": (1 + 3 * 0.25) / 4}
+    metrics = {
+        "exact_match,none": 0.25,
+        "exact_match_stderr,none": error,
+        "score,none": (1 + 3 * 0.25) / 4,
+    }
     assert found["results"] == {"reasoning_gym:made": metrics}
     about = found["settings"]["reasoning_gym"]
-    assert (about["fewshot"], about["documents"], about["chat_template"]) == (1, {"reasoning_gym:made": 4}, False)
+    assert (about["fewshot"], about["documents"], about["chat_template"]) == (
+        1,
+        {"reasoning_gym:made": 4},
+        False,
+    )
 
 
 # After a run
@@ -164,7 +203,9 @@ def run_of(*after: str) -> RunConfig:
     return config_from_dict({"output_dir": "out", "evaluate": {"after": list(after)}})
 
 
-def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_after_a_run_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[list[str]] = []
     result = judged(0.1) | {"dense": judged(0.3)}
 
@@ -208,7 +249,10 @@ def test_each_size_of_a_shelf_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
         return SimpleNamespace(returncode=0, stdout=json.dumps(result))
 
     monkeypatch.setattr(subprocess, "run", measured)
-    rows = [{"size": size, "parameters": 9, "perplexity": 2.0, "folder": f"model-{size}"} for size in ("0.2", "0.5")]
+    rows = [
+        {"size": size, "parameters": 9, "perplexity": 2.0, "folder": f"model-{size}"}
+        for size in ("0.2", "0.5")
+    ]
     for row in rows:
         (tmp_path / row["folder"]).mkdir()
     lost = {"size": "0.1", "folder": "model-0.1"}
@@ -228,5 +272,7 @@ def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     after.check_after(run_of("answers"))
     must_name("evaluate.after reasoning-gym", after.check_after, run_of("answers", "tasks"))
     tokenizer = make_tokenizer()
-    must_name("evaluate.after default 1", after.check_prompts, run_of("answers"), tokenizer, 130, 100)
+    must_name(
+        "evaluate.after default 1", after.check_prompts, run_of("answers"), tokenizer, 130, 100
+    )
     after.check_prompts(run_of("tasks"), tokenizer, 130, 100)

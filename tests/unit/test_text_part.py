@@ -15,7 +15,16 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
 from tests.export_cases import model_card
 from tests.families import tiny_config
-from tests.family_cuts import FEW, PROMPT, cut_and_export, difference, load, logits, reopened, with_lora
+from tests.family_cuts import (
+    FEW,
+    PROMPT,
+    cut_and_export,
+    difference,
+    load,
+    logits,
+    reopened,
+    with_lora,
+)
 from tests.gguf_cases import byte_level_tokenizer
 from tests.multimodal import IMAGE, TOWERS, multimodal
 from tests.refusals import must_name
@@ -83,7 +92,10 @@ def test_a_head_that_config_json_calls_tied(models: Models, tmp_path: Path) -> N
     folder, whole = models["mistral3"]
     silent = edited(folder, tmp_path / "silent", {})
     config = read_json(silent / "config.json")
-    write_json(silent / "config.json", {key: x for key, x in config.items() if key != "tie_word_embeddings"})
+    write_json(
+        silent / "config.json",
+        {key: x for key, x in config.items() if key != "tie_word_embeddings"},
+    )
     pretrained = open_pretrained(silent)
     assert not pretrained.config["tie_word_embeddings"]
     assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
@@ -97,13 +109,20 @@ def test_the_tokenizer_does_not_depend_on_the_model_type(tmp_path: Path) -> None
         config = tiny_config("gemma3_text").to_dict()
         shape = shape_from_config(config, "somewhere")
         out = begin(tmp_path / model_type)
-        finish_folder(out, export_config(config, shape, "float32"), source, model_card(shape, shape))
+        finish_folder(
+            out, export_config(config, shape, "float32"), source, model_card(shape, shape)
+        )
         assert ("model_input_names" in read_json(out / "tokenizer_config.json")) == pinned
 
 
 def test_sizes_that_a_published_config_leaves_out() -> None:
     """Gemma 3 4B names few fields of its text part. The others are defaults of the class."""
-    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+    }
     shape = shape_from_config({"model_type": "gemma3", "text_config": text}, "somewhere")
     assert (shape.head_dim, shape.attention[0].queries, shape.counts[0]["heads"]) == (256, 8, 4)
     assert (shape.vocab_size, shape.tie_word_embeddings) == (262208, True)

@@ -16,11 +16,18 @@ from tests.unit.test_logits import worst
 
 BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
 NONE = LogitsTransform()
-TRANSFORMS = [NONE, LogitsTransform(scale=0.7), LogitsTransform(divisor=1.5), LogitsTransform(softcap=4.0)]
+TRANSFORMS = [
+    NONE,
+    LogitsTransform(scale=0.7),
+    LogitsTransform(divisor=1.5),
+    LogitsTransform(softcap=4.0),
+]
 CHUNKS = [1, 5, 16, 48, None]
 
 
-def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
+def material(
+    dtype: torch.dtype = torch.float32, *, supervised: float = 0.7
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (hidden, weight, labels). Logits spread by about 3."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(BATCH, WINDOW, HIDDEN, generator=generator).to(dtype).requires_grad_()
@@ -32,14 +39,21 @@ def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """Returns (..., vocabulary) fp64, from the same numbers."""
-    logits = hidden.double() @ head.weight.double().T * (head.transform.scale or 1) / (head.transform.divisor or 1)
+    logits = (
+        hidden.double()
+        @ head.weight.double().T
+        * (head.transform.scale or 1)
+        / (head.transform.divisor or 1)
+    )
     return logits if (cap := head.transform.softcap) is None else cap * torch.tanh(logits / cap)
 
 
 def straightforward(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """Returns the losses in fp64."""
     logits = logits_of(hidden[:, :-1], head)
-    return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
+    return cross_entropy(
+        logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none"
+    )
 
 
 def gradient_of(losses: Tensor, hidden: Tensor, upstream: Tensor) -> Tensor:
@@ -57,7 +71,9 @@ def gradient_of(losses: Tensor, hidden: Tensor, upstream: Tensor) -> Tensor:
         (torch.bfloat16, 1e-2),
     ],
 )
-def test_loss_and_gradient(transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float) -> None:
+def test_loss_and_gradient(
+    transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
     hidden, weight, labels = material(dtype)
     head = Head(weight, transform, chunk)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
@@ -74,14 +90,18 @@ def test_a_batch_without_a_supervised_token_and_broken_logits() -> None:
     hidden, weight, labels = material()
     losses = token_losses(hidden, Head(weight, NONE), torch.full_like(labels, IGNORE_INDEX))
     assert torch.equal(losses, torch.zeros(BATCH, WINDOW - 1))
-    assert torch.equal(gradient_of(losses, hidden, torch.ones(BATCH, WINDOW - 1)), torch.zeros_like(hidden))
+    assert torch.equal(
+        gradient_of(losses, hidden, torch.ones(BATCH, WINDOW - 1)), torch.zeros_like(hidden)
+    )
     hidden, weight, labels = material(supervised=1)
     losses = token_losses(hidden * 1e4, Head(weight, NONE), labels)
     assert torch.isfinite(losses).all()
     assert losses.max() > 1e4
     with torch.no_grad():
         hidden[1, 3, 5] = torch.nan
-    assert token_losses(hidden, Head(weight, NONE, 5), labels).isnan().nonzero().tolist() == [[1, 3]]
+    assert token_losses(hidden, Head(weight, NONE, 5), labels).isnan().nonzero().tolist() == [
+        [1, 3]
+    ]
 
 
 class _Held(TorchDispatchMode):
@@ -96,13 +116,17 @@ class _Held(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.made += [weakref.ref(t) for t in (result if isinstance(result, tuple) else [result])]
-        alive = [tensor.untyped_storage() for ref in self.made if isinstance(tensor := ref(), Tensor)]
+        alive = [
+            tensor.untyped_storage() for ref in self.made if isinstance(tensor := ref(), Tensor)
+        ]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
         self.most = max(self.most, sum(size for at, size in sizes.items() if at not in self.given))
         return result
 
 
-def held(transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, temperature: float) -> float:
+def held(
+    transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, temperature: float
+) -> float:
     """Returns the most bytes at once, per logit of a chunk."""
     tokens, chunk, hidden_size, vocabulary = 64, 16, 2, 4096
     hidden = torch.randn(1, tokens + 1, hidden_size, dtype=dtype).requires_grad_()
@@ -128,7 +152,12 @@ def held(transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, tempe
     ],
 )
 def test_no_more_is_held_than_planned(
-    transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, temperature: float, planned: int
+    transform: LogitsTransform,
+    dtype: torch.dtype,
+    *,
+    teaches: bool,
+    temperature: float,
+    planned: int,
 ) -> None:
     """plan/ counts these bytes for each logit of a chunk. Other tensors, such as hidden states, add less than 0.2."""
     assert 4 < held(transform, dtype, teaches=teaches, temperature=temperature) < planned + 0.2
@@ -138,10 +167,14 @@ def test_no_more_is_held_than_planned(
     ("chunk", "at_once", "expected"),
     [(5, 1 << 26, 5), (None, 20 * VOCAB + 3, 20), (None, 10 * VOCAB, 10), (None, VOCAB - 1, 1)],
 )
-def test_logits_per_chunk(chunk: int | None, at_once: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_per_chunk(
+    chunk: int | None, at_once: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
     logits = Head.logits
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden))
+    monkeypatch.setattr(
+        Head, "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden)
+    )
     monkeypatch.setattr("loraprune_ds.model.logits.LOGITS_AT_ONCE", at_once)
     hidden, weight, labels = material(supervised=1)
     token_losses(hidden, Head(weight, NONE, chunk), labels).sum().backward()
@@ -165,10 +198,14 @@ def made_up() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return student, teacher, head, torch.randint(VOCABULARY, (TOKENS,), generator=generator)
 
 
-def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, t: float) -> Tensor:
+def dense(
+    student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, t: float
+) -> Tensor:
     """Returns (tokens,) fp64 by the definition."""
     hard = cross_entropy(logits_of(student, head), labels, reduction="none")
-    ours, theirs = (torch.log_softmax(logits_of(hidden, head) / t, 1) for hidden in (student, teacher))
+    ours, theirs = (
+        torch.log_softmax(logits_of(hidden, head) / t, 1) for hidden in (student, teacher)
+    )
     divergence = (theirs.exp() * (theirs - ours)).sum(1)
     return (1 - w) * hard + w * t**2 * divergence
 
@@ -177,7 +214,9 @@ def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float
 @pytest.mark.parametrize("w", [0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1, 0.5, 2])
 @pytest.mark.parametrize("transform", DISTILLED, ids=str)
-def test_autograd_gives_the_same(transform: LogitsTransform, temperature: float, w: float, chunk: int | None) -> None:
+def test_autograd_gives_the_same(
+    transform: LogitsTransform, temperature: float, w: float, chunk: int | None
+) -> None:
     student, teacher, weight, labels = made_up()
     head, weights = Head(weight, transform, chunk), torch.linspace(0.1, 1, TOKENS)
     student.requires_grad_()
@@ -188,7 +227,8 @@ def test_autograd_gives_the_same(transform: LogitsTransform, temperature: float,
     reference = student.detach().double().requires_grad_()
     expected = dense(reference, teacher, head, labels, w, temperature)
     (expected * weights).sum().backward()
-    tolerance = TOLERANCE * max(1, temperature**2)  # the divergence is multiplied by the square of the temperature
+    # the divergence is multiplied by the square of the temperature
+    tolerance = TOLERANCE * max(1, temperature**2)
     assert (losses - expected).abs().max() < tolerance
     assert student.grad is not None
     assert reference.grad is not None

@@ -11,7 +11,13 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loraprune_ds.export.gguf_tokenizer import EXTRA_SPACES, LAST_SPACE, NOT_COMPOSED, add_tokenizer, read_vocabulary
+from loraprune_ds.export.gguf_tokenizer import (
+    EXTRA_SPACES,
+    LAST_SPACE,
+    NOT_COMPOSED,
+    add_tokenizer,
+    read_vocabulary,
+)
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.sources import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -36,12 +42,18 @@ def sentencepiece_model(request: pytest.FixtureRequest) -> bytes:
     """Trains a small model with the settings of LLaMA's."""
     model = io.BytesIO()
     lines = iter("".join(embedded_text()[:12]).splitlines())
-    settings = gguf_cases.SENTENCEPIECE | {"model_type": request.param, "vocab_size": 500, "split_digits": True}
+    settings = gguf_cases.SENTENCEPIECE | {
+        "model_type": request.param,
+        "vocab_size": 500,
+        "split_digits": True,
+    }
     SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     return model.getvalue()
 
 
-def write_folder(folder: Path, model: bytes, *, model_type: str = "llama", **tokenizer_config: Any) -> Path:
+def write_folder(
+    folder: Path, model: bytes, *, model_type: str = "llama", **tokenizer_config: Any
+) -> Path:
     (folder / "tokenizer.model").write_bytes(model)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 500}))
     if tokenizer_config:
@@ -53,7 +65,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no tokenizer_config.json": {},
     "mistral": {"model_type": "mistral"},
     "the class of early LLaMA conversions": {"tokenizer_class": "LLaMATokenizer"},
-    "their empty names": {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""},
+    "their empty names": {
+        "tokenizer_class": "LLaMATokenizer",
+        "bos_token": "",
+        "eos_token": "",
+        "unk_token": "",
+    },
     "the usual": {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": True},
 }
 
@@ -70,7 +87,9 @@ def test_sentencepiece_gives_its_own_tokens_in_source_and_export(
     tokenizer = load_tokenizer(write_folder(source, sentencepiece_model, **config))
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == [BOS, *reference.encode(text)], text
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text), text
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text), (
+            text
+        )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, 2)
     copy_tokenizer(source, out)
     (out / "config.json").write_text((source / "config.json").read_text())
@@ -87,15 +106,21 @@ def test_a_config_without_bos_gets_none(sentencepiece_model: bytes, tmp_path: Pa
 BROKEN: dict[str, dict[str, str]] = {
     "only a model config": {"config.json": '{"model_type": "llama"}'},
     "tokenizer.json of another make": {"tokenizer.json": "[]"},
-    "tokenizer.json the library refuses": {"tokenizer.json": '{"added_tokens": [], "model": {"type": "BPE"}}'},
+    "tokenizer.json the library refuses": {
+        "tokenizer.json": '{"added_tokens": [], "model": {"type": "BPE"}}'
+    },
     "an empty sentencepiece file": {"tokenizer.model": ""},
-    "a pointer to a sentencepiece file": {"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n"},
+    "a pointer to a sentencepiece file": {
+        "tokenizer.model": "version https://git-lfs.github.com/spec/v1\n"
+    },
     "tokenizer_config.json cut short": {"tokenizer.json": "{}", "tokenizer_config.json": "{"},
 }
 
 
 @pytest.mark.parametrize("files", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_tokenizer_is_one_line_that_names_the_folder(files: dict[str, str], tmp_path: Path) -> None:
+def test_a_broken_tokenizer_is_one_line_that_names_the_folder(
+    files: dict[str, str], tmp_path: Path
+) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     must_name(str(tmp_path), load_tokenizer, tmp_path)
@@ -147,7 +172,9 @@ def test_bos_and_unicode_composition_are_told(tmp_path: Path) -> None:
     assert keys_of(byte_level_tokenizer(tmp_path / "bos", VOCAB, bos=True))["ggml.add_bos_token"]
     folder = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, "qwen2")
     assert json.loads((folder / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
-    assert add_tokenizer(GGUFWriter(tmp_path / "model.gguf", "llama"), folder, VOCAB) == [NOT_COMPOSED]
+    assert add_tokenizer(GGUFWriter(tmp_path / "model.gguf", "llama"), folder, VOCAB) == [
+        NOT_COMPOSED
+    ]
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
@@ -156,7 +183,12 @@ def test_sentencepiece(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert keys["ggml.model"] == "llama"
     assert keys["ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(VOCAB))
-    assert keys["ggml.token_type"][:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+    assert keys["ggml.token_type"][:4] == [
+        TokenType.UNKNOWN,
+        TokenType.CONTROL,
+        TokenType.CONTROL,
+        TokenType.BYTE,
+    ]
     assert keys["ggml.add_bos_token"]
     assert keys["ggml.add_space_prefix"]
     scores = keys["ggml.scores"]
@@ -175,14 +207,25 @@ def test_unigrams(tmp_path: Path) -> None:
     count = pieces.get_piece_size()
     assert keys["ggml.model"] == "t5"
     assert keys["ggml.tokens"][:count] == [pieces.id_to_piece(i) for i in range(count)]
-    assert keys["ggml.scores"][3:count] == pytest.approx([pieces.get_score(i) for i in range(3, count)])
-    assert keys["ggml.token_type"][:4] == [TokenType.CONTROL, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.NORMAL]
+    assert keys["ggml.scores"][3:count] == pytest.approx(
+        [pieces.get_score(i) for i in range(3, count)]
+    )
+    assert keys["ggml.token_type"][:4] == [
+        TokenType.CONTROL,
+        TokenType.CONTROL,
+        TokenType.UNKNOWN,
+        TokenType.NORMAL,
+    ]
     assert len(keys["ggml.precompiled_charsmap"]) > 1000
     ends = [keys[f"ggml.{key}"] for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
     assert [*ends, keys["ggml.remove_extra_whitespaces"]] == [False, True, True, True]
-    fast = json.loads((folder / "tokenizer.json").read_text())  # older ones drop extra spaces in their normalizer
+    # older ones drop extra spaces in their normalizer
+    fast = json.loads((folder / "tokenizer.json").read_text())
     fast["normalizer"] = {"type": "Sequence", "normalizers": [fast["normalizer"], EXTRA_SPACES[-1]]}
-    for changed, remarks in ((fast, []), (fast | {"pre_tokenizer": {"type": "Metaspace"}}, [LAST_SPACE])):
+    for changed, remarks in (
+        (fast, []),
+        (fast | {"pre_tokenizer": {"type": "Metaspace"}}, [LAST_SPACE]),
+    ):
         (folder / "tokenizer.json").write_text(json.dumps(changed))
         assert read_vocabulary(folder).remarks == remarks
 
@@ -194,9 +237,15 @@ def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
     exact, rebuilt = read_vocabulary(tmp_path / "spm"), read_vocabulary(fast)
     assert rebuilt.tokens == exact.tokens
     assert rebuilt.types[3:] == exact.types[3:]
-    merged = [i for i, token in enumerate(exact.tokens) if exact.types[i] == TokenType.NORMAL and len(token) > 1]
+    merged = [
+        i
+        for i, token in enumerate(exact.tokens)
+        if exact.types[i] == TokenType.NORMAL and len(token) > 1
+    ]
     assert len(merged) > 50
-    assert sorted(merged, key=lambda i: -rebuilt.scores[i]) == sorted(merged, key=lambda i: -exact.scores[i])
+    assert sorted(merged, key=lambda i: -rebuilt.scores[i]) == sorted(
+        merged, key=lambda i: -exact.scores[i]
+    )
 
 
 # Refusals
@@ -220,15 +269,33 @@ def two_bos(fast: dict[str, Any]) -> None:
     [
         (BYTE_LEVEL, None, "39 300"),  # tokens
         (BYTE_LEVEL, two_bos, "BOS EOS hf, adapter"),
-        (BYTE_LEVEL, lambda fast: fast["pre_tokenizer"].update(add_prefix_space=True), "tokenizer.json hf, adapter"),
-        (BYTE_LEVEL, lambda fast: fast.update(normalizer={"type": "NFKC"}), "tokenizer.json hf, adapter"),
-        (partial(without_sentencepiece, vocab=VOCAB), lambda fast: fast["model"]["merges"].pop(20), "merges hf"),
-        (save_unigrams, lambda fast: fast.update(normalizer={"type": "NFKC"}), "tokenizer.json hf, adapter"),
+        (
+            BYTE_LEVEL,
+            lambda fast: fast["pre_tokenizer"].update(add_prefix_space=True),
+            "tokenizer.json hf, adapter",
+        ),
+        (
+            BYTE_LEVEL,
+            lambda fast: fast.update(normalizer={"type": "NFKC"}),
+            "tokenizer.json hf, adapter",
+        ),
+        (
+            partial(without_sentencepiece, vocab=VOCAB),
+            lambda fast: fast["model"]["merges"].pop(20),
+            "merges hf",
+        ),
+        (
+            save_unigrams,
+            lambda fast: fast.update(normalizer={"type": "NFKC"}),
+            "tokenizer.json hf, adapter",
+        ),
         (UNIGRAM, None, "tokenizer.model BPE"),
         (Path.mkdir, None, "tokenizer"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make: Any, change: Any, names: str, tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(
+    make: Any, change: Any, names: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "tokenizer"
     make(folder)
     if change:

@@ -26,7 +26,17 @@ from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_config
-from tests.family_cuts import FEW, MANY, PROMPT, Network, cut_and_export, difference, draw, reopened, with_lora
+from tests.family_cuts import (
+    FEW,
+    MANY,
+    PROMPT,
+    Network,
+    cut_and_export,
+    difference,
+    draw,
+    reopened,
+    with_lora,
+)
 from tests.multimodal import inputs_with_image, load_whole, multimodal, save_gemma3
 from tests.refusals import must_name
 from tests.unit.shapes_and_scores import make_shape
@@ -40,7 +50,9 @@ pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 
 @pytest.fixture(scope="module", params=KEPT)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, PreTrainedModel, Path]:
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, PreTrainedModel, Path]:
     """Returns a multimodal model and its folder, with settings of a processor and layers for further tokens."""
     folder = tmp_path_factory.mktemp("whole")
     model = multimodal(request.param)
@@ -65,12 +77,19 @@ def untrained(pretrained: PretrainedModel) -> Network:
     return network
 
 
-def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path], tmp_path: Path) -> None:
+def test_the_export_is_the_masked_model_with_an_image(
+    made: tuple[str, Any, Path], tmp_path: Path
+) -> None:
     name, whole, folder = made
     whole.double()  # in fp32 some CPUs round beyond the tolerance
     pretrained, inputs = open_pretrained(folder), inputs_with_image(name)
     before = logits(whole, inputs)
-    assert difference(logits(whole, inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}), before) > 1e-3
+    assert (
+        difference(
+            logits(whole, inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}), before
+        )
+        > 1e-3
+    )
     network = untrained(pretrained)
     dense, counts = network.shape, [KEPT[name]] * len(network.shape.counts)
     export = cut_and_export(network, tmp_path / "model", *counts, source=pretrained)
@@ -79,7 +98,9 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     assert type(loaded) is type(whole)
     decoder = whole.get_decoder()
     stack_experts(decoder)
-    lm = SimpleNamespace(model=decoder, config=decoder.config, get_submodule=lambda _: decoder.layers)
+    lm = SimpleNamespace(
+        model=decoder, config=decoder.config, get_submodule=lambda _: decoder.layers
+    )
     mask(cast(Any, SimpleNamespace(model=lm, shape=dense)), draw(dense, *counts))
     expected = logits(whole, inputs)
     assert difference(logits(loaded.eval(), inputs), expected) < TOLERANCE
@@ -95,9 +116,12 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
 
 
 @pytest.mark.parametrize(
-    ("given", "tower", "found"), [(None, True, "uniform"), (None, False, "global"), ("global", True, "global")]
+    ("given", "tower", "found"),
+    [(None, True, "uniform"), (None, False, "global"), ("global", True, "global")],
 )
-def test_a_tower_decides_on_a_ranking_that_is_not_given(given: Ranking | None, tower: bool, found: str) -> None:
+def test_a_tower_decides_on_a_ranking_that_is_not_given(
+    given: Ranking | None, tower: bool, found: str
+) -> None:
     shape = make_shape([(4, 128)] * 3)
     assert resolve(PruneConfig(ranking=given), shape, tower=tower)[0].ranking == found
 
@@ -111,12 +135,16 @@ def test_gemma_4_has_equal_layers_without_its_tower_too() -> None:
     must_name("prune.head_ratio 0.1 gemma4_text", resolve, replace(equal, head_ratio=0.1), shape)
 
 
-def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:
+def test_what_a_stock_class_cannot_hold_is_refused(
+    made: tuple[str, Any, Path], tmp_path: Path
+) -> None:
     name, _, folder = made
     config, shape = read_json(folder / "config.json"), open_pretrained(folder).shape
     same = [KEPT[name]] * len(shape.layers)
     for pruned in (None, shape.resized(draw_layers(shape, *same[1:], (5, 20)))):
-        must_name("somewhere prune.ranking model.text_only", check_tower, config, pruned, "somewhere")
+        must_name(
+            "somewhere prune.ranking model.text_only", check_tower, config, pruned, "somewhere"
+        )
     unknown = config | {"vision_config": 3}
     must_name("somewhere config.json", check_tower, unknown, shape, "somewhere")
     counts, names = {
@@ -145,7 +173,8 @@ def test_the_first_qwen2_5_vl_has_its_text_outside(tmp_path: Path) -> None:
     text = new.pop("text_config")
     old = {key: value for key, value in text.items() if key != "model_type"} | new
     write_json(tmp_path / "config.json", old)
-    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)  # transformers saves the first layout
+    # transformers saves the first layout
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
     pretrained = open_pretrained(tmp_path)
     assert pretrained.tower is not None
     assert pretrained.tower.layout == LAYOUTS[-1]
@@ -163,8 +192,12 @@ def test_the_processor_comes_along(tmp_path: Path) -> None:
     counts = [KEPT["gemma3"]] * len(pretrained.shape.counts)
     export = cut_and_export(untrained(pretrained), tmp_path / "model", *counts, source=pretrained)
     picture = Image.fromarray(torch.arange(1200, dtype=torch.uint8).view(20, 20, 3).numpy())
-    processors = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "whole", export.folder))
-    before, after = (dict(one(text="x an image", images=[picture], return_tensors="pt")) for one in processors)
+    processors = (
+        AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "whole", export.folder)
+    )
+    before, after = (
+        dict(one(text="x an image", images=[picture], return_tensors="pt")) for one in processors
+    )
     assert before.keys() == after.keys() >= {"input_ids", "pixel_values"}
     assert all(torch.equal(before[name], after[name]) for name in before)
     model = open_result(export.folder).load_model()
@@ -173,10 +206,19 @@ def test_the_processor_comes_along(tmp_path: Path) -> None:
 
 
 def test_tensors_are_copied_byte_by_byte(tmp_path: Path) -> None:
-    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.arange(7), "c": torch.tensor(True), "d": torch.randn(1)}
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.arange(7),
+        "c": torch.tensor(True),
+        "d": torch.randn(1),
+    }
     for i, part in enumerate((("b", "a", "d"), ("c",))):
         save_file({name: tensors[name] for name in part}, tmp_path / f"{i}.safetensors")
-    files = {"c": tmp_path / "1.safetensors", "b": tmp_path / "0.safetensors", "a": tmp_path / "0.safetensors"}
+    files = {
+        "c": tmp_path / "1.safetensors",
+        "b": tmp_path / "0.safetensors",
+        "a": tmp_path / "0.safetensors",
+    }
     copy_tensors(files, tmp_path / "copy.safetensors")
     found = load_file(tmp_path / "copy.safetensors")
     assert found.keys() == files.keys()

@@ -40,7 +40,8 @@ def touch(folder: Path, *names: str) -> None:
         (None, [SCHEDULE], [OPTIMIZER]),
         (ZERO, [SCHEDULE, "latest", *OF_RANK_1], []),
         (ZERO, ["latest", *OF_RANK_1], [SCHEDULE]),
-        (ZERO | {"optimizer": {}}, ["latest", *OF_RANK_1], []),  # DeepSpeed's files have the schedule, too
+        # DeepSpeed's files have the schedule, too
+        (ZERO | {"optimizer": {}}, ["latest", *OF_RANK_1], []),
         (ZERO, [SCHEDULE, "latest", *OF_RANK_1[:1]], LACKS_ZERO),
         (ZERO, [SCHEDULE, *OF_RANK_1], LACKS_ZERO),
         (ZERO, [OPTIMIZER], [*LACKS_ZERO, SCHEDULE]),
@@ -74,14 +75,18 @@ def test_what_cannot_come_back_is_named(
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=16, ffn=24, layers=2, vocab=32)
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=16, ffn=24, layers=2, vocab=32
+    )
 
 
 def save(dense: Path, out: Path, make: Any = AdamW) -> Path:
     """Writes a checkpoint as a Trainer does with save_only_model."""
     model = make_model(dense)
     checkpoint = out / "checkpoint-2"
-    pruning = Pruning(model.train(), make(p for p in model.parameters() if p.requires_grad), PRUNE, 4)
+    pruning = Pruning(
+        model.train(), make(p for p in model.parameters() if p.requires_grad), PRUNE, 4
+    )
     model.save_pretrained(checkpoint)
     touch(checkpoint, "trainer_state.json")
     pruning.save(checkpoint)
@@ -125,12 +130,21 @@ def test_a_checkpoint_that_cannot_go_on_is_one_line(
     must_name(f"{folder} {names}", resume, make_model(dense, r), folder)
 
 
-def test_on_zero_3_no_adapter_is_read_but_the_ranks_in_the_folder_of_pruning_count(dense: Path, tmp_path: Path) -> None:
+def test_on_zero_3_no_adapter_is_read_but_the_ranks_in_the_folder_of_pruning_count(
+    dense: Path, tmp_path: Path
+) -> None:
     folder = save(dense, tmp_path)
     remove(ADAPTER)(folder)
     TrainerFiles(ZERO).check_readable(folder)
     model = make_model(dense, r=2)
-    must_name("lora-00000.safetensors layers.0. 4 2", cut_to_checkpoint, model, folder, PRUNE, Communicator())
+    must_name(
+        "lora-00000.safetensors layers.0. 4 2",
+        cut_to_checkpoint,
+        model,
+        folder,
+        PRUNE,
+        Communicator(),
+    )
 
 
 def test_a_schedule_that_cannot_be_computed_is_named() -> None:

@@ -14,7 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from loraprune_ds.model.groups import QUERY_HEADS, Attribute, Kind, LayerCounts, LayerSpec, TensorSpec
+from loraprune_ds.model.groups import (
+    QUERY_HEADS,
+    Attribute,
+    Kind,
+    LayerCounts,
+    LayerSpec,
+    TensorSpec,
+)
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
 Marks = Iterable[TensorSpec | Attribute]
@@ -32,7 +39,8 @@ class Attention(NamedTuple):
     """Describes what the attention of a layer costs, or a delta net or Mamba-2 in its place."""
 
     queries: int  # query heads
-    width: float  # of all heads. Scores, and again sums, take this many multiply-adds for a token and one that it reads
+    # of all heads. Scores, and again sums, take this many multiply-adds for a token and one that it reads
+    width: float
     cached: int  # elements that a token adds to the KV cache
     state: int = 0  # elements of a state that does not grow
 
@@ -54,7 +62,9 @@ class Layout(NamedTuple):
 
 def _with_prefix(name: str, old: Layout, new: Layout) -> str:
     prefixes = zip(old, new, strict=True)
-    return next((to + name.removeprefix(prefix) for prefix, to in prefixes if name.startswith(prefix)), name)
+    return next(
+        (to + name.removeprefix(prefix) for prefix, to in prefixes if name.startswith(prefix)), name
+    )
 
 
 class LayerList(NamedTuple):
@@ -73,25 +83,35 @@ class Family:
     logit_divisor: str | None = None  # config field with a divisor of the logits
     eager_only: str | None = None  # the feature of its attention that sdpa lacks
     packs: bool = True  # its class keeps packed samples apart by their positions
-    windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
+    # it predicts badly without BOS, also in the middle of a text
+    windows_begin_with_bos: bool = False
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     equal_layers: bool = False  # a modelling file cannot hold layers that differ
     # Norms run over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements.
     wide_norms: bool = False
-    vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
+    # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
+    vllm: Literal["auto", "transformers"] = "auto"
 
     layer_lists: ClassVar[tuple[LayerList, ...]] = (LayerList(),)  # an encoder's comes first
     layout: ClassVar[Layout] = Layout()
-    in_memory: ClassVar[Mapping[str, Any]] = {}  # fields of config.json that its modules have otherwise in memory
-    per_layer: ClassVar[str] = "per_layer_config"  # the field of a pruned export with the sizes of each layer
+    # fields of config.json that its modules have otherwise in memory
+    in_memory: ClassVar[Mapping[str, Any]] = {}
+    # the field of a pruned export with the sizes of each layer
+    per_layer: ClassVar[str] = "per_layer_config"
     layer_letters: ClassVar[tuple[str, ...]] = ()  # fields with a text of one letter per layer
     # A kind, and another whose counts equal it in each layer of a stock class.
     as_many: ClassVar[Mapping[Kind, Kind]] = {}
     keeps_layers: ClassVar[str | None] = None  # why no layer may be dropped
-    shared_bias: ClassVar[str | None] = None  # a tensor that files have once for all layers of an encoder or decoder
+    # a tensor that files have once for all layers of an encoder or decoder
+    shared_bias: ClassVar[str | None] = None
     has_experts: ClassVar[bool] = False
     # The sizes that must stand in config.json, because the class would make them up.
-    required: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size", "num_attention_heads", "intermediate_size")
+    required: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "vocab_size",
+        "num_attention_heads",
+        "intermediate_size",
+    )
 
     @property
     def has_encoder(self) -> bool:
@@ -111,7 +131,9 @@ class Family:
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         heads, width = layer.key_value_heads, self.head_dim(c)
-        queries = layer.counts.get(QUERY_HEADS) or heads * (c.num_attention_heads // c.num_key_value_heads)
+        queries = layer.counts.get(QUERY_HEADS) or heads * (
+            c.num_attention_heads // c.num_key_value_heads
+        )
         return Attention(queries, queries * width, 2 * heads * width)
 
     def mixture(self, c: Any) -> Mixture | None:
@@ -140,9 +162,15 @@ class Family:
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         """Returns the fields of config.json for a layer with these counts. 0 where it has none."""
         heads = counts.get("heads", 0)
-        queries = counts.get(QUERY_HEADS) or heads * (c.num_attention_heads // c.num_key_value_heads)
+        queries = counts.get(QUERY_HEADS) or heads * (
+            c.num_attention_heads // c.num_key_value_heads
+        )
         channels = counts.get("channels", 0)
-        return {"num_attention_heads": queries, "num_key_value_heads": heads, "intermediate_size": channels}
+        return {
+            "num_attention_heads": queries,
+            "num_key_value_heads": heads,
+            "intermediate_size": channels,
+        }
 
     def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
         """Returns the fields of config.json for all layers together."""
@@ -154,9 +182,14 @@ class Family:
 
     def counted(self, c: Any, layers: Sequence[LayerSpec]) -> list[LayerCounts]:
         """Returns the groups of each layer, as config.json counts them, and its key-value heads."""
-        heads = [{"heads": layer.key_value_heads} if layer.key_value_heads else {} for layer in layers]
+        heads = [
+            {"heads": layer.key_value_heads} if layer.key_value_heads else {} for layer in layers
+        ]
         return [
-            LayerCounts({kind: count // self.times(c, i, kind) for kind, count in layer.counts.items()} | heads[i])
+            LayerCounts(
+                {kind: count // self.times(c, i, kind) for kind, count in layer.counts.items()}
+                | heads[i]
+            )
             for i, layer in enumerate(layers)
         ]
 
@@ -168,7 +201,9 @@ class Family:
                 counts[self.as_many.get(kind, kind)].add(count)
         return all(len(found) == 1 for found in counts.values())
 
-    def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
+    def export_types(
+        self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+    ) -> list[str]:
         """Returns the model types that an export may have, the best first. The last is that of a modelling file.
 
         Args:

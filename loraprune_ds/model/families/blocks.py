@@ -7,7 +7,8 @@ from loraprune_ds.model.groups import QUERY_HEADS, Run, StackSpec, TensorSpec
 
 QUERY_HEADS_LEAVE = "query_heads_leave"  # a field of `c` that read_shape.py adds, and no file has
 MLP = ("gate_proj", "up_proj", "down_proj")
-OnDisk = tuple[tuple[str, ...], tuple[str, ...]]  # the names of the two stacks of experts (`StackSpec.names`)
+# the names of the two stacks of experts (`StackSpec.names`)
+OnDisk = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def rows(linear: str, *runs: Run) -> TensorSpec:
@@ -27,14 +28,24 @@ def whole(module: str, *linears: str) -> list[TensorSpec]:
 
 def head_runs(c: Any) -> tuple[Run, tuple[Run, ...]]:
     """Returns the run of queries, and that of keys or values, which have none if they stay."""
-    heads, width = c.num_key_value_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads, width = (
+        c.num_key_value_heads,
+        getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+    )
     if getattr(c, QUERY_HEADS_LEAVE, False):
         return Run(QUERY_HEADS, c.num_attention_heads, width, ranges=heads), ()
-    return Run("heads", heads, c.num_attention_heads // heads * width), (Run("heads", heads, width),)
+    return Run("heads", heads, c.num_attention_heads // heads * width), (
+        Run("heads", heads, width),
+    )
 
 
 def attention(
-    c: Any, path: str = "self_attn", *, gated: bool = False, sinks: bool = False, wide_norms: bool = False
+    c: Any,
+    path: str = "self_attn",
+    *,
+    gated: bool = False,
+    sinks: bool = False,
+    wide_norms: bool = False,
 ) -> Marks:
     """Marks attention. If gated, the query of each head comes with the gate of its output."""
     queries, keys = head_runs(c)
@@ -44,7 +55,10 @@ def attention(
     if sinks:
         yield per_query(f"{path}.sinks", c)
     if wide_norms:
-        yield from (TensorSpec(f"{path}.{x}_norm.weight", runs) for x, runs in (("q", (queries,)), ("k", keys)))
+        yield from (
+            TensorSpec(f"{path}.{x}_norm.weight", runs)
+            for x, runs in (("q", (queries,)), ("k", keys))
+        )
     if not keys:
         yield Attribute(path, "num_key_value_groups", queries._replace(width=1), queries.ranges)
 
@@ -52,7 +66,9 @@ def attention(
 def per_query(name: str, c: Any, on_disk: str | None = None) -> TensorSpec:
     """Marks a tensor with a row for each query head."""
     queries, _ = head_runs(c)
-    return TensorSpec(name, (queries._replace(width=c.num_attention_heads // queries.groups),), on_disk=on_disk)
+    return TensorSpec(
+        name, (queries._replace(width=c.num_attention_heads // queries.groups),), on_disk=on_disk
+    )
 
 
 def mlp(channels: int, path: str = "mlp") -> list[TensorSpec | Attribute]:
@@ -80,11 +96,15 @@ def stacks(
     up, down = (deep, run) if transposed else (wide, deep)
     stacks = StackSpec(names[0], False, transposed), StackSpec(names[1], True, transposed)
     return [
-        TensorSpec(f"{path}.{'gate_up' if gated else 'up'}.weight", (up,), lora=True, stack=stacks[0]),
+        TensorSpec(
+            f"{path}.{'gate_up' if gated else 'up'}.weight", (up,), lora=True, stack=stacks[0]
+        ),
         TensorSpec(f"{path}.down.weight", (down,), lora=True, stack=stacks[1]),
     ]
 
 
-def per_expert(name: str, run: Run, on_disk: str | None = None, *, keep_fp32: bool = False) -> TensorSpec:
+def per_expert(
+    name: str, run: Run, on_disk: str | None = None, *, keep_fp32: bool = False
+) -> TensorSpec:
     """Marks a router, or another tensor with a row for each expert."""
     return TensorSpec(name, (run._replace(width=1),), on_disk=on_disk, keep_fp32=keep_fp32)

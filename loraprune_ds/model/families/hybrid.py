@@ -3,7 +3,15 @@
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks
-from loraprune_ds.model.families.blocks import attention, columns, mlp, per_expert, rows, stacks, whole
+from loraprune_ds.model.families.blocks import (
+    attention,
+    columns,
+    mlp,
+    per_expert,
+    rows,
+    stacks,
+    whole,
+)
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
 
@@ -23,7 +31,8 @@ class Delta(Family):
             *attention(c, gated=True),
             rows(f"{NET}.in_proj_qkv", keys, keys, values),
             rows(f"{NET}.in_proj_z", values),
-            rows(f"{NET}.in_proj_qkvz", keys._replace(width=2 * (keys.width + values.width))),  # each key head together
+            # each key head together
+            rows(f"{NET}.in_proj_qkvz", keys._replace(width=2 * (keys.width + values.width))),
             columns(f"{NET}.out_proj", values),
             *(TensorSpec(f"{NET}.in_proj_{x}.weight", (each,)) for x in "ab"),
             TensorSpec(f"{NET}.in_proj_ba.weight", (each._replace(width=2 * each.width),)),
@@ -37,17 +46,30 @@ class Delta(Family):
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         keys, each = counts.get("delta", 0), c.linear_num_value_heads // c.linear_num_key_heads
-        return super().layer_fields(c, counts) | {"linear_num_key_heads": keys, "linear_num_value_heads": keys * each}
+        return super().layer_fields(c, counts) | {
+            "linear_num_key_heads": keys,
+            "linear_num_value_heads": keys * each,
+        }
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         keys, values, _ = delta_runs(c)
-        return super().attention(c, layer)._replace(state=layer.counts.get("delta", 0) * keys.width * values.width)
+        return (
+            super()
+            .attention(c, layer)
+            ._replace(state=layer.counts.get("delta", 0) * keys.width * values.width)
+        )
 
 
 def delta_runs(c: Any) -> tuple[Run, Run, Run]:
     """Returns the runs of keys, of values, and of value heads."""
-    run, each = Run("delta", c.linear_num_key_heads), c.linear_num_value_heads // c.linear_num_key_heads
-    keys, values = run._replace(width=c.linear_key_head_dim), run._replace(width=c.linear_value_head_dim * each)
+    run, each = (
+        Run("delta", c.linear_num_key_heads),
+        c.linear_num_value_heads // c.linear_num_key_heads,
+    )
+    keys, values = (
+        run._replace(width=c.linear_key_head_dim),
+        run._replace(width=c.linear_value_head_dim * each),
+    )
     return keys, values, run._replace(width=each)
 
 
@@ -128,14 +150,21 @@ class Gemma4(Moe):
     def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
         """The last layer has full attention. Layers that share keys and values need one of each type before them."""
         types, last, shares = list(c.layer_types), c.num_hidden_layers - 1, i >= _first_shared(c)
-        chosen = [*map(types.index, sorted(set(types))), i, last] if shares else [i, types.index("full_attention")]
+        chosen = (
+            [*map(types.index, sorted(set(types))), i, last]
+            if shares
+            else [i, types.index("full_attention")]
+        )
         return chosen, {"num_kv_shared_layers": 2 * shares}
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Gives the sizes of full attention the published names, which servers read. transformers saves others."""
         if not (own := config.get("per_layer_config")):
             return config
-        full, rest = next(iter(own.values())), {key: x for key, x in config.items() if key != "per_layer_config"}
+        full, rest = (
+            next(iter(own.values())),
+            {key: x for key, x in config.items() if key != "per_layer_config"},
+        )
         names = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
         return rest | {name: full[field] for name, field in names.items() if field in full}
 

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
-from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, per_query, rows, whole
+from loraprune_ds.model.families.blocks import (
+    attention,
+    columns,
+    head_runs,
+    mlp,
+    per_query,
+    rows,
+    whole,
+)
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 
@@ -12,7 +20,9 @@ class Llama(Family):
     def layer(self, c: Any, i: int) -> Marks:
         return [*attention(c, wide_norms=self.wide_norms), *mlp(c.intermediate_size)]
 
-    def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
+    def export_types(
+        self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+    ) -> list[str]:
         """A Llama without biases may become a Mistral, whose class wants no head count that divides hidden_size."""
         biased = any(tensor.name.endswith(".bias") for layer in layers for tensor in layer.tensors)
         second = ["mistral"] if own == "llama" and not biased else []
@@ -31,7 +41,10 @@ class Phi3(Family):
     """Its query heads leave with their key-value head, however few there are: all are in one tensor."""
 
     def layer(self, c: Any, i: int) -> Marks:
-        count, each = Run("heads", c.num_key_value_heads), c.num_attention_heads // c.num_key_value_heads
+        count, each = (
+            Run("heads", c.num_key_value_heads),
+            c.num_attention_heads // c.num_key_value_heads,
+        )
         queries, keys = (count._replace(width=heads * self.head_dim(c)) for heads in (each, 1))
         return [
             rows("self_attn.qkv_proj", queries, keys, keys),

@@ -7,13 +7,25 @@ from typing import Any, ClassVar
 import transformers
 
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Mixture
-from loraprune_ds.model.families.blocks import MLP, attention, columns, each_expert, per_expert, rows, stacks, whole
+from loraprune_ds.model.families.blocks import (
+    MLP,
+    attention,
+    columns,
+    each_expert,
+    per_expert,
+    rows,
+    stacks,
+    whole,
+)
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the MLP that all tokens pass
-FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers")  # fields that count the dense layers, which are the first
-NEXT = "num_nextn_predict_layers"  # the field that counts layers after the last, which are no part of the model
-NEW_COUNT = "num_local_experts"  # transformers 5 writes the number of experts under this name, and reads the old ones
+# fields that count the dense layers, which are the first
+FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers")
+# the field that counts layers after the last, which are no part of the model
+NEXT = "num_nextn_predict_layers"
+# transformers 5 writes the number of experts under this name, and reads the old ones
+NEW_COUNT = "num_local_experts"
 
 
 @dataclass(frozen=True)
@@ -23,9 +35,11 @@ class Moe(Family):
     count: str = "num_experts"  # the number of experts
     size: str = "moe_intermediate_size"  # the channels of one
     chosen: str = "num_experts_per_tok"  # how many a token chooses
-    best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
+    # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
+    best_of_group: int = 0
     dense_fields: tuple[str, ...] = ()  # they say which layers have no experts
-    correction_in_files: str | None = None  # the name of the router's correction there, if it differs
+    # the name of the router's correction there, if it differs
+    correction_in_files: str | None = None
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
@@ -44,7 +58,10 @@ class Moe(Family):
 
     def layer(self, c: Any, i: int) -> Marks:
         """Marks the experts of a sparse layer, the MLP of a dense one, and the linears that all tokens pass."""
-        run, corrections = self.run(c), (f"mlp.{path}e_score_correction_bias" for path in ("gate.", ""))
+        run, corrections = (
+            self.run(c),
+            (f"mlp.{path}e_score_correction_bias" for path in ("gate.", "")),
+        )
         return [
             *self.mixer(c),
             *stacks("mlp.experts", run, c.hidden_size, self.names),
@@ -52,7 +69,10 @@ class Moe(Family):
             *(linear for x in SHARED for linear in whole(f"mlp.{x}", *MLP)),
             *whole("mlp", "shared_expert_gate"),
             per_expert("mlp.gate.weight", run, self.router_in_files),
-            *(per_expert(name, run, self.correction_in_files, keep_fp32=True) for name in corrections),
+            *(
+                per_expert(name, run, self.correction_in_files, keep_fp32=True)
+                for name in corrections
+            ),
             per_expert("mlp.gate.wg.weight", run, keep_fp32=True),
             Attribute("mlp.gate", "num_experts", run._replace(width=1)),
         ]
@@ -63,7 +83,9 @@ class Moe(Family):
     def mixture(self, c: Any) -> Mixture | None:
         run, per_token = self.run(c), getattr(c, self.chosen)
         chosen = c.topk_group or 1 if self.best_of_group else 1
-        return Mixture(run.width, per_token, run.ranges * max(self.best_of_group, -(-per_token // chosen)))
+        return Mixture(
+            run.width, per_token, run.ranges * max(self.best_of_group, -(-per_token // chosen))
+        )
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         return super().layer_fields(c, counts) | {self.count: counts.get("experts", 0)}
@@ -97,7 +119,11 @@ class HunyuanMoe(Moe):
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Published ones list how many experts a token chooses in each layer."""
         each = config.get("moe_topk")
-        return config | {"moe_topk": each[0]} if isinstance(each, list) and len({*each}) == 1 else config
+        return (
+            config | {"moe_topk": each[0]}
+            if isinstance(each, list) and len({*each}) == 1
+            else config
+        )
 
 
 class Lfm2Moe(Moe):
@@ -154,7 +180,10 @@ class Latent(Moe):
     def mixer(self, c: Any) -> Marks:
         heads, query = c.num_key_value_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
         return [
-            rows("self_attn.q_b_proj" if c.q_lora_rank else "self_attn.q_proj", Run("heads", heads, query)),
+            rows(
+                "self_attn.q_b_proj" if c.q_lora_rank else "self_attn.q_proj",
+                Run("heads", heads, query),
+            ),
             rows("self_attn.kv_b_proj", Run("heads", heads, c.qk_nope_head_dim + c.v_head_dim)),
             columns("self_attn.o_proj", Run("heads", heads, c.v_head_dim)),
             *whole("self_attn", "q_a_proj", "kv_a_proj_with_mqa"),
@@ -165,7 +194,10 @@ class Latent(Moe):
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         """All heads share one key in the cache. Scores and sums differ in width, and this is their mean."""
-        heads, width = layer.counts.get("heads", 0), (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) / 2
+        heads, width = (
+            layer.counts.get("heads", 0),
+            (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) / 2,
+        )
         return Attention(heads, heads * width, c.kv_lora_rank + c.qk_rope_head_dim)
 
 
@@ -187,7 +219,9 @@ class SparseAttention(Latent):
     keeps_layers = "layers may read the tokens that an earlier one has chosen"
 
     def mixer(self, c: Any) -> Marks:
-        indexer = (TensorSpec(f"self_attn.indexer.{x}.weight") for x in ("wq_b", "wk", "weights_proj"))
+        indexer = (
+            TensorSpec(f"self_attn.indexer.{x}.weight") for x in ("wq_b", "wk", "weights_proj")
+        )
         return [*super().mixer(c), *indexer]
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:

@@ -27,7 +27,10 @@ class MuseGlimmer(Llama):
 @cache
 def _lm_class() -> Any:
     # These take a second to import.
-    from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
+    from transformers.models.muse_glimmer.modeling_muse_glimmer import (
+        MuseGlimmerPreTrainedModel,
+        MuseGlimmerTextModel,
+    )
 
     class MuseGlimmerForCausalLM(MuseGlimmerPreTrainedModel, GenerationMixin):
         config: MuseGlimmerTextConfig
@@ -39,12 +42,20 @@ def _lm_class() -> Any:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-        def forward(self, input_ids: Any = None, labels: Any = None, logits_to_keep: Any = 0, **inputs: Any) -> Any:
+        def forward(
+            self, input_ids: Any = None, labels: Any = None, logits_to_keep: Any = 0, **inputs: Any
+        ) -> Any:
             outputs = self.model(input_ids, **inputs)
             hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             cap = self.config.final_logit_softcapping
             logits = torch.tanh(self.lm_head(hidden) * self.config.output_multiplier / cap) * cap
-            loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-            return CausalLMOutputWithPast(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
+            loss = (
+                None
+                if labels is None
+                else self.loss_function(logits, labels, self.config.vocab_size)
+            )
+            return CausalLMOutputWithPast(
+                loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions
+            )
 
     return MuseGlimmerForCausalLM

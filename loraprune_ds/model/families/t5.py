@@ -11,12 +11,17 @@ from loraprune_ds.model.families.blocks import columns, rows
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
-COUNTS = {"heads": "num_heads", "cross_heads": "num_cross_heads", "channels": "d_ff"}  # their fields in config.json
+# their fields in config.json
+COUNTS = {"heads": "num_heads", "cross_heads": "num_cross_heads", "channels": "d_ff"}
 
 
 class Umt5(Family):
-    layer_lists = (LayerList("encoder.block", "num_layers"), LayerList("decoder.block", "num_decoder_layers"))
-    in_memory: ClassVar[Mapping[str, Any]] = {"dropout_rate": 0.0}  # else results depend on the number of ranks
+    layer_lists = (
+        LayerList("encoder.block", "num_layers"),
+        LayerList("decoder.block", "num_decoder_layers"),
+    )
+    # else results depend on the number of ranks
+    in_memory: ClassVar[Mapping[str, Any]] = {"dropout_rate": 0.0}
     per_layer = "layer_sizes"
     keeps_layers = "encoder and decoder are not compared"
     as_many: ClassVar[Mapping[Kind, Kind]] = {"cross_heads": "heads"}
@@ -24,12 +29,19 @@ class Umt5(Family):
 
     def layer(self, c: Any, i: int) -> Marks:
         """The MLP of a decoder layer comes after the attention to the encoder."""
-        heads, cross_heads = Run("heads", c.num_heads, c.d_kv), Run("cross_heads", c.num_cross_heads, c.d_kv)
-        channels, mlps = Run("channels", c.d_ff), ("layer.1.DenseReluDense", "layer.2.DenseReluDense")
+        heads, cross_heads = (
+            Run("heads", c.num_heads, c.d_kv),
+            Run("cross_heads", c.num_cross_heads, c.d_kv),
+        )
+        channels, mlps = (
+            Run("channels", c.d_ff),
+            ("layer.1.DenseReluDense", "layer.2.DenseReluDense"),
+        )
         return [
             *_attention("layer.0.SelfAttention", heads),
             *_attention("layer.1.EncDecAttention", cross_heads),
-            *(rows(f"{mlp}.{x}", channels) for mlp in mlps for x in ("wi", "wi_0", "wi_1")),  # one, or two of a gate
+            # one, or two of a gate
+            *(rows(f"{mlp}.{x}", channels) for mlp in mlps for x in ("wi", "wi_0", "wi_1")),
             *(columns(f"{mlp}.wo", channels) for mlp in mlps),
             TensorSpec(BIAS, (heads._replace(width=1),), axis=1),
         ]
@@ -40,7 +52,9 @@ class Umt5(Family):
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         """Only the decoder has a cache: of its tokens, and of one of the encoder's for each."""
         heads, cross = (layer.counts.get(kind, 0) for kind in ("heads", "cross_heads"))
-        return Attention(heads, (heads + cross) * c.d_kv, 2 * (heads + cross) * c.d_kv * layer.layer_list)
+        return Attention(
+            heads, (heads + cross) * c.d_kv, 2 * (heads + cross) * c.d_kv * layer.layer_list
+        )
 
     def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
         return ([i, c.num_layers] if i < c.num_layers else [0, i]), {}
@@ -49,7 +63,10 @@ class Umt5(Family):
         """Names what the classes have as defaults, and whether the decoder's outputs are scaled before the head."""
         old = config["model_type"] == "t5"
         tied = config.get("tie_word_embeddings") is not False and config["model_type"] != "mt5"
-        defaults = {"feed_forward_proj": "relu" if old else "gated-gelu", "scale_decoder_outputs": tied}
+        defaults = {
+            "feed_forward_proj": "relu" if old else "gated-gelu",
+            "scale_decoder_outputs": tied,
+        }
         defaults |= {"num_cross_heads": config["num_heads"], "is_encoder_decoder": True}
         decoder = config.get("num_decoder_layers")
         own = {"num_decoder_layers": config["num_layers"] if decoder is None else decoder}
@@ -61,17 +78,29 @@ class Umt5(Family):
     def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
         return {}
 
-    def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
+    def export_types(
+        self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+    ) -> list[str]:
         """For a stock umt5 AutoTokenizer wants tokenizer.json, which a ByT5 lacks."""
-        return [PRUNED + "umt5"] if source.get("tokenizer_class") == "ByT5Tokenizer" else ["umt5", PRUNED + "umt5"]
+        return (
+            [PRUNED + "umt5"]
+            if source.get("tokenizer_class") == "ByT5Tokenizer"
+            else ["umt5", PRUNED + "umt5"]
+        )
 
 
 class T5(Umt5):
     in_memory: ClassVar[Mapping[str, Any]] = {**Umt5.in_memory, "model_type": "umt5"}
     shared_bias = BIAS
 
-    def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
-        return [own, PRUNED + "umt5"] if self.shares_bias(c, layers) else super().export_types(own, source, c, layers)
+    def export_types(
+        self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+    ) -> list[str]:
+        return (
+            [own, PRUNED + "umt5"]
+            if self.shares_bias(c, layers)
+            else super().export_types(own, source, c, layers)
+        )
 
     def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
         return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads

@@ -39,24 +39,35 @@ class RowFormat(NamedTuple):
 
     text: Callable[[TextRow], str]
     read: Callable[[TextRow], Any]  # an input of `tokenize`, or a document
-    tokenize: Callable[[Iterable[Any]], Iterator[tokens.TokenizedRow]] | None = None  # None: documents fill windows
-    check: Callable[[TextRow], None] | None = None  # checks all rows in seconds, before minutes of tokenising
+    # None: documents fill windows
+    tokenize: Callable[[Iterable[Any]], Iterator[tokens.TokenizedRow]] | None = None
+    # checks all rows in seconds, before minutes of tokenising
+    check: Callable[[TextRow], None] | None = None
 
 
-def make_format(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
+def make_format(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts
+) -> RowFormat:
     """Makes the format of a source. Raises UserError if the tokenizer or the model does not fit it."""
     make_pairs = partial(_pairs, tokenizer=tokenizer, starts=starts)
     match source.format:
         case "text":
             key = f"{source.section}.format"
-            require(starts.target is None, f"{key} text: an encoder needs sources with targets; use {key} seq2seq")
+            require(
+                starts.target is None,
+                f"{key} text: an encoder needs sources with targets; use {key} seq2seq",
+            )
             read = partial(_text_of, field=source.text_field)
             return RowFormat(read, read)
         case "seq2seq":
-            return make_pairs(lambda row: (_text_of(row, source.source_field), _text_of(row, source.target_field)))
+            return make_pairs(
+                lambda row: (_text_of(row, source.source_field), _text_of(row, source.target_field))
+            )
         case "instruction":
             fields = source.prompt_field, source.input_field, source.response_field
-            return make_pairs(lambda row: tokens.make_instruction(*(_text_of(row, field) for field in fields)))
+            return make_pairs(
+                lambda row: tokens.make_instruction(*(_text_of(row, field) for field in fields))
+            )
     template = tokens.ChatTemplate(tokenizer)
     if starts.target is not None:
         return make_pairs(lambda row: template.last_turn(tokens.read_chat(row)))
@@ -69,7 +80,9 @@ def make_format(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: 
 
 
 def _pairs(
-    read: Callable[[TextRow], tokens.Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts
+    read: Callable[[TextRow], tokens.Instruction],
+    tokenizer: PreTrainedTokenizerBase,
+    starts: Starts,
 ) -> RowFormat:
     """Reads rows as prompt and answer: source and target of an encoder-decoder, where both must have text."""
     tokenize = partial(tokens.tokenize_instructions, tokenizer=tokenizer, start=starts.target)
@@ -87,7 +100,12 @@ def _pairs(
 
 
 def load_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, starts: Starts
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    minimum: int,
+    vocab_size: int,
+    starts: Starts,
 ) -> LoadedData:
     """Loads samples and held-out text.
 
@@ -105,7 +123,9 @@ def load_samples(
     found = f"{loaded.epoch_length} samples of {config.window} tokens (data.window)"
     needed = f"one global batch needs {minimum} (train.global_batch_size)"
     needed += "" if config.max_samples is None else f"; data.max_samples is {config.max_samples}"
-    needed += f"; {samples.left_out} more have no answer within data.window" if samples.left_out else ""
+    needed += (
+        f"; {samples.left_out} more have no answer within data.window" if samples.left_out else ""
+    )
     paths = " + ".join(source.path for source in config.sources)
     require(loaded.epoch_length >= minimum, f"data.path {paths} is too short: {found}; {needed}")
     check_ids(int(samples.columns["input_ids"].max()), vocab_size, tokenizer, "data.path")
@@ -113,36 +133,50 @@ def load_samples(
 
 
 def cached(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts, make: Callable[[], LoadedData]
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    starts: Starts,
+    make: Callable[[], LoadedData],
 ) -> LoadedData:
     """Returns the result of `make`, from the disk if an earlier run had these settings."""
     cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
     folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, starts)
 
     def save(made: Path) -> None:
-        with (made / SAMPLES_FILE).open("wb") as file:  # given a path, torch would not say that the disk is full
+        # given a path, torch would not say that the disk is full
+        with (made / SAMPLES_FILE).open("wb") as file:
             torch.save(make(), file)
 
     try:
         if not folder.exists():
             make_once(folder, save)
     except (OSError, RuntimeError) as error:  # torch raises the second for a full disk
-        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+        raise UserError(
+            f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}"
+        ) from None
     try:
         with ZipFile(folder / SAMPLES_FILE) as file:  # checks sums, but not of the tensors
             for name in (name for name in file.namelist() if "/data/" not in name):
                 file.read(name)
         with torch.serialization.safe_globals([LoadedData, Samples]):
-            return torch.load(folder / SAMPLES_FILE, mmap=True)  # its memory is shared by all ranks of a node
+            # its memory is shared by all ranks of a node
+            return torch.load(folder / SAMPLES_FILE, mmap=True)
     except (OSError, RuntimeError, BadZipFile, ValueError, EOFError) as error:
-        damaged = f"the tokens of data.path in {folder} are damaged; delete the folder to make them again"
+        damaged = (
+            f"the tokens of data.path in {folder} are damaged; delete the folder to make them again"
+        )
         raise UserError(f"{damaged}: {one_line(error)}") from None
 
 
 def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> str:
     sources = [source_identity(source) for source in config.sources]
     held_out = Path(config.held_out or "").expanduser()
-    parts = dataclasses.asdict(config), sources, held_out.is_file() and file_identity(held_out), starts
+    parts = (
+        dataclasses.asdict(config),
+        sources,
+        held_out.is_file() and file_identity(held_out),
+        starts,
+    )
     digest = hashlib.sha256(repr(parts).encode())
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
@@ -165,10 +199,14 @@ def _make(
         tuning, held_out, numbers = _hold_out(rows, source, row_format, config.held_out_fraction)
         read = _each(row_format.read, tuning, *named)
         if row_format.tokenize is None:
-            samples = tokens.pack_documents(read, tokenizer, config.window, config.max_samples, starts.window)
+            samples = tokens.pack_documents(
+                read, tokenizer, config.window, config.max_samples, starts.window
+            )
         else:
             places = (f"row {number} of {source.path}" for number in numbers)
-            samples = tokens.collect_rows(row_format.tokenize(read), config.window, config.max_samples, places)
+            samples = tokens.collect_rows(
+                row_format.tokenize(read), config.window, config.max_samples, places
+            )
             samples = pack_samples(samples) if config.packing else samples
         parts.append(samples)
         held_out_texts.append("\n\n".join(_each(row_format.text, held_out, *named)))
@@ -176,7 +214,9 @@ def _make(
     return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
 
 
-def _each(act: Callable[[TextRow], T], rows: Iterable[NumberedRow], key: str, path: str) -> Iterator[T]:
+def _each(
+    act: Callable[[TextRow], T], rows: Iterable[NumberedRow], key: str, path: str
+) -> Iterator[T]:
     """Yields what `act` makes of each row. Its UserError names the setting, the file and the row's number."""
     for number, row in rows:
         try:
@@ -191,23 +231,37 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
     if not weights:
         return None
     for source, part in zip(sources, parts, strict=True):
-        require(len(part) > 0, f"{source.section}.path: {source.path} gives no sample, so it cannot have a weight")
-    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
-    long = f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once"
+        require(
+            len(part) > 0,
+            f"{source.section}.path: {source.path} gives no sample, so it cannot have a weight",
+        )
+    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(
+        weights
+    )
+    long = (
+        f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once"
+    )
     require(length <= LONGEST_EPOCH, f"{long}; the limit is {LONGEST_EPOCH:.2g}")
     return mix([len(part) for part in parts], weights)
 
 
-def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> str | None:
+def _read_held_out(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts
+) -> str | None:
     if config.held_out is None:
         return None
     path = Path(config.held_out).expanduser()
     require(path.is_file(), f"data.held_out: {config.held_out} does not exist")
-    if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
-        raise UserError(f"data.held_out: {config.held_out} is also a part of data.path, which is tuned on")
+    if path.resolve() in [
+        file.resolve() for source in config.sources for file in files_of(source) or []
+    ]:
+        raise UserError(
+            f"data.held_out: {config.held_out} is also a part of data.path, which is tuned on"
+        )
     if path.suffix not in JSON_SUFFIXES:
         return read_text(path, "data.held_out")
-    (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
+    # whose format may be text
+    (source,) = dataclasses.replace(config, path=str(path), packing=False).sources
     text, rows = make_format(source, tokenizer, starts).text, enumerate(read_rows(source), start=1)
     return "\n\n".join(_each(text, rows, "data.held_out", str(path)))
 
@@ -227,7 +281,11 @@ def _hold_out(
     if chosen := _spread(sizes, fraction):
         left_out = set(chosen)
         tuning = ((i + 1, row) for i, row in enumerate(rows) if i not in left_out)
-        return tuning, ((i + 1, rows[i]) for i in chosen), (i + 1 for i in range(len(rows)) if i not in left_out)
+        return (
+            tuning,
+            ((i + 1, rows[i]) for i in chosen),
+            (i + 1 for i in range(len(rows)) if i not in left_out),
+        )
     none = f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none"
     require(are_documents, f"{none}; raise it or give data.held_out")
     parts = [_split_tail(row_format.text(row), fraction) for row in rows]

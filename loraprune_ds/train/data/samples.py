@@ -19,7 +19,8 @@ from torch import Tensor
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 
 PADDING_ID = 0  # every model has this id, and no result depends on it
-PADDING = {"input_ids": PADDING_ID, "labels": IGNORE_INDEX, "position_ids": 0}  # after the end of a sample
+# after the end of a sample
+PADDING = {"input_ids": PADDING_ID, "labels": IGNORE_INDEX, "position_ids": 0}
 WIDTH_MULTIPLE = 8  # tensor cores need such widths for fast matrix products
 
 
@@ -99,7 +100,8 @@ class LoadedData:
 
     samples: Samples
     held_out: str
-    epoch: Tensor | None = None  # (n,) int64 sample numbers, by the weights of a mixture. None: each sample once
+    # (n,) int64 sample numbers, by the weights of a mixture. None: each sample once
+    epoch: Tensor | None = None
 
     def held_out_digest(self) -> str:
         return hashlib.sha256(self.held_out.encode()).hexdigest()
@@ -115,7 +117,9 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         return parts[0]
     names = [name for name in PADDING if any(name in part.columns for part in parts)]
     columns = {
-        name: torch.cat([p.columns[name] if name in p.columns else positions_of(p.lengths()) for p in parts])
+        name: torch.cat(
+            [p.columns[name] if name in p.columns else positions_of(p.lengths()) for p in parts]
+        )
         for name in names
     }
     starts = starts_of(torch.cat([part.lengths() for part in parts]))
@@ -144,7 +148,9 @@ def pack_samples(samples: Samples) -> Samples:
     lengths = samples.lengths()[members]
     begins, positions = starts_of(lengths), positions_of(lengths)  # of the packed samples
     taken = samples.starts[members].repeat_interleave(lengths) + positions
-    columns = {name: column[taken] for name, column in samples.columns.items()} | {"position_ids": positions}
+    columns = {name: column[taken] for name, column in samples.columns.items()} | {
+        "position_ids": positions
+    }
     columns["labels"][begins[:-1]] = IGNORE_INDEX
     ends = torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)
     return replace(samples, columns=columns, starts=torch.cat([begins[:1], begins[ends]]))
@@ -180,18 +186,27 @@ class SampleOrder:
     num_samples: int  # of an epoch
     global_batch_size: int
     seed: int
-    numbers: Tensor | None = None  # (num_samples,) of an epoch, possibly repeated. None: each sample once
-    lengths: Tensor | None = None  # of all samples, to sort each batch by, longest first. None: a batch is not sorted
+    # (num_samples,) of an epoch, possibly repeated. None: each sample once
+    numbers: Tensor | None = None
+    # of all samples, to sort each batch by, longest first. None: a batch is not sorted
+    lengths: Tensor | None = None
 
     def batch(self, step: int) -> Tensor:
         """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0."""
         places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         epochs, places = np.divmod(places, self.num_samples)
-        parts = [_permutation(self.num_samples, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        parts = [
+            _permutation(self.num_samples, self.seed, int(e))[places[epochs == e]]
+            for e in np.unique(epochs)
+        ]
         batch = torch.from_numpy(np.concatenate(parts))
         if self.numbers is not None:
             batch = self.numbers[batch]
-        return batch if self.lengths is None else batch[self.lengths[batch].argsort(descending=True, stable=True)]
+        return (
+            batch
+            if self.lengths is None
+            else batch[self.lengths[batch].argsort(descending=True, stable=True)]
+        )
 
 
 @lru_cache(maxsize=1)  # an epoch may have 10^9 samples
@@ -211,7 +226,9 @@ def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def rank_micro_batches(indices: Tensor, micro_batch_size: int, rank: int, world_size: int) -> list[tuple[int, Tensor]]:
+def rank_micro_batches(
+    indices: Tensor, micro_batch_size: int, rank: int, world_size: int
+) -> list[tuple[int, Tensor]]:
     """Returns this rank's micro-batches of a global batch, each (micro_batch_size,), with their numbers.
 
     Micro-batch m goes to rank m mod world_size, so padding and dropout do not depend on the number of ranks.

@@ -51,7 +51,9 @@ def source_identity(source: DataSource) -> object:
 
 def resolve_commits(config: DataConfig) -> dict[str, str]:
     """Returns the commits of all data sets of the hub, by their sections. Later starts of a run take the same."""
-    hub = [source for source in config.sources if source.path != EMBEDDED and files_of(source) is None]
+    hub = [
+        source for source in config.sources if source.path != EMBEDDED and files_of(source) is None
+    ]
     return {source.section: _ask_hub("load_dataset_builder", source).hash for source in hub}
 
 
@@ -60,12 +62,16 @@ def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
     if isinstance(config.path, str):
         return replace(config, revision=commits.get("data", config.revision))
     entries = zip(config.path, config.sources, strict=True)
-    return replace(config, path=[replace(x, revision=commits.get(s.section, s.revision)) for x, s in entries])
+    return replace(
+        config, path=[replace(x, revision=commits.get(s.section, s.revision)) for x, s in entries]
+    )
 
 
 def _text_fields(source: DataSource) -> dict[str, str]:
     """Maps the text fields that a row must have to the settings that name them."""
-    keys = {getattr(source, key): f"{source.section}.{key}" for key in FIELD_SETTINGS[source.format]}
+    keys = {
+        getattr(source, key): f"{source.section}.{key}" for key in FIELD_SETTINGS[source.format]
+    }
     return {field: key for field, key in keys.items() if field is not None}
 
 
@@ -92,13 +98,17 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     text = read_text(path, source.section)
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
-        refusal = f"{path} must hold a list of objects (one object per line goes into a .jsonl file)"
+        refusal = (
+            f"{path} must hold a list of objects (one object per line goes into a .jsonl file)"
+        )
         require(isinstance(items, list) and bool(items), refusal)
         yield from ((f"{path}, item {i}", item) for i, item in enumerate(items))
     elif source.format == "text":
         yield str(path), {source.text_field: text}
     else:
-        raise UserError(f"{source.section}.format {source.format} needs .json or .jsonl files; {path} is plain text")
+        raise UserError(
+            f"{source.section}.format {source.format} needs .json or .jsonl files; {path} is plain text"
+        )
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
@@ -122,7 +132,9 @@ def _read_fields(source: DataSource, known: set[str]) -> list[str]:
     for field, key in fields.items():
         if field not in known:
             hint = " (data.input_field null: there is none)" if key.endswith(".input_field") else ""
-            raise UserError(f"{key}: {source.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}")
+            raise UserError(
+                f"{key}: {source.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}"
+            )
     return list(fields)
 
 
@@ -134,7 +146,8 @@ def _ask_hub(function: str, source: DataSource, **more: str) -> Any:
     given: dict[str, Any] = {"data_files": source.data_files, "revision": source.revision, **more}
     try:
         return getattr(datasets, function)(source.path, source.name, **given)
-    except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: the data set is a script
+    # RuntimeError: the data set is a script
+    except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:
         unavailable = f"no file {source.path}, and not available as a dataset: {first_line(error)}"
         raise UserError(f"{source.section}.path: {unavailable}") from None
 
@@ -142,5 +155,8 @@ def _ask_hub(function: str, source: DataSource, **more: str) -> Any:
 def _load_dataset(source: DataSource) -> Any:
     """Loads a split as a `datasets.Dataset` of the columns that are read."""
     dataset = _ask_hub("load_dataset", source, split=source.split)
-    require(len(dataset) > 0, f"{source.section}.path: {source.path} has no rows in split {source.split}")
+    require(
+        len(dataset) > 0,
+        f"{source.section}.path: {source.path} has no rows in split {source.split}",
+    )
     return dataset.select_columns(_read_fields(source, set(dataset.column_names)))

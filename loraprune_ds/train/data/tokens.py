@@ -44,7 +44,11 @@ def make_instruction(prompt: str, about: str, response: str) -> Instruction:
 
 
 def pack_documents(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None, start: int | None
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_samples: int | None,
+    start: int | None,
 ) -> Samples:
     """Concatenates all texts, with the tokenizer's EOS between them, and splits them into windows.
 
@@ -61,10 +65,14 @@ def pack_documents(
             break
     count = len(stream) // window
     count = count if max_samples is None else min(max_samples, count)
-    return Samples.of_windows(begin_with(_tensor(stream[: count * window]).view(count, window), start))
+    return Samples.of_windows(
+        begin_with(_tensor(stream[: count * window]).view(count, window), start)
+    )
 
 
-def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None, places: Iterable[str]) -> Samples:
+def collect_rows(
+    rows: Iterable[TokenizedRow], window: int, max_samples: int | None, places: Iterable[str]
+) -> Samples:
     """Makes one sample from each row, cut at the window. Rows without predictions are left out.
 
     `places` name the origins of the rows.
@@ -73,7 +81,8 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
     starts = array("q", [0])
     left_out, first = 0, ""
     for (row_ids, row_labels), place in zip(rows, places, strict=False):
-        if all(label == IGNORE_INDEX for label in row_labels[1:window]):  # no token predicts the first
+        # no token predicts the first
+        if all(label == IGNORE_INDEX for label in row_labels[1:window]):
             left_out, first = left_out + 1, first or place
             continue
         ids.extend(row_ids[:window])
@@ -81,11 +90,19 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    return Samples({"input_ids": _tensor(ids), "labels": _tensor(labels)}, _tensor(starts), window, left_out, first)
+    return Samples(
+        {"input_ids": _tensor(ids), "labels": _tensor(labels)},
+        _tensor(starts),
+        window,
+        left_out,
+        first,
+    )
 
 
 def tokenize_instructions(
-    instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase, start: int | None = None
+    instructions: Iterable[Instruction],
+    tokenizer: PreTrainedTokenizerBase,
+    start: int | None = None,
 ) -> Iterator[TokenizedRow]:
     """Makes ids and labels from instructions by `tokenize_pairs`. The prompt is not learnt."""
     for batch in in_batches(instructions):
@@ -117,7 +134,9 @@ def chat_fields(known: set[str], source: DataSource) -> list[str]:
     fields = next((fields for fields in CHAT_FIELDS if known.issuperset(fields)), None)
     if fields is None:
         lacking = f"{source.path} has none of messages, conversations, and prompt with completion"
-        raise UserError(f"{source.section}.format chat: {lacking}; it has {', '.join(sorted(known))}")
+        raise UserError(
+            f"{source.section}.format chat: {lacking}; it has {', '.join(sorted(known))}"
+        )
     return [*fields, *known.intersection([TOOLS])]
 
 
@@ -150,10 +169,16 @@ def _messages(value: Any, role: str | None = None) -> list[Message]:
 
 def _message(value: Any) -> Message:
     if isinstance(value, dict) and isinstance(value.get("from"), str):
-        value = {"role": SHAREGPT_ROLES.get(value["from"], value["from"]), "content": value.get("value")}
+        value = {
+            "role": SHAREGPT_ROLES.get(value["from"], value["from"]),
+            "content": value.get("value"),
+        }
     if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
-        raise UserError(f"a message must have role and content, or from and value; got {value!r:.80}")
-    return {key: item for key, item in value.items() if item is not None}  # Arrow fills absent keys with null
+        raise UserError(
+            f"a message must have role and content, or from and value; got {value!r:.80}"
+        )
+    # Arrow fills absent keys with null
+    return {key: item for key, item in value.items() if item is not None}
 
 
 class NotAPrefix(UserError):
@@ -173,10 +198,15 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name = tokenizer.name_or_path or "the tokenizer"
-        lacking = f"data.format chat needs a chat template, and the tokenizer of {self.name} has none"
+        lacking = (
+            f"data.format chat needs a chat template, and the tokenizer of {self.name} has none"
+        )
         advice = "write chat_template.jinja next to the tokenizer, or use data.format instruction"
         require(bool(tokenizer.chat_template), f"{lacking}; {advice}")
-        require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; {self.name} has a slow one")
+        require(
+            bool(tokenizer.is_fast),
+            f"data.format chat needs a fast tokenizer; {self.name} has a slow one",
+        )
         self._tokenizer = tokenizer
 
     def check_roles(self, chat: Chat) -> None:
@@ -184,15 +214,23 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         for role in {message["role"] for message in chat.messages}.difference(ROLES):
             named = any(quote + role + quote in template for quote in ("'", '"'))
-            require(named, f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it")
+            require(
+                named,
+                f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it",
+            )
 
     def tokenize(self, marked: Iterable[Marked]) -> Iterator[TokenizedRow]:
         """Makes ids and labels from the results of `mark`. A token is learnt if any of its characters is in a span."""
         for batch in in_batches(marked):
             texts, spans = map(list, zip(*batch, strict=True))
-            encoded: Any = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            for ids, offsets, learnt in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-                begins, ends = np.reshape(offsets, (-1, 2)).T  # of the characters of each token, half open
+            encoded: Any = self._tokenizer(
+                texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            for ids, offsets, learnt in zip(
+                encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+            ):
+                # of the characters of each token, half open
+                begins, ends = np.reshape(offsets, (-1, 2)).T
                 inside = [(begins < end) & (begin < ends) for begin, end in learnt]
                 yield ids, np.where(np.any(inside, axis=0), ids, IGNORE_INDEX).tolist()
 
@@ -216,12 +254,16 @@ class ChatTemplate:
         if not chat.messages:
             return "", []
         template = self._tokenizer.get_chat_template(tools=chat.tools)
-        text, spans = self._render(chat, len(chat.messages), mark=GENERATION.search(template) is not None)
+        text, spans = self._render(
+            chat, len(chat.messages), mark=GENERATION.search(template) is not None
+        )
         if spans is not None:
             begin = self._end(chat, chat.context, text) if chat.context else 0
             return text, [span for span in spans if span[0] >= begin]
         first = max(1, chat.context)  # a first message has no prompt
-        turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
+        turns = [
+            i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"
+        ]
         spans = list[Span]()
         for i in turns:  # some templates change earlier answers. Qwen3's drops their thinking
             with nullcontext() if i == turns[-1] else suppress(NotAPrefix):
@@ -236,7 +278,8 @@ class ChatTemplate:
         if not text.startswith(prefix):
             if prompt and text.startswith(self._render(chat, count)[0]):
                 differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
-                return next(differ, len(text))  # the prompt begins a thought, but this answer has none
+                # the prompt begins a thought, but this answer has none
+                return next(differ, len(text))
             raise NotAPrefix(
                 f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "

@@ -28,7 +28,14 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no part after that")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder of the results")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="of " + " ".join(PARTS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        metavar="PART",
+        help="of " + " ".join(PARTS),
+    )
     arguments = parser.parse_args()
     end, card = time.monotonic() + 60 * arguments.minutes, card_name()
     folder = arguments.out / re.sub(r"\W+", "-", card)
@@ -43,27 +50,39 @@ def main() -> int:
             print(f"{part}: no time left; call it again to go on")
             break
         print(f"{part} ...", flush=True)
-        write_json(path, {"error": CUT_OFF, "card": card, **origin(card)})  # stays, if this process is killed
+        # stays, if this process is killed
+        write_json(path, {"error": CUT_OFF, "card": card, **origin(card)})
         began = time.monotonic()
         error = run_part(part, path, min(MOST_SECONDS, left))
         found = read_json(path) | {"error": error, "seconds": time.monotonic() - began}
         write_json(path, {key: value for key, value in found.items() if value is not None})
     results = {part: read_json(path) for part, path in paths.items() if path.exists()}
     print("\n".join(table(results)))
-    return 0 if results.keys() >= set(arguments.only) and not any("error" in found for found in results.values()) else 1
+    return (
+        0
+        if results.keys() >= set(arguments.only)
+        and not any("error" in found for found in results.values())
+        else 1
+    )
 
 
 def card_name() -> str:
     """Names the device. Another process asks, so that this one holds nothing of the card."""
     code = "from loraprune_ds.ranks.device import device_name; print(device_name())"
-    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    asked = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
     return asked.stdout.splitlines()[-1]
 
 
 def run_part(part: str, path: Path, seconds: float) -> str | None:
     """Runs one part in its own process, which adds its rows to `path`. Returns its last lines if it failed."""
     module, _, function = part.partition(".")
-    return run_code(f"from tests.benchmarks.gpu_day.{module} import {function}\n{function}(found)", path, seconds)
+    return run_code(
+        f"from tests.benchmarks.gpu_day.{module} import {function}\n{function}(found)",
+        path,
+        seconds,
+    )
 
 
 def run_code(code: str, path: Path, seconds: float) -> str | None:
@@ -89,12 +108,16 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     rows = [("part", "", "planned", "measured")]
     for part, found in results.items():
         for row in found.get("rows", []):
-            planned, measured = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("planned", "measured"))
+            planned, measured = (
+                "" if row[key] is None else f"{row[key]:.4g}" for key in ("planned", "measured")
+            )
             rows.append((part, row["what"], planned, measured))
         for key in ("skipped", "error"):
             if key in found:
                 lines = [line for line in found[key].split("\n") if line.strip()]
-                rows.append((part, f"{key}: {lines[-1][:100] if lines else 'no word of it'}", "", ""))
+                rows.append(
+                    (part, f"{key}: {lines[-1][:100] if lines else 'no word of it'}", "", "")
+                )
     return ["", *aligned(rows, "<<>>")]
 
 

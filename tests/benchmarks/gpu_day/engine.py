@@ -22,7 +22,8 @@ from tests.numerics.driver import ShardedTrainer
 from tests.plan_cases import Case, build
 from tests.published import sizes_of
 
-OVERLAP = "ds_configs/zero3_overlap.json"  # the default would wait at every fetch, of which one rank needs none
+# the default would wait at every fetch, of which one rank needs none
+OVERLAP = "ds_configs/zero3_overlap.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,14 @@ def sizes(name: str) -> Sizes:
     """Returns the sizes of a named model, or tiny ones without a GPU."""
     if is_cpu():
         return Sizes(64, 4, 4, 256, 97, 32, (1, 2), 64, 2)
-    return Sizes(*LLAMA_SIZES[name], vocab=32_000, window=512, micro_batches=(1, 4, 16), multiple=128, cuts=20)
+    return Sizes(
+        *LLAMA_SIZES[name],
+        vocab=32_000,
+        window=512,
+        micro_batches=(1, 4, 16),
+        multiple=128,
+        cuts=20,
+    )
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,20 @@ def make_trainer(
     size: Sizes, *, ranks: int = 1, deepspeed: str = OVERLAP, **settings: Any
 ) -> tuple[ShardedTrainer, Request]:
     """Builds an engine with a trainer, and what the planner needs. The ranks have been started."""
-    config = sizes_of("llama", size.hidden, size.channels, size.layers, size.heads, vocab_size=size.vocab)
-    with tempfile.TemporaryDirectory() as name, patch("tests.plan_cases.open_for_pruning", open_random):
+    config = sizes_of(
+        "llama", size.hidden, size.channels, size.layers, size.heads, vocab_size=size.vocab
+    )
+    with (
+        tempfile.TemporaryDirectory() as name,
+        patch("tests.plan_cases.open_for_pruning", open_random),
+    ):
         write_json(Path(name, "config.json"), config | {"architectures": ["LlamaForCausalLM"]})
-        common: dict[str, Any] = {"checkpointing": True, "dropout": 0.05, "ratio": 0.3, "protected_first": 0}
+        common: dict[str, Any] = {
+            "checkpointing": True,
+            "dropout": 0.05,
+            "ratio": 0.3,
+            "protected_first": 0,
+        }
         case = Case(Path(name), deepspeed, window=size.window, **common, **settings)
         return build(request := case.request(ranks)), request
 

@@ -27,10 +27,14 @@ def gemm(found: Found) -> None:
     """Times the forward and backward products of an MLP by its width: TFLOP/s."""
     for hidden, tokens, width in product(*(TINY_PRODUCTS if is_cpu() else PRODUCTS)):
         sides = ((tokens, hidden), (tokens, width), (width, hidden), (hidden, width))
-        x, inner, up, down = (torch.randn(side, device=current_device(), dtype=torch.bfloat16) for side in sides)
+        x, inner, up, down = (
+            torch.randn(side, device=current_device(), dtype=torch.bfloat16) for side in sides
+        )
         pairs = {"up": (x, up.T), "down": (inner, down.T)}
         pairs |= {"up's input gradient": (inner, up), "down's input gradient": (x, down)}
-        seconds = {name: seconds_of(lambda pair=pair: torch.mm(*pair)) for name, pair in pairs.items()}
+        seconds = {
+            name: seconds_of(lambda pair=pair: torch.mm(*pair)) for name, pair in pairs.items()
+        }
         speeds = {name: 2 * tokens * hidden * width / each / 1e12 for name, each in seconds.items()}
         mean = len(speeds) / sum(1 / speed for speed in speeds.values())
         found.row(f"{tokens} x {hidden}, width {width}: TFLOP/s", mean, products=speeds)
@@ -40,7 +44,10 @@ def scoring(found: Found) -> None:
     """Times the scores of one layer's up_proj in shards of 1, 8 and 32 ranks, by the size of a block."""
     size, device = sizes("llama-7b"), current_device()
     shape = (size.channels, size.hidden)
-    a, b = torch.randn(RANK, size.hidden, device=device), torch.randn(size.channels, RANK, device=device)
+    a, b = (
+        torch.randn(RANK, size.hidden, device=device),
+        torch.randn(size.channels, RANK, device=device),
+    )
     factors = LoraFactors(a, b, a * 0.1, b * 0.1, 2.0)
     for ranks, power in product((1, 8, 32), (22, 23, 24, 25)):
         flat = torch.randn(shape[0] * shape[1] // ranks, device=device, dtype=torch.bfloat16)
@@ -55,7 +62,10 @@ def refitting(found: Found) -> None:
     size, device = sizes("llama-7b"), current_device()
     x = torch.randn(2 * size.channels, size.channels, device=device)
     weight = torch.randn(size.hidden, size.channels, device=device, dtype=torch.bfloat16)
-    a, b = torch.zeros(RANK, size.channels, device=device), torch.zeros(size.hidden, RANK, device=device)
+    a, b = (
+        torch.zeros(RANK, size.channels, device=device),
+        torch.zeros(size.hidden, RANK, device=device),
+    )
     linear = CollectedLinear({"weight": weight}, None, a, b, 2.0)
     kept, moment = torch.arange(size.channels * 7 // 8, device=device), x.T @ x
     before = device_bytes()
@@ -63,7 +73,9 @@ def refitting(found: Found) -> None:
         accelerator().reset_peak_memory_stats()
         seconds = seconds_of(lambda: refit(linear, moment, kept, 0.05), repeats=1, warm_up=False)
         found.row(f"{turn} refit of {size.channels} inputs: s", seconds)
-    found.keep(peak_bytes=int(accelerator().max_memory_allocated()), before=before, after=device_bytes())
+    found.keep(
+        peak_bytes=int(accelerator().max_memory_allocated()), before=before, after=device_bytes()
+    )
 
 
 def seconds_of(act: Callable[[], object], repeats: int = REPEATS, *, warm_up: bool = True) -> float:

@@ -56,7 +56,10 @@ def beside_cpu(found: Found) -> None:
             changes = [NO_DROPOUT, *(change.replace("mixtral", mixture) for change in changes)]
             runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
             devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
-            started = [_start(config, *changes, f"output_dir={x}", **y) for x, y in zip(runs, devices, strict=True)]
+            started = [
+                _start(config, *changes, f"output_dir={x}", **y)
+                for x, y in zip(runs, devices, strict=True)
+            ]
             try:
                 for process in started:
                     _end(process)
@@ -65,7 +68,12 @@ def beside_cpu(found: Found) -> None:
                 continue
             losses = [[step["loss"] for step in metrics(run, "step")] for run in runs]
             before_a_cut = [abs(a - b) for a, b in zip(*losses, strict=True)][:2]
-            found.row(f"{setting}: largest difference of a loss before a cut", max(before_a_cut), 0, losses=losses)
+            found.row(
+                f"{setting}: largest difference of a loss before a cut",
+                max(before_a_cut),
+                0,
+                losses=losses,
+            )
             found.row(f"{setting}: groups that differ", len(_groups(runs[0]) - _groups(runs[1])), 0)
 
 
@@ -94,9 +102,16 @@ def two_ranks(found: Found) -> None:
     """Runs two ranks on one card, with gloo in NCCL's place: real gathers, side streams and all-to-alls."""
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-c", "from tests.benchmarks.gpu_day import training; training.one_of_two_ranks()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from tests.benchmarks.gpu_day import training; training.one_of_two_ranks()",
+    ]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": rank}, **pipes) for rank in ("0", "1")]
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": rank}, **pipes)
+        for rank in ("0", "1")
+    ]
     ended = [rank.communicate() for rank in ranks]  # what hangs ends with this part
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(next(err for _, err in ended if err.strip())[-2000:])
@@ -151,5 +166,7 @@ def _end(process: subprocess.Popen[str]) -> int:
 def _groups(output: Path) -> set[tuple[int, str, int]]:
     """Reads which groups a run has kept."""
     layers = enumerate(read_json(output / "kept_groups.json")["layers"])
-    lists = ((i, kind, x) for i, layer in layers for kind, x in layer.items() if isinstance(x, list))
+    lists = (
+        (i, kind, x) for i, layer in layers for kind, x in layer.items() if isinstance(x, list)
+    )
     return {(i, kind, group) for i, kind, groups in lists for group in groups}

@@ -62,7 +62,11 @@ def cuts(found: Found) -> None:
         odd = [_cut(trainer, 1)]
     # A kernel's time shows where the host waits for it. Some parts lie inside others.
     stats: dict[tuple[str, int, str], Any] = vars(Stats(profiler))["stats"]
-    phases = {f"{Path(path).name}: {name}": x[3] for (path, _, name), x in stats.items() if "/loraprune_ds/" in path}
+    phases = {
+        f"{Path(path).name}: {name}": x[3]
+        for (path, _, name), x in stats.items()
+        if "/loraprune_ds/" in path
+    }
     found.keep(phases=phases, odd=odd + [_cut(trainer, channels) for channels in (2, 4)])
     _timed(trainer, found, "at an odd width: s per step")
 
@@ -79,12 +83,15 @@ def offload(found: Found) -> None:
 def one_of_two_ranks() -> None:
     """Runs one rank of `runs.two_ranks`. Prints the loss after a cut."""
     if not is_cpu():
-        accelerator().communication_backend_name = lambda: "gloo"  # NCCL takes no two ranks on one card
+        # NCCL takes no two ranks on one card
+        accelerator().communication_backend_name = lambda: "gloo"
     silence_libraries()
     comm = start_ranks()
     trainer, _ = make_trainer(SMALL, ranks=2, micro_batch_size=2)
     trainer.step(1)
-    trainer.model.cut([LayerKeep(heads=torch.arange(6), channels=torch.arange(960)) for _ in range(SMALL.layers)])
+    trainer.model.cut(
+        [LayerKeep(heads=torch.arange(6), channels=torch.arange(960)) for _ in range(SMALL.layers)]
+    )
     trainer.pruner.average.scores = None
     loss = trainer.step(2).loss
     if comm.rank == 0:
@@ -97,13 +104,22 @@ def _start() -> None:
     start_ranks()
 
 
-def _timed(trainer: ShardedTrainer, found: Found, what: str, planned: float | None = None) -> StepRecord:
+def _timed(
+    trainer: ShardedTrainer, found: Found, what: str, planned: float | None = None
+) -> StepRecord:
     """Adds the row of a few steps. Returns the record of the last one."""
     accelerator().reset_peak_memory_stats()
     _, *records = [trainer.step(1) for _ in range(1 + TIMED)]
     seconds, last = [record.seconds for record in records], records[-1]
     speed = {"seconds": seconds, "tokens_per_second": last.tokens_per_second, "mfu": last.mfu}
-    found.row(what, statistics.median(seconds), planned, **speed, peak_bytes=peak_bytes(), **device_bytes())
+    found.row(
+        what,
+        statistics.median(seconds),
+        planned,
+        **speed,
+        peak_bytes=peak_bytes(),
+        **device_bytes(),
+    )
     return last
 
 
@@ -115,7 +131,11 @@ def _profiled(trainer: ShardedTrainer) -> dict[str, Any]:
             trainer.step(1)
     seconds = time.perf_counter() - began
     events = profiler.key_averages()
-    waits = sum(event.count for event in events if event.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize"))
+    waits = sum(
+        event.count
+        for event in events
+        if event.key in ("cudaStreamSynchronize", "cudaDeviceSynchronize")
+    )
     kernels = sum(event.self_device_time_total for event in events) / 1e6
     return {"measured": kernels / seconds, "seconds": seconds, "waits": waits}
 
@@ -126,7 +146,11 @@ def _cuts(trainer: ShardedTrainer, found: Found, size: Sizes, count: int, where:
     shape, last = trainer.model.shape, made[-1]
     freed = 2 * len(shape.layers) * size.multiple * shape.group_numel["channels"]  # bf16
     found.row("cut of a multiple: s", statistics.median(cut["seconds"] for cut in made), cuts=made)
-    found.row(f"  of GB that it frees ({where})", (last["before"][where] - last["after"][where]) / GB, freed / GB)
+    found.row(
+        f"  of GB that it frees ({where})",
+        (last["before"][where] - last["after"][where]) / GB,
+        freed / GB,
+    )
 
 
 def _cut(trainer: ShardedTrainer, channels: int) -> dict[str, Any]:

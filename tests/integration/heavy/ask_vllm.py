@@ -29,7 +29,12 @@ def ask(question: dict[str, Any], dtype: str, new_tokens: int) -> dict[str, Any]
     # Of every prompt token but the first: (token, log-probability) of the best and the actual one.
     for result in scored:
         positions = result.prompt_logprobs[1:]
-        logprobs.append([[(token, entry.logprob) for token, entry in position.items()] for position in positions])
+        logprobs.append(
+            [
+                [(token, entry.logprob) for token, entry in position.items()]
+                for position in positions
+            ]
+        )
     return {"greedy": texts, "logprobs": logprobs}
 
 

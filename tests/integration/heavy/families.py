@@ -20,8 +20,12 @@ SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe", "cohere", "lfm2"), (4, 7)
 # Its transformers lacks internlm3 and iquestcoder. It has no encoder-decoders of text.
 NOT_ASKED = "deepseek_v3 apertus qwen3_5_text qwen3_5_moe_text qwen3_next internlm3 iquestcoder minimax_m2".split()
 NOT_ASKED += "deepseek_v2 glm4_moe_lite lfm2 helium granitemoehybrid nemotron_h gemma4_text t5 mt5 umt5".split()
-NOT_ASKED += "ernie4_5_moe dots1 hunyuan_v1_moe lfm3 lfm2_moe glm_moe_dsa mistral4 muse_glimmer_text".split()
-VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
+NOT_ASKED += (
+    "ernie4_5_moe dots1 hunyuan_v1_moe lfm3 lfm2_moe glm_moe_dsa mistral4 muse_glimmer_text".split()
+)
+VLLM: dict[str, str] = {
+    name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED
+}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from
 # Keys as wide as values, and three value heads for each key head, as in Qwen3.6 27B.
@@ -35,7 +39,13 @@ NETS: dict[str, Any] = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 96,
 }
-T5 = {"d_model": 96, "d_kv": 16, "d_ff": 128, "num_heads": 8, "relative_attention_max_distance": 128}
+T5 = {
+    "d_model": 96,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_heads": 8,
+    "relative_attention_max_distance": 128,
+}
 T5 |= {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
 # Depths and settings that show a family's peculiarities.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -51,7 +61,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
-    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.4},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.4,
+    },
     "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},  # as published
@@ -77,7 +91,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "v_head_dim": 12,
     },
     "helium": {"head_dim": 12},
-    "stablelm": {"head_dim": 12, "use_qkv_bias": True, "qk_layernorm": False, "partial_rotary_factor": 0.5},
+    "stablelm": {
+        "head_dim": 12,
+        "use_qkv_bias": True,
+        "qk_layernorm": False,
+        "partial_rotary_factor": 0.5,
+    },
     "ernie4_5_moe": {"moe_intermediate_size": 64},
     "granitemoehybrid": {
         "num_local_experts": 0,
@@ -103,7 +122,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 SPECIAL["glm4_moe_lite"] = SPECIAL["deepseek_v2"] = SPECIAL["deepseek_v3"]
 
 
-def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], **changes: Any) -> Export:
+def serve(
+    family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], **changes: Any
+) -> Export:
     """Writes the export of a cut model, with a tokenizer. Without counts all layers keep KEPT."""
     settings = SIZES | SPECIAL.get(family, {}) | changes
     kept = ALL_HEADS if family in SQUARE else KEPT_EXPERTS if FAMILIES[family].has_experts else KEPT

@@ -9,14 +9,20 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.model.sources import embedded_model_dir
 from tests.export_cases import Case, export
 
-SIZES = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536}
+SIZES = {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+}
 ODD = [(3 - i % 9 // 8, (1536, 1488, 1409)[i % 3]) for i in range(30)]
 DENSE = Case("smollm2", "llama", SIZES, [(3, 1536)] * 30, "llama", "bfloat16")
 PRUNED = [
     Case("smollm2_uniform", "llama", SIZES, [(2, 1301)] * 30, "llama", "bfloat16"),
     Case("smollm2_layers", "llama", SIZES, ODD, "pruned_llama", "bfloat16"),
 ]
-STOCK = Case("smollm2_stock", "llama", SIZES, [(2, 896)] * 30, "llama", "bfloat16")  # 39.6 % of the linears are gone
+# 39.6 % of the linears are gone
+STOCK = Case("smollm2_stock", "llama", SIZES, [(2, 896)] * 30, "llama", "bfloat16")
 LONG_TEXT = topics["while"] + topics["numbers"] + topics["import"]
 
 

@@ -14,7 +14,9 @@ pytestmark = TAKES_MINUTES
 def test_every_part_has_a_result(tmp_path: Path) -> None:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = ["bash", "tests/gpu.sh", "--out", str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     results = {part: read_json(tmp_path / "cpu" / f"{part}.json") for part in PARTS}
     assert {found["card"] for found in results.values()} == {"cpu"}

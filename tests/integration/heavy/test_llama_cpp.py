@@ -58,7 +58,13 @@ NEW_TOKENS = 16
 
 REAL = [DENSE, *PRUNED]  # dense: what is usual
 # The other tiny models have rows of 48, which q8_0 leaves in f16.
-WIDE = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 128}
+WIDE = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 128,
+}
 TINY = [
     *CASES,
     Case("wide", "llama", WIDE, [(2, 96)] * 3, "llama", options=TIED),
@@ -67,7 +73,10 @@ TINY = [
 
 # llama.cpp wants certain tokens of a model that is named phi3.
 PHI3 = "phi_3"
-AS_PUBLISHED = {"rope_parameters": YARN["rope_parameters"] | {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}}
+AS_PUBLISHED = {
+    "rope_parameters": YARN["rope_parameters"]
+    | {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+}
 # Family, groups that layers keep if they differ, and other settings. With 46 or 62 layers llama.cpp takes another
 # attention scale, as in the 27B models.
 FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
@@ -89,7 +98,12 @@ TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "merges": without_sentencepiece,
 }
 # Of families that nothing else reads.
-OWN = {**dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), ("qwen35", partial(byte_level_tokenizer, pre="qwen35")))}
+OWN = {
+    **dict.fromkeys(
+        ("qwen3_5_text", "qwen3_5_moe_text"),
+        ("qwen35", partial(byte_level_tokenizer, pre="qwen35")),
+    )
+}
 OWN |= dict.fromkeys(("t5", "mt5", "umt5"), ("unigram", unigram_tokenizer))
 
 
@@ -114,23 +128,34 @@ class Compared:
         return f"{self.case}-{self.precision}"
 
     def question(self) -> dict[str, Any]:
-        question = {name: getattr(self, name) for name in ("prompt", "new_tokens", "texts", "source")}
+        question = {
+            name: getattr(self, name) for name in ("prompt", "new_tokens", "texts", "source")
+        }
         return question | {"file": str(self.file), "context": len(self.prompt) + self.new_tokens}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+def rows(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, dict[str, Any]]:
     """Returns a row of the result file per case and precision. llama.cpp reads them in its own process."""
     python = python_of("LLAMA_CPP_PYTHON")
     root = tmp_path_factory.mktemp("gguf")
     cases = {name.rpartition("-")[0] for name in selected(request)}
     items = [*make_tiny(root, cases), *make_families(root, cases), *make_real(root, cases)]
-    job = {"questions": {item.name: item.question() for item in items}, "out": str(root / "found.npz")}
+    job = {
+        "questions": {item.name: item.question() for item in items},
+        "out": str(root / "found.npz"),
+    }
     (root / "job.json").write_text(json.dumps(job))
     ask(python, Path(__file__).with_name("ask_llama_cpp.py"), root / "job.json", cwd=root)
     found = dict(np.load(root / "found.npz"))
     for item in items:
-        item.found = {key.split("/")[1]: value for key, value in found.items() if key.startswith(f"{item.name}/")}
+        item.found = {
+            key.split("/")[1]: value
+            for key, value in found.items()
+            if key.startswith(f"{item.name}/")
+        }
     results = {item.name: row(item) for item in items}
     shown = list(results.values())
     record("llama.cpp", f"llama-cpp-python {found['version']}", shown, cases=CASE_NAMES)
@@ -173,7 +198,9 @@ def make_real(root: Path, cases: set[str]) -> list[Compared]:
     for case in (x for x in REAL if x.name in cases):
         (root / case.name).mkdir()
         write(case, root / case.name / "model")
-        items += convert(case.name, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT])
+        items += convert(
+            case.name, "embedded", root / case.name, prompt, NEW_TOKENS, [*TEXTS, LONG_TEXT]
+        )
     return items
 
 
@@ -209,17 +236,25 @@ def reference(item: Compared) -> PreTrainedModel:
             weight = module.weight.data
             if isinstance(module, ExpertStack) and module.transposed:
                 blocks = weight.unflatten(0, (module.experts, -1)).transpose(1, 2)
-                weight.copy_(rounded(blocks.contiguous(), item.precision).transpose(1, 2).flatten(0, 1))
+                weight.copy_(
+                    rounded(blocks.contiguous(), item.precision).transpose(1, 2).flatten(0, 1)
+                )
             else:
                 weight.copy_(rounded(weight, item.precision))
             if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], item.precision), *inputs[1:]))
+                module.register_forward_pre_hook(
+                    lambda _, inputs: (rounded(inputs[0], item.precision), *inputs[1:])
+                )
     return model
 
 
 def rounded(values: Tensor, precision: str) -> Tensor:
     """Rounds to the type that the file has for rows of this length, and back."""
-    kind = GGMLQuantizationType.F16 if precision == "f16" or values.shape[-1] % 32 else GGMLQuantizationType.Q8_0
+    kind = (
+        GGMLQuantizationType.F16
+        if precision == "f16" or values.shape[-1] % 32
+        else GGMLQuantizationType.Q8_0
+    )
     return torch.from_numpy(dequantize(quantize(values.numpy(), kind), kind))
 
 
@@ -229,7 +264,10 @@ def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
     model = reference(item)
     given, ids = {}, "input_ids"
     if item.source:
-        given, ids = {"encoder_outputs": model.get_encoder()(torch.tensor([item.source]))}, "decoder_input_ids"
+        given, ids = (
+            {"encoder_outputs": model.get_encoder()(torch.tensor([item.source]))},
+            "decoder_input_ids",
+        )
     result = model(**given, **{ids: torch.tensor([item.prompt])}, use_cache=True)
     logits, greedy, margins = result.logits[0].numpy(), [], []
     for _ in range(item.new_tokens):
@@ -253,7 +291,9 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, item: Compared) -> 
 def row(item: Compared) -> dict[str, Any]:
     """Builds the row of one GGUF file for the result file."""
     logits, greedy, margins = expected(item)
-    same = list(itertools.takewhile(lambda i: item.found["greedy"][i] == greedy[i], range(item.new_tokens)))
+    same = list(
+        itertools.takewhile(lambda i: item.found["greedy"][i] == greedy[i], range(item.new_tokens))
+    )
     tokenizer = AutoTokenizer.from_pretrained(item.merged, trust_remote_code=True)
     texts = [(item.found[f"text{i}"], text) for i, text in enumerate(item.texts)]
     return {
@@ -262,13 +302,17 @@ def row(item: Compared) -> dict[str, Any]:
         "precision": item.precision,
         "tokenizer": item.tokenizer,
         "largest_difference": float(np.abs(item.found["logits"] - logits).max()),
-        "rms_difference": float(np.median(np.sqrt(np.square(item.found["logits"] - logits).mean(-1)))),
+        "rms_difference": float(
+            np.median(np.sqrt(np.square(item.found["logits"] - logits).mean(-1)))
+        ),
         "spread": float(logits.std()),
         "greedy_tokens": item.new_tokens,
         "greedy_same": len(same),
         "margin_at_first_other": None if len(same) == item.new_tokens else margins[len(same)],
         "texts": len(item.texts),
-        "texts_same": sum(found.tolist() == tokens_of(text, tokenizer, item) for found, text in texts),
+        "texts_same": sum(
+            found.tolist() == tokens_of(text, tokenizer, item) for found, text in texts
+        ),
     }
 
 
@@ -287,7 +331,9 @@ def test_greedy_tokens(name: str, rows: dict[str, dict[str, Any]]) -> None:
     """Compares tokens to the end, or to a place where two tokens are nearer than the tolerance."""
     result = rows[name]
     if result["greedy_same"] < result["greedy_tokens"]:
-        assert result["margin_at_first_other"] <= 2 * TOLERANCE[result["precision"]] * result["spread"]
+        assert (
+            result["margin_at_first_other"] <= 2 * TOLERANCE[result["precision"]] * result["spread"]
+        )
 
 
 def test_most_greedy_texts_are_the_same_to_the_end(rows: dict[str, dict[str, Any]]) -> None:

@@ -35,7 +35,9 @@ def test_a_pruned_model_keeps_its_loss_at_4_bits(tmp_path: Path) -> None:
     python = python_of("QUANTISE_PYTHON")
     case = Case("pruned", "llama", SIZES, [(HEADS, CHANNELS)] * LAYERS, "llama", "bfloat16")
     write(case, tmp_path / "pruned", LAYERS)
-    (tmp_path / "text.txt").write_text("\n\n".join(topics[name] for name in sorted(topics))[:40_000])
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(topics[name] for name in sorted(topics))[:40_000]
+    )
 
     options = ["--group-size", str(GROUP), "--samples", "8", "--window", "256"]
     ask(python, EXAMPLE, "pruned", "text.txt", "w4a16", *options, cwd=tmp_path)
@@ -51,7 +53,9 @@ def test_a_pruned_model_keeps_its_loss_at_4_bits(tmp_path: Path) -> None:
         assert tensors[f"{down}.weight_packed"].shape == (576, CHANNELS // 8)
         assert tensors[f"{down}.weight_scale"].shape == (576, CHANNELS // GROUP)
 
-    whole, quantised = map(float, ask(python, "-c", LOSS, "text.txt", "pruned", "w4a16", cwd=tmp_path).stdout.split())
+    whole, quantised = map(
+        float, ask(python, "-c", LOSS, "text.txt", "pruned", "w4a16", cwd=tmp_path).stdout.split()
+    )
     assert abs(quantised - whole) < TOLERANCE, (whole, quantised)
 
 
@@ -60,4 +64,7 @@ def test_widths_that_the_group_does_not_divide_are_one_line(tmp_path: Path) -> N
     command = [python_of("QUANTISE_PYTHON"), EXAMPLE, str(embedded_model_dir()), "text.txt", "out"]
     ended = run_to_end(command, cwd=tmp_path, environment={"PYTHONPATH": ""})
     assert ended.code == 1
-    assert ended.err.splitlines()[-1] == "error: --group-size 128 does not divide a width of 576; try 64"
+    assert (
+        ended.err.splitlines()[-1]
+        == "error: --group-size 128 does not divide a width of 576; try 64"
+    )

@@ -29,7 +29,9 @@ def time_in(server: str, here: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmarks.serving", *arguments]
     command += ["--server", server, "--python", python_of(PYTHONS[server])]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    result = json.loads(run_to_end(command, cwd=here, environment=environment, timeout=1500).check().out)
+    result = json.loads(
+        run_to_end(command, cwd=here, environment=environment, timeout=1500).check().out
+    )
     for served in result["models"]:
         assert served["form"] == ("hf" if server == "vllm" else "gguf-f16")
         assert 1 < served["decode_tokens_per_second"] < served["prefill_tokens_per_second"]
@@ -51,4 +53,6 @@ def test_a_qwen2_runs_by_the_implementation_that_the_table_names(tmp_path: Path)
     tiny_model("qwen2", **sizes).save_pretrained(tmp_path / "dense")
     copy_tokenizer(tokenizer, tmp_path / "dense")
     serve("qwen2", tmp_path / "pruned", tokenizer, **WIDE)
-    time_in("vllm", tmp_path, "dense", "pruned", "--prompt", "32", "--generated", "8", "--rounds", "2")
+    time_in(
+        "vllm", tmp_path, "dense", "pruned", "--prompt", "32", "--generated", "8", "--rounds", "2"
+    )

@@ -96,12 +96,17 @@ def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> No
     done = ask(python, "-c", LLAMA_CPP, file, str(config.target_context), cwd=tmp_path)
     weights, cache = mebibytes("model", done.stderr), mebibytes("KV", done.stderr)
     assert config.target_amount is not None
-    row = {"case": name, "target": config.target_amount.value, "reached": measure(config, shape, config.target_amount)}
+    row = {
+        "case": name,
+        "target": config.target_amount.value,
+        "reached": measure(config, shape, config.target_amount),
+    }
     row |= {"weights": {"counted": counted["weights"], "reported": weights}}
     row |= {"kv_cache": {"counted": counted["kv_cache"], "reported": cache}}
     record(f"llama.cpp {name}", f"llama-cpp-python {done.stdout.strip()}", [row], MEMORY_FILE)
     of_embedding = shape.total_numel() - shape.linear_numel()
-    saved = of_embedding * (16 - 8.5) / 8 if name == "stock_q8_0" else 0  # the target counts an embedding of 16 bits
+    # the target counts an embedding of 16 bits
+    saved = of_embedding * (16 - 8.5) / 8 if name == "stock_q8_0" else 0
     assert counted["weights"] - saved == pytest.approx(weights, rel=TOLERANCE)
     assert counted["kv_cache"] == pytest.approx(cache, rel=TOLERANCE)
 
@@ -116,7 +121,12 @@ def test_vllm_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
     found = json.loads(line)
     per_token = int(ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]) * GIB / found["tokens"]
     row = {"case": name, "weights": {"counted": counted["weights"], "held": found["weights"]}}
-    row |= {"kv_cache_per_token": {"counted": counted["kv_cache"] / config.target_context, "reported": per_token}}
+    row |= {
+        "kv_cache_per_token": {
+            "counted": counted["kv_cache"] / config.target_context,
+            "reported": per_token,
+        }
+    }
     record(f"vllm {name}", f"vllm-cpu {found['version']}", [row], MEMORY_FILE)
     assert counted["weights"] == pytest.approx(found["weights"], rel=TOLERANCE)
     assert counted["kv_cache"] / config.target_context == pytest.approx(per_token, rel=TOLERANCE)

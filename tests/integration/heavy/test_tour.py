@@ -13,7 +13,9 @@ from tests.integration.heavy.results import TAKES_MINUTES, ask
 from tests.integration.launching import ROOT, Ended, read_json, run_to_end
 
 pytestmark = TAKES_MINUTES
-FIRST, CONFIGS, EXPORT = (ROOT / name / "README.md" for name in ("", "launch/configs", "loraprune_ds/export"))
+FIRST, CONFIGS, EXPORT = (
+    ROOT / name / "README.md" for name in ("", "launch/configs", "loraprune_ds/export")
+)
 STEPS, TARGET = 4, 105  # of 134.5 million parameters
 
 
@@ -23,7 +25,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def documented(page: Path, words: str) -> list[str]:
     """Returns the one command of a page that has these words, without its remark."""
-    (line,) = {line for block in blocks(page, "bash") for line in block.splitlines() if words in line}
+    (line,) = {
+        line for block in blocks(page, "bash") for line in block.splitlines() if words in line
+    }
     return shlex.split(line, comments=True)
 
 
@@ -36,7 +40,12 @@ def snippet(page: Path, words: str) -> str:
 def write_chats(path: Path) -> None:
     """Writes conversations about Python, from Python's own help."""
     rows = [
-        {"messages": [{"role": "user", "content": f"What is {topic}?"}, {"role": "assistant", "content": text[:900]}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {topic}?"},
+                {"role": "assistant", "content": text[:900]},
+            ]
+        }
         for topic, text in sorted(topics.items())
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -46,8 +55,16 @@ def test_the_tour(tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl")
     for name in ("launch", "ds_configs", "loraprune_ds"):
         (tmp_path / name).symlink_to(ROOT / name)
-    path, python_path = f"{Path(sys.executable).parent}:{os.defpath}", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    environment = {"PATH": path, "PYTHONPATH": python_path, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    path, python_path = (
+        f"{Path(sys.executable).parent}:{os.defpath}",
+        f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    )
+    environment = {
+        "PATH": path,
+        "PYTHONPATH": python_path,
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }
 
     def start(command: list[str], others: Mapping[str, str] = {}) -> Ended:
         words = [others.get(word, word) for word in command]
@@ -57,8 +74,18 @@ def test_the_tour(tmp_path: Path) -> None:
     command = documented(CONFIGS, "data.format=chat")
     assert command[0] == "deepspeed"
     command[1:1] = ["--quiet", "--num_accelerators", "2"]
-    small = [f"train.steps={STEPS}", "train.micro_batch_size=2", "prune.prune_every=2", "evaluate.max_windows=8"]
-    small += ["output_dir=runs/mine", "data.window=256", "evaluate.every=2", "prune.channel_multiple=64"]
+    small = [
+        f"train.steps={STEPS}",
+        "train.micro_batch_size=2",
+        "prune.prune_every=2",
+        "evaluate.max_windows=8",
+    ]
+    small += [
+        "output_dir=runs/mine",
+        "data.window=256",
+        "evaluate.every=2",
+        "prune.channel_multiple=64",
+    ]
     small += ["prune.ratio=null", f"prune.target={TARGET}M"]
     small += ["logging.report_to=[wandb]"]  # tests/run_heavy.sh installs it
     command += [word for setting in small for word in ("--set", setting)]
@@ -74,7 +101,9 @@ def test_the_tour(tmp_path: Path) -> None:
     (written,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert b"cut/reached" in written.read_bytes()
 
-    compared = start(documented(FIRST, "launch/compare.py"), {"runs/a": "runs/mine", "runs/b": "runs/mine"})
+    compared = start(
+        documented(FIRST, "launch/compare.py"), {"runs/a": "runs/mine", "runs/b": "runs/mine"}
+    )
     assert "mine" in compared.out
     assert (tmp_path / "compare.png").is_file()
 
@@ -84,6 +113,14 @@ def test_the_tour(tmp_path: Path) -> None:
     python = os.environ["LLAMA_CPP_PYTHON"]
     assert len(ask(python, "-c", snippet(EXPORT, "llama_cpp"), cwd=tmp_path).stdout.split()) > 3
 
-    command = [*documented(EXPORT, "--server llama.cpp"), "--prompt", "64", "--generated", "8", "--rounds", "1"]
+    command = [
+        *documented(EXPORT, "--server llama.cpp"),
+        "--prompt",
+        "64",
+        "--generated",
+        "8",
+        "--rounds",
+        "1",
+    ]
     timed = start(command, {"path/to/venv/bin/python": python})
     assert "decode_tokens_per_second" in timed.out

@@ -28,17 +28,25 @@ def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     with fresh_accelerate():
-        sizes: Any = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        sizes: Any = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        }
         sizes |= {"num_generations": 2, "max_completion_length": 8, "beta": 0.04}
         where: Any = {"output_dir": str(out), "use_cpu": True, "bf16": False, "disable_tqdm": True}
         deepspeed = read_json(Path("ds_configs/zero3.json"))
-        args = GRPOConfig(**where, **sizes, deepspeed=deepspeed, report_to="none", save_strategy="no")
+        args = GRPOConfig(
+            **where, **sizes, deepspeed=deepspeed, report_to="none", save_strategy="no"
+        )
         callback = LoraPruneCallback(PruneConfig(ratio=0.3, prune_every=1, criterion="fisher"))
         trainer = GRPOTrainer(
             model=model,
             args=args,
             reward_funcs=cast(Any, reward),
-            train_dataset=Dataset.from_dict({"prompt": ["the cat sat", "a dog ran home", "it rained", "a mat"] * 16}),
+            train_dataset=Dataset.from_dict(
+                {"prompt": ["the cat sat", "a dog ran home", "it rained", "a mat"] * 16}
+            ),
             peft_config=LoraConfig(r=8, target_modules=linear_names(model), task_type="CAUSAL_LM"),
             callbacks=[callback],
         )

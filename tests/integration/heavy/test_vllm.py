@@ -26,21 +26,33 @@ WIDE = {"hidden_size": 192, "head_dim": 32, "max_position_embeddings": 128}
 # Their hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
 WIDER: dict[str, dict[str, Any]] = {
     **{name: {"hidden_size": 256} for name in ("qwen2_moe", "olmoe", "granitemoe", "stablelm")},
-    "gpt_oss": {"rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 32}},
+    "gpt_oss": {
+        "rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 32}
+    },
 }
 # fp32 on both sides, but other kernels. Sums of up to 1536 products have another order, through 30 layers.
 TOLERANCE = 5e-3
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 ENVIRONMENT |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+def rows(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, dict[str, Any]]:
     """Returns a row of the result file for each model. vLLM runs them one after another in its own process."""
     python = python_of("VLLM_PYTHON")
     root = tmp_path_factory.mktemp("vllm")
     items = [*make_real(root, selected(request)), *make_families(root, selected(request))]
-    job = {"questions": {item.name: item.question() for item in items}, "dtype": "float32", "new_tokens": NEW_TOKENS}
+    job = {
+        "questions": {item.name: item.question() for item in items},
+        "dtype": "float32",
+        "new_tokens": NEW_TOKENS,
+    }
     (root / "job.json").write_text(json.dumps(job | {"out": str(root / "found.json")}))
     ask(python, Path(__file__).with_name("ask_vllm.py"), root / "job.json", cwd=root, **ENVIRONMENT)
     found = json.loads((root / "found.json").read_text())
@@ -83,7 +95,9 @@ def make_real(root: Path, cases: set[str]) -> list[Asked]:
 
 def make_families(root: Path, cases: set[str]) -> list[Asked]:
     tokenizer = byte_level_tokenizer(root / "tokenizer", VOCAB)
-    prompts = [[i * step % VOCAB for i in range(length)] for step, length in ((7, 7), (11, 24), (13, 60))]
+    prompts = [
+        [i * step % VOCAB for i in range(length)] for step, length in ((7, 7), (11, 24), (13, 60))
+    ]
     items = []
     for family, model_impl in ((x, impl) for x, impl in VLLM.items() if x in cases):
         made = serve(family, root / family, tokenizer, **WIDE | WIDER.get(family, {}))
@@ -94,12 +108,21 @@ def make_families(root: Path, cases: set[str]) -> list[Asked]:
 @torch.no_grad()
 def row(item: Asked, found: dict[str, Any]) -> dict[str, Any]:
     """Builds the row of one model for the result file."""
-    model = AutoModelForCausalLM.from_pretrained(item.folder, dtype=torch.float32, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        item.folder, dtype=torch.float32, trust_remote_code=True
+    ).eval()
     largest, same = 0.0, 0
-    for prompt, greedy, positions in zip(item.prompts, found["greedy"], found["logprobs"], strict=True):
+    for prompt, greedy, positions in zip(
+        item.prompts, found["greedy"], found["logprobs"], strict=True
+    ):
         expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         for i, position in enumerate(positions):
-            largest = max([largest, *(abs(logprob - expected[i, token].item()) for token, logprob in position)])
+            largest = max(
+                [
+                    largest,
+                    *(abs(logprob - expected[i, token].item()) for token, logprob in position),
+                ]
+            )
         same += continuation(model, prompt) == greedy
     return {
         "case": item.name,
