@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import run_command
 from loraprune_ds.evaluate.result import answers_table
-from loraprune_ds.evaluate.settings import (
-    DEFAULT_PROMPTS,
-    AnswerSettings,
-    EvaluationSettings,
-    read_prompts,
-)
+from loraprune_ds.evaluate.settings import EvaluationSettings
+from loraprune_ds.generate.prompts import DEFAULT_PROMPTS, AnswerSettings, read_prompts
 from loraprune_ds.ranks.job import silence_libraries
 
 if TYPE_CHECKING:
@@ -65,7 +61,7 @@ def main() -> None:
     from loraprune_ds import open_result
     from loraprune_ds.evaluate.answers import write_greedily
     from loraprune_ds.evaluate.evaluation import prepare_models
-    from loraprune_ds.model.sources import EMBEDDED
+    from loraprune_ds.pretrained.sources import EMBEDDED
     from loraprune_ds.ranks.device import current_device, fast_half_products
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

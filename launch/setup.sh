@@ -77,5 +77,5 @@ set_up() {
 # Converts the embedded model now, not in the middle of the first run. It is quick when done before.
 prepare() {
   echo "The embedded model SmolLM2-135M (converted once, about 20 s)"
-  quietly python -m loraprune_ds.model.sources
+  quietly python -m loraprune_ds.pretrained.sources
 }

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.config import PruneConfig
-    from loraprune_ds.evaluate.models import open_result
+    from loraprune_ds.generate.models import open_result
     from loraprune_ds.hf.callback import LoraPruneCallback
-    from loraprune_ds.hf.live import linear_names, unshare_bias
+    from loraprune_ds.hf.preparing import linear_names, unshare_bias
     from loraprune_ds.hf.pruning import Pruning
-    from loraprune_ds.model.fewer_layers import drop_layers
+    from loraprune_ds.pretrained.fewer_layers import drop_layers
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,107 +4,42 @@ pydantic checks every value once, here. The rest of the package trusts the types
 """
 
 import dataclasses
-import re
-from contextlib import suppress
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
+from loraprune_ds.config_types import (
+    IS_LIST,
+    LIST,
+    NUMBER,
+    ONE,
+    STRICT,
+    Amount,
+    AmountText,
+    AtLeast0,
+    Compensation,
+    Count,
+    CountOr0,
+    Criterion,
+    DataFormat,
+    Dtype,
+    Fraction,
+    FractionOr0,
+    Frozen,
+    LearningRate,
+    Normalization,
+    Positive,
+    Ranking,
+    Reporter,
+    Scheduler,
+    Window,
+    read_amount,
+    replaces_default,
+    require_one,
+)
 from loraprune_ds.errors import UserError, require
-
-
-@dataclasses.dataclass(frozen=True)
-class Amount:
-    """A number of parameters or bytes, and the size of one `suffix`."""
-
-    value: float
-    unit: Literal["parameters", "bytes"]
-    suffix: str
-    scale: float
-
-    def format(self, value: float) -> str:
-        """Writes a value in the unit of this one, such as '4.50 B' or '24.00 GiB'."""
-        return f"{value / self.scale:,.2f} {self.suffix}".rstrip()
-
-
-def read_amount(text: str, key: str) -> Amount:
-    """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes. Raises UserError, which names the key, for other text."""
-    match = re.fullmatch(r"(\d+\.?\d*)\s*([a-zA-Z]*)", text.strip())
-    number, suffix = match.groups() if match else ("", "")
-    scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None
-    if scale is None:
-        raise UserError(
-            f"{key} must be parameters, such as 4.5B, or memory, such as 24GiB; got {text!r}"
-        )
-    require(float(number) > 0, f"{key} must be above 0; got {text!r}")
-    return Amount(
-        float(number) * scale, "bytes" if suffix in BYTES else "parameters", suffix, scale
-    )
-
-
-def _number(value: Any) -> Any:
-    """Reads `1e-4`, which YAML 1.1 takes for a string."""
-    with suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
-
-
-NUMBER = BeforeValidator(_number)
-Positive = Annotated[float, Field(gt=0), NUMBER]
-AtLeast0 = Annotated[float, Field(ge=0), NUMBER]
-FractionOr0 = Annotated[float, Field(ge=0, lt=1), NUMBER]
-Fraction = Annotated[float, Field(gt=0, lt=1), NUMBER]
-LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
-Count = Annotated[int, Field(ge=1)]
-CountOr0 = Annotated[int, Field(ge=0)]
-Window = Annotated[int, Field(ge=2)]
-AmountText = Annotated[
-    str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)
-]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Frozen = Literal["int8"]
-Criterion = Literal["lora", "fisher", "magnitude", "random"]
-Ranking = Literal["uniform", "global"]
-Normalization = Literal["l2", "step", "none"]
-Compensation = Literal["none", "least_squares"]
-Scheduler = Literal["linear", "cosine", "constant"]
-Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-DataFormat = Literal["text", "instruction", "seq2seq", "chat"]
-
-COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-BYTES = {
-    f"{prefix}{end}": base ** (i + 1)
-    for end, base in (("B", 1e3), ("iB", 2**10))
-    for i, prefix in enumerate("KMGT")
-}
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-ONE, LIST = "(one)", "(list)"  # the branches of a union, which errors name
-IS_LIST = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
-
-
-def require_one(first: object, second: object, keys: str) -> None:
-    """Raises UserError, which names the `keys`, unless exactly one of two settings is given."""
-    require((first is None) != (second is None), f"give exactly one of {keys}; null takes one away")
-
-
-def replaces_default(key: str, *others: str) -> Any:
-    """Makes a validator, which drops the default of `key` if only one of the `others` is given."""
-
-    def validate(given: Any) -> Any:
-        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-        if (
-            not isinstance(values, dict)
-            or key in values
-            or all(values.get(other) is None for other in others)
-        ):
-            return given
-        return ArgsKwargs((), values | {key: None})
-
-    return model_validator(mode="before")(validate)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from loraprune_ds.config import LIST, ONE, DataSource, MixtureEntry, RunConfig, SourceKeys
+from loraprune_ds.config import DataSource, MixtureEntry, RunConfig, SourceKeys
 from loraprune_ds.config_sources import format_of
+from loraprune_ds.config_types import LIST, ONE
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import read_text
 

@@ -24,11 +24,11 @@ from transformers import (
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import ModelCard
-from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import Tower
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.text_part import Tower
 from loraprune_ds.ranks.comm import Communicator
 from tests.published import LLAMA_3
 

@@ -19,12 +19,12 @@ from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
 from loraprune_ds.model.experts import Experts, stack_experts
-from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
+from loraprune_ds.pretrained.pretrained import PretrainedModel
+from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
 from loraprune_ds.ranks.comm import Communicator
 from tests.export_cases import InMemory, model_card
 from tests.families import SIZES, TINY, is_seq2seq, layers_with, norms_are_wide, tiny_model

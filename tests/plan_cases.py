@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from loraprune_ds import config
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
-from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.activations import saved_in_layer
@@ -25,6 +23,8 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import split_state, training_stage
+from loraprune_ds.pretrained.pretrained import open_for_pruning
+from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_config
 from loraprune_ds.ranks.device import resident_bytes, storage_bytes
 from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples

@@ -15,15 +15,16 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, recorded_config
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.lora_product import merge_lora
-from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_for_pruning
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.sources import locate_model
-from loraprune_ds.model.text_part import Tower
-from loraprune_ds.model.weight_files import read_header, read_samples, weight_file_names
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.pretrained.sources import locate_model
+from loraprune_ds.pretrained.text_part import Tower
+from loraprune_ds.pretrained.weight_files import read_header, read_samples, weight_file_names
+from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator

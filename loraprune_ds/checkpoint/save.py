@@ -12,13 +12,13 @@ from torch import Tensor
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState
+from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.model.weight_files import write_weight_file
+from loraprune_ds.pretrained.weight_files import write_weight_file
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator, LocalWrites
 from loraprune_ds.ranks.device import empty_cache
 from loraprune_ds.ranks.flat import owner_rounds

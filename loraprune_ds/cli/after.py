@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
-from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, GYM, TaskSettings, read_prompts
+from loraprune_ds.evaluate.settings import GYM, TaskSettings
 from loraprune_ds.files import read_json, write_json, write_text, writes_into
+from loraprune_ds.generate.prompts import DEFAULT_PROMPTS, read_prompts
 from loraprune_ds.report.pictures import draw_shelf
 from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
 
@@ -34,7 +35,7 @@ def check_after(config: RunConfig) -> None:
         except UserError as error:
             raise UserError(str(error).replace("--tasks", "evaluate.after", 1)) from None
     if names and config.model.adapter:
-        from loraprune_ds.evaluate.models import find_model
+        from loraprune_ds.generate.models import find_model
 
         find_model(config.model.adapter)
 
@@ -44,7 +45,7 @@ def check_prompts(
 ) -> None:
     """Checks that template, positions and vocabulary of the model accept the shipped prompts."""
     if ANSWERS in config.evaluate.after:
-        from loraprune_ds.evaluate.answers import encode_prompts
+        from loraprune_ds.generate.encoding import encode_prompts
 
         prompts, limits = read_prompts(DEFAULT_PROMPTS), (config.model.path, positions, vocab_size)
         encode_prompts(prompts, tokenizer, limits, "evaluate.after")
@@ -55,7 +56,7 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     names, report = config.evaluate.after, read_json(folder / REPORT_FILE)
     if not names or report.get("after", {}).get("asked") == names:
         return
-    from loraprune_ds.model.sources import locate_model
+    from loraprune_ds.pretrained.sources import locate_model
 
     dense = config.model.adapter or str(locate_model(config.model))
     options = ["--dense", dense, "--json", "--dtype", config.model.dtype]

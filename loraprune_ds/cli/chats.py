@@ -17,8 +17,9 @@ from pathlib import Path
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.cli.run import join_ranks
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
-from loraprune_ds.evaluate.settings import EvaluationText, read_prompts
+from loraprune_ds.evaluate.settings import EvaluationText
 from loraprune_ds.files import read_text
+from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.ranks import job
 
 
@@ -71,8 +72,8 @@ def write(options: argparse.Namespace) -> None:
     """Writes the chats and prints what they are like. Collective."""
     comm = join_ranks(sharded=job.several_ranks(os.environ))
     # These imports take seconds.
-    from loraprune_ds.evaluate.chats import collect
-    from loraprune_ds.evaluate.models import find_model
+    from loraprune_ds.chats.collect import collect
+    from loraprune_ds.generate.models import find_model
     from loraprune_ds.ranks.comm import stop_ranks
 
     with comm.patient() as waiting:  # the first rank of each node downloads

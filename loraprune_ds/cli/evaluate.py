@@ -33,11 +33,12 @@ from typing import Any, get_args
 
 from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.cli.run import join_ranks
-from loraprune_ds.config import Dtype
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
 from loraprune_ds.evaluate.result import answers_page, make_result, result_table
 from loraprune_ds.files import json_text, read_text, write_text, writes_into
+from loraprune_ds.generate import prompts
 from loraprune_ds.ranks import job
 
 ROUND = fields(settings.SpeedSettings)  # one option each
@@ -73,9 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="documents per task, for trials"
     )
-    about = f"write answers and measure them (without a file: {settings.DEFAULT_PROMPTS}, 50 shipped prompts)"
+    about = f"write answers and measure them (without a file: {prompts.DEFAULT_PROMPTS}, 50 shipped prompts)"
     parser.add_argument(
-        "--answers", nargs="?", const=settings.DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about
+        "--answers", nargs="?", const=prompts.DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about
     )
     parser.add_argument(
         "--max-new-tokens", type=at_least(1), metavar="N", help="of an answer (default: 128)"
@@ -157,8 +158,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from loraprune_ds.evaluate.evaluation import evaluate
-    from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.tasks import check_tasks
+    from loraprune_ds.generate.models import find_model
     from loraprune_ds.ranks.comm import stop_ranks
     from loraprune_ds.ranks.device import device_name
     from loraprune_ds.report.report import hardware, versions
@@ -184,7 +185,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def answer_settings(arguments: argparse.Namespace) -> settings.AnswerSettings | None:
+def answer_settings(arguments: argparse.Namespace) -> prompts.AnswerSettings | None:
     """Reads the prompts, and checks that the page can be written, before any long work."""
     if arguments.answers is None:
         return None
@@ -202,7 +203,7 @@ def answer_settings(arguments: argparse.Namespace) -> settings.AnswerSettings | 
             f"--page {page}: {page.parent} is not a writable folder",
         )
     given = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
-    return settings.read_prompts(arguments.answers, **given)
+    return prompts.read_prompts(arguments.answers, **given)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationText | None:

@@ -59,7 +59,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from loraprune_ds.config import ModelConfig
     from loraprune_ds.export.formats import export, find_source
     from loraprune_ds.export.model_card import check_push, push
-    from loraprune_ds.model.sources import locate_model
+    from loraprune_ds.pretrained.sources import locate_model
 
     repo: str | None = arguments.push_to_hub
     if repo is not None:

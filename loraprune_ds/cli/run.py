@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.cli.after import check_after, check_prompts, measure_after
-from loraprune_ds.config import read_amount
 from loraprune_ds.config_file import config_value, read_config
+from loraprune_ds.config_types import read_amount
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate.result import answers_table, mean_metric, tasks_with
 from loraprune_ds.files import read_json

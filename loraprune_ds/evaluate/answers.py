@@ -17,20 +17,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from loraprune_ds.errors import require
-from loraprune_ds.evaluate.models import Ids, Writer
-from loraprune_ds.evaluate.settings import AnswerSettings
+from loraprune_ds.generate.models import Ids
+from loraprune_ds.generate.prompts import AnswerSettings
+from loraprune_ds.generate.repetition import repetition
+from loraprune_ds.generate.writer import Writer
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
-from loraprune_ds.model.perplexity import Labelled, Losses, Progress, label_answers
+from loraprune_ds.model.perplexity import Labelled, Losses, Progress
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
-from loraprune_ds.model.tokenizer import check_ids, rendering
+from loraprune_ds.pretrained.windows import label_answers
 
 AT_ONCE = 32  # answers that are written together
-GRAM = 4
-# of a model: its path, the most tokens that it reads, its vocab_size
-Limits = tuple[str, int | None, int]
 
 
 @dataclass(frozen=True)
@@ -85,39 +83,6 @@ class Generation:
     greedy: Answers
     sampled: Answers
     closeness: Closeness | None = None  # None without a dense model
-
-
-def encode_prompts(
-    settings: AnswerSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    option: str,
-    **of_template: Any,
-) -> list[Ids]:
-    """Returns the ids of each prompt: by the model's chat template, or as plain text if it has none.
-
-    Raises:
-        UserError: the template refuses a prompt, or the model cannot read it. The line names `option`, file and row.
-    """
-    path, most, vocab_size = limits
-    encoded: list[Ids] = []
-    of_template |= {"add_generation_prompt": True, "return_dict": True}
-    for prompt in settings.prompts:
-        where = f"{option}: {settings.name}, row {prompt.row}"
-        if tokenizer.chat_template:
-            with rendering(where, path, prompt.messages):
-                made: Any = tokenizer.apply_chat_template(prompt.messages, **of_template)
-        else:
-            made = tokenizer("\n\n".join(message["content"] for message in prompt.messages))
-        encoded.append(list(made["input_ids"]))
-        check_ids(max(encoded[-1], default=0), vocab_size, tokenizer, where)
-        length, new = len(encoded[-1]), settings.max_new_tokens
-        asked = f"not a prompt of {length} tokens and {new} new ones"
-        fits = not most or length + new <= most
-        require(
-            fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}"
-        )
-    return encoded
 
 
 @torch.no_grad()
@@ -230,12 +195,6 @@ def _rouge_l(pairs: list[tuple[str, str]]) -> float:
         ["rougeL"], use_stemmer=True
     )
     return fmean(scorer.score(target, text)["rougeL"].fmeasure for target, text in pairs)
-
-
-def repetition(ids: Ids) -> float:
-    """Returns the share of 4-grams that occurred before. A text of fewer tokens repeats nothing."""
-    grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[Labelled]:

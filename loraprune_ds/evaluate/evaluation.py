@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from operator import mul
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +23,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loraprune_ds.config import Dtype
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import require
-from loraprune_ds.evaluate.answers import Generation, encode_prompts, losses_of, write_answers
-from loraprune_ds.evaluate.models import ModelSource, Writer, find_model, load_model
+from loraprune_ds.evaluate.answers import Generation, losses_of, write_answers
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
+from loraprune_ds.generate.encoding import encode_prompts
+from loraprune_ds.generate.models import ModelSource, choose_dtype, find_model, load_model
+from loraprune_ds.generate.writer import Writer
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.perplexity import (
-    Labelled,
-    Perplexity,
-    Progress,
-    measure_perplexity,
-    split_batches,
-)
+from loraprune_ds.model.perplexity import Labelled, Perplexity, Progress, measure_perplexity
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
-from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
+from loraprune_ds.pretrained.tokenizer import Starts, load_tokenizer, text_starts
+from loraprune_ds.pretrained.windows import split_batches
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
 
@@ -206,16 +203,6 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         encode_prompts(settings.answers, tokenizer, limits, "--answers") if settings.answers else []
     )
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
-
-
-def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
-    """Returns `dtype`, or the one that the model's config.json declares, or float32."""
-    config = source.pretrained.config
-    chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    require(
-        chosen in DTYPES, f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}"
-    )
-    return cast(Dtype, chosen)
 
 
 def count_cost(

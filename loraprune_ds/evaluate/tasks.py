@@ -17,17 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.answers import encode_prompts
-from loraprune_ds.evaluate.models import Writer
-from loraprune_ds.evaluate.settings import (
-    GYM,
-    AnswerSettings,
-    Message,
-    Prompt,
-    TaskSettings,
-    did_you_mean,
-)
+from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.files import read_json
+from loraprune_ds.generate.encoding import encode_prompts
+from loraprune_ds.generate.prompts import AnswerSettings, Message, Prompt
+from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
 
 # task -> metric -> value, and settings for the result

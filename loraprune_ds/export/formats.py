@@ -16,30 +16,18 @@ from loraprune_ds.errors import RunError, UserError, blame, one_line, require
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
-from loraprune_ds.export.huggingface import (
-    add_mtp,
-    begin,
-    copy_model,
-    cut_mtp,
-    publish,
-    write_model,
-)
+from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
+from loraprune_ds.export.mtp import add_mtp, cut_mtp
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import (
-    ADAPTER_FILE,
-    ADAPTER_FOLDER,
-    BASE_FOLDER,
-    last_names,
-    name_in_file,
-    task_type,
-)
+from loraprune_ds.model.adapters import last_names, task_type
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import MTP
-from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_headers, write_weight_file
+from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, name_in_file
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.text_part import MTP
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_headers, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes

@@ -28,9 +28,9 @@ from loraprune_ds.export.gguf_architecture import (
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
-from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tokenizer import target_start
+from loraprune_ds.pretrained.pretrained import PretrainedModel
+from loraprune_ds.pretrained.tokenizer import target_start
 
 T5_TOKENS = 512  # a T5's training length. Its positions have no limit
 

@@ -16,7 +16,7 @@ from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import text_config
+from loraprune_ds.pretrained.text_part import text_config
 
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 QUERIES, ROTARY = ("self_attn.q_proj",), ("self_attn.q_proj", "self_attn.k_proj")

@@ -28,8 +28,8 @@ from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.groups import TensorSpec
-from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.pretrained import PretrainedModel
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Array], Array]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
+from loraprune_ds.pretrained.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 # A name in llama-vocab.cpp -> the steps that split text into words before byte-level merges, as `_describe` names them.
 # The regular expressions are those of the tokenizer.json of such models.

@@ -20,10 +20,10 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json
-from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.sources import EMBEDDED, HUB_ERRORS
+from loraprune_ds.pretrained.exported_config import ExportedConfig
+from loraprune_ds.pretrained.sources import EMBEDDED, HUB_ERRORS
 from loraprune_ds.report.records import REPORT_FILE
 from loraprune_ds.units import format_percent, format_perplexity
 

@@ -26,23 +26,25 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_flat, restore_pruner
 from loraprune_ds.checkpoint.save import Staging, write_tensors
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import json_text
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.hf.trainer_files import TRAINER_STATE, TrainerFiles
 from loraprune_ds.local.model import LocalModel
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, name_in_file
+from loraprune_ds.model.adapters import ADAPTER, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
-from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
-from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held, is_sharded
+from loraprune_ds.pretrained.adapters import name_in_file
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
+from loraprune_ds.pretrained.weights import ModelWeights
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
+from loraprune_ds.zero.shards import full_shape, held, is_sharded
 
 FOLDER = "pruning"
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"

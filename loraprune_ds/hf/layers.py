@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from loraprune_ds.config import Dtype
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.model.adapters import base_parameter
-from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pretrained.exported_config import ExportedConfig
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owner_rounds

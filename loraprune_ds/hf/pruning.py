@@ -22,27 +22,22 @@ from typing import Any, cast
 from torch import nn
 
 from loraprune_ds.checkpoint.load import keep_to_lists
-from loraprune_ds.config import Dtype, PruneConfig
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
+from loraprune_ds.hf.checks import check_model
+from loraprune_ds.hf.compiled import check_accelerate, check_not_compiled
 from loraprune_ds.hf.engines import find_engine
+from loraprune_ds.hf.forward_watch import ForwardWatch
 from loraprune_ds.hf.layers import LiveModel
-from loraprune_ds.hf.live import (
-    ForwardWatch,
-    base_config,
-    base_dtype,
-    check_accelerate,
-    check_model,
-    check_not_compiled,
-    find_peft_model,
-    model_name,
-)
+from loraprune_ds.hf.live import base_config, base_dtype, find_peft_model, model_name
 from loraprune_ds.local.model import LocalModel
-from loraprune_ds.model.adapters import ADAPTER_FILE
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.groups import QUERY_HEADS
-from loraprune_ds.model.weight_files import drop_auto_maps
+from loraprune_ds.pretrained.adapters import ADAPTER_FILE
+from loraprune_ds.pretrained.exported_config import export_config
+from loraprune_ds.pretrained.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps, RankNumbers

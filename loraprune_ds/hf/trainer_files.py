@@ -7,7 +7,7 @@ from typing import Any
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 
 from loraprune_ds.errors import require
-from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
 

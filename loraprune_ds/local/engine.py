@@ -11,14 +11,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.config import Dtype, RunConfig
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_types import Dtype
+from loraprune_ds.engine.optimizer import build_lora
+from loraprune_ds.engine.training import TrainingEngine
 from loraprune_ds.errors import require
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.pretrained import PretrainedModel, replace_parameters
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.pruning.training import TrainingEngine, build_lora
+from loraprune_ds.pretrained.build import build_for_losses, replace_parameters
+from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device, empty_cache
 from loraprune_ds.ranks.job import several_ranks

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.parallel import DistributedDataParallel
 
+from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import fail_point, require
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
@@ -22,13 +23,12 @@ from loraprune_ds.pruning.prunable_model import (
     LoraFactors,
     OwnedShard,
     PrunableModel,
-    is_sharded,
     parameter_cuts,
     replace_data,
 )
-from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
+from loraprune_ds.zero.shards import is_sharded
 
 AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 # Private names of torch, beside `_comm_hooks` of DDP. Every start checks them.

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.config import Dtype, ModelConfig
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.config_types import Dtype
 
 # the dtypes of a config
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}

@@ -5,7 +5,6 @@ the logits of a chunk exist, the forward pass also computes the gradient of each
 The backward pass only scales it. So logits are computed once, and the frozen head is gathered once.
 """
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.classes import (
-    attn_implementation,
-    refused_in_one_line,
-    shrink_on_meta,
-    store_as_int8,
-)
 from loraprune_ds.model.logits import (
     Distillation,
     Head,
@@ -27,7 +20,6 @@ from loraprune_ds.model.logits import (
     logits_transform,
     output_head,
 )
-from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # label of an unsupervised token, as in torch's cross_entropy
 
@@ -227,26 +219,4 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -
     )
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
-    return model
-
-
-def build_for_losses(
-    pretrained: PretrainedModel, attention: str, *, head: bool = True
-) -> PreTrainedModel:
-    """Copies the modules of a pretrained model without weights, in the sizes of its shape, with token losses.
-
-    Without `head` it returns `final_hidden`.
-
-    Raises:
-        UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.
-    """
-    shape, model = pretrained.shape, copy.deepcopy(pretrained.modules)
-    with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
-        model.set_attn_implementation(attn_implementation(attention, shape.family))
-        model = with_token_losses(model)
-    shrink_on_meta(model, shape)
-    if pretrained.weights.int8:
-        store_as_int8(model, shape)
-    if not head:
-        model.register_module("lm_head", None)
     return model

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loraprune_ds.config import Dtype, LoraConfig
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.model.adapters import add_lora, base_parameter, differentiate_input
 from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_as_int8
-from loraprune_ds.model.fewer_layers import config_of_layers
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request
+from loraprune_ds.pretrained.fewer_layers import config_of_layers
 
 FUSED = "planned"  # the name of our attention in transformers
 

@@ -13,15 +13,15 @@ from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.families.base import Attention
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
-from loraprune_ds.model.read_shape import (
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.pretrained.read_shape import (
     LLAMA_SIZES,
     check_family,
     read_model_config,
     shape_from_config,
 )
-from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
-from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.pretrained.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve

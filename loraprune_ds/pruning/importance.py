@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import Criterion, Normalization
+from loraprune_ds.config_types import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import Kind, LayerKeep, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape

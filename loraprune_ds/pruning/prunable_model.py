@@ -21,6 +21,7 @@ from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import layer_owner
+from loraprune_ds.zero.shards import held
 
 
 @dataclass(frozen=True)
@@ -270,21 +271,6 @@ class PrunableModel(ABC):
 
     def _module(self, linear_id: LinearId) -> Any:
         return lora_linear(self.layers[linear_id.layer], linear_id.name)
-
-
-def is_sharded(parameter: nn.Parameter) -> bool:
-    """Returns whether ZeRO-3 holds the parameter."""
-    return hasattr(parameter, "ds_tensor")
-
-
-def held(parameter: nn.Parameter) -> Tensor:
-    """Returns what this rank holds of a parameter: its shard under ZeRO-3, otherwise all of it."""
-    return getattr(parameter, "ds_tensor", parameter)
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the shape of the full parameter, sharded or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import Dtype
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import RunError
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Cut, Pruner

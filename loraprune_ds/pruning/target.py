@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraprune_ds.config import Amount, PruneConfig, read_amount
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.config_types import Amount, read_amount
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel

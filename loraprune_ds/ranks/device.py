@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraprune_ds.config import Dtype
+from loraprune_ds.config_types import Dtype
 
 # Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry contained in a card's name is used.
 PEAK_TERAFLOPS = {

@@ -9,12 +9,12 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists, open
 from loraprune_ds.checkpoint.save import drop_old, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
+from loraprune_ds.engine.training import TrainingEngine
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush
 from loraprune_ds.model.groups import QUERY_HEADS
-from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pruning.steps import PruningSteps
-from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.report.records import METRICS_FILE

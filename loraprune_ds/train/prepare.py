@@ -15,17 +15,18 @@ from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
 from loraprune_ds.export.model_card import model_name
-from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
-from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.groups import QUERY_HEADS
-from loraprune_ds.model.perplexity import Labelled, split_batches
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.sources import locate_model
-from loraprune_ds.model.text_part import MTP, check_processor, check_tower
-from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
+from loraprune_ds.model.perplexity import Labelled
+from loraprune_ds.pretrained.adapters import check_adapter
+from loraprune_ds.pretrained.build import build_for_losses
+from loraprune_ds.pretrained.exported_config import NEXT_TOKENS
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.pretrained.sources import locate_model
+from loraprune_ds.pretrained.text_part import MTP, check_processor, check_tower
+from loraprune_ds.pretrained.tokenizer import load_tokenizer, text_starts
+from loraprune_ds.pretrained.windows import split_batches
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator

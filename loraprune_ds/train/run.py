@@ -17,7 +17,7 @@ from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products

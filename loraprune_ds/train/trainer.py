@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.engine.training import TrainingEngine
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import measure_perplexity
@@ -17,7 +18,6 @@ from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps
-from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.report.records import (
     CutRecord,

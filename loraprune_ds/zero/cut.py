@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
-from loraprune_ds.pruning.prunable_model import full_shape, parameter_cuts
-from loraprune_ds.pruning.training import OptimizerState
+from loraprune_ds.pruning.prunable_model import parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.params import install_shard
+from loraprune_ds.zero.shards import full_shape
 
 ParameterCut = tuple[nn.Parameter, ReshardPlan]
 ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed

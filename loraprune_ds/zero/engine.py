@@ -15,15 +15,17 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from loraprune_ds.config import Dtype, RunConfig
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_types import Dtype
+from loraprune_ds.engine.optimizer import build_lora
+from loraprune_ds.engine.training import TrainingEngine
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.adapters import differentiate_input, leaf_modules
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.pruning.training import TrainingEngine, build_lora
+from loraprune_ds.pretrained.build import build_for_losses
+from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import is_cpu
 from loraprune_ds.ranks.job import check_local_rank, check_ranks, collective_timeout, gloo_interface

@@ -15,11 +15,11 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import is_sharded
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, shard_cuts
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.shards import is_sharded
 
 # their only state with a shape is exp_avg and exp_avg_sq
 ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")

@@ -17,7 +17,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import Int8, Matrix
-from loraprune_ds.model.pretrained import ModelWeights, replace_parameters
+from loraprune_ds.pretrained.build import replace_parameters
+from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import replace_data
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel

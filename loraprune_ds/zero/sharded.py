@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState, collect_shards
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.groups import LayerKeep
@@ -17,10 +18,7 @@ from loraprune_ds.pruning.prunable_model import (
     LoraFactors,
     OwnedShard,
     PrunableModel,
-    full_shape,
-    held,
 )
-from loraprune_ds.pruning.training import MOMENTS, OptimizerState, collect_shards
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds
 from loraprune_ds.zero import private
@@ -28,6 +26,7 @@ from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.params import decode_int8, overwrite_shard, owned_flat
 from loraprune_ds.zero.releases import decide_releases
+from loraprune_ds.zero.shards import full_shape, held
 
 
 class ShardedModel(PrunableModel):

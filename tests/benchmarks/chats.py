@@ -17,10 +17,10 @@ from typing import Any
 
 from loraprune_ds.config_sources import CHATS_FILE
 from loraprune_ds.evaluate.result import mean_metric
-from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.files import read_json, write_text
-from loraprune_ds.model.sources import embedded_model_dir, embedded_text
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.generate.prompts import read_prompts
+from loraprune_ds.pretrained.sources import embedded_model_dir, embedded_text
+from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from tests.benchmarks.running import RESULTS, ROOT, add_to, evaluated, make_parser, run_base
 
 RESULT = RESULTS / "chats.json"

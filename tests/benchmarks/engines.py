@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds import PruneConfig, Pruning, linear_names
 from loraprune_ds.config import RunConfig, TrainConfig
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.benchmarks.running import make_parser, record

@@ -22,7 +22,7 @@ from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
 from loraprune_ds.model.lora_product import FusedLoraLinear
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.criterion import gradient_estimate
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.ranks.device import resident_bytes

@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.config import Normalization
+from loraprune_ds.config_types import Normalization
 from loraprune_ds.errors import leave, leave_on_error
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.criterion import Tap, effective_weight, score_shard

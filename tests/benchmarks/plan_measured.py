@@ -21,9 +21,9 @@ from typing import Any
 from torch.multiprocessing.spawn import spawn
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.sources import embedded_model_dir
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import training_stage
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser
 from tests.benchmarks.wide_layers import write_random_weights
 from tests.oracle.models import make_tiny_llama

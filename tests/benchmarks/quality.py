@@ -22,7 +22,7 @@ from typing import Any
 
 from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.files import read_json, read_text, write_json, write_text
-from loraprune_ds.model.sources import embedded_model_dir, embedded_text
+from loraprune_ds.pretrained.sources import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.report.records import read_history
 from tests.benchmarks.expanded import expanded_model

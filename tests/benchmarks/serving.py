@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any, NoReturn, cast
 
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.models import find_model
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.export.huggingface import copy_model
+from loraprune_ds.generate.models import find_model
 from loraprune_ds.model.families.base import PRUNED
 from tests.benchmarks.running import make_parser, origin
 

@@ -22,12 +22,12 @@ import torch
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.groups import Kind
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import write_weight_file
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request, changed
 from loraprune_ds.plan.stages import split_state
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.weight_files import write_weight_file
 from loraprune_ds.ranks.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser

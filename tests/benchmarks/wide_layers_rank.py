@@ -17,7 +17,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.schedule import Section
 from loraprune_ds.ranks.comm import Communicator, stop_ranks
 from loraprune_ds.ranks.device import device_name

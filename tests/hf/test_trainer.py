@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.files import read_json
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.report.records import read_history
 from tests.hf import callback_run, trainers
 from tests.hf.results import LINEARS, kept_indices, load, weight

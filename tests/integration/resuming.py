@@ -23,9 +23,9 @@ from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
-from loraprune_ds.model.pretrained import open_for_pruning
+from loraprune_ds.pretrained import read_shape
+from loraprune_ds.pretrained.pretrained import open_for_pruning
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train import run as run_module
 from loraprune_ds.train.checkpoints import RunContext, find_checkpoint
@@ -169,7 +169,7 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
             )
         save_file(tensors, path)
 
-    full = patch("loraprune_ds.model.weight_files.save_file", save_file_if_room)
+    full = patch("loraprune_ds.pretrained.weight_files.save_file", save_file_if_room)
     with full, pytest.raises(UserError) as caught:
         run_here(config, resume)
     return str(caught.value), caught.value.exit_code

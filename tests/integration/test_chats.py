@@ -3,9 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
+from loraprune_ds.chats.collect import collect
+from loraprune_ds.chats.draws import Draw
 from loraprune_ds.config import DataSource
-from loraprune_ds.evaluate.chats import collect
-from loraprune_ds.evaluate.draws import Draw
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.data.tokens import read_chat

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.adapters import check_adapter
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.hf.results import load, logits
 from tests.integration.bad_input import assert_refused
 from tests.integration.launching import ROOT, Ended, fork_ranks, read_json, run_to_end
@@ -180,7 +180,7 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
         no_room = Mock(
             side_effect=SafetensorError("Error while serializing: No space left on device")
         )
-        patch.setattr("loraprune_ds.model.weight_files.write_weight_file", no_room)
+        patch.setattr("loraprune_ds.pretrained.weight_files.write_weight_file", no_room)
         assert_refused(export(unfinished, "--out", out), str(out), "No space left", code=1)
     assert_refused(export(run / "model", "--format", "adapter", "--out", out), "model", "LoRA")
     assert_refused(export(run, "--out", unfinished), str(unfinished))

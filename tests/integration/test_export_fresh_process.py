@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.exported_config import ExportedConfig
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.pretrained.exported_config import ExportedConfig
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
 from tests.gguf_cases import sentencepiece_tokenizer
 from tests.integration.heavy.results import record

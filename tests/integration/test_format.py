@@ -16,7 +16,7 @@ from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from loraprune_ds.checkpoint.layout import seal, write_manifest
 from loraprune_ds.config import RunConfig
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.integration import resuming
 from tests.integration.launching import read_json
 from tests.integration.resuming import (

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import pytest
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.model import read_shape
 from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.pretrained import read_shape
 from tests.families import TINY, families
 from tests.integration import resuming
 from tests.integration.resuming import (

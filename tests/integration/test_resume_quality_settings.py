@@ -13,7 +13,7 @@ from loraprune_ds.cli.compare import read_results
 from loraprune_ds.cli.run import summary_table
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import drop_later_models

@@ -12,7 +12,7 @@ from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import write_json
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.integration.resuming import config_for, metrics, read_tensors, run_here, write_run
 from tests.multimodal import load_whole, multimodal
 from tests.ranks import RankFailure, RankPool

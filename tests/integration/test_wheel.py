@@ -71,8 +71,8 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     assert "loraprune_ds/model/modeling_pruned.py" in code
     assert len(given) > 15
     data = (
-        "evaluate/prompts.jsonl",
-        "evaluate/chats.json",
+        "generate/prompts.jsonl",
+        "chats/chats.json",
         "evaluate/answers.html",
         "report/pictures.mplstyle",
     )

@@ -14,14 +14,14 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
+from loraprune_ds.engine import training
+from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pruning import training
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import check_same_mask
-from loraprune_ds.pruning.training import MOMENTS
 from loraprune_ds.ranks import comm
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad, partition_numel
 from loraprune_ds.zero import sharded

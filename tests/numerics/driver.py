@@ -14,24 +14,17 @@ from torch import Tensor
 from loraprune_ds.checkpoint.layout import ResumeState, RunData, RunState, RunTotals
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists
 from loraprune_ds.checkpoint.save import save_step
-from loraprune_ds.config import (
-    Dtype,
-    Frozen,
-    LoraConfig,
-    ModelConfig,
-    PruneConfig,
-    RunConfig,
-    TrainConfig,
-)
+from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config_types import Dtype, Frozen
+from loraprune_ds.engine.optimizer_state import MOMENTS, collect_shards
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.layer_scores import LayerScores
-from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import resolve
-from loraprune_ds.pruning.training import MOMENTS, collect_shards
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
@@ -40,6 +33,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine
 from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.shards import full_shape, held
 from tests.families import SIZES, is_seq2seq, tiny_model
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama

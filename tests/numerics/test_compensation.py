@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.plan.stages import moment_bytes
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.compensate import measured_linears
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, family_job, tiny_job, train

@@ -14,7 +14,7 @@ from torch import Tensor
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.zero import engine

@@ -14,8 +14,8 @@ from torch import Tensor
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.weight_files import as_on_disk, write_weight_file
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.pretrained.weight_files import as_on_disk, write_weight_file
 from loraprune_ds.pruning.step import all_groups
 from tests.families import LLAMA_LINEARS, MIXED, MIXTURES, TINY, families
 from tests.integration.resuming import assert_equal_tensors

@@ -15,8 +15,8 @@ from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.pruning.target import resolve

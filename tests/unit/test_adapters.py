@@ -18,8 +18,9 @@ from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format
 from loraprune_ds.model.lora_product import FusedLoraLinear, draw_mask
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pretrained import adapters as adapters_on_disk
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import Tap
 from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
@@ -99,11 +100,11 @@ def test_the_start_depends_on_the_seed_alone(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> None:
     shape = open_pretrained(folder).shape
-    adapters.check_adapter(adapter, CONFIG, shape)
+    adapters_on_disk.check_adapter(adapter, CONFIG, shape)
     edit("adapter_config.json", target_modules=".*_proj")(adapter)  # PEFT takes a pattern too
-    adapters.check_adapter(adapter, CONFIG, shape)
+    adapters_on_disk.check_adapter(adapter, CONFIG, shape)
     model = wrap(folder, dtype=dtype)
-    adapters.load_adapter(model, adapter, shape, CONFIG.r)
+    adapters_on_disk.load_adapter(model, adapter, shape, CONFIG.r)
     saved = load_file(adapter / WEIGHTS)
     for name, tensor in lora_of(model).items():
         assert tensor.dtype == dtype
@@ -120,7 +121,11 @@ def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch
 
 def check(folder: Path, adapter: Path, names: str) -> None:
     must_name(
-        f"{adapter} {names}", adapters.check_adapter, adapter, CONFIG, open_pretrained(folder).shape
+        f"{adapter} {names}",
+        adapters_on_disk.check_adapter,
+        adapter,
+        CONFIG,
+        open_pretrained(folder).shape,
     )
 
 

@@ -13,25 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launch.quickstart_answers import shown_lines
-from loraprune_ds.evaluate.answers import (
-    Answer,
-    encode_prompts,
-    measure_closeness,
-    repetition,
-    write_answers,
-    write_greedily,
-)
+from loraprune_ds.evaluate.answers import Answer, measure_closeness, write_answers, write_greedily
 from loraprune_ds.evaluate.evaluation import prepare_models
-from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.result import answers_page
-from loraprune_ds.evaluate.settings import (
-    AnswerSettings,
-    EvaluationSettings,
-    EvaluationText,
-    Prompt,
-    read_prompts,
-)
+from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
 from loraprune_ds.export.model_card import answers_section
+from loraprune_ds.generate.encoding import encode_prompts
+from loraprune_ds.generate.prompts import AnswerSettings, Prompt, read_prompts
+from loraprune_ds.generate.repetition import repetition
+from loraprune_ds.generate.writer import Writer
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from tests.oracle.models import make_tiny_llama, make_tokenizer

@@ -11,11 +11,11 @@ from trl import chat_template_utils as trl_templates
 from trl.data_utils import common_prefix_length
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.evaluate.answers import encode_prompts
-from loraprune_ds.evaluate.settings import read_prompts
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.generate.encoding import encode_prompts
+from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.model.tokenizer import Starts, load_tokenizer
+from loraprune_ds.pretrained.sources import embedded_model_dir
+from loraprune_ds.pretrained.tokenizer import Starts, load_tokenizer
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.tokens import Chat, ChatTemplate, read_chat
@@ -281,7 +281,7 @@ def test_what_cannot_be_used_is_named(
 def test_a_template_that_fails_or_never_ends_is_named_with_the_row(
     expression: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraprune_ds.model.tokenizer.RENDERING", 0.3)
+    monkeypatch.setattr("loraprune_ds.pretrained.tokenizer.RENDERING", 0.3)
     tokenizer = tokenizer_with(
         f"{{%- if messages[0].content == 'bad' %}}{{{{ {expression} }}}}{{%- endif %}}{CHATML}"
     )

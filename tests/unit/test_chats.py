@@ -16,14 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from loraprune_ds.chats import collect as chats
+from loraprune_ds.chats import draws
+from loraprune_ds.chats.collect import collect
+from loraprune_ds.chats.draws import BATCHES, Draw, Drawer
+from loraprune_ds.chats.selection import FREE, Selection
 from loraprune_ds.cli.chats import parse_arguments
 from loraprune_ds.errors import RunError
-from loraprune_ds.evaluate import chats, draws, sampling
-from loraprune_ds.evaluate.chats import FREE, Selection, collect
-from loraprune_ds.evaluate.draws import BATCHES, Draw, Drawer
-from loraprune_ds.evaluate.models import Ids, Writer, find_model, load_model
-from loraprune_ds.evaluate.sampling import Sampling, Text, Tick, extend, extend_by_vllm, leave_one
-from loraprune_ds.evaluate.settings import EvaluationText, read_prompts
+from loraprune_ds.evaluate.settings import EvaluationText
+from loraprune_ds.generate import sampling
+from loraprune_ds.generate.models import Ids, find_model, load_model
+from loraprune_ds.generate.prompts import read_prompts
+from loraprune_ds.generate.sampling import Sampling, Text, Tick, extend, extend_by_vllm, leave_one
+from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name

@@ -23,8 +23,8 @@ from loraprune_ds.checkpoint.load import open_checkpoint, source_digest
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import begin_folder, json_text, make_once, publish_folder, remove_folder
-from loraprune_ds.model import weight_files
-from loraprune_ds.model.weight_files import read_samples
+from loraprune_ds.pretrained import weight_files
+from loraprune_ds.pretrained.weight_files import read_samples
 from loraprune_ds.ranks.comm import Communicator
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import Spoil, edit, edit_tensors, flip_bit, merge_into, must_name, refused

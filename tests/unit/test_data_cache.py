@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.pretrained.tokenizer import Starts
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples

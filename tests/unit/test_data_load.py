@@ -10,7 +10,7 @@ import pytest
 
 from loraprune_ds.config import DataConfig, MixtureEntry
 from loraprune_ds.config_sources import files_of
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.pretrained.tokenizer import Starts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.sources import at_commits, read_rows, resolve_commits

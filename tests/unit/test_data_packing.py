@@ -10,11 +10,11 @@ from torch import Tensor
 from loraprune_ds.config import DataConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.config_sources import CHATS_FILE
-from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.files import read_json
+from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.pretrained.tokenizer import Starts
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import (

@@ -10,12 +10,13 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from loraprune_ds.config import Dtype, Frozen, ModelConfig, RunConfig, TrainConfig
+from loraprune_ds.config import ModelConfig, RunConfig, TrainConfig
+from loraprune_ds.config_types import Dtype, Frozen
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.experts import CORRECTION
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.zero.ds_config import (
     MAX_BUCKET,
     OWNED,

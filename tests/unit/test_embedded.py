@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from loraprune_ds.errors import run_command
 from loraprune_ds.export.gguf import write_gguf
-from loraprune_ds.model import sources
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.sources import embedded_model_dir, embedded_text
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.pretrained import sources
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.sources import embedded_model_dir, embedded_text
+from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
@@ -101,7 +101,7 @@ def test_the_folder_reads_as_a_clean_checkpoint_for_transformers_4_and_5(package
 def test_the_second_time_reads_and_imports_next_to_nothing(cache: Path, package: Path) -> None:
     folder = embedded_model_dir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    find = "import sys; from loraprune_ds.model.sources import embedded_model_dir as f; f();"
+    find = "import sys; from loraprune_ds.pretrained.sources import embedded_model_dir as f; f();"
     environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, "-c", f"{find} sys.exit('transformers' in sys.modules)"]
     subprocess.run(command, env=environment, check=True, timeout=60)

@@ -11,8 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.checkpoint.layout import Status, write_status
-from loraprune_ds.evaluate.evaluation import choose_dtype
-from loraprune_ds.evaluate.models import find_model, load_model, open_result
+from loraprune_ds.generate.models import choose_dtype, find_model, load_model, open_result
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
 from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write

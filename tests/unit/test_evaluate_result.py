@@ -18,16 +18,12 @@ from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.answers import Answers, Closeness, Generation, Means
 from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost, measure_speed
 from loraprune_ds.evaluate.result import make_result, result_table
-from loraprune_ds.evaluate.settings import (
-    AnswerSettings,
-    EvaluationSettings,
-    EvaluationText,
-    SpeedSettings,
-)
+from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, SpeedSettings
+from loraprune_ds.generate.prompts import AnswerSettings
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.perplexity import Perplexity
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.export_cases import CASES, Case, dense_model, exported_config
 from tests.families import tiny_config
 from tests.published import sizes_of

@@ -13,8 +13,8 @@ from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import make_limits

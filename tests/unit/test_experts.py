@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import _adapter_config
-from loraprune_ds.model.adapters import check_adapter, load_adapter, lora_linear, lora_weights
+from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import active_numel
+from loraprune_ds.pretrained.adapters import check_adapter, load_adapter
+from loraprune_ds.pretrained.exported_config import export_config
+from loraprune_ds.pretrained.pretrained import open_for_pruning, open_pretrained
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_model

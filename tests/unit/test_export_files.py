@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
 from loraprune_ds.export.model_card import write_model_card
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.lora_product import merge_lora
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.weight_files import write_index, write_weight_file
+from loraprune_ds.pretrained.exported_config import export_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.weight_files import write_index, write_weight_file
 from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.families import tiny_model
 from tests.oracle.models import make_tokenizer

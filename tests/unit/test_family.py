@@ -8,13 +8,13 @@ import torch
 
 from loraprune_ds.model.classes import build_on_meta, causal_lm_class
 from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.families.blocks import columns, head_runs, rows
 from loraprune_ds.model.family import FAMILIES, REFUSED
 from loraprune_ds.model.groups import LayerCounts, Run, TensorSpec
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
+from loraprune_ds.pretrained.exported_config import export_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.families import CAUSAL, EQUAL, SIZES, changed, kinds, layers_with, marks, tiny_config
 from tests.refusals import must_name
 

@@ -8,9 +8,9 @@ import pytest
 from transformers import LlamaConfig, MistralConfig
 
 from loraprune_ds.model.classes import config_object
-from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.families import CAUSAL, EQUAL, SIZES, layers_with, tiny_config
 
 COUNTS = {

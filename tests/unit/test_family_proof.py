@@ -17,9 +17,9 @@ from loraprune_ds.model.classes import causal_lm_class, decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.groups import Kind, LayerKeep
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import read_headers
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.weight_files import read_headers
 from tests import family_cuts
 from tests.families import EQUAL, SIZES, heads_divide_hidden, norms_are_wide, tiny_model
 from tests.family_cuts import (

@@ -8,9 +8,9 @@ import pytest
 
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.fewer_layers import drop_layers
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.pretrained.fewer_layers import drop_layers
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.families import SIZES, TINY, tiny_model
 from tests.family_cuts import difference, logits, reopened
 from tests.refusals import must_name

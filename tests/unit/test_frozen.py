@@ -23,7 +23,7 @@ from loraprune_ds.model.frozen import (
     Int8,
     Int8Linear,
 )
-from loraprune_ds.model.token_loss import build_for_losses
+from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import needed_scales
 from tests.families import tiny_model

@@ -12,11 +12,11 @@ from unittest.mock import Mock, patch
 
 import pytest
 
+from loraprune_ds.chats.collect import collect
 from loraprune_ds.checkpoint.save import Staging
 from loraprune_ds.cli.after import measure_after
 from loraprune_ds.config import EvaluateConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.chats import collect
 from loraprune_ds.export.formats import ExportSource, export
 from loraprune_ds.files import write_json
 from loraprune_ds.hf.pruning import Pruning

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loraprune_ds.export.gguf import llama3_factors, write_gguf
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
 from tests.gguf_cases import byte_level_tokenizer
 from tests.refusals import edit, edit_tensors, must_name

@@ -10,8 +10,9 @@ from gguf import GGUFReader
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_pretrained
-from loraprune_ds.model.read_shape import read_model
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained
+from loraprune_ds.pretrained.read_shape import read_model
+from loraprune_ds.pretrained.weights import ModelWeights
 from tests.export_cases import LINEAR, VOCAB
 from tests.families import YARN, is_seq2seq, tiny_config
 from tests.gguf_cases import byte_level_tokenizer

@@ -19,19 +19,12 @@ from transformers import (
 )
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.hf.arguments import ARGUMENTS, check_arguments
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
-from loraprune_ds.hf.live import (
-    ARGUMENTS,
-    base_dtype,
-    base_shape,
-    check_arguments,
-    check_model,
-    find_peft_model,
-    linear_names,
-    live_shape,
-    unshare_bias,
-)
+from loraprune_ds.hf.checks import check_model
+from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
+from loraprune_ds.hf.preparing import linear_names, unshare_bias
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerCounts

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import Normalization
+from loraprune_ds.config_types import Normalization
 from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
 from loraprune_ds.pruning.importance import GroupSums, MovingAverage

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import PruneConfig, Ranking
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.config_types import Ranking
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_config

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cohere2Config, Gemma2Config, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.config import Dtype, ModelConfig
-from loraprune_ds.evaluate.models import ModelSource, load_model
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.config_types import Dtype
+from loraprune_ds.generate.models import ModelSource, load_model
 from loraprune_ds.model.classes import (
     attn_implementation,
     causal_lm_class,
@@ -18,8 +19,9 @@ from loraprune_ds.model.classes import (
 )
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.token_loss import IGNORE_INDEX, build_for_losses, with_token_losses
+from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
+from loraprune_ds.pretrained.build import build_for_losses
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.families import is_seq2seq, tiny_config, tiny_model
 from tests.refusals import must_name
 

@@ -10,9 +10,10 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.config import Dtype, TrainConfig
+from loraprune_ds.config import TrainConfig
+from loraprune_ds.config_types import Dtype
+from loraprune_ds.engine.optimizer import learning_rate_factor
 from loraprune_ds.pruning.steps import can_update
-from loraprune_ds.pruning.training import learning_rate_factor
 from loraprune_ds.zero.engine import ShardedEngine
 from tests.refusals import must_name
 

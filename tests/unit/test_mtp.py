@@ -23,9 +23,9 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class, config_object, decoder_layers
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.groups import QUERY_HEADS, LayerKeep
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.weight_files import INDEX_FILE
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.weight_files import INDEX_FILE
 from tests.families import SIZES, tiny_model
 from tests.family_cuts import (
     FEW,

@@ -11,11 +11,11 @@ from loraprune_ds.checkpoint.load import open_refits
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class
-from loraprune_ds.model.fewer_layers import config_of_layers, drop_layers
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import cached_numel, state_numel
-from loraprune_ds.model.weight_files import read_headers, write_index, write_weight_file
+from loraprune_ds.pretrained.fewer_layers import config_of_layers, drop_layers
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.weight_files import read_headers, write_index, write_weight_file
 from loraprune_ds.pruning.limits import make_limits
 from tests.families import tiny_config, tiny_model
 from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora

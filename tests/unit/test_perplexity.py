@@ -11,14 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.perplexity import (
-    Perplexity,
-    measure_perplexity,
-    split_batches,
-    split_windows,
-    tokenize,
-)
-from loraprune_ds.model.tokenizer import Starts, text_starts
+from loraprune_ds.model.perplexity import Perplexity, measure_perplexity
+from loraprune_ds.pretrained.tokenizer import Starts, text_starts
+from loraprune_ds.pretrained.windows import split_batches, split_windows, tokenize
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.config import Criterion, PruneConfig
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.config_types import Criterion
 from loraprune_ds.local.model import LocalModel
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.families import LLAMA_LINEARS
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.activations import logits
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, notes, search, suggestions
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.families import tiny_config
 from tests.paper import PAPER
 from tests.published import sizes_of

@@ -10,10 +10,10 @@ import pytest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.files import read_json
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import build_request, make_request
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
 from tests.benchmarks.wide_layers import wide_peaks

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.model import pretrained, sources, weight_files
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.token_loss import build_for_losses
+from loraprune_ds.pretrained import pretrained, sources, weight_files
+from loraprune_ds.pretrained.build import build_for_losses
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from loraprune_ds import Pruning
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, cut_to_checkpoint
-from loraprune_ds.model import read_shape
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, cached_numel
+from loraprune_ds.pretrained import read_shape
+from loraprune_ds.pretrained.exported_config import export_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import LayerScores, add_in_turn
 from loraprune_ds.ranks.comm import Communicator
 from tests.families import layers_with, tiny_config, tiny_model

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import Normalization, PruneConfig
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.config_types import Normalization
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import GroupSums, MovingAverage

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal

@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 from loraprune_ds.cli.run import summary_table
-from loraprune_ds.config import Compensation, PruneConfig, RunConfig
+from loraprune_ds.config import PruneConfig, RunConfig
+from loraprune_ds.config_types import Compensation
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from loraprune_ds.config import PruneConfig, Ranking
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import config_from_dict, read_config
-from loraprune_ds.model.read_shape import read_model_config, shape_from_config
+from loraprune_ds.config_types import Ranking
+from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_config
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
 from tests.integration.launching import ROOT

@@ -13,14 +13,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.evaluate.answers import encode_prompts, write_answers
+from loraprune_ds.evaluate.answers import write_answers
 from loraprune_ds.evaluate.evaluation import CACHE, measure_speed
-from loraprune_ds.evaluate.models import Writer
-from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
-from loraprune_ds.hf.live import ForwardWatch, base_shape, linear_names
-from loraprune_ds.model.perplexity import measure_perplexity, split_batches
+from loraprune_ds.evaluate.settings import SpeedSettings
+from loraprune_ds.generate.encoding import encode_prompts
+from loraprune_ds.generate.prompts import read_prompts
+from loraprune_ds.generate.writer import Writer
+from loraprune_ds.hf.forward_watch import ForwardWatch
+from loraprune_ds.hf.live import base_shape
+from loraprune_ds.hf.preparing import linear_names
+from loraprune_ds.model.perplexity import measure_perplexity
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
-from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
+from loraprune_ds.pretrained.tokenizer import Starts, tokenize_pairs
+from loraprune_ds.pretrained.windows import split_batches
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from tests.families import tiny_model

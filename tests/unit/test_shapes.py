@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import random_scores
 from loraprune_ds.pruning.ranking import rank_global
 from tests.families import LLAMA_LINEARS, tiny_config

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig, read_amount
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config_types import Ranking, read_amount
 from loraprune_ds.model.shape import ModelShape, attention_product
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
+from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import Budget, Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_goal
 from loraprune_ds.pruning.schedule import plan_pruning

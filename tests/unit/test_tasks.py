@@ -18,10 +18,10 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RunError
 from loraprune_ds.evaluate import tasks
-from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.settings import TaskSettings
 from loraprune_ds.evaluate.tasks import GYM_DEFAULT, GymTask, greedy_answers, load_tasks
 from loraprune_ds.files import read_json, write_json
+from loraprune_ds.generate.writer import Writer
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer

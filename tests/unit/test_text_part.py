@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.export.huggingface import begin, finish_folder
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
+from loraprune_ds.pretrained.exported_config import export_config
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.text_part import LAYOUTS, MULTIMODAL
 from tests.export_cases import model_card
 from tests.families import tiny_config
 from tests.family_cuts import (

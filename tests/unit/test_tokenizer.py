@@ -19,8 +19,8 @@ from loraprune_ds.export.gguf_tokenizer import (
     read_vocabulary,
 )
 from loraprune_ds.export.huggingface import copy_tokenizer
-from loraprune_ds.model.sources import embedded_text
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.pretrained.sources import embedded_text
+from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from tests import gguf_cases
 from tests.gguf_cases import (
     PRE_TOKENIZERS,

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from loraprune_ds.config import ModelConfig, PruneConfig, Ranking
-from loraprune_ds.evaluate.models import find_model, load_model, open_result
+from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.config_types import Ranking
 from loraprune_ds.files import read_json, write_json
+from loraprune_ds.generate.models import find_model, load_model, open_result
 from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
-from loraprune_ds.model.weight_files import copy_tensors
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pretrained.text_part import LAYOUTS, check_processor, check_tower
+from loraprune_ds.pretrained.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_config
 from tests.family_cuts import (

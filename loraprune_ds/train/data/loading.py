@@ -22,7 +22,7 @@ from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.config_sources import JSON_SUFFIXES, files_of
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once, read_text
-from loraprune_ds.model.tokenizer import Starts, check_ids
+from loraprune_ds.pretrained.tokenizer import Starts, check_ids
 from loraprune_ds.train.data import tokens
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import TextRow, TextRows, read_rows, source_identity

@@ -14,7 +14,7 @@ from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.config_sources import FIELD_SETTINGS, files_of, refuse_hub_settings
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity, open_text, read_text
-from loraprune_ds.model.sources import EMBEDDED, HUB_ERRORS, embedded_text
+from loraprune_ds.pretrained.sources import EMBEDDED, HUB_ERRORS, embedded_text
 from loraprune_ds.train.data.tokens import chat_fields
 
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # half of a surrogate pair, or a lone surrogate

@@ -19,7 +19,13 @@ from loraprune_ds.config import DataSource
 from loraprune_ds.config_sources import CHAT_FIELDS
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.model.tokenizer import begin_with, eos_id, rendering, token_ids, tokenize_pairs
+from loraprune_ds.pretrained.tokenizer import (
+    begin_with,
+    eos_id,
+    rendering,
+    token_ids,
+    tokenize_pairs,
+)
 from loraprune_ds.train.data.samples import Samples
 
 TEXTS_AT_ONCE = 1000  # texts per call of the tokenizer

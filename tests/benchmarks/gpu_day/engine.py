@@ -13,9 +13,10 @@ from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.files import write_json
-from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
-from loraprune_ds.model.read_shape import LLAMA_SIZES, read_model, read_model_config
 from loraprune_ds.plan.request import Request
+from loraprune_ds.pretrained.pretrained import PretrainedModel
+from loraprune_ds.pretrained.read_shape import LLAMA_SIZES, read_model, read_model_config
+from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.ranks.device import current_device, is_cpu
 from loraprune_ds.zero.device import accelerator
 from tests.numerics.driver import ShardedTrainer

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import profile
 
-from loraprune_ds.config import Criterion
+from loraprune_ds.config_types import Criterion
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.ranks.comm import stop_ranks

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import torch
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.export_cases import Case, export
 
 SIZES = {

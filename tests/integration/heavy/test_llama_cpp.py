@@ -31,8 +31,8 @@ from loraprune_ds.export.formats import ExportSource
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name
 from loraprune_ds.model.experts import ExpertStack, stack_experts
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.families import YARN, is_seq2seq
 from tests.gguf_cases import (

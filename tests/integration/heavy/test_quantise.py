@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 from safetensors.torch import load_file
 
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.export_cases import Case
 from tests.integration.heavy.results import ask, python_of
 from tests.integration.heavy.smollm2 import SIZES, write

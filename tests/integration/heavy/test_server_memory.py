@@ -14,9 +14,9 @@ import pytest
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.formats import find_source
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.target import measure, server_memory
 from tests.export_cases import Case
 from tests.integration.heavy.results import MEMORY_FILE, ask, python_of, record

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from loraprune_ds.model.families.base import PRUNED as PRUNED_TYPE
-from loraprune_ds.model.sources import embedded_model_dir
+from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.export_cases import VOCAB
 from tests.families import YARN
 from tests.gguf_cases import byte_level_tokenizer

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.read_shape import shape_from_config
 
 
 def config_of_layers(

@@ -19,14 +19,15 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
-from loraprune_ds.evaluate.answers import encode_prompts, repetition
-from loraprune_ds.evaluate.evaluation import choose_dtype
-from loraprune_ds.evaluate.models import Ids, ModelSource, Writer, end_ids, load_model
-from loraprune_ds.evaluate.sampling import Sampling, Text, Tick, extend, extend_by_vllm
-from loraprune_ds.evaluate.settings import AnswerSettings, Message, Prompt
 from loraprune_ds.files import read_json
+from loraprune_ds.generate.encoding import encode_prompts
+from loraprune_ds.generate.models import Ids, ModelSource, choose_dtype, load_model
+from loraprune_ds.generate.prompts import AnswerSettings, Message, Prompt
+from loraprune_ds.generate.repetition import repetition
+from loraprune_ds.generate.sampling import Sampling, Text, Tick, extend, extend_by_vllm
+from loraprune_ds.generate.writer import Writer, end_ids
 from loraprune_ds.model.families.base import PRUNED
-from loraprune_ds.model.tokenizer import rendering, token_ids
+from loraprune_ds.pretrained.tokenizer import rendering, token_ids
 from loraprune_ds.ranks.comm import Communicator
 
 DATA = read_json(Path(__file__).with_name("chats.json"))

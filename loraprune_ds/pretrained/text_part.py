@@ -16,12 +16,12 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class, config_object, refused_in_one_line
 from loraprune_ds.model.count_limits import check_counts
 from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.exported_config import multimodal_config
 from loraprune_ds.model.families.base import Layout
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.groups import EQUAL_LAYERS
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
+from loraprune_ds.pretrained.exported_config import multimodal_config
+from loraprune_ds.pretrained.weight_files import PROCESSOR_FILES, as_on_disk
 
 # Without an image their forward equals that of the text class. Their weight files have one of LAYOUTS.
 MULTIMODAL = (

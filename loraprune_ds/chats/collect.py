@@ -1,144 +1,29 @@
 """Chats that a model writes itself, to tune its pruned copy on: which draws are kept, and how a command goes on."""
 
 import os
-import re
 import sys
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from loraprune_ds.chats.draws import Draw, Drawer
+from loraprune_ds.chats.selection import Selection
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.draws import DATA, Draw, Drawer
-from loraprune_ds.evaluate.models import find_model
 from loraprune_ds.files import json_text, write_json, write_text
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.generate.models import find_model
+from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
-from loraprune_ds.units import aligned, format_percent
 
-DECLINES = re.compile(rf"\b({'|'.join(DATA['declines'])})", re.IGNORECASE)
-# most of the kept rows that begin with the same three words, and that decline
-ALIKE, DECLINED = 0.03, 0.05
-FREE = 5  # rows of either that are kept before the shares count
 HOPELESS = 1000  # draws of which one must be kept
-EXAMPLES = 10
 SETTINGS = TypeAdapter(dict[str, Any])  # the first line of a journal
 DRAW = TypeAdapter(Draw)  # each other line
-
-
-@dataclass
-class Selection:
-    """Takes draws in the order of their numbers until the kept rows have enough tokens.
-
-    It keeps no near-duplicates, and few that decline or begin alike.
-    """
-
-    options: Namespace  # of cli/chats.py
-    draws: list[Draw] = field(default_factory=list)
-    kept: list[Draw] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)  # the reasons
-    tokens: int = 0  # of the kept rows, with their prompts
-    # until the draws before them have ended
-    _waiting: dict[int, Draw] = field(default_factory=dict)
-    # the telling ones of each kept message
-    _words: set[frozenset[str]] = field(default_factory=set)
-    _openings: Counter[str] = field(default_factory=Counter)  # the first words of kept messages
-    _declined: int = 0  # kept answers that decline
-
-    @property
-    def total(self) -> int:
-        """The tokens or prompts that were asked for."""
-        return self.options.tokens or len(self.options.prompts.prompts)
-
-    @property
-    def done(self) -> int:
-        """The tokens so far, or the draws if the user gave prompts."""
-        return self.tokens if self.options.tokens else len(self.draws)
-
-    def missing(self, least: int) -> Iterator[int]:
-        """Yields the numbers of the next draws that have not ended.
-
-        Args:
-            least: draws to look ahead, even if fewer will probably be enough.
-        """
-        count = len(self.draws)
-        needed = self.total - self.done
-        if self.options.tokens:
-            # a long row more, as few draws say little
-            mean = (self.tokens + self.options.max_new_tokens) / (count + 1)
-            needed = max(least, ceil(needed / mean))
-        yield from (
-            number for number in range(count, count + needed) if number not in self._waiting
-        )
-
-    def add(self, draw: Draw) -> None:
-        """Takes this draw and those that waited for it, or lets it wait."""
-        self._waiting[draw.number] = draw
-        while self.done < self.total and len(self.draws) in self._waiting:
-            self._take(self._waiting.pop(len(self.draws)))
-
-    def _take(self, draw: Draw) -> None:
-        draw = replace(draw, refused=draw.refused or self._fault(draw))
-        self.draws.append(draw)
-        if draw.refused:
-            self.refused[draw.refused] += 1
-        else:
-            self.kept.append(draw)
-            self.tokens += draw.prompt_tokens + draw.answer_tokens
-
-    def _fault(self, draw: Draw) -> str | None:
-        """Returns the first rule that a draw breaks. A draw that breaks none counts for the next ones."""
-        message = draw.messages[-1]["content"] if draw.messages else draw.answer
-        words = re.findall(r"\w+", message.lower()) or [message]
-        telling = frozenset(word for word in words if len(word) > 3 or word.isdigit()) or frozenset(
-            words
-        )
-        opening = " ".join(words[:3])
-        declines = bool(DECLINES.search(draw.answer[:160]))
-        if not self.options.prompts:  # which may be alike
-            if telling in self._words:
-                return "message: near-duplicate"
-            if self._openings[opening] >= max(FREE, ALIKE * len(self.kept)):
-                return "message: common opening"
-        if declines and self._declined >= max(FREE, DECLINED * len(self.kept)):
-            return "answer: declines"
-        self._words.add(telling)
-        self._openings[opening] += 1
-        self._declined += declines
-        return None
-
-    def summary(self) -> Iterator[str]:
-        """Yields a table of the kinds with means of the kept answers, the reasons of refusal, and examples."""
-        rows = [("kind", "draws", "kept", "tokens of an answer", "repetition")]
-        for kind, count in Counter(draw.kind for draw in self.draws).items():
-            kept = [draw for draw in self.kept if draw.kind == kind]
-            tokens, repeated = (
-                sum(draw.answer_tokens for draw in kept),
-                sum(draw.repetition for draw in kept),
-            )
-            means = (
-                f"{tokens / max(1, len(kept)):.0f}",
-                format_percent(repeated / max(1, len(kept))),
-            )
-            rows.append((kind or "-", f"{count:,}", f"{len(kept):,}", *means))
-        yield from aligned(rows, "<>>>>")
-        yield from (
-            f"{count:>7,} refused, {reason}" for reason, count in self.refused.most_common()
-        )
-        for draw in self.kept[:: max(1, len(self.kept) // EXAMPLES)][:EXAMPLES]:
-            yield f"\n--- draw {draw.number}, {draw.kind}"
-            yield from (f"{message['role']}: {message['content']}" for message in draw.messages)
-            yield f"assistant: {draw.answer}" if draw.messages else draw.answer
-        yield f"\n{len(self.kept):,} rows of {self.tokens:,} tokens are in {self.options.out}"
 
 
 def collect(options: Namespace, ranks: Communicator) -> Selection:

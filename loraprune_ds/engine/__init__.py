@@ -1,0 +1,1 @@
+"""What the engines share: their protocol, AdamW, and the state that a checkpoint holds."""

@@ -1,0 +1,1 @@
+"""Opens a model and lets it write."""

@@ -1,0 +1,133 @@
+"""Checks a live PEFT model. A refusal is one line before step 1."""
+
+import logging
+from typing import Any, cast
+
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from loraprune_ds.errors import require
+from loraprune_ds.hf.arguments import Refused
+from loraprune_ds.hf.live import base_shape
+from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.families.base import Family
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.zero.shards import is_sharded
+
+log = logging.getLogger(__name__)
+
+# (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
+LINEARS: tuple[tuple[Refused, str], ...] = (
+    (lambda x: x is None, "does not exist"),
+    (
+        lambda x: not hasattr(x, "base_layer"),
+        "has no LoRA, which the criterion needs on every linear: {needed}",
+    ),
+    (
+        lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear),
+        "is a {kind}, not plain LoRA over a linear",
+    ),
+    (lambda x: ADAPTER not in x.lora_A, f"has no LoRA of the adapter {ADAPTER!r}: {{needed}}"),
+    (
+        lambda x: any(map(x.lora_variant.get, x.lora_A)),
+        "has a variant of LoRA, such as DoRA; use plain LoRA",
+    ),
+    (lambda x: any(map(x.lora_bias.get, x.lora_A)), "has lora_bias, which is not supported"),
+    (
+        lambda x: not all(weight.requires_grad for weight in lora_weights(x)),
+        f"has frozen LoRA of {ADAPTER!r}",
+    ),
+)
+
+
+def refuse_mixture(family: Family, where: str) -> None:
+    """Refuses families with experts, because only a run builds stacks of experts with LoRA."""
+    line = f"{where}: the callback cannot prune families with experts, not even dense models; use launch/run.py"
+    require(not family.has_experts, line)
+
+
+def check_one_dtype(model: nn.Module) -> None:
+    """Checks that a model that is built sharded has trained weights of one dtype. DeepSpeed only asserts it.
+
+    PEFT makes LoRA fp32 by default, but not `modules_to_save`.
+    """
+    dtypes = sorted(
+        {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    )
+    several = (
+        f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer"
+    )
+    fits = len(dtypes) < 2 or not any(map(is_sharded, model.parameters()))
+    require(fits, f"{several}; call get_peft_model with autocast_adapter_dtype=False")
+
+
+def check_model(model: PeftModel) -> None:
+    """Checks that a live model has the LoRA that the criterion needs, and that the rest allows a cut.
+
+    UserError names the layer and linear, or PEFT's setting.
+    """
+    shape = base_shape(model)
+    family = shape.family
+    refuse_mixture(family, shape.model_type)
+    shared = f"the layers of a {shape.model_type} share one bias, so their heads cannot differ"
+    require(family.shared_bias is None, f"{shared}; pass unshare_bias(model) to get_peft_model")
+    base = cast(Any, model.get_base_model())
+    for name, value in family.changed_in_memory(base.config).items():
+        log.warning(
+            "%s=%s of the model makes scores random, and dependent on the ranks; set it to 0",
+            name,
+            value,
+        )
+    quantised = getattr(base.config, "quantization_config", None) or getattr(
+        base, "is_quantized", False
+    )
+    unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
+    require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")
+    require(
+        ADAPTER in model.peft_config,
+        f"the trained adapter must be called {ADAPTER!r}, which is PEFT's default",
+    )
+    for name, peft_config in model.peft_config.items():
+        bias = getattr(peft_config, "bias", "none")
+        require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
+    needed = f"target_modules={last_names(linear.linear for _, linear in shape.linears())}"
+    for index, layer in enumerate(decoder_layers(model)):
+        modules: dict[str, Any] = dict(layer.named_modules())
+        for linear in shape.layers[index].linears:
+            module = modules.get(linear.linear)
+            over = type(getattr(module, "base_layer", None)).__name__
+            kind = f"{type(module).__module__}.{type(module).__name__} over a {over}"
+            for refused, reason in LINEARS:
+                where = f"layer {index} {linear.linear}"
+                require(not refused(module), f"{where} {reason.format(needed=needed, kind=kind)}")
+    _check_others(model, shape)
+
+
+def _check_others(model: PeftModel, shape: ModelShape) -> None:
+    """Checks other trained modules. An export must hold them, and a cut must not change them."""
+    layers = decoder_layers(model)
+    pruned = {id(layers[i].get_submodule(linear.linear)) for i, linear in shape.linears()}
+    others = {tensor.name for layer in shape.layers for tensor in layer.others if tensor.runs}
+    cut_along = tuple(f".{name.rpartition('.')[0]}" for name in others)
+    for name, module in model.named_modules():
+        name = name.removeprefix("base_model.model.")
+        exported = not isinstance(module, BaseTunerLayer) or id(module) in pruned
+        where = f"{name} has LoRA, which an export would lose: only linears of the decoder layers may have it"
+        advice = "Use target_modules=linear_names(model), and modules_to_save for other modules"
+        require(exported, f"{where}. {advice}")
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        require(
+            isinstance(module, ModulesToSaveWrapper),
+            f"{name}: trainable_token_indices are not supported",
+        )
+        require(
+            not name.endswith(cut_along),
+            f"modules_to_save: a cut makes {name} smaller, so it cannot train",
+        )
+        lost = "modules_to_save with tied embeddings: the exported model would lose one of the two"
+        require(not shape.tie_word_embeddings, lost)

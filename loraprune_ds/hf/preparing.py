@@ -1,0 +1,47 @@
+"""Prepares a user's model before its trainer is made."""
+
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from loraprune_ds.errors import require
+from loraprune_ds.hf.checks import refuse_mixture
+from loraprune_ds.hf.live import _tied
+from loraprune_ds.model.adapters import last_names
+from loraprune_ds.model.family import find_family
+from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
+from loraprune_ds.zero.shards import is_sharded
+
+
+def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
+    """Returns the names of all linears of a decoder layer, for PEFT's `target_modules`.
+
+    Args:
+        model: a model, or its folder or hub id. UserError if its type is not supported.
+    """
+    if isinstance(model, PreTrainedModel):
+        config, where = model.config.to_dict(), type(model).__name__
+    else:  # AutoConfig would ask on the terminal whether to run code in the folder
+        config, where = PreTrainedConfig.get_config_dict(model)[0], str(model)
+    refuse_mixture(find_family(config.get("model_type"), where), where)
+    return last_names(linear.linear for _, linear in shape_from_config(config, where).linears())
+
+
+def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """Turns a T5 or mT5 into a UMT5 without dropout, to prune it. Each layer gets a copy of the shared bias.
+
+    Raises:
+        UserError: the model is already sharded.
+    """
+    sharded = any(map(is_sharded, model.parameters()))
+    require(
+        not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments"
+    )
+    shape, made = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
+    tensors = model.state_dict()
+    made.load_state_dict(
+        tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True
+    )
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made

@@ -1,0 +1,57 @@
+"""Builds the modules of a model on disk, without weights, for losses per token."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loraprune_ds.model.classes import (
+    attn_implementation,
+    refused_in_one_line,
+    shrink_on_meta,
+    store_as_int8,
+)
+from loraprune_ds.model.token_loss import with_token_losses
+from loraprune_ds.pretrained.pretrained import PretrainedModel
+
+
+def build_for_losses(
+    pretrained: PretrainedModel, attention: str, *, head: bool = True
+) -> PreTrainedModel:
+    """Copies the modules of a pretrained model without weights, in the sizes of its shape, with token losses.
+
+    Without `head` it returns `final_hidden`.
+
+    Raises:
+        UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.
+    """
+    shape, model = pretrained.shape, copy.deepcopy(pretrained.modules)
+    with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
+        model.set_attn_implementation(attn_implementation(attention, shape.family))
+        model = with_token_losses(model)
+    shrink_on_meta(model, shape)
+    if pretrained.weights.int8:
+        store_as_int8(model, shape)
+    if not head:
+        model.register_module("lm_head", None)
+    return model
+
+
+def replace_parameters(
+    model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device
+) -> None:
+    """Replaces every parameter by the one that `make` returns for its name, once if it is tied, and moves buffers."""
+    made: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = make(
+                    f"{module_name}.{name}" if module_name else name, parameter
+                )
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -1,0 +1,18 @@
+"""Reads the attributes that ZeRO-3 sets on a parameter. It needs no DeepSpeed."""
+
+from torch import Tensor, nn
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Returns whether ZeRO-3 holds the parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def held(parameter: nn.Parameter) -> Tensor:
+    """Returns what this rank holds of a parameter: its shard under ZeRO-3, otherwise all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Returns the shape of the full parameter, sharded or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
