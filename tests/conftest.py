@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 # of all tests, child processes too
 TOKENS = tempfile.TemporaryDirectory(prefix="tokens-", ignore_cleanup_errors=True)

@@ -35,8 +35,8 @@ from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.benchmarks.running import make_parser, record
-from tests.numerics.driver import Job, build
-from tests.ranks import start_deepspeed
+from tests.support.driver import Job, build
+from tests.support.ranks import start_deepspeed
 
 Step = Callable[[int], object]  # makes a step, counted from 0
 PEFT, ZERO, OWN = "PEFT", "ZeRO-3, PEFT", "ZeRO-3, our trainer, fisher"

@@ -17,9 +17,9 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from tests.benchmarks.fault_table import RANKS, STEPS, Job, run_to_end
 from tests.benchmarks.running import ROOT, cpu_environment
-from tests.hf import callback_run
-from tests.integration.launching import on_ranks
-from tests.integration.resuming import write_run
+from tests.support import callback_run
+from tests.support.launching import on_ranks
+from tests.support.resuming import write_run
 
 EVERY, RECOVERY = 3, 4
 PLAIN: dict[str, dict[str, Any]] = {
@@ -122,7 +122,7 @@ class CallbackSuite(Suite):
     """A training in transformers' Trainer. The same command starts it and goes on with it."""
 
     def command(self, out: Path) -> list[str]:
-        return ["tests/hf/callback_run.py", str(self.folder / "material"), str(out)]
+        return ["tests/support/callback_run.py", str(self.folder / "material"), str(out)]
 
     def reached(self, job: Job) -> tuple[int, str | None]:
         return layout.numbered(job.out, "checkpoint")[-1], None

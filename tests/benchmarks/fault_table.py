@@ -13,8 +13,8 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
-from tests.integration.launching import fork_ranks
-from tests.refusals import Spoil, flip_bit
+from tests.support.launching import fork_ranks
+from tests.support.refusals import Spoil, flip_bit
 
 STEPS, RANKS = 12, 2
 STOPPED = "stopped at step"

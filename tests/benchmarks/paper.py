@@ -31,7 +31,7 @@ from tests.benchmarks.memory import Peak
 from tests.benchmarks.quality import digest
 from tests.benchmarks.quality_settings import PERCENTS
 from tests.benchmarks.running import RESULTS, record
-from tests.families import LLAMA_LINEARS
+from tests.support.families import LLAMA_LINEARS
 
 # beside the gradient of W
 OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}

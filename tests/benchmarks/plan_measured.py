@@ -27,9 +27,9 @@ from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser
 from tests.benchmarks.wide_layers import write_random_weights
 from tests.oracle.models import make_tiny_llama
-from tests.plan_cases import Case, planned_peak, run_beside_plan
-from tests.published import sizes_of
-from tests.ranks import start_deepspeed
+from tests.support.plan_cases import Case, planned_peak, run_beside_plan
+from tests.support.published import sizes_of
+from tests.support.ranks import start_deepspeed
 
 RESULT = RESULTS / "plan_measured.json"
 LOWEST, HIGHEST = 0.97, 1.15  # planned peaks, of the largest measured one

@@ -11,7 +11,7 @@ from typing import Any
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.report import hardware, versions
-from tests.integration.launching import on_ranks
+from tests.support.launching import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"

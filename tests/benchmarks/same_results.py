@@ -30,10 +30,10 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from transformers.utils.logging import disable_progress_bar
 
 from tests.benchmarks.running import ROOT, cpu_environment, make_parser
-from tests.families import SIZES, tiny_model
-from tests.integration.launching import write_text
-from tests.multimodal import multimodal
 from tests.oracle.models import make_tiny_llama, make_tokenizer
+from tests.support.families import SIZES, tiny_model
+from tests.support.launching import write_text
+from tests.support.multimodal import multimodal
 
 WORK = ROOT / "runs" / "same_results"
 RUN = "launch/run.py"  # of a checkout

@@ -32,9 +32,9 @@ from loraprune_ds.ranks.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
-from tests.integration.launching import on_ranks
-from tests.plan_cases import planned_peak
-from tests.published import sizes_of
+from tests.support.launching import on_ranks
+from tests.support.plan_cases import planned_peak
+from tests.support.published import sizes_of
 
 RESULT = RESULTS / "wide_layers.json"
 RANKS, LAYERS, VOCABULARY = 2, 2, 512

@@ -27,8 +27,8 @@ from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, start_ranks
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
-from tests.numerics.driver import Consecutive, ShardedTrainer, assemble, save
-from tests.paper import PAPER
+from tests.support.driver import Consecutive, ShardedTrainer, assemble, save
+from tests.support.paper import PAPER
 
 STEPS, WINDOW = 3, 16
 # step -> fraction of the decoder's linear parameters that is gone after it

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from loraprune_ds.files import read_json, write_json
-from tests.hf.results import check_results
-from tests.hf.trainers import run_example
-from tests.integration import resuming
-from tests.integration.bad_input import assert_refused
-from tests.integration.launching import ROOT, run_to_end
 from tests.oracle.models import make_tiny_llama
-from tests.ranks import RankPool
-from tests.refusals import edit_tensors
+from tests.support import resuming
+from tests.support.bad_input import assert_refused
+from tests.support.callback_results import check_results
+from tests.support.examples import DS_CONFIG, OPTIONS, WORDS
+from tests.support.launching import ROOT, run_to_end
+from tests.support.ranks import RankPool
+from tests.support.refusals import edit_tensors
+from tests.support.trainers import run_example
 
 SCRIPTS = {
     "sft.py": ("text",),
@@ -24,12 +25,7 @@ SCRIPTS = {
     "gkd.py": ("prompt",),
     "accelerate_loop.py": ("text",),
 }
-DS_CONFIG = "ds_configs/zero3.json"
-OPTIONS = f"""--ratio 0.3 --prune_every 2 --max_steps 5 --deepspeed {DS_CONFIG} --use_cpu true --bf16 false
---per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-3
---report_to tensorboard --logging_steps 1 --save_strategy no --disable_tqdm true"""
 LENGTHS = {"gkd.py": ["--max_completion_length", "16"], "accelerate_loop.py": []}
-WORDS = "the cat sat on a mat while it rained and the dog ran home".split()
 
 
 def write_rows(path: Path, fields: tuple[str, ...]) -> Path:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.hf import callback_run
-from tests.hf.test_trainer import REFIT, SAVES, Run, assert_same_course, resume_and_compare
-from tests.hf.trainers import WITHOUT, train_alone, train_with_callback
-from tests.numerics.driver import Job
-from tests.ranks import RankPool
+from tests.support import callback_run
+from tests.support.driver import Job
+from tests.support.ranks import RankPool
+from tests.support.trainer_runs import REFIT, SAVES, Run, assert_same_course, resume_and_compare
+from tests.support.trainers import WITHOUT, train_alone, train_with_callback
 
 
 @pytest.fixture(scope="module")

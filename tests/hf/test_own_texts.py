@@ -13,11 +13,11 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from loraprune_ds.files import read_json
 from loraprune_ds.report.records import read_history
-from tests.hf.test_examples import OPTIONS, WORDS
-from tests.hf.trainers import run_example
-from tests.integration.resuming import assert_equal_tensors
 from tests.oracle.models import make_tiny_llama
-from tests.ranks import RankPool
+from tests.support.examples import OPTIONS, WORDS
+from tests.support.ranks import RankPool
+from tests.support.resuming import assert_equal_tensors
+from tests.support.trainers import run_example
 
 TOKENS = 8  # of each text
 IDS = torch.arange(3, 35)[None]

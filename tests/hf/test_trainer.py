@@ -1,32 +1,32 @@
 """transformers' Trainer with the callback on both engines: equal to our own trainer, resumed bit by bit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from loraprune_ds.files import read_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.report.records import read_history
-from tests.hf import callback_run, trainers
-from tests.hf.results import LINEARS, kept_indices, load, weight
-from tests.hf.trainers import PLAIN, WITHOUT, Setup, train_alone, train_with_callback
-from tests.integration.resuming import assert_equal_tensors
-from tests.numerics.driver import Job, family_job
-from tests.ranks import RankPool
+from tests.support import callback_run, trainers
+from tests.support.callback_results import LINEARS, kept_indices, load, weight
+from tests.support.driver import Job, family_job
+from tests.support.ranks import RankPool
+from tests.support.resuming import assert_equal_tensors
+from tests.support.trainer_runs import (
+    PRUNE,
+    REFIT,
+    SAVES,
+    Run,
+    assert_same_course,
+    course,
+    resume_and_compare,
+)
+from tests.support.trainers import PLAIN, WITHOUT, Setup, train_alone, train_with_callback
 
-PRUNE = callback_run.PRUNE  # cuts after 3, 5 and 7
-REFIT = PRUNE | {
-    "criterion": "fisher",
-    "ranking": "global",
-    "normalize": "none",
-    "compensate": "least_squares",
-}
-SAVES = {"save_strategy": "steps", "save_steps": 2}
 COPY = "modules_to_save.default"  # where PEFT keeps the copy that trains
 
 
@@ -41,36 +41,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return callback_run.make_job(tmp_path_factory.mktemp("tiny"))
 
 
-def course(rows: list[dict[str, Any]]) -> list[Any]:
-    return [(row["loss"], row["norm"], row["rate"], row["tokens"], row["kept"]) for row in rows]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Holds what a training with the callback left: its rows, its last weights, and its folder with checkpoints."""
-
-    rows: list[dict[str, Any]]
-    weights: dict[str, Tensor]
-    out: Path
-
-
 @pytest.fixture(scope="module")
 def plain(
     ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
     out = tmp_path_factory.mktemp("plain")
     return Run(*ranks.run(2, train_with_callback, job, out, SAVES | engine)[0], out)
-
-
-def assert_same_course(
-    foreign: list[dict[str, Any]], own: list[dict[str, Any]], *, cuts: int
-) -> None:
-    assert sum(before["kept"] != after["kept"] for before, after in pairwise(own)) == cuts
-    for step, (ours, theirs) in enumerate(zip(own, foreign, strict=True), start=1):
-        # The sums of a batch's losses differ in their order: six digits of fp32.
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-6), step
-        assert theirs["norm"] == pytest.approx(ours["norm"], rel=1e-6), step
-        assert (theirs["kept"], theirs["tokens"]) == (ours["kept"], ours["tokens"]), step
 
 
 def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: Run) -> None:
@@ -197,23 +173,6 @@ def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
         [3, 5, 7],
         [4],
     )
-
-
-def resume_and_compare(
-    pool: RankPool,
-    job: Job,
-    run: Run,
-    out: Path,
-    step: int,
-    setup: Setup = PLAIN,
-    ranks: int = 2,
-    **more: Any,
-) -> None:
-    checkpoint = str(run.out / f"checkpoint-{step}")
-    again, resumed = pool.run(ranks, train_with_callback, job, out, more, checkpoint, setup)[0]
-    assert course(again) == course(run.rows[step:])
-    assert run.rows[step - 1]["kept"] != run.rows[-1]["kept"]
-    assert_equal_tensors(resumed, run.weights)
 
 
 def test_a_checkpoint_of_the_model_alone_goes_on_without_deepspeed_s_files(

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from tests.gguf_cases import byte_level_tokenizer
-from tests.integration.bad_input import make_material
-from tests.integration.finished_runs import GLOBAL, Case, run_config
-from tests.integration.launching import fork_ranks, write_config, write_text
 from tests.oracle.models import make_tiny_llama
+from tests.support.bad_input import make_material
+from tests.support.finished_runs import GLOBAL, Case, run_config
+from tests.support.gguf_cases import byte_level_tokenizer
+from tests.support.launching import fork_ranks, write_config, write_text
 
 VOCAB = 320
 

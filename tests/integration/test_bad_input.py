@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from tests.integration.bad_input import Make, arguments, assert_refused, copy_of_model, file_at
-from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
-from tests.refusals import edit, remove
+from tests.support.bad_input import Make, arguments, assert_refused, copy_of_model, file_at
+from tests.support.launching import ROOT, RUN, fork_ranks, run_to_end
+from tests.support.refusals import edit, remove
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model
-from tests.integration.launching import (
-    ROOT,
-    fork_ranks,
-    launch,
-    read_json,
-    write_config,
-    write_text,
-)
-from tests.ranks import RENAMED
-from tests.refusals import edit_tensors
+from tests.support.bad_input import STEPS, arguments, assert_refused, copy_of_model
+from tests.support.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
+from tests.support.ranks import RENAMED
+from tests.support.refusals import edit_tensors
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from tests.integration.launching import read_json
-from tests.integration.resuming import assert_same_run, config_for, run_here, write_run
-from tests.ranks import RankPool
+from tests.support.launching import read_json
+from tests.support.ranks import RankPool
+from tests.support.resuming import assert_same_run, config_for, run_here, write_run
 
 # A mixture of packed conversations and text: a run that stops and goes on ends as the other
 

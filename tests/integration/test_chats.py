@@ -9,9 +9,9 @@ from loraprune_ds.config import DataSource
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.data.tokens import read_chat
-from tests.integration.launching import ROOT, fork_ranks
-from tests.ranks import RankPool
-from tests.unit.test_chats import make_chat_model
+from tests.support.chat_model import make_chat_model
+from tests.support.launching import ROOT, fork_ranks
+from tests.support.ranks import RankPool
 
 CHATS = ROOT / "launch" / "chats.py"
 

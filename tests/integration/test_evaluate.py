@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.export.formats import export, find_source
-from tests.integration.bad_input import assert_refused
-from tests.integration.launching import ROOT, Ended, fork_ranks, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import must_name
+from tests.support.bad_input import assert_refused
+from tests.support.launching import ROOT, Ended, fork_ranks, on_ranks, read_json, run_to_end
+from tests.support.refusals import must_name
 
 EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"
 WINDOW, WINDOWS = 32, 21

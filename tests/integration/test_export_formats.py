@@ -21,11 +21,11 @@ from transformers import AutoTokenizer
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.pretrained.adapters import check_adapter
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.hf.results import load, logits
-from tests.integration.bad_input import assert_refused
-from tests.integration.launching import ROOT, Ended, fork_ranks, read_json, run_to_end
-from tests.integration.resuming import assert_equal_tensors, read_tensors
-from tests.refusals import edit
+from tests.support.bad_input import assert_refused
+from tests.support.callback_results import load, logits
+from tests.support.launching import ROOT, Ended, fork_ranks, read_json, run_to_end
+from tests.support.refusals import edit
+from tests.support.resuming import assert_equal_tensors, read_tensors
 
 EXPORT = ROOT / "launch" / "export.py"
 STEPS = 6

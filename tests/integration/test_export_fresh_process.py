@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from loraprune_ds.pretrained.exported_config import ExportedConfig
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.tokenizer import load_tokenizer
-from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
-from tests.gguf_cases import sentencepiece_tokenizer
 from tests.integration.heavy.results import record
-from tests.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
+from tests.support.export_cases import CASES, VOCAB, Case, cut, dense_model, export
+from tests.support.gguf_cases import sentencepiece_tokenizer
+from tests.support.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
 
 NEW_TOKENS = 8  # as in LOOK
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5

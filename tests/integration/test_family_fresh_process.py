@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES
-from tests.families import EQUAL, SIZES
-from tests.family_cuts import FEW, MANY, PROMPT, SOURCE, Export, difference, export
-from tests.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
+from tests.support.families import EQUAL, SIZES
+from tests.support.family_cuts import FEW, MANY, PROMPT, SOURCE, Export, difference, export
+from tests.support.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
 
 # of the logits' standard deviation: the same operations, possibly by other kernels
 TOLERANCE = 1e-5

@@ -20,11 +20,11 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
-from tests.hf.trainers import fresh_accelerate
-from tests.integration import kept_trainer, resuming
-from tests.integration.launching import ROOT
-from tests.ranks import RankPool
-from tests.refusals import flip_bit, must_name
+from tests.support import kept_trainer, resuming
+from tests.support.launching import ROOT
+from tests.support.ranks import RankPool
+from tests.support.refusals import flip_bit, must_name
+from tests.support.trainers import fresh_accelerate
 
 KEPT = ROOT / "tests" / f"format{FORMAT}"
 EXPECTED = read_json(KEPT / "expected.json")

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.integration.launching import ROOT, Ended, fork_ranks
-from tests.integration.resuming import losses, write_run
+from tests.support.launching import ROOT, Ended, fork_ranks
+from tests.support.resuming import losses, write_run
 
 RANKS, PER_NODE = 4, 2
 FFN = 93  # of the model that write_run makes

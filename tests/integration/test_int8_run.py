@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from loraprune_ds.model.frozen import SCALE, WEIGHT
-from tests.families import MIXTURES, families
-from tests.integration import resuming
-from tests.integration.resuming import assert_same_run, config_for, read_tensors, run_here
-from tests.ranks import RankPool
+from tests.support import resuming
+from tests.support.families import MIXTURES, families
+from tests.support.ranks import RankPool
+from tests.support.resuming import assert_same_run, config_for, read_tensors, run_here
 
 STEPS, CUTS, STOP_AT = 8, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from loraprune_ds.checkpoint.layout import numbered, step_folder, verify
-from tests.integration import launching
-from tests.integration.resuming import CUTS, STEPS, losses, write_run
+from tests.support import launching
+from tests.support.resuming import CUTS, STEPS, losses, write_run
 
 # A node that is lost ends the job on the others. Two launchers on this machine stand for two nodes
 

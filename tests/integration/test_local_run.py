@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.integration.launching import ROOT, clean_environment, read_json
-from tests.integration.resuming import (
+from tests.support.launching import ROOT, clean_environment, read_json
+from tests.support.ranks import RankPool
+from tests.support.resuming import (
     REFITS,
+    assert_close,
     assert_same_run,
     config_for,
     metrics,
@@ -17,8 +19,6 @@ from tests.integration.resuming import (
     run_here,
     write_run,
 )
-from tests.integration.test_resume import assert_close
-from tests.ranks import RankPool
 
 STEPS, CUTS = 8, [4, 6, 8]
 ALONE = "deepspeed=null"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from loraprune_ds.cli.plan import main
-from tests.integration.launching import ROOT, run_to_end
+from tests.support.launching import ROOT, run_to_end
 
 Plan = Callable[[str], int]
 

@@ -17,21 +17,21 @@ from safetensors.torch import load_file
 from loraprune_ds.checkpoint.layout import seal, write_manifest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.integration import resuming
-from tests.integration.launching import read_json
-from tests.integration.resuming import (
+from tests.support import resuming
+from tests.support.launching import read_json
+from tests.support.ranks import RankPool
+from tests.support.refusals import flip_bit, merge_into, refused
+from tests.support.resuming import (
     CUTS,
     STEPS,
     assert_bitwise,
+    assert_close,
     assert_same_run,
     contents,
     metrics,
     read_state,
 )
-from tests.ranks import RankPool
-from tests.refusals import flip_bit, merge_into, refused
 
-TOLERANCE = 1e-5
 NO_SAVES, REFIT = "checkpoint.every=null", "prune.compensate=least_squares"
 NO_DROPOUT = ("lora.lora_dropout=0", NO_SAVES)
 STOPS = [CUTS[0] - 1, CUTS[1], CUTS[-1] + 1]  # before a cut, at one, and after one
@@ -156,27 +156,6 @@ def test_other_micro_batches_on_fewer_ranks(
         again.config(*NO_DROPOUT, f"train.micro_batch_size={micro_batch_size}"), "auto", ranks=1
     )
     assert_close(again.out, no_dropout)
-
-
-def assert_close(out: Path, straight: Path, steps: int = STEPS) -> None:
-    found, expected = contents(out, steps), contents(straight, steps)
-    assert found.kept == expected.kept
-    # moments relative to the largest: they have gradients' units
-    for suffix in ("master", "exp_avg", "exp_avg_sq"):
-        names = [name for name in expected.lora if name.endswith(f".{suffix}")]
-        assert len(names) == 3 * 7 * 2
-        scale = (
-            1.0
-            if suffix == "master"
-            else max(float(expected.lora[name].abs().max()) for name in names)
-        )
-        assert (
-            max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in names)
-            < TOLERANCE * scale
-        ), suffix
-    for name, scores in expected.scores.items():
-        assert ((found.scores[name] - scores).abs() <= TOLERANCE * scores.abs()).all(), name
-    assert resuming.losses(out) == pytest.approx(resuming.losses(straight), abs=TOLERANCE)
 
 
 # Damaged, lost and foreign checkpoints

@@ -11,9 +11,10 @@ import pytest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pretrained import read_shape
-from tests.families import TINY, families
-from tests.integration import resuming
-from tests.integration.resuming import (
+from tests.support import resuming
+from tests.support.families import TINY, families
+from tests.support.ranks import RankPool
+from tests.support.resuming import (
     assert_same_run,
     config_for,
     contents,
@@ -22,7 +23,6 @@ from tests.integration.resuming import (
     write_family,
     write_run,
 )
-from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
 STEPS, STOP, WINDOW = 8, 5, 24

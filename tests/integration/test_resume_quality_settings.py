@@ -17,8 +17,10 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import drop_later_models
-from tests.integration import resuming
-from tests.integration.resuming import (
+from tests.support import resuming
+from tests.support.ranks import RankPool
+from tests.support.refusals import refused
+from tests.support.resuming import (
     assert_same_run,
     config_for,
     losses,
@@ -27,8 +29,6 @@ from tests.integration.resuming import (
     run_here,
     write_run,
 )
-from tests.ranks import RankPool
-from tests.refusals import refused
 
 STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is not sorted
 TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"

@@ -10,8 +10,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from tests.integration import finished_runs
-from tests.integration.finished_runs import (
+from tests.support import finished_runs
+from tests.support.finished_runs import (
     HEAD_DIM,
     LAYERS,
     NAMES,
@@ -21,7 +21,7 @@ from tests.integration.finished_runs import (
     nearest_rows,
     snapshot,
 )
-from tests.integration.launching import launch, read_json
+from tests.support.launching import launch, read_json
 
 CUTS = [3, 5]
 # Weights and kernels are the same, in fp32. A sum over 24 x 31 predictions of about 6 nats may be in another order.

@@ -13,10 +13,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import write_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.integration.resuming import config_for, metrics, read_tensors, run_here, write_run
-from tests.multimodal import load_whole, multimodal
-from tests.ranks import RankFailure, RankPool
-from tests.unit.test_mtp import add_head
+from tests.support.mtp_heads import add_head
+from tests.support.multimodal import load_whole, multimodal
+from tests.support.ranks import RankFailure, RankPool
+from tests.support.resuming import config_for, metrics, read_tensors, run_here, write_run
 
 STEPS = 6
 PROCESSOR = "preprocessor_config.json"

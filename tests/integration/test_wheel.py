@@ -11,8 +11,8 @@ from zipfile import ZipFile
 import pytest
 
 from loraprune_ds.arguments import COMMANDS
-from tests.integration.bad_input import assert_refused
-from tests.integration.launching import ROOT, Ended, read_json, run_to_end, write_text
+from tests.support.bad_input import assert_refused
+from tests.support.launching import ROOT, Ended, read_json, run_to_end, write_text
 
 SOURCES = ("pyproject.toml", "loraprune_ds", "launch", "ds_configs")
 

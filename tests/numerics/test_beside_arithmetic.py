@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
 from loraprune_ds.zero import params, sharded
 from loraprune_ds.zero.device import accelerator
-from tests.numerics.cutting import recorded_collectives
-from tests.numerics.driver import Job, ShardedTrainer, build, tiny_job
-from tests.ranks import RankPool
+from tests.support.cutting import recorded_collectives
+from tests.support.driver import Job, ShardedTrainer, build, tiny_job
+from tests.support.ranks import RankPool
 
 # The record of the modules' order outlives a cut, and equals a new recording
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from loraprune_ds.plan.stages import moment_bytes
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.compensate import measured_linears
-from tests.numerics import quality_settings
-from tests.numerics.driver import Job, family_job, tiny_job, train
-from tests.ranks import RankPool
+from tests.support import quality_settings
+from tests.support.driver import Job, family_job, tiny_job, train
+from tests.support.ranks import RankPool
 
 # MLP weights do not divide by 2 or 3
 LAYERS, KV_HEADS, QUERIES, HEAD_DIM, HIDDEN, FFN = 5, 5, 5, 4, 25, 61

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, partition_numel
-from tests.families import LLAMA_LINEARS
-from tests.numerics import cutting
-from tests.numerics.driver import Job, equal_scores, tiny_job
 from tests.oracle.formula import group_scores
-from tests.ranks import RankPool
+from tests.support import cutting
+from tests.support.driver import Job, equal_scores, tiny_job
+from tests.support.families import LLAMA_LINEARS
+from tests.support.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 6, 3, 8, 42, 61
 # elements at rank 4

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.numerics import quality_settings
-from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
-from tests.ranks import RankPool
+from tests.support import quality_settings
+from tests.support.driver import Job, dense_twin, first_batch, tiny_job
+from tests.support.ranks import RankPool
 
 WEIGHT, STEPS, SAMPLES = 0.5, 2, 12
 # In fp32 against fp64. The loss is about 5, whose last bit is 5e-7; gradients reach 0.3.

@@ -20,12 +20,12 @@ from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.zero import engine
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, release
-from tests.integration.launching import ROOT
-from tests.integration.resuming import assert_equal_tensors, config_for, run_here, write_run
-from tests.numerics import cutting, quality_settings
-from tests.numerics.driver import Job, build, tiny_job
-from tests.ranks import RankPool
-from tests.zero_bytes import state_tensors, weight_shards
+from tests.support import cutting, quality_settings
+from tests.support.driver import Job, build, tiny_job
+from tests.support.launching import ROOT
+from tests.support.ranks import RankPool
+from tests.support.resuming import assert_equal_tensors, config_for, run_here, write_run
+from tests.support.zero_bytes import state_tensors, weight_shards
 
 BASELINE = "zero3"
 OTHERS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != BASELINE)

@@ -1,6 +1,6 @@
 """Other families than LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
 
-The dense side (tests/unit/plain_training.py) runs in fp64, and in fp32 to learn what rounding alone does to such a
+The dense side (tests/support/plain_training.py) runs in fp64, and in fp32 to learn what rounding alone does to such a
 model, whose attention may be saturated. The sharded fp32 run may lie five times as far from fp64. FLOOR is for a run
 whose rounding happens to cancel.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.family import FAMILIES
-from tests.families import families, kinds
-from tests.numerics.driver import family_job, train
-from tests.paper import PAPER
-from tests.ranks import RankPool
-from tests.unit.plain_training import PlainRun
+from tests.support.driver import family_job, train
+from tests.support.families import families, kinds
+from tests.support.paper import PAPER
+from tests.support.plain_training import PlainRun
+from tests.support.ranks import RankPool
 
 FACTOR, FLOOR = 5, 1e-6
 STEPS = 6

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from tests.numerics import quality_settings
-from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
 from tests.oracle.formula import mask_fisher
-from tests.ranks import RankPool
+from tests.support import quality_settings
+from tests.support.driver import Job, dense_twin, first_batch, tiny_job
+from tests.support.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, SAMPLES = 15, 5, 4, 61, 2, 12
 # In fp32 against fp64. A sum of squares loses no digits, but a mask's own gradient is a sum whose terms cancel.

@@ -22,9 +22,9 @@ from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
-from tests.integration.resuming import config_for, write_run
-from tests.ranks import RankPool
-from tests.refusals import must_name, refused
+from tests.support.ranks import RankPool
+from tests.support.refusals import must_name, refused
+from tests.support.resuming import config_for, write_run
 
 SHORT = 1.0  # seconds
 

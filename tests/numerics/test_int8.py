@@ -11,16 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.config import ModelConfig
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.pretrained.weight_files import as_on_disk, write_weight_file
 from loraprune_ds.pruning.step import all_groups
-from tests.families import LLAMA_LINEARS, MIXED, MIXTURES, TINY, families
-from tests.integration.resuming import assert_equal_tensors
-from tests.numerics.cutting import whole_state
-from tests.numerics.driver import (
+from tests.support.cutting import whole_state
+from tests.support.driver import (
     Job,
     Outcome,
     assert_same_outcome,
@@ -29,8 +25,11 @@ from tests.numerics.driver import (
     tiny_job,
     train,
 )
-from tests.ranks import RankPool
-from tests.refusals import refused
+from tests.support.families import LLAMA_LINEARS, MIXED, MIXTURES, TINY, families
+from tests.support.int8_models import open_int8
+from tests.support.ranks import RankPool
+from tests.support.refusals import refused
+from tests.support.resuming import assert_equal_tensors
 
 STEPS = 6
 # A hidden axis of 72 has a short last block. 173 channels divide by no number of ranks.
@@ -46,11 +45,6 @@ CUT_LAYERS = (1, 2)
 
 
 # What the ranks do, and the model that they compute with
-
-
-def open_int8(folder: Path) -> PretrainedModel:
-    """Opens a model whose linears are to be held as int8."""
-    return open_for_pruning(folder, ModelConfig(frozen="int8"))
 
 
 def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:

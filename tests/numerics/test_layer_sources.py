@@ -14,8 +14,8 @@ from loraprune_ds.export.model_card import card_of_step
 from loraprune_ds.hf.layers import LiveModel
 from loraprune_ds.pretrained import weight_files
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.numerics.driver import Job, build, config_of, family_job, save, tiny_job
-from tests.ranks import RankPool
+from tests.support.driver import Job, build, config_of, family_job, save, tiny_job
+from tests.support.ranks import RankPool
 
 REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}
 

@@ -10,10 +10,10 @@ import torch
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.plan.costs import IN_GROUP
-from tests.families import EQUAL, TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
-from tests.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
-from tests.ranks import RankPool
+from tests.support.families import EQUAL, TINY, families, tiny_model
+from tests.support.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
+from tests.support.ranks import RankPool
 
 SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 61, "biases": True}
 

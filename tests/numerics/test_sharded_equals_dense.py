@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics.driver import Job, Outcome, assert_same_outcome, dense_twin, tiny_job, train
 from tests.oracle.dense_trainer import DenseTrainer, StepRecord
 from tests.oracle.formula import cut_gap
-from tests.ranks import RankPool
+from tests.support.driver import Job, Outcome, assert_same_outcome, dense_twin, tiny_job, train
+from tests.support.ranks import RankPool
 
 TOLERANCE = 1e-5
 STEPS = 10

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.integration.launching import ROOT, clean_environment, step_of
+from tests.support.launching import ROOT, clean_environment, step_of
 
 SCRIPT = Path(__file__).parent / "cluster.sh"
 SHIPPED = ROOT / "slurm"

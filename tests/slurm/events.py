@@ -20,10 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.benchmarks.running import RESULTS, make_parser, origin
-from tests.integration.finished_runs import snapshot
-from tests.integration.launching import read_json
 from tests.slurm.cluster import FOR_GOOD, ROOT, Job, obstacle, running_cluster
 from tests.slurm.lab import EVENTS, PATIENCE, RUN, Lab, Row, carry_out, event, said
+from tests.support.finished_runs import snapshot
+from tests.support.launching import read_json
 
 NODES = 3  # one more than a job takes, for the one that is lost
 SAVED = 5  # a step after which a checkpoint is there

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.report import report
-from tests.integration.launching import fork_ranks, read_json, within
-from tests.integration.resuming import write_run
 from tests.slurm.cluster import ROOT, Cluster, Job
+from tests.support.launching import fork_ranks, read_json, within
+from tests.support.resuming import write_run
 
 PATIENCE = 900.0  # seconds; the machine may be busy with other things
 RUN: dict[str, dict[str, Any]] = {

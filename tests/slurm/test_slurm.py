@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.resuming import losses
 from tests.slurm.cluster import SHIPPED, obstacle, running_cluster
 from tests.slurm.lab import Lab, Row
+from tests.support.resuming import losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 TIMEOUT = 600.0  # for what takes 40 s on an idle machine

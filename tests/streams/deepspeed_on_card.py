@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from loraprune_ds.ranks import device
-from tests.ranks import RENAMED, start_deepspeed
 from tests.streams import virtual_card as card
 from tests.streams.detector import READ, WRITE
 from tests.streams.virtual_card import CARD, DETECTOR
+from tests.support.ranks import RENAMED, start_deepspeed
 
 # Which arguments they read, and which they write.
 COLLECTIVES = {

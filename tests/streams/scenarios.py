@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds import PruneConfig, Pruning
 from loraprune_ds.zero.device import accelerator
-from tests.numerics.driver import Job, build, tiny_job
-from tests.paper import PAPER
 from tests.streams.detector import Access
 from tests.streams.virtual_card import watching
+from tests.support.driver import Job, build, tiny_job
+from tests.support.paper import PAPER
 
 STEPS = 3  # the second one ends with a refit and a cut
 PRUNE = PAPER | {"ratio": 0.4, "prune_every": 2, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import RankPool
 from tests.streams.deepspeed_on_card import start_on_card
 from tests.streams.scenarios import make_job, prune_alone, prune_mended, prune_outside, watch
+from tests.support.ranks import RankPool
 
 GATHER = "partition_parameters.py _all_gather_dtype"
 # zero/README.md

@@ -22,9 +22,9 @@ from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained import adapters as adapters_on_disk
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import Tap
-from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
-from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate
+from tests.support.families import LLAMA_LINEARS
+from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate
 
 CONFIG = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0)
 LAYERS = 2

@@ -25,8 +25,8 @@ from loraprune_ds.generate.writer import Writer
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from tests.oracle.models import make_tiny_llama, make_tokenizer
-from tests.refusals import must_name
-from tests.unit.test_evaluate_compare import EVALUATION
+from tests.support.evaluations import EVALUATION
+from tests.support.refusals import must_name
 
 SIZES: dict[str, Any] = {
     "heads": 2,

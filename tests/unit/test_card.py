@@ -15,11 +15,11 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.frozen import Int8, Int8Linear
-from tests.families import SIZES, tiny_model
-from tests.numerics.driver import random_lora
 from tests.oracle.models import make_batches
 from tests.streams.virtual_card import CARD, CPU, device_of, is_card, watching
-from tests.unit.plain_training import Batch, PlainRun
+from tests.support.driver import random_lora
+from tests.support.families import SIZES, tiny_model
+from tests.support.plain_training import Batch, PlainRun
 
 SAMPLES, WINDOW, PADDED = 6, 12, 3  # tokens at the end of every second sample
 REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}

@@ -19,9 +19,8 @@ from loraprune_ds.pretrained.tokenizer import Starts, load_tokenizer
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.tokens import Chat, ChatTemplate, read_chat
-from tests.refusals import must_name
-from tests.unit.test_data import numbers
-from tests.unit.test_data_load import write_json
+from tests.support.refusals import must_name
+from tests.support.texts import numbers, write_json
 
 CHATML = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}

@@ -13,7 +13,6 @@ from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from loraprune_ds.chats import collect as chats
@@ -30,22 +29,10 @@ from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.generate.sampling import Sampling, Text, Tick, extend, extend_by_vllm, leave_one
 from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
-from tests.oracle.models import make_tiny_llama
-from tests.refusals import must_name
+from tests.support.chat_model import BOS, END, TEMPLATE, make_chat_model
+from tests.support.refusals import must_name
 
-BOS, END = 1, 2
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
 HOW = Sampling(max_new_tokens=11, temperature=0.8, top_p=0.9, eos_token_id=[END])
-
-
-def make_chat_model(folder: Path) -> Path:
-    """Makes a random chat model, most of whose texts end by themselves."""
-    make_tiny_llama(folder, vocab=259)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][END] *= 2.5
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
 
 
 @pytest.fixture(scope="module")

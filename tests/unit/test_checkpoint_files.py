@@ -27,7 +27,15 @@ from loraprune_ds.pretrained import weight_files
 from loraprune_ds.pretrained.weight_files import read_samples
 from loraprune_ds.ranks.comm import Communicator
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import Spoil, edit, edit_tensors, flip_bit, merge_into, must_name, refused
+from tests.support.refusals import (
+    Spoil,
+    edit,
+    edit_tensors,
+    flip_bit,
+    merge_into,
+    must_name,
+    refused,
+)
 
 
 def make_state(step: int, **changes: Any) -> layout.RunState:

@@ -28,9 +28,9 @@ from loraprune_ds.ranks.job import (
     launcher_command,
     srun_ranks,
 )
-from tests.integration.launching import ROOT, run_to_end
-from tests.ranks import RankPool
-from tests.refusals import must_name
+from tests.support.launching import ROOT, run_to_end
+from tests.support.ranks import RankPool
+from tests.support.refusals import must_name
 
 BLOCKED = """
 import threading, time, torch

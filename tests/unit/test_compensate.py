@@ -7,7 +7,7 @@ from torch import Tensor
 from loraprune_ds.pruning import compensate
 from loraprune_ds.pruning.compensate import add_half, half_of_product, numel_sent, refit
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from tests.refusals import must_name
+from tests.support.refusals import must_name
 
 OUT, IN, TOKENS = 7, 12, 40
 

@@ -8,8 +8,8 @@ import yaml
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import config_from_dict, config_value, read_config
-from tests.integration.launching import ROOT
-from tests.refusals import must_name, refused
+from tests.support.launching import ROOT
+from tests.support.refusals import must_name, refused
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
 PACKED_BY_FLASH = (

@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -17,6 +15,7 @@ from loraprune_ds.train.data.samples import (
     seed_dropout,
     starts_of,
 )
+from tests.support.texts import BOS, EOS, make_tokenizer, numbers, words
 
 
 def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = None) -> Samples:
@@ -26,10 +25,6 @@ def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = N
         for name, each in rows.items()
     }
     return Samples(columns, starts_of(torch.tensor([len(row) for row in ids])), window)
-
-
-def numbers(*indices: int) -> Tensor:
-    return torch.tensor(indices)
 
 
 def test_ragged_rows_are_padded_to_the_longest_of_a_batch_in_steps_of_8() -> None:
@@ -114,25 +109,6 @@ def test_every_step_micro_batch_and_seed_draws_its_own_dropout() -> None:
 
 
 # From texts to tokens, with tokenizers that add BOS, EOS, both or neither
-
-BOS, EOS = 1, 2
-WORDS = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": 10 + i for i in range(1, 60)}
-
-
-def make_tokenizer(*, template: str = "$A", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """One token per word: w1 is 11, w2 is 12, ..."""
-    core = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>"
-    )
-
-
-def words(first: int, last: int) -> str:
-    return " ".join(f"w{i}" for i in range(first, last + 1))
 
 
 def rows(samples: Samples) -> tuple[list[list[int]], list[list[int]]]:

@@ -13,9 +13,8 @@ from loraprune_ds.pretrained.tokenizer import Starts
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples
-from tests.refusals import must_name
-from tests.unit.test_data import make_tokenizer
-from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
+from tests.support.refusals import must_name
+from tests.support.texts import INSTRUCTIONS, documents, make_tokenizer, write_json
 
 TOKENIZER, NO_STARTS = make_tokenizer(), Starts()
 

@@ -1,6 +1,5 @@
 """Samples and held-out text of `data.path`: every kind of source, and every way to get it wrong."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +13,17 @@ from loraprune_ds.pretrained.tokenizer import Starts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.sources import at_commits, read_rows, resolve_commits
-from tests.refusals import must_name
-from tests.unit.test_data import make_tokenizer, numbers, words
+from tests.support.refusals import must_name
+from tests.support.texts import (
+    INSTRUCTIONS,
+    WINDOW,
+    documents,
+    make_tokenizer,
+    numbers,
+    words,
+    write_json,
+)
 
-WINDOW = 4
 TOKENIZER = make_tokenizer()
 
 
@@ -32,23 +38,6 @@ def tuned_on(data: LoadedData) -> set[int]:
 
 def held_out_ids(data: LoadedData) -> set[int]:
     return set(TOKENIZER(data.held_out)["input_ids"])
-
-
-def write_json(path: Path, rows: list[Any]) -> Path:
-    lines = [json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else f"[{', '.join(lines)}]")
-    return path
-
-
-def documents(count: int) -> list[dict[str, str]]:
-    """Document i is the word w(i+1), four times; all are of one length."""
-    return [{"text": f"w{i + 1}".ljust(4) * WINDOW} for i in range(count)]
-
-
-INPUTS = [f"w{i + 20}" if i % 2 == 0 else "" for i in range(10)]
-INSTRUCTIONS = [
-    {"instruction": f"w{i}", "input": x, "response": "w50"} for i, x in enumerate(INPUTS)
-]
 
 
 # Where text comes from

@@ -29,10 +29,9 @@ from loraprune_ds.train.data.samples import (
 )
 from loraprune_ds.train.data.sources import read_rows
 from tests.benchmarks.chats import PROMPTS
-from tests.families import TINY, tiny_model
-from tests.refusals import must_name
-from tests.unit.test_data import make_tokenizer, numbers
-from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
+from tests.support.families import TINY, tiny_model
+from tests.support.refusals import must_name
+from tests.support.texts import INSTRUCTIONS, documents, make_tokenizer, numbers, write_json
 
 WINDOW = 24
 LENGTHS = [5, 17, 9, 24, 3, 11, 7, 2]

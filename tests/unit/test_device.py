@@ -28,8 +28,8 @@ from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.zero import engine, params
 from loraprune_ds.zero.engine import check_device
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
-from tests.integration.launching import write_config
-from tests.unit.shapes_and_scores import make_shape
+from tests.support.launching import write_config
+from tests.support.shapes_and_scores import make_shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -11,12 +11,12 @@ import pytest
 import loraprune_ds
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.files import read_json
-from tests import family_table, settings_table
 from tests.integration.heavy.families import VLLM
 from tests.integration.heavy.results import FILE
-from tests.integration.heavy.test_llama_cpp import PHI3
-from tests.integration.launching import ROOT
-from tests.settings_table import settings
+from tests.support import family_table, settings_table
+from tests.support.gguf_cases import PHI3
+from tests.support.launching import ROOT
+from tests.support.settings_table import settings
 
 PACKAGE = ROOT / "loraprune_ds"
 FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm", "tests")]

@@ -25,10 +25,10 @@ from loraprune_ds.zero.ds_config import (
     bucket_numel,
     resolve_ds_config,
 )
-from tests.families import MIXTURES, tiny_config
-from tests.integration.launching import ROOT
-from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B, make_shape
+from tests.support.families import MIXTURES, tiny_config
+from tests.support.launching import ROOT
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import LLAMA_7B, make_shape
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 SHAPE = make_shape([(4, 40)] * 3)

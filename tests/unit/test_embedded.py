@@ -19,9 +19,9 @@ from loraprune_ds.pretrained import sources
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.sources import embedded_model_dir, embedded_text
 from loraprune_ds.pretrained.tokenizer import load_tokenizer
-from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import must_name
+from tests.support.gguf_cases import byte_level_tokenizer
+from tests.support.refusals import must_name
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ from loraprune_ds.cli.compare import (
     draw_comparison,
     read_results,
 )
-from tests.refusals import must_name
+from tests.support.evaluations import EVALUATION
+from tests.support.refusals import must_name
 
 
 def run_report(
@@ -43,22 +44,6 @@ def run_report(
             "evaluate": {"window": 128, "max_windows": 64, "batch_size": 8, "every": None},
         },
     }
-
-
-EVALUATION = {
-    "perplexity": 60.0,
-    "method": None,
-    "dtype": "float32",
-    "cost": {"parameters": 750},
-    "removed_fraction": 0.25,
-    "tasks": {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}},
-    "dense": {
-        "perplexity": 50.0,
-        "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}},
-    },
-    "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
-    "protocol": {"window": 128, "max_windows": None},
-}
 
 
 def written(share: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.evaluate.settings import EvaluationSettings, TaskSettings
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks
 from loraprune_ds.files import read_text
-from tests.refusals import must_name
+from tests.support.refusals import must_name
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
 needs_lm_eval = pytest.mark.skipif(

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.generate.models import choose_dtype, find_model, load_model, open_result
-from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
-from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
+from tests.support.export_cases import CASES, VOCAB, dense_model, export, exported_config
+from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
 
 CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")

@@ -24,9 +24,9 @@ from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.perplexity import Perplexity
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from tests.export_cases import CASES, Case, dense_model, exported_config
-from tests.families import tiny_config
-from tests.published import sizes_of
+from tests.support.export_cases import CASES, Case, dense_model, exported_config
+from tests.support.families import tiny_config
+from tests.support.published import sizes_of
 
 SMOLLM = sizes_of("llama", 576, 1536, 30, 9, num_key_value_heads=3, head_dim=64, vocab_size=49152)
 SMOLLM |= {"tie_word_embeddings": True}

@@ -21,14 +21,21 @@ from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
-from tests.families import tiny_model
-from tests.family_cuts import PROMPT, dense, difference, find_experts, find_router, sparse_layers
 from tests.oracle.models import make_batches
-from tests.paper import PAPER
-from tests.refusals import must_name
-from tests.unit.plain_training import PlainRun, fresh_lora
-from tests.unit.shapes_and_scores import keep_at_end
-from tests.unit.test_experts import KINDS, TOLERANCE, factors
+from tests.support.expert_factors import KINDS, TOLERANCE, factors
+from tests.support.families import tiny_model
+from tests.support.family_cuts import (
+    PROMPT,
+    dense,
+    difference,
+    find_experts,
+    find_router,
+    sparse_layers,
+)
+from tests.support.paper import PAPER
+from tests.support.plain_training import PlainRun, fresh_lora
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import keep_at_end
 
 
 def find_stock(model: nn.Module, layer: int) -> Any:

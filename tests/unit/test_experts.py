@@ -22,24 +22,28 @@ from loraprune_ds.export.formats import _adapter_config
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft
-from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.shape import active_numel
 from loraprune_ds.pretrained.adapters import check_adapter, load_adapter
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.target import resolve
-from tests.families import tiny_model
-from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened, sparse_layers
-from tests.published import MIXTURES
-from tests.refusals import must_name
+from tests.support.expert_factors import KINDS, TOLERANCE
+from tests.support.families import tiny_model
+from tests.support.family_cuts import (
+    PROMPT,
+    Network,
+    dense,
+    difference,
+    draw,
+    reopened,
+    sparse_layers,
+)
+from tests.support.published import MIXTURES
+from tests.support.refusals import must_name
 
-KINDS = tuple(name for name, family in FAMILIES.items() if family.has_experts)
 # Tensors on disk that hold all experts of a layer.
 IN_ONE = {"gpt_oss": 4, "granitemoe": 2, "gemma4_text": 2, "mistral4": 2}
-# sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
-TOLERANCE = 1e-5
 
 
 def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -150,12 +154,6 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
     must_name(f"{name}_blocks MXFP4 Mxfp4Config", open_pretrained, tmp_path)
-
-
-def factors(experts: int, rows: int, columns: int, r: int) -> LoraFactors:
-    generator = torch.Generator().manual_seed(4)
-    sizes = ((experts * r, columns), (experts * rows, r)) * 2
-    return LoraFactors(*(torch.randn(size, generator=generator) for size in sizes), scaling=2.0)
 
 
 @pytest.mark.parametrize("family", KINDS)

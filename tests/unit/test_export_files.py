@@ -15,11 +15,11 @@ from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.weight_files import write_index, write_weight_file
-from tests.export_cases import CASES, dense_model, exported_config, model_card
-from tests.families import tiny_model
 from tests.oracle.models import make_tokenizer
-from tests.published import sizes_of
-from tests.refusals import must_name
+from tests.support.export_cases import CASES, dense_model, exported_config, model_card
+from tests.support.families import tiny_model
+from tests.support.published import sizes_of
+from tests.support.refusals import must_name
 
 MHA = CASES[0]
 

@@ -13,9 +13,9 @@ from huggingface_hub import HfApi
 
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.export.model_card import check_push, write_model_index
-from tests.export_cases import CASES, dense_model, export
-from tests.integration.launching import ROOT
-from tests.refusals import must_name
+from tests.support.export_cases import CASES, dense_model, export
+from tests.support.launching import ROOT
+from tests.support.refusals import must_name
 
 TOKEN = "hf_of_the_test"
 REPORT = {

@@ -15,8 +15,17 @@ from loraprune_ds.model.groups import LayerCounts, Run, TensorSpec
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from tests.families import CAUSAL, EQUAL, SIZES, changed, kinds, layers_with, marks, tiny_config
-from tests.refusals import must_name
+from tests.support.families import (
+    CAUSAL,
+    EQUAL,
+    SIZES,
+    changed,
+    kinds,
+    layers_with,
+    marks,
+    tiny_config,
+)
+from tests.support.refusals import must_name
 
 # Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
 DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)

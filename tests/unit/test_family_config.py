@@ -11,7 +11,7 @@ from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from tests.families import CAUSAL, EQUAL, SIZES, layers_with, tiny_config
+from tests.support.families import CAUSAL, EQUAL, SIZES, layers_with, tiny_config
 
 COUNTS = {
     "num_attention_heads",

@@ -11,9 +11,9 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pretrained.fewer_layers import drop_layers
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from tests.families import SIZES, TINY, tiny_model
-from tests.family_cuts import difference, logits, reopened
-from tests.refusals import must_name
+from tests.support.families import SIZES, TINY, tiny_model
+from tests.support.family_cuts import difference, logits, reopened
+from tests.support.refusals import must_name
 
 # one of each sort. The tolerance and its reason are those of test_family_proof.py
 DROPPED, TOLERANCE = (1, 4), 1e-5

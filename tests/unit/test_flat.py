@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, owned_range, partition_numel
 from loraprune_ds.zero.cut import reshard
-from tests.zero_bytes import elements_sent
+from tests.support.zero_bytes import elements_sent
 
 
 @dataclass(frozen=True)

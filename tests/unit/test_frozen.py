@@ -26,10 +26,10 @@ from loraprune_ds.model.frozen import (
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import needed_scales
-from tests.families import tiny_model
-from tests.family_cuts import FEW, MANY, draw
-from tests.numerics.test_int8 import open_int8
-from tests.refusals import must_name
+from tests.support.families import tiny_model
+from tests.support.family_cuts import FEW, MANY, draw
+from tests.support.int8_models import open_int8
+from tests.support.refusals import must_name
 
 SHAPES = [(130, 70), (70, 33), (31, 100), (1, 5), (BLOCK, BLOCK)]
 forms = pytest.mark.parametrize("form", [Int8(0), Int8(1)], ids=["rows are cut", "columns are cut"])

@@ -25,8 +25,8 @@ from loraprune_ds.report.records import MetricsLog
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train.output import OutputFolder
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import full_disk
-from tests.unit.run_records import step_record
+from tests.support.refusals import full_disk
+from tests.support.run_records import step_record
 from tests.unit.test_output import run_status
 
 Act = Callable[[Path], object]  # in a folder

@@ -17,9 +17,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loraprune_ds.export.gguf import llama3_factors, write_gguf
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
-from tests.gguf_cases import byte_level_tokenizer
-from tests.refusals import edit, edit_tensors, must_name
+from tests.support.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
+from tests.support.gguf_cases import byte_level_tokenizer, tensors_of, value
+from tests.support.refusals import edit, edit_tensors, must_name
 
 FACTORS = "rope_freqs.weight"
 
@@ -44,21 +44,12 @@ def convert(model: Path, out: Path, precision: Any = "f16") -> tuple[GGUFReader,
     return GGUFReader(out), remarks
 
 
-def tensors_of(model: Path) -> dict[str, Tensor]:
-    return {name: t for path in model.glob("*.safetensors") for name, t in load_file(path).items()}
-
-
 def named_as_in_llama_cpp(model: Path) -> dict[str | None, Tensor]:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, 100)
     return {
         names.get_name(name, (".weight", ".bias")): tensor
         for name, tensor in tensors_of(model).items()
     }
-
-
-def value(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
 
 
 def wanted_values(name: str, expected: dict[str | None, Tensor], head_dim: int) -> np.ndarray:

@@ -13,12 +13,11 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.pretrained.read_shape import read_model
 from loraprune_ds.pretrained.weights import ModelWeights
-from tests.export_cases import LINEAR, VOCAB
-from tests.families import YARN, is_seq2seq, tiny_config
-from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import GROUPS, deep, serve
-from tests.refusals import must_name
-from tests.unit.test_gguf import tensors_of, value
+from tests.support.export_cases import LINEAR, VOCAB
+from tests.support.families import YARN, is_seq2seq, tiny_config
+from tests.support.gguf_cases import byte_level_tokenizer, tensors_of, value
+from tests.support.refusals import must_name
 
 pytestmark = pytest.mark.usefixtures("fresh_transformers")
 Tensors = dict[str, np.ndarray]

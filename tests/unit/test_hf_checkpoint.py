@@ -17,7 +17,7 @@ from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.zero.sharded import ShardedModel
-from tests.refusals import must_name
+from tests.support.refusals import must_name
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)

@@ -29,8 +29,8 @@ from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.zero.external_engine import share_model
-from tests.families import LLAMA_LINEARS, tiny_model
-from tests.refusals import must_name
+from tests.support.families import LLAMA_LINEARS, tiny_model
+from tests.support.refusals import must_name
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,

@@ -16,7 +16,7 @@ from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.zero.params import owned_flat
 from tests.oracle import formula
-from tests.unit.shapes_and_scores import make_shape
+from tests.support.shapes_and_scores import make_shape
 
 # Elements
 

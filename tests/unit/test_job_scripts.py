@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import State, Status, write_status
 from slurm import preflight
-from tests.integration.launching import ROOT, free_port, run_to_end
+from tests.support.launching import ROOT, free_port, run_to_end
 
 RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"
 SITE = """

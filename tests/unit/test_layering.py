@@ -16,8 +16,8 @@ import pytest
 import loraprune_ds
 from loraprune_ds.zero import private
 from loraprune_ds.zero.private import check_private_attributes
-from tests.integration.launching import ROOT
-from tests.refusals import refused
+from tests.support.launching import ROOT
+from tests.support.refusals import refused
 
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400

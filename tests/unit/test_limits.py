@@ -14,11 +14,11 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
 from loraprune_ds.pruning.target import resolve
-from tests.families import tiny_config
-from tests.paper import PAPER
-from tests.published import PUBLISHED
-from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import (
+from tests.support.families import tiny_config
+from tests.support.paper import PAPER
+from tests.support.published import PUBLISHED
+from tests.support.refusals import must_name, refused
+from tests.support.shapes_and_scores import (
     SMOLLM2,
     gone,
     keep_at_end,

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,21 +13,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn, optim
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds import PruneConfig, Pruning, linear_names
-from loraprune_ds.report.records import StepRecord
-from tests.integration.launching import ROOT
-from tests.oracle.models import make_batches, make_tiny_llama
-from tests.paper import PAPER
-from tests.refusals import must_name
-
-PRUNE = PruneConfig(**PAPER | {"ratio": 0.2, "prune_every": 2, "channel_multiple": 1})
-STEPS = 5  # cuts after 2 and 4
-Make = Callable[..., optim.Optimizer]
-Rows = list[tuple[list[Any], list[Any]]]  # per step: scores, kept groups
+from loraprune_ds import Pruning
+from tests.oracle.models import make_tiny_llama
+from tests.support.launching import ROOT
+from tests.support.local_training import PRUNE, STEPS, Make, Rows, make_model, train
+from tests.support.refusals import must_name
 
 
 @pytest.fixture(scope="module")
@@ -36,58 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(
         tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=32, ffn=48, layers=3, vocab=97
     )
-
-
-def make_model(folder: Path, r: int = 4) -> Any:
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(
-        base, LoraConfig(r=r, target_modules=linear_names(base), init_lora_weights=False)
-    )
-
-
-def train(
-    model: Any,
-    make: Make = optim.SGD,
-    lr: float = 0.0,
-    scale: float = 0.0,
-    parts: int = 1,
-    **at: Any,
-) -> tuple[Rows, Any, list[StepRecord]]:
-    """Trains on the same batches. At a rate of 0 only cuts change weights. `at`: settings of pruning, and more."""
-    optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
-    scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
-    cast(Any, optimizer).scaler = scaler
-    prune = replace(
-        PRUNE,
-        **{key: value for key, value in at.items() if key in PruneConfig.__dataclass_fields__},
-    )
-    pruning, rows = Pruning(model.train(), optimizer, prune, STEPS), Rows()
-    for step, (ids, _) in enumerate(
-        make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1
-    ):
-        pruning.begin_step()
-        share = math.inf if step == at.get("overflow") else 1 / parts
-        for part in ids.chunk(parts):
-            # its graph lives on during a cut
-            loss = scaler.scale(model(input_ids=part, labels=part).loss * share)
-            loss.backward()
-        if at.get("clip"):
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, 1e-3)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        pruning.end_step()
-        scores = [x for layer in pruning.pruner.average.scores or [] for x in layer.values()]
-        kept = [x.tolist() for layer in pruning.pruner.kept_of_dense for x in layer.values()]
-        rows.append((scores, kept))
-    pruning.close()
-    if out := at.get("out"):
-        pruning.save_model(
-            out, AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path)
-        )
-    return rows, optimizer, pruning.recorder.history.steps
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +222,7 @@ WITHOUT_DEEPSPEED = """
 import json, sys
 sys.modules["deepspeed"] = None  # makes an import fail
 from pathlib import Path
-from tests.unit.test_local import make_model, train
+from tests.support.local_training import make_model, train
 from loraprune_ds import LoraPruneCallback
 from loraprune_ds.cli import compare, evaluate, export, plan, run
 dense, out = map(Path, sys.argv[1:])

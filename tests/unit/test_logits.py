@@ -22,8 +22,9 @@ from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, o
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.families import is_seq2seq, tiny_config, tiny_model
-from tests.refusals import must_name
+from tests.support.families import is_seq2seq, tiny_config, tiny_model
+from tests.support.refusals import must_name
+from tests.support.tolerances import worst
 
 # Both sides are fp32, from the same hidden states. A logit is a sum of 60 products, a softmax one of 97, and a gradient
 # one of 97 again. Each is rounded to 6e-8, in another order. The largest error found is 1e-6 of the largest element.
@@ -53,12 +54,6 @@ def losses_and_gradient(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Ten
         else given.sum() / int((inputs["labels"][:, 1:] >= 0).sum())
     )
     return loss.detach(), torch.autograd.grad(loss, read[0])[0]
-
-
-def worst(found: Tensor, expected: Tensor) -> float:
-    """Returns the largest error relative to the largest element. Other elements can be zero but for rounding."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("family", DECODERS)

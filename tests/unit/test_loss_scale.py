@@ -15,7 +15,7 @@ from loraprune_ds.config_types import Dtype
 from loraprune_ds.engine.optimizer import learning_rate_factor
 from loraprune_ds.pruning.steps import can_update
 from loraprune_ds.zero.engine import ShardedEngine
-from tests.refusals import must_name
+from tests.support.refusals import must_name
 
 ALL: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")
 FINE = [1.0, 2.0, 1e300]

@@ -8,22 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import mask_gradients, sum_of_squares
-from tests.families import SIZES, tiny_model
-from tests.numerics.driver import random_lora
 from tests.oracle.formula import mask_fisher
 from tests.oracle.models import make_batches
-from tests.unit.plain_training import Batch, PlainRun
+from tests.support.driver import random_lora
+from tests.support.families import SIZES, tiny_model
+from tests.support.mask_gradient_settings import PRUNE
+from tests.support.plain_training import Batch, PlainRun
 
-UNCHANGED: Any = {
-    "ranking": "uniform",
-    "normalize": "none",
-    "compensate": "none",
-    "moving_average": 0.0,
-}
-PRUNE = PruneConfig(**UNCHANGED, ratio=0.3, protected_first=0, channel_multiple=1)
 # Both sides are in fp64, but norms, rotary angles and some softmaxes are in fp32. The package sums in fp32.
 TOLERANCE = 1e-5
 QUERY_HEADS = {"gemma": (5, 1), "glm4": (10, 2)}  # of all key-value heads, and these

@@ -25,8 +25,8 @@ from loraprune_ds.report.records import (
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train import recorder
 from loraprune_ds.train.recorder import ProgressDisplay
-from tests.refusals import must_name
-from tests.unit.run_records import cut_record, small_run, step_record
+from tests.support.refusals import must_name
+from tests.support.run_records import cut_record, small_run, step_record
 
 RUN = small_run()
 FOREIGN = '{"kind": "evaluation", "step": 1, "name": "pruned", "perplexity": "low", "tokens": 1, "windows": 1}'

@@ -13,21 +13,20 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from loraprune_ds.export import formats
 from loraprune_ds.export.formats import find_source
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.classes import causal_lm_class, config_object, decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.groups import QUERY_HEADS, LayerKeep
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.weight_files import INDEX_FILE
-from tests.families import SIZES, tiny_model
-from tests.family_cuts import (
+from tests.support.families import SIZES, tiny_model
+from tests.support.family_cuts import (
     FEW,
     MANY,
     cut_and_export,
@@ -37,15 +36,12 @@ from tests.family_cuts import (
     reopened,
     with_lora,
 )
-from tests.integration.resuming import read_tensors
-from tests.multimodal import load_whole, multimodal
-from tests.refusals import edit, must_name
-from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
+from tests.support.masking import MATTERS, TOLERANCE, mask
+from tests.support.mtp_heads import HEADS, OTHERS, add_head, as_head
+from tests.support.multimodal import load_whole, multimodal
+from tests.support.refusals import edit, must_name
+from tests.support.resuming import read_tensors
 
-HIDDEN, HEADS = SIZES["hidden_size"], SIZES["num_key_value_heads"]
-OTHERS = {"fc": (HIDDEN, 2 * HIDDEN), "norm": (HIDDEN,), "pre_fc_norm_embedding": (HIDDEN,)}
-OTHERS |= {"pre_fc_norm_hidden": (HIDDEN,)}
-EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 FIELD = "mtp_num_hidden_layers"
 ONE: dict[str, Any] = {FIELD: 1}
 NEXT = "qwen3_next"  # is published without the field
@@ -58,42 +54,6 @@ CASES = [
     ("qwen3_5", 1, False, 5),
 ]
 CASES += [("qwen3_5_text", 1, False, 2)]
-
-
-def as_head(config: dict[str, Any], count: int) -> dict[str, Any]:
-    """Describes a causal LM that has only layers for further tokens."""
-    return config | {"num_hidden_layers": count, "layer_types": ["full_attention"] * count}
-
-
-def make_head(config: dict[str, Any], count: int) -> PreTrainedModel:
-    torch.manual_seed(7)
-    model: Any = causal_lm_class(config["model_type"])
-    model = model._from_config(config_object(as_head(config, count)), **EAGER).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape).mul(0.25).bfloat16().float()
-    return model
-
-
-def add_head(folder: Path, count: int, *, fused: bool = False) -> PreTrainedModel:
-    """Puts layers for further tokens in bf16 beside the tensors of a model. Returns them."""
-    head = make_head(open_pretrained(folder).config, count)
-    head.save_pretrained(folder / "head")
-    layers = load_file(folder / "head" / "model.safetensors")
-    if fused:
-        layers = {name: x for name, x in layers.items() if ".experts." not in name}
-        layers |= {name: x.detach() for name, x in head.named_parameters() if ".experts." in name}
-    shutil.rmtree(folder / "head")
-    tensors = {
-        f"mtp.{name.removeprefix('model.')}": x
-        for name, x in layers.items()
-        if "model.layers" in name
-    }
-    tensors |= {f"mtp.{name}.weight": torch.randn(size) for name, size in OTHERS.items()}
-    tensors = load_file(folder / "model.safetensors") | {
-        name: x.bfloat16() for name, x in tensors.items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return head
 
 
 def cut(folder: Path, out: Path, *counts: tuple[int, int]) -> Path:

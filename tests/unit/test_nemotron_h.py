@@ -17,10 +17,18 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.weight_files import read_headers, write_index, write_weight_file
 from loraprune_ds.pruning.limits import make_limits
-from tests.families import tiny_config, tiny_model
-from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
-from tests.published import NEMOTRON_3_NANO_4B
-from tests.refusals import must_name
+from tests.support.families import tiny_config, tiny_model
+from tests.support.family_cuts import (
+    FEW,
+    cut_and_export,
+    difference,
+    load,
+    logits,
+    reopened,
+    with_lora,
+)
+from tests.support.published import NEMOTRON_3_NANO_4B
+from tests.support.refusals import must_name
 
 TOLERANCE = 1e-5  # as in test_family_proof.py
 pytestmark = pytest.mark.usefixtures("fresh_transformers")

@@ -16,7 +16,7 @@ from loraprune_ds.config import EvaluateConfig, LoggingConfig, PruneConfig, RunC
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import json_text, read_json
 from loraprune_ds.train.output import OutputFolder, RunStatus
-from tests.refusals import must_name, refused
+from tests.support.refusals import must_name, refused
 
 
 @pytest.fixture

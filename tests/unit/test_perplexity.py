@@ -1,8 +1,7 @@
 """Perplexity equals a computation token by token, for any batch size and number of ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +14,8 @@ from loraprune_ds.model.perplexity import Perplexity, measure_perplexity
 from loraprune_ds.pretrained.tokenizer import Starts, text_starts
 from loraprune_ds.pretrained.windows import split_batches, split_windows, tokenize
 from tests.oracle.models import make_tiny_llama, make_tokenizer
-from tests.refusals import must_name
+from tests.support.one_rank import rank_of
+from tests.support.refusals import must_name
 
 VOCAB = 97
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
@@ -26,15 +26,6 @@ def forward(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = make_tiny_llama(tmp_path_factory.mktemp("model"), vocab=VOCAB)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
-
-
-def rank_of(
-    world_size: int, rank: int, all_reduce: Callable[[Tensor], Tensor] = lambda values: values
-) -> Any:
-    """Stands for a Communicator."""
-    return SimpleNamespace(
-        device=torch.device("cpu"), rank=rank, world_size=world_size, all_reduce=all_reduce
-    )
 
 
 def losses_of(forward: Any) -> Any:

@@ -15,14 +15,14 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_types import Criterion
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.families import LLAMA_LINEARS
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
-from tests.paper import PAPER
-from tests.refusals import must_name
-from tests.unit.plain_training import Batch, PlainRun, fresh_lora
-from tests.unit.shapes_and_scores import uniform_counts
+from tests.support.families import LLAMA_LINEARS
+from tests.support.paper import PAPER
+from tests.support.plain_training import Batch, PlainRun, fresh_lora
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import uniform_counts
 
 TOLERANCE = 1e-5
 VOCAB, LAYERS, STEPS = 97, 3, 8

@@ -15,10 +15,10 @@ from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, notes, 
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from tests.families import tiny_config
-from tests.paper import PAPER
-from tests.published import sizes_of
-from tests.refusals import must_name
+from tests.support.families import tiny_config
+from tests.support.paper import PAPER
+from tests.support.published import sizes_of
+from tests.support.refusals import must_name
 
 SOURCE = sizes_of("llama", 512, 1376, 6, 8, num_key_value_heads=4, vocab_size=1000)
 SMALL = shape_from_config(SOURCE, "somewhere")

@@ -17,7 +17,7 @@ from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
 from tests.benchmarks.wide_layers import wide_peaks
-from tests.published import MIXTURES, PUBLISHED, T5_11B
+from tests.support.published import MIXTURES, PUBLISHED, T5_11B
 
 CONFIGS = Path("launch/configs")
 NODES = {"one": 1, "two": 2, "four": 4}

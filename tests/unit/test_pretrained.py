@@ -19,10 +19,10 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.pretrained import pretrained, sources, weight_files
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
-from tests.unit.shapes_and_scores import keep_of
+from tests.support.families import LLAMA_LINEARS
+from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
+from tests.support.shapes_and_scores import keep_of
 
 SIZES: dict[str, Any] = {
     "heads": 8,

@@ -22,17 +22,17 @@ from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import LayerScores, add_in_turn
 from loraprune_ds.ranks.comm import Communicator
-from tests.families import layers_with, tiny_config, tiny_model
-from tests.family_cuts import FEW, MANY, dense
-from tests.numerics.driver import random_lora
 from tests.oracle.models import make_batches, make_tiny_llama
-from tests.published import sizes_of
-from tests.refusals import must_name
-from tests.unit.plain_training import PlainRun
-from tests.unit.shapes_and_scores import resolved
-from tests.unit.test_family_proof import assert_masked_equals_cut
-from tests.unit.test_local import make_model
-from tests.unit.test_mask_gradients import PRUNE
+from tests.support.driver import random_lora
+from tests.support.families import layers_with, tiny_config, tiny_model
+from tests.support.family_cuts import FEW, MANY, dense
+from tests.support.local_training import make_model
+from tests.support.mask_gradient_settings import PRUNE
+from tests.support.masking import assert_masked_equals_cut
+from tests.support.plain_training import PlainRun
+from tests.support.published import sizes_of
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import resolved
 
 TWO: dict[str, Any] = {"num_attention_heads": 10, "num_key_value_heads": 2}
 

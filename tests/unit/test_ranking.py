@@ -15,7 +15,7 @@ from loraprune_ds.pruning.importance import GroupSums, MovingAverage
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
-from tests.unit.shapes_and_scores import (
+from tests.support.shapes_and_scores import (
     SMOLLM2,
     gone,
     make_shape,

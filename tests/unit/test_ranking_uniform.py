@@ -12,11 +12,11 @@ from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal
-from tests.families import tiny_config
 from tests.oracle.formula import keep_best
-from tests.paper import PAPER
-from tests.refusals import must_name
-from tests.unit.shapes_and_scores import (
+from tests.support.families import tiny_config
+from tests.support.paper import PAPER
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import (
     LLAMA_7B,
     SMOLLM2,
     gone,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import RankFailure, RankPool
+from tests.support.ranks import RankFailure, RankPool
 
 
 def no_setup(rank: int, world_size: int, folder: Path) -> None:

@@ -28,8 +28,8 @@ from loraprune_ds.report.report import (
     write_kept_groups,
     write_results,
 )
-from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
-from tests.unit.shapes_and_scores import keep_of, make_shape
+from tests.support.run_records import DENSE, PRUNED, cut_record, small_run, step_record
+from tests.support.shapes_and_scores import keep_of, make_shape
 
 SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), DENSE), 10)
 

@@ -23,9 +23,9 @@ from loraprune_ds.report import reporters
 from loraprune_ds.report.records import History, Recorder, Sink
 from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
 from loraprune_ds.train.recorder import RunRecorder
-from tests.integration.launching import ROOT
-from tests.refusals import must_name
-from tests.unit.run_records import small_run, step_record
+from tests.support.launching import ROOT
+from tests.support.refusals import must_name
+from tests.support.run_records import small_run, step_record
 
 SETTINGS = {"seed": 7, "prune": {"ratio": 0.3, "target": None}}
 
@@ -123,7 +123,7 @@ REPORT = """
 import sys, json
 from pathlib import Path
 from loraprune_ds.report.reporters import ReportedRun
-from tests.unit.run_records import small_run
+from tests.support.run_records import small_run
 folder = Path(sys.argv[2])
 run = ReportedRun(sys.argv[1], folder, {"seed": 7, "prune": {"ratio": 0.3, "target": None}}, sys.exit)
 history = small_run()

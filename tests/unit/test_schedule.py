@@ -12,10 +12,10 @@ from loraprune_ds.config_types import Ranking
 from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_config
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
-from tests.integration.launching import ROOT
 from tests.oracle.formula import cubic_target
-from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B
+from tests.support.launching import ROOT
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import LLAMA_7B
 
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:

@@ -28,11 +28,10 @@ from loraprune_ds.pretrained.tokenizer import Starts, tokenize_pairs
 from loraprune_ds.pretrained.windows import split_batches
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
-from tests.families import tiny_model
-from tests.refusals import must_name
-from tests.unit.test_data import EOS, make_tokenizer
-from tests.unit.test_data_load import write_json
-from tests.unit.test_perplexity import rank_of
+from tests.support.families import tiny_model
+from tests.support.one_rank import rank_of
+from tests.support.refusals import must_name
+from tests.support.texts import EOS, make_tokenizer, write_json
 
 START = 0
 TOKENIZER = make_tokenizer(template="$A </s>")  # as a T5's

@@ -9,10 +9,10 @@ from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import random_scores
 from loraprune_ds.pruning.ranking import rank_global
-from tests.families import LLAMA_LINEARS, tiny_config
-from tests.published import sizes_of
-from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, resolved
+from tests.support.families import LLAMA_LINEARS, tiny_config
+from tests.support.published import sizes_of
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, resolved
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=3, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})

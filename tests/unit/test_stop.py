@@ -15,7 +15,7 @@ import pytest
 
 from loraprune_ds.ranks.job import launcher_command
 from loraprune_ds.train import stop
-from tests.integration.launching import ROOT, clean_environment, free_port
+from tests.support.launching import ROOT, clean_environment, free_port
 
 
 @pytest.fixture

@@ -22,12 +22,13 @@ from loraprune_ds.pruning.target import (
     resolve,
     server_memory,
 )
-from tests.families import EQUAL, MIXTURES, tiny_config
-from tests.paper import PAPER
-from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import (
+from tests.support.families import EQUAL, MIXTURES, tiny_config
+from tests.support.paper import PAPER
+from tests.support.refusals import must_name, refused
+from tests.support.shapes_and_scores import (
     LLAMA_7B,
     SMOLLM2,
+    cut_to,
     gone,
     keep_at_end,
     make_shape,
@@ -38,17 +39,6 @@ from tests.unit.shapes_and_scores import (
 
 GIB = 2**30
 LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple": 128}]
-
-
-def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
-    """Returns the shape after a cut with random scores."""
-    config = PruneConfig(**PAPER | prune)
-    _, limits, (size,) = resolve(config, shape)
-    return shape.after(
-        keep_at_end(
-            random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, size
-        )
-    )
 
 
 def uniform_step(

@@ -23,8 +23,8 @@ from loraprune_ds.evaluate.tasks import GYM_DEFAULT, GymTask, greedy_answers, lo
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.generate.writer import Writer
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import must_name
-from tests.unit.test_data import make_tokenizer
+from tests.support.refusals import must_name
+from tests.support.texts import make_tokenizer
 
 needs_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing"

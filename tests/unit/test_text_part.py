@@ -13,9 +13,9 @@ from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.text_part import LAYOUTS, MULTIMODAL
-from tests.export_cases import model_card
-from tests.families import tiny_config
-from tests.family_cuts import (
+from tests.support.export_cases import model_card
+from tests.support.families import tiny_config
+from tests.support.family_cuts import (
     FEW,
     PROMPT,
     cut_and_export,
@@ -25,9 +25,9 @@ from tests.family_cuts import (
     reopened,
     with_lora,
 )
-from tests.gguf_cases import byte_level_tokenizer
-from tests.multimodal import IMAGE, TOWERS, multimodal
-from tests.refusals import must_name
+from tests.support.gguf_cases import byte_level_tokenizer
+from tests.support.multimodal import IMAGE, TOWERS, multimodal
+from tests.support.refusals import must_name
 
 TOLERANCE = 1e-5
 Models = dict[str, tuple[Path, PreTrainedModel]]

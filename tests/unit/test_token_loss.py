@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
-from tests.unit.test_logits import worst
+from tests.support.tolerances import worst
 
 BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
 NONE = LogitsTransform()

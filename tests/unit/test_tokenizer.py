@@ -21,15 +21,15 @@ from loraprune_ds.export.gguf_tokenizer import (
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.pretrained.sources import embedded_text
 from loraprune_ds.pretrained.tokenizer import load_tokenizer
-from tests import gguf_cases
-from tests.gguf_cases import (
+from tests.support import gguf_cases
+from tests.support.gguf_cases import (
     PRE_TOKENIZERS,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
     unigram_tokenizer,
     without_sentencepiece,
 )
-from tests.refusals import must_name
+from tests.support.refusals import must_name
 
 # Tokenizers differ at repeated spaces, digits, an accent, and letters that only bytes can spell. No text begins with a
 # space, where LlamaTokenizer leaves out the extra one that sentencepiece puts before every text.

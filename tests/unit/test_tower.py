@@ -26,8 +26,8 @@ from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.pretrained.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
-from tests.families import tiny_config
-from tests.family_cuts import (
+from tests.support.families import tiny_config
+from tests.support.family_cuts import (
     FEW,
     MANY,
     PROMPT,
@@ -38,10 +38,10 @@ from tests.family_cuts import (
     reopened,
     with_lora,
 )
-from tests.multimodal import inputs_with_image, load_whole, multimodal, save_gemma3
-from tests.refusals import must_name
-from tests.unit.shapes_and_scores import make_shape
-from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
+from tests.support.masking import MATTERS, TOLERANCE, mask
+from tests.support.multimodal import inputs_with_image, load_whole, multimodal, save_gemma3
+from tests.support.refusals import must_name
+from tests.support.shapes_and_scores import make_shape
 
 # Groups that stay. Gemma 3 wants heads that divide hidden_size. Qwen2.5-VL has no field for fewer heads.
 KEPT = {"gemma3": FEW, "gemma4": FEW, "qwen2_5_vl": (5, 13), "qwen3_vl": MANY, "qwen3_vl_moe": FEW}

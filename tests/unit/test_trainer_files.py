@@ -15,8 +15,8 @@ from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import must_name, remove
-from tests.unit.test_local import make_model
+from tests.support.local_training import make_model
+from tests.support.refusals import must_name, remove
 
 PRUNE = PruneConfig(ratio=0.3, channel_multiple=1)
 ADAPTER, OPTIMIZER, SCHEDULE = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"

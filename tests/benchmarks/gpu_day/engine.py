@@ -19,9 +19,9 @@ from loraprune_ds.pretrained.read_shape import LLAMA_SIZES, read_model, read_mod
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.ranks.device import current_device, is_cpu
 from loraprune_ds.zero.device import accelerator
-from tests.numerics.driver import ShardedTrainer
-from tests.plan_cases import Case, build
-from tests.published import sizes_of
+from tests.support.driver import ShardedTrainer
+from tests.support.plan_cases import Case, build
+from tests.support.published import sizes_of
 
 # the default would wait at every fetch, of which one rank needs none
 OVERLAP = "ds_configs/zero3_overlap.json"
@@ -80,7 +80,7 @@ def make_trainer(
     )
     with (
         tempfile.TemporaryDirectory() as name,
-        patch("tests.plan_cases.open_for_pruning", open_random),
+        patch("tests.support.plan_cases.open_for_pruning", open_random),
     ):
         write_json(Path(name, "config.json"), config | {"architectures": ["LlamaForCausalLM"]})
         common: dict[str, Any] = {

@@ -11,8 +11,8 @@ from typing import Any
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.ranks.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
-from tests.integration.launching import ROOT, free_port, step_of
-from tests.integration.resuming import metrics, write_family, write_run
+from tests.support.launching import ROOT, free_port, step_of
+from tests.support.resuming import metrics, write_family, write_run
 
 OVERLAP = ROOT / "ds_configs" / "zero3_overlap.json"
 # What a run on the card is compared in with the same run on the CPU. Each has other code on the device.

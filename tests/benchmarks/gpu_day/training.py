@@ -22,7 +22,7 @@ from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.engine import release, start_ranks
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
-from tests.numerics.driver import ShardedTrainer
+from tests.support.driver import ShardedTrainer
 
 CRITERIA: tuple[Criterion, ...] = ("lora", "fisher")
 TIMED = 3  # steps, after one that is not

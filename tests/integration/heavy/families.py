@@ -5,8 +5,8 @@ from typing import Any
 
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.family import FAMILIES
-from tests.export_cases import VOCAB
-from tests.family_cuts import Export, export
+from tests.support.export_cases import VOCAB
+from tests.support.family_cuts import Export, export
 
 # Rows that Q8_0 can hold. After a cut to 2 of 4 groups, heads have 64 rows and hidden_size // query heads is 24.
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 128}

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.pretrained.sources import embedded_model_dir
-from tests.export_cases import Case, export
+from tests.support.export_cases import Case, export
 
 SIZES = {
     "num_attention_heads": 9,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.benchmarks.gpu_day.__main__ import PARTS
 from tests.integration.heavy.results import TAKES_MINUTES
-from tests.integration.launching import ROOT, read_json
+from tests.support.launching import ROOT, read_json
 
 pytestmark = TAKES_MINUTES
 

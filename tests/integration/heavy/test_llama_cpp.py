@@ -33,18 +33,19 @@ from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_na
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.sources import embedded_model_dir
-from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
-from tests.families import YARN, is_seq2seq
-from tests.gguf_cases import (
+from tests.integration.heavy.families import GROUPS, deep, serve
+from tests.integration.heavy.results import ask, python_of, record, selected
+from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
+from tests.support.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
+from tests.support.families import YARN, is_seq2seq
+from tests.support.gguf_cases import (
+    PHI3,
     TEXTS,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
     unigram_tokenizer,
     without_sentencepiece,
 )
-from tests.integration.heavy.families import GROUPS, deep, serve
-from tests.integration.heavy.results import ask, python_of, record, selected
-from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
@@ -71,8 +72,6 @@ TINY = [
     Case("wide_layers", "llama", WIDE, [(4, 128), (2, 96), (1, 77)], "pruned_llama"),
 ]
 
-# llama.cpp wants certain tokens of a model that is named phi3.
-PHI3 = "phi_3"
 AS_PUBLISHED = {
     "rope_parameters": YARN["rope_parameters"]
     | {"mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}

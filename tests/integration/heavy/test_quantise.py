@@ -8,10 +8,10 @@ import pytest
 from safetensors.torch import load_file
 
 from loraprune_ds.pretrained.sources import embedded_model_dir
-from tests.export_cases import Case
 from tests.integration.heavy.results import ask, python_of
 from tests.integration.heavy.smollm2 import SIZES, write
-from tests.integration.launching import ROOT, run_to_end
+from tests.support.export_cases import Case
+from tests.support.launching import ROOT, run_to_end
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 

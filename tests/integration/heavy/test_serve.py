@@ -9,14 +9,14 @@ import pytest
 
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.files import read_json, write_json
-from tests.export_cases import VOCAB
-from tests.families import tiny_model
-from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import SIZES, serve
 from tests.integration.heavy.results import python_of
 from tests.integration.heavy.smollm2 import STOCK, write
-from tests.integration.heavy.test_vllm import ENVIRONMENT, WIDE
-from tests.integration.launching import ROOT, run_to_end
+from tests.support.export_cases import VOCAB
+from tests.support.families import tiny_model
+from tests.support.gguf_cases import byte_level_tokenizer
+from tests.support.launching import ROOT, run_to_end
+from tests.support.vllm_settings import ENVIRONMENT, WIDE
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 

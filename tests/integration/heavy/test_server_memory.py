@@ -18,11 +18,11 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.target import measure, server_memory
-from tests.export_cases import Case
 from tests.integration.heavy.results import MEMORY_FILE, ask, python_of, record
 from tests.integration.heavy.smollm2 import SIZES, write
-from tests.integration.heavy.test_vllm import ENVIRONMENT
-from tests.unit.test_target import cut_to
+from tests.support.export_cases import Case
+from tests.support.shapes_and_scores import cut_to
+from tests.support.vllm_settings import ENVIRONMENT
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 

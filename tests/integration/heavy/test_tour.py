@@ -10,7 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from tests.integration.heavy.results import TAKES_MINUTES, ask
-from tests.integration.launching import ROOT, Ended, read_json, run_to_end
+from tests.support.launching import ROOT, Ended, read_json, run_to_end
 
 pytestmark = TAKES_MINUTES
 FIRST, CONFIGS, EXPORT = (

@@ -7,11 +7,11 @@ import torch
 
 from loraprune_ds import LoraPruneCallback, PruneConfig, linear_names
 from loraprune_ds.files import read_json
-from tests.hf.results import check_results
-from tests.hf.trainers import fresh_accelerate
 from tests.integration.heavy.results import TAKES_MINUTES
 from tests.oracle.models import make_tiny_llama
-from tests.ranks import RankPool
+from tests.support.callback_results import check_results
+from tests.support.ranks import RankPool
+from tests.support.trainers import fresh_accelerate
 
 pytestmark = TAKES_MINUTES
 

@@ -11,18 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from loraprune_ds.model.families.base import PRUNED as PRUNED_TYPE
 from loraprune_ds.pretrained.sources import embedded_model_dir
-from tests.export_cases import VOCAB
-from tests.families import YARN
-from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import VLLM, serve
 from tests.integration.heavy.results import ask, python_of, record, selected
 from tests.integration.heavy.smollm2 import LONG_TEXT, PRUNED, write
+from tests.support.export_cases import VOCAB
+from tests.support.families import YARN
+from tests.support.gguf_cases import byte_level_tokenizer
+from tests.support.vllm_settings import ENVIRONMENT, WIDE
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
 
 NEW_TOKENS = 24
-# vLLM's CPU attention has no heads narrower than 32.
-WIDE = {"hidden_size": 192, "head_dim": 32, "max_position_embeddings": 128}
 # Their hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
 WIDER: dict[str, dict[str, Any]] = {
     **{name: {"hidden_size": 256} for name in ("qwen2_moe", "olmoe", "granitemoe", "stablelm")},
@@ -32,12 +31,6 @@ WIDER: dict[str, dict[str, Any]] = {
 }
 # fp32 on both sides, but other kernels. Sums of up to 1536 products have another order, through 30 layers.
 TOLERANCE = 5e-3
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-ENVIRONMENT |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.target import Size, resolve
-from tests.families import LLAMA_LINEARS
-from tests.paper import PAPER
+from tests.support.families import LLAMA_LINEARS
+from tests.support.paper import PAPER
 
 KINDS = ("heads", "channels")
 
@@ -164,3 +164,14 @@ def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
 def gone(shape: ModelShape, dense: ModelShape) -> int:
     """Linear parameters removed so far."""
     return dense.linear_numel() - shape.linear_numel()
+
+
+def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
+    """Returns the shape after a cut with random scores."""
+    config = PruneConfig(**PAPER | prune)
+    _, limits, (size,) = resolve(config, shape)
+    return shape.after(
+        keep_at_end(
+            random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, size
+        )
+    )

@@ -26,10 +26,10 @@ from loraprune_ds.ranks import comm
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad, partition_numel
 from loraprune_ds.zero import sharded
 from loraprune_ds.zero.sharded import ShardedState
-from tests.families import LLAMA_LINEARS, LlamaLinear
-from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
-from tests.ranks import RENAMED
-from tests.refusals import refused
+from tests.support.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
+from tests.support.families import LLAMA_LINEARS, LlamaLinear
+from tests.support.ranks import RENAMED
+from tests.support.refusals import refused
 
 COLLECTIVES = (
     "all_gather_into_tensor",

@@ -1,6 +1,6 @@
 """The tables of settings in launch/configs/README.md. A field's meaning is the comment behind it, or above it.
 
-python -m tests.settings_table
+python -m tests.support.settings_table
 """
 
 import ast
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from loraprune_ds.config import RunConfig
 
-PAGE = Path(__file__).parents[1] / "launch" / "configs" / "README.md"
+PAGE = Path(__file__).parents[2] / "launch" / "configs" / "README.md"
 # Rarely worth a change: their rows come last, below a row that says so.
 ADVANCED = {
     *(

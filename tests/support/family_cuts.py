@@ -26,8 +26,8 @@ from loraprune_ds.pretrained.exported_config import ExportedConfig, export_confi
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
 from loraprune_ds.ranks.comm import Communicator
-from tests.export_cases import InMemory, model_card
-from tests.families import SIZES, TINY, is_seq2seq, layers_with, norms_are_wide, tiny_model
+from tests.support.export_cases import InMemory, model_card
+from tests.support.families import SIZES, TINY, is_seq2seq, layers_with, norms_are_wide, tiny_model
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
 SOURCE = PROMPT.flip(1)[:, :11]  # what an encoder reads

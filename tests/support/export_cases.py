@@ -30,7 +30,7 @@ from loraprune_ds.pretrained.exported_config import ExportedConfig, export_confi
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.text_part import Tower
 from loraprune_ds.ranks.comm import Communicator
-from tests.published import LLAMA_3
+from tests.support.published import LLAMA_3
 
 VOCAB = 400
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}

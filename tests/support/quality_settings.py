@@ -14,8 +14,8 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.train.data.samples import PADDING_ID
-from tests.numerics.cutting import whole_state
-from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
+from tests.support.cutting import whole_state
+from tests.support.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.integration.launching import (
+from tests.oracle.models import make_tiny_llama
+from tests.support.launching import (
     Ended,
     Launcher,
     fork_ranks,
@@ -19,10 +20,9 @@ from tests.integration.launching import (
     write_config,
     write_text,
 )
-from tests.integration.resuming import metrics, read_tensors
-from tests.oracle.models import make_tiny_llama
-from tests.paper import PAPER
-from tests.stranger import ask_stranger
+from tests.support.paper import PAPER
+from tests.support.resuming import metrics, read_tensors
+from tests.support.stranger import ask_stranger
 
 VOCAB, LAYERS, HEAD_DIM = 259, 3, 8
 STEPS, WINDOW, WINDOWS = 6, 32, 24

@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.launching import Ended, write_config, write_text
 from tests.oracle.models import make_tiny_llama
-from tests.paper import PAPER
-from tests.refusals import Spoil
+from tests.support.launching import Ended, write_config, write_text
+from tests.support.paper import PAPER
+from tests.support.refusals import Spoil
 
 STEPS = 4
 # (material, here): prepares in `here` what a wrong config names

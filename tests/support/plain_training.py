@@ -20,7 +20,7 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.pruning.target import resolve
-from tests.family_cuts import reopened
+from tests.support.family_cuts import reopened
 
 Batch = tuple[Tensor, Tensor]
 

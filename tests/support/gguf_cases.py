@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from gguf import GGUFReader
+from safetensors.torch import load_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -15,6 +17,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraprune_ds.files import write_json
@@ -148,3 +151,16 @@ def without_sentencepiece(folder: Path, vocab: int) -> Path:
         sentencepiece_tokenizer(folder.with_name("spm"), vocab)
     ).save_pretrained(folder)
     return folder
+
+
+def tensors_of(model: Path) -> dict[str, Tensor]:
+    return {name: t for path in model.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def value(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+# llama.cpp wants certain tokens of a model that is named phi3.
+PHI3 = "phi_3"

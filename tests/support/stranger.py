@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.integration.launching import run_to_end
+from tests.support.launching import run_to_end
 
 # a folder with another version (tests/run_heavy.sh)
 OTHER_TRANSFORMERS = os.environ.get("OTHER_TRANSFORMERS")

@@ -27,10 +27,10 @@ from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, 
 from loraprune_ds.files import read_json
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.ranks.comm import Communicator
-from tests.integration.launching import ROOT
-from tests.numerics.cutting import recorded_collectives
-from tests.numerics.driver import Job, build
-from tests.refusals import refused
+from tests.support.cutting import recorded_collectives
+from tests.support.driver import Job, build
+from tests.support.launching import ROOT
+from tests.support.refusals import refused
 
 KINDS = ("heads", "channels")
 WITHOUT: dict[str, Any] = {"deepspeed": None}  # arguments of a training without DeepSpeed

@@ -1,7 +1,7 @@
 """A small made-up run for the tests of what a person looks at: 10 steps, cuts after steps 4 and 6, two ranks."""
 
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, StepRecord
-from tests.unit.shapes_and_scores import make_shape
+from tests.support.shapes_and_scores import make_shape
 
 LAYERS = ([(4, 96)] * 3, [(4, 96), (2, 40), (3, 50)])
 DENSE, PRUNED = (

@@ -8,8 +8,8 @@ import transformers
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES
-from tests.families import SIZES, tiny_config
 from tests.oracle.models import make_tokenizer
+from tests.support.families import SIZES, tiny_config
 
 SIGLIP = {
     "hidden_size": 16,

@@ -32,10 +32,11 @@ from loraprune_ds.train.checkpoints import RunContext, find_checkpoint
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
-from tests.families import is_seq2seq, tiny_model
 from tests.oracle.models import make_tiny_llama
-from tests.paper import PAPER
-from tests.refusals import full_disk
+from tests.support import resuming
+from tests.support.families import is_seq2seq, tiny_model
+from tests.support.paper import PAPER
+from tests.support.refusals import full_disk
 
 STEPS = 20
 CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
@@ -282,3 +283,27 @@ def losses(out: Path) -> list[float]:
     steps = metrics(out, "step")
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))  # each step once
     return [step["loss"] for step in steps]
+
+
+TOLERANCE = 1e-5
+
+
+def assert_close(out: Path, straight: Path, steps: int = STEPS) -> None:
+    found, expected = contents(out, steps), contents(straight, steps)
+    assert found.kept == expected.kept
+    # moments relative to the largest: they have gradients' units
+    for suffix in ("master", "exp_avg", "exp_avg_sq"):
+        names = [name for name in expected.lora if name.endswith(f".{suffix}")]
+        assert len(names) == 3 * 7 * 2
+        scale = (
+            1.0
+            if suffix == "master"
+            else max(float(expected.lora[name].abs().max()) for name in names)
+        )
+        assert (
+            max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in names)
+            < TOLERANCE * scale
+        ), suffix
+    for name, scores in expected.scores.items():
+        assert ((found.scores[name] - scores).abs() <= TOLERANCE * scores.abs()).all(), name
+    assert resuming.losses(out) == pytest.approx(resuming.losses(straight), abs=TOLERANCE)

@@ -30,9 +30,9 @@ from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.zero.engine import build_inference_engine
 from tests.benchmarks.memory import Peak
-from tests.numerics.cutting import watched_collectives
-from tests.numerics.driver import Consecutive, ShardedTrainer, assemble
-from tests.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
+from tests.support.cutting import watched_collectives
+from tests.support.driver import Consecutive, ShardedTrainer, assemble
+from tests.support.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
 
 STEPS = 4  # the cut follows the second
 

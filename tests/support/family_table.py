@@ -7,7 +7,8 @@ from typing import Any
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.family import FAMILIES, REFUSED
-from tests.families import (
+from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
+from tests.support.families import (
     heads_divide_hidden,
     kinds,
     marks,
@@ -15,10 +16,9 @@ from tests.families import (
     tiny_config,
     tiny_model,
 )
-from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
-from tests.multimodal import TOWERS
+from tests.support.multimodal import TOWERS
 
-PAGE = Path(__file__).parents[1] / "loraprune_ds" / "model" / "README.md"
+PAGE = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "leaves", "stays", "stored as", "GGUF", "vLLM", "text of", "note")
 STAYS = {"q_proj": "attention", "mlp.gate_proj": "dense MLPs", "shared": "shared experts"}
 STAYS |= {

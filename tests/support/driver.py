@@ -34,12 +34,12 @@ from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.shards import full_shape, held
-from tests.families import SIZES, is_seq2seq, tiny_model
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
-from tests.paper import PAPER
-from tests.unit.plain_training import in_peft
-from tests.zero_bytes import state_tensors
+from tests.support.families import SIZES, is_seq2seq, tiny_model
+from tests.support.paper import PAPER
+from tests.support.plain_training import in_peft
+from tests.support.zero_bytes import state_tensors
 
 Options = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Trains in a Trainer: deepspeed --num_accelerators 2 tests/hf/callback_run.py MATERIAL OUT (resumes)."""
+"""Trains in a Trainer: deepspeed --num_accelerators 2 tests/support/callback_run.py MATERIAL OUT (resumes)."""
 
 import pickle
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import deepspeed
 
-from tests.hf.trainers import train_with_callback
-from tests.numerics.driver import Job, tiny_job
-from tests.paper import PAPER
+from tests.support.driver import Job, tiny_job
+from tests.support.paper import PAPER
+from tests.support.trainers import train_with_callback
 
 STEPS = 10
 PRUNE = PAPER | {
