@@ -100,8 +100,8 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     stacks = [x.stock_name for x in linears if x.stack]
     # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
     of_experts = {
-        "target_modules": [x.linear for x in linears if x.runs and not x.stack],
-        "target_parameters": [*stacks, *(x.name for x in linears if not x.runs)],
+        "target_modules": [x.linear for x in linears if x.spans and not x.stack],
+        "target_parameters": [*stacks, *(x.name for x in linears if not x.spans)],
         "lora_dropout": 0.0,
     }
     return {

@@ -169,11 +169,11 @@ def _steps(
     """Yields the changes of the values of a tensor. `module` is the name of its module inside the layer."""
     if architecture.neighbours and module in ROTARY:
         yield partial(permute, head_dim=shape.head_dim)
-    if DELTA_NET in spec.name and spec.runs:
-        start = sum(run.size for run in spec.runs[:-1])  # queries and keys come before the values
+    if DELTA_NET in spec.name and spec.spans:
+        start = sum(run.size for run in spec.spans[:-1])  # queries and keys come before the values
         each = config.linear_num_value_heads // config.linear_num_key_heads
         yield partial(
-            tile, keys=spec.runs[0].groups, each=each, start=start, columns=spec.axis == 1
+            tile, keys=spec.spans[0].groups, each=each, start=start, columns=spec.axis == 1
         )
     if spec.name.endswith(A_LOG):  # llama.cpp has -exp(value)
         yield lambda values: -np.exp(values)
@@ -203,7 +203,7 @@ def _parts(prefix: str, spec: TensorSpec, config: Any, in_turn: bool) -> Iterabl
 
 def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePart]:
     """Splits the projection of latent keys and values, of which `keys` rows of each head are keys."""
-    heads, both, rank = spec.runs[0].groups, spec.runs[0].width, spec.shape[1]
+    heads, both, rank = spec.spans[0].groups, spec.spans[0].width, spec.shape[1]
     name, one = f"{prefix}self_attn.{{}}_b_proj.weight".format, (both, rank)
     yield SourcePart(name("k"), (heads, rank, keys), one, (slice(0, keys),), heads, transposed=True)
     yield SourcePart(name("v"), (heads, both - keys, rank), one, (slice(keys, both),), heads)
@@ -211,7 +211,7 @@ def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePa
 
 def _fused_parts(names: list[str], spec: TensorSpec) -> Iterator[SourcePart]:
     start = 0
-    for name, run in zip(names, spec.runs, strict=True):
+    for name, run in zip(names, spec.spans, strict=True):
         yield SourcePart(
             name, (run.size, *spec.shape[1:]), spec.shape, (slice(start, start + run.size),)
         )
@@ -221,7 +221,7 @@ def _fused_parts(names: list[str], spec: TensorSpec) -> Iterator[SourcePart]:
 def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
     """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
     experts, size, transposed = (
-        spec.runs[0].groups,
+        spec.spans[0].groups,
         spec.shape,
         bool(spec.stack and spec.stack.transposed),
     )

@@ -16,7 +16,7 @@ from loraprune_ds.pretrained.exported_config import NEXT_TOKENS
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.text_part import MTP
 from loraprune_ds.pretrained.weights import ModelWeights, check_weights
-from loraprune_ds.pruning.importance import GroupSums, sums_of_runs
+from loraprune_ds.pruning.importance import GroupSums, sums_of_spans
 from loraprune_ds.pruning.ranking import keep_best
 
 MTP_FILE = "mtp.safetensors"
@@ -79,11 +79,11 @@ def _one_of_their_sort(shape: ModelShape) -> ModelShape:
 def _largest(weights: ModelWeights, counts: LayerCounts) -> list[LayerKeep]:
     """Keeps these counts of groups in each layer, those with the largest sums of squared weights."""
     shape, sums = weights.shape, list[Tensor]()
-    linears = [(i, linear) for i, linear in shape.linears() if linear.runs]
+    linears = [(i, linear) for i, linear in shape.linears() if linear.spans]
     for i, linear in linears:
         weight = weights.read_full(f"{LAYERS}{i}.{linear.name}", torch.float32)
         squares = weight.square_().sum(1 - linear.axis, dtype=torch.float64)
-        sums += sums_of_runs(linear, squares)
+        sums += sums_of_spans(linear, squares)
     scores = GroupSums(shape, linears, sums, step=0).by_layer("none")
     return keep_best(scores, [counts] * len(scores), shape)
 

@@ -111,7 +111,7 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
     """Checks other trained modules. An export must hold them, and a cut must not change them."""
     layers = decoder_layers(model)
     pruned = {id(layers[i].get_submodule(linear.linear)) for i, linear in shape.linears()}
-    others = {tensor.name for layer in shape.layers for tensor in layer.others if tensor.runs}
+    others = {tensor.name for layer in shape.layers for tensor in layer.others if tensor.spans}
     cut_along = tuple(f".{name.rpartition('.')[0]}" for name in others)
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")

@@ -43,7 +43,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 @torch.compiler.disable  # torch takes an error in compiled code for code that it cannot compile
-def _refuse_compiled() -> None:
+def refuse_compiled() -> None:
     raise UserError(
         f"the forward pass is compiled by torch.compile, and {COMPILED}; train without torch.compile"
     )

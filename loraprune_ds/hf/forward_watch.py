@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraprune_ds.hf.compiled import _refuse_compiled
+from loraprune_ds.hf.compiled import refuse_compiled
 from loraprune_ds.pruning.step import Pruner
 
 
@@ -48,7 +48,7 @@ class ForwardWatch:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
-            _refuse_compiled()  # pyright: ignore[reportCallIssue]
+            refuse_compiled()  # pyright: ignore[reportCallIssue]
         inputs = next(
             x
             for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

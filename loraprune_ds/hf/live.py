@@ -64,9 +64,9 @@ def live_shape(model: PeftModel) -> ModelShape:
 
     def counts(layer: nn.Module, spec: LayerSpec) -> LayerCounts:
         sizes = (
-            (x, full_shape(base_parameter(layer, x.name))[x.axis]) for x in spec.linears if x.runs
+            (x, full_shape(base_parameter(layer, x.name))[x.axis]) for x in spec.linears if x.spans
         )
-        return LayerCounts((x.runs[0].kind, size // x.group_width) for x, size in sizes)
+        return LayerCounts((x.spans[0].kind, size // x.group_width) for x, size in sizes)
 
     return shape.resized(
         [counts(*pair) for pair in zip(decoder_layers(model), shape.layers, strict=True)]

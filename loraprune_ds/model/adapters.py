@@ -130,4 +130,4 @@ def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
         if not isinstance(owner, nn.Module):
             owner = copy.copy(owner)
             setattr(holder, last, owner)
-        setattr(owner, attribute.name, attribute.run.size // attribute.ranges)
+        setattr(owner, attribute.name, attribute.span.size // attribute.ranges)

@@ -9,13 +9,13 @@ cross_heads  One head of a decoder's attention to its encoder. Layers of the enc
 
 A dense layer among sparse ones has heads and no experts. Its MLP is never cut. A layer of Mamba-2 alone has no groups.
 
-A layer is a list of tensors. Along one axis a tensor is a sequence of runs, and a cut takes groups out of each run.
-A run has all groups of one kind, one after another. Each group is `width` rows (or columns) wide. That covers separate
+A layer is a list of tensors. Along one axis a tensor is a sequence of spans, and a cut takes groups out of each span.
+A span has all groups of one kind, one after another. Each group is `width` rows (or columns) wide. That covers separate
 weights, fused ones (q|k|v, gate|up), biases, norms and stacks of experts:
 
-    q_proj.weight     Run("heads", 8, 512)                                rows of 8 key-value heads, 4 query heads each
-    o_proj.weight     Run("heads", 8, 512), axis 1                        the same groups, as columns
-    qkv_proj.weight   Run("heads", 8, 512), Run("heads", 8, 128) twice    queries, keys and values in one tensor
+    q_proj.weight     Span("heads", 8, 512)                                rows of 8 key-value heads, 4 query heads each
+    o_proj.weight     Span("heads", 8, 512), axis 1                        the same groups, as columns
+    qkv_proj.weight   Span("heads", 8, 512), Span("heads", 8, 128) twice    queries, keys and values in one tensor
 
 A group leaves all tensors of its layer at once. `cut` says what stays, for every reader of it: the live cut, slices of
 files, modules without weights, plans and exports.
@@ -79,7 +79,7 @@ def group_indices(groups: Tensor, width: int) -> Tensor:
     return (groups[:, None] * width + torch.arange(width)).reshape(-1)
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """All groups of one kind along an axis, one after another."""
 
     kind: Kind
@@ -112,7 +112,7 @@ class Attribute(NamedTuple):
 
     module: str  # path inside the layer
     name: str
-    run: Run
+    span: Span
     ranges: int = 1  # of equal size. It counts the groups of one
 
 
@@ -130,7 +130,7 @@ class TensorSpec:
     """Describes one tensor of a layer."""
 
     name: str  # inside the layer, as in transformers' modules
-    runs: tuple[Run, ...] = ()  # along `axis`. No cut makes a tensor without runs smaller
+    spans: tuple[Span, ...] = ()  # along `axis`. No cut makes a tensor without spans smaller
     axis: int = 0
     lora: bool = False
     stack: StackSpec | None = None
@@ -150,7 +150,7 @@ class TensorSpec:
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        return frozenset(run.kind for run in self.runs)
+        return frozenset(span.kind for span in self.spans)
 
     @property
     def matrix(self) -> Matrix:
@@ -165,17 +165,17 @@ class TensorSpec:
     @property
     def matrices(self) -> int:
         """The experts of a stack. Another weight is one matrix."""
-        return self.runs[0].groups if self.stack else 1
+        return self.spans[0].groups if self.stack else 1
 
     @property
     def group_width(self) -> int:
         """The rows (axis 0) or columns (axis 1) of one group."""
-        return sum(run.width for run in self.runs)
+        return sum(span.width for span in self.spans)
 
     @property
     def loses_inputs(self) -> bool:
         """True if a cut takes inputs from it, like o_proj and down_proj. Never true of a stack of experts."""
-        return bool(self.runs) and self.axis == 1
+        return bool(self.spans) and self.axis == 1
 
     @property
     def inputs(self) -> int:
@@ -198,20 +198,20 @@ class TensorSpec:
             weight: what stays of the weight.
         """
         if self.stack:
-            return [(0, Slice(0, group_indices(keep[self.runs[0].kind], rank))), (1, weight)]
+            return [(0, Slice(0, group_indices(keep[self.spans[0].kind], rank))), (1, weight)]
         return [(1 - self.axis, weight)]  # A has the inputs, B the outputs
 
     def shrinks(self, keep: LayerKeep) -> bool:
         """True if some of its groups leave."""
-        return any(len(keep[run.kind]) < run.groups for run in self.runs)
+        return any(len(keep[span.kind]) < span.groups for span in self.spans)
 
     def resized(self, counts: Mapping[Kind, int]) -> "TensorSpec":
         """Returns the tensor with these counts of groups."""
-        if not self.runs:
+        if not self.spans:
             return self
-        runs, shape = tuple(run.resized(counts) for run in self.runs), list(self.shape)
-        shape[self.axis] = sum(run.size for run in runs)
-        return replace(self, runs=runs, shape=tuple(shape))
+        spans, shape = tuple(span.resized(counts) for span in self.spans), list(self.shape)
+        shape[self.axis] = sum(span.size for span in spans)
+        return replace(self, spans=spans, shape=tuple(shape))
 
     def format(self, int8: bool) -> StorageFormat:
         """Returns how ranks store it. Only linears with LoRA are int8, in blocks along the hidden axis."""
@@ -253,9 +253,9 @@ class TensorSpec:
 def cut(spec: TensorSpec, keep: LayerKeep) -> tuple[TensorSpec, Tensor]:
     """Returns the tensor that these groups leave, and its rows (or columns) that stay: ascending int64."""
     start, kept = 0, list[Tensor]()
-    for run in spec.runs:
-        kept.append(start + group_indices(keep[run.kind], run.width))
-        start += run.size
+    for span in spec.spans:
+        kept.append(start + group_indices(keep[span.kind], span.width))
+        start += span.size
     return spec.resized(keep.counts), torch.cat(kept) if kept else torch.arange(
         spec.shape[spec.axis]
     )
@@ -272,12 +272,14 @@ class LayerSpec:
     @cached_property
     def counts(self) -> LayerCounts:
         """The groups of each kind that it has."""
-        return LayerCounts((run.kind, run.groups) for tensor in self.tensors for run in tensor.runs)
+        return LayerCounts(
+            (span.kind, span.groups) for tensor in self.tensors for span in tensor.spans
+        )
 
     @cached_property
     def ranges(self) -> Mapping[Kind, int]:
         """The equal ranges of the groups of each kind, which must lose the same number each."""
-        return {run.kind: run.ranges for tensor in self.tensors for run in tensor.runs}
+        return {span.kind: span.ranges for tensor in self.tensors for span in tensor.spans}
 
     @property
     def key_value_heads(self) -> int:
@@ -299,7 +301,7 @@ class LayerSpec:
     def group_numel(self) -> Mapping[Kind, int]:
         """The linear parameters that leave with one group, without biases."""
         sizes = [
-            (x.kinds, x.group_width * x.numel // x.shape[x.axis]) for x in self.linears if x.runs
+            (x.kinds, x.group_width * x.numel // x.shape[x.axis]) for x in self.linears if x.spans
         ]
         return {kind: sum(size for kinds, size in sizes if kind in kinds) for kind in self.counts}
 
@@ -327,11 +329,11 @@ class LayerSpec:
         Tensors that lose the same rows, such as k_proj and v_proj, share the tensor of indices. A linear that loses
         inputs keeps its full bias.
         """
-        kept = dict[tuple[Run, ...], Tensor]()
+        kept = dict[tuple[Span, ...], Tensor]()
         for spec in (x for x in self.tensors if x.shrinks(keep)):
-            if spec.runs not in kept:
-                kept[spec.runs] = cut(spec, keep)[1]
-            for tensor, stays in spec.format(int8).kept(spec.axis, kept[spec.runs]).items():
+            if spec.spans not in kept:
+                kept[spec.spans] = cut(spec, keep)[1]
+            for tensor, stays in spec.format(int8).kept(spec.axis, kept[spec.spans]).items():
                 name = f"{spec.linear}.{tensor}" if spec.lora else spec.name
                 yield (
                     name,
@@ -343,5 +345,5 @@ class LayerSpec:
 @lru_cache(1 << 12)
 def _resized(layer: LayerSpec, counts: LayerCounts) -> LayerSpec:
     tensors = tuple(tensor.resized(counts) for tensor in layer.tensors)
-    attributes = tuple(x._replace(run=x.run.resized(counts)) for x in layer.attributes)
+    attributes = tuple(x._replace(span=x.span.resized(counts)) for x in layer.attributes)
     return replace(layer, tensors=tensors, attributes=attributes)

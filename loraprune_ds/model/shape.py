@@ -212,7 +212,7 @@ def active_numel(shape: ModelShape) -> int:
     idle = sum(max(0, counts.get("experts", 0) - chosen) for counts in shape.counts)
     tensors = (tensor for layer in shape.layers for tensor in layer.tensors)
     # some have no LoRA
-    linears = (x for x in tensors if x.lora or (len(x.shape) > 1 and not x.runs))
+    linears = (x for x in tensors if x.lora or (len(x.shape) > 1 and not x.spans))
     return sum(linear.numel for linear in linears) - (
         idle * shape.group_numel["experts"] if idle else 0
     )

@@ -59,7 +59,7 @@ def mlp_width(shape: ModelShape, layer: int) -> int:
     """Counts the channels in the MLP of a layer that one token uses at the same time."""
     counts, mixture = shape.counts[layer], shape.mixture
     chosen = mixture.experts_per_token * mixture.expert_size if mixture and counts["experts"] else 0
-    whole = (linear.matrix for linear in shape.layers[layer].linears if not linear.runs)
+    whole = (linear.matrix for linear in shape.layers[layer].linears if not linear.spans)
     widths = (rows if columns == shape.hidden_size else columns for rows, columns in whole)
     return max(counts.get("channels", 0), chosen, *widths)
 

@@ -60,7 +60,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
         scoring = 8 * sum(
             run.scores if criterion == "fisher" else run.groups
             for _, x in linears
-            for run in x.runs
+            for run in x.spans
         )
         scoring += 0 if criterion == "fisher" else 8 * lora * others
     if measures and others and (measured := request.measured(shape)):
@@ -95,12 +95,12 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
 
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Costs fall linearly with the parameters from the dense to the final shape."""
-    prune, schedule, total = request.config.prune, request.pruning, Total(0, 0, 0)
+    prune, schedule, total = request.config.prune, request.schedule, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {
         kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds
     }
-    for n in range(1, request.pruning.steps + 1):
+    for n in range(1, request.schedule.steps + 1):
         measures = prune.compensate != "none" and schedule.precedes_cut(n, prune.compensate_steps)
         gone = schedule.target(n - 1) / schedule.ratio
         first, last = known[schedule.is_scored(n), measures]

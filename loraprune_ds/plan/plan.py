@@ -43,7 +43,7 @@ class Plan:
     @cached_property
     def in_all(self) -> Total:
         """The total of the run. Every cut counts as the first, which costs most."""
-        cuts, steps = len(self.request.pruning.cut_steps), all_steps(self.request, self.final)
+        cuts, steps = len(self.request.schedule.cut_steps), all_steps(self.request, self.final)
         return Total(
             *(
                 step + cuts * cut
@@ -64,7 +64,7 @@ class Plan:
         refits = full_bytes(
             request.stored_as(*(left for (_, linear), left in pairs if left.shape != linear.shape))
         )
-        more_cuts = len(request.pruning.cut_steps) > (shape is not request.shape)
+        more_cuts = len(request.schedule.cut_steps) > (shape is not request.shape)
         return lora + refits + more_cuts * sum(4 * numel_sent(linear.inputs) for linear in measured)
 
     @property
@@ -89,7 +89,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run."""
-    cuts = request.pruning.cut_steps
+    cuts = request.schedule.cut_steps
     after, final = request.shape_at(cuts[0]), request.shape_at(cuts[-1])
     return Plan(request, after, final, plan_stages(request, after, final))
 
@@ -242,13 +242,13 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "costs": {name: asdict(cost) | cost.total._asdict() for name, cost in plan.costs.items()},
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
-        "steps": request.pruning.steps,
-        "cuts": len(request.pruning.cut_steps),
-        "ratio": request.pruning.ratio,
+        "steps": request.schedule.steps,
+        "cuts": len(request.schedule.cut_steps),
+        "ratio": request.schedule.ratio,
         "target": describe_target(prune, request.shape, plan.final),
         "sizes": [
             {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
-            for step, size in request.pruning.ends().items()
+            for step, size in request.schedule.ends().items()
         ],
         "serving": [
             {"model": name} | on_a_server(prune, shape, (server_gib or 0) * GIB)

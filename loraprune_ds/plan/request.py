@@ -67,7 +67,7 @@ class Request:
     shape: ModelShape
     config: RunConfig
     cluster: Cluster
-    pruning: Schedule
+    schedule: Schedule
     ds_config: dict[str, Any]  # with every "auto" replaced
     samples: int | None = None  # in the training data, if known
 
@@ -97,7 +97,7 @@ class Request:
 
     def measured(self, shape: ModelShape) -> list[tuple[int, TensorSpec]]:
         """Lists the linears whose inputs `prune.compensate` measures."""
-        layers = self.pruning.limits.open_layers if self.config.prune.compensate != "none" else []
+        layers = self.schedule.limits.open_layers if self.config.prune.compensate != "none" else []
         return measured_linears(shape, layers)
 
     def batch(self, samples: int, window: int) -> PlannedBatch:
@@ -150,7 +150,7 @@ class Request:
 
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. `global` is planned with equal losses."""
-        limits, section, dense = self.pruning.limits, self.pruning.section(step), self.shape
+        limits, section, dense = self.schedule.limits, self.schedule.section(step), self.shape
         if counts := section.counts(step):
             return limits.with_equal(counts, dense)
         layers, numel, budget = list(dense.counts), limits.numel(dense.counts), section.budget(step)
@@ -217,9 +217,9 @@ def build_request(
     if tower:
         check_tower(source, final_shape(limits, sizes), name)
     config = replace(config, prune=prune)
-    pruning = plan_pruning(prune, limits, sizes, steps, config.recovery)
+    schedule = plan_pruning(prune, limits, sizes, steps, config.recovery)
     if train.steps or of_epochs:  # an assumed number of steps refuses nothing
-        train.check_warmup(pruning.cycles()[0])
+        train.check_warmup(schedule.cycles()[0])
     per_node = cluster.gpus_per_node
     require(
         config.deepspeed is not None,
@@ -229,7 +229,7 @@ def build_request(
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
     bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
-    return Request(name, text, shape, config, cluster, pruning, ds_config, samples)
+    return Request(name, text, shape, config, cluster, schedule, ds_config, samples)
 
 
 def changed(

@@ -49,7 +49,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
-        shape = stock.shape_at(stock.pruning.steps)
+        shape = stock.shape_at(stock.schedule.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages
@@ -257,7 +257,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         return {}
     layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
-    sizes = {x.matrix for _, x in shape.linears() if x.runs}
+    sizes = {x.matrix for _, x in shape.linears() if x.spans}
     # whole rows
     block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}

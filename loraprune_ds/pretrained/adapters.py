@@ -35,7 +35,9 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     start = str(settings.get("init_lora_weights"))
     targets = settings.get("target_modules") or []
     named = last_names([*targets, *(settings.get("target_parameters") or [])])
-    needed = last_names(x.stock_name if x.stack else x.linear for _, x in shape.linears() if x.runs)
+    needed = last_names(
+        x.stock_name if x.stack else x.linear for _, x in shape.linears() if x.spans
+    )
     missing = sorted(set(needed) - set(named))
     refusals = {
         "is not a plain LoRA adapter": settings.get("peft_type") != "LORA"
@@ -87,7 +89,7 @@ def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[Te
     return [
         x
         for x in shape.layers[layer].linears
-        if x.runs or name_in_file(shape, layer, f"{x.linear}.lora_A") in names
+        if x.spans or name_in_file(shape, layer, f"{x.linear}.lora_A") in names
     ]
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
-from loraprune_ds.pretrained.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config
+from loraprune_ds.pretrained.text_part import MTP, MULTIMODAL, Tower, find_prefixes, text_config
 from loraprune_ds.pretrained.weight_files import have_equal_values, read_headers
 from loraprune_ds.pretrained.weights import HEAD, ModelWeights, check_weights
 
@@ -57,16 +57,18 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
     full = read_json(folder / "config.json")
     config = text_config(full, where) | ({} if query_heads else {QUERY_HEADS_LEAVE: False})
     family, headers = read_family(config, where), read_headers(folder)
-    names, tower = {family.layout.name_in_class(name): name for name in headers}, None
+    names, tower = {family.prefixes.name_in_class(name): name for name in headers}, None
     if full.get("model_type") in MULTIMODAL:
-        layout = find_layout(headers, where)
-        names = {layout.name_in_class(name): name for name in headers if name.startswith(layout)}
+        prefixes = find_prefixes(headers, where)
+        names = {
+            prefixes.name_in_class(name): name for name in headers if name.startswith(prefixes)
+        }
         others = {
             name: file
             for name, (_, _, file) in headers.items()
-            if not name.startswith((*layout, MTP))
+            if not name.startswith((*prefixes, MTP))
         }
-        tower = Tower(full, layout, others)
+        tower = Tower(full, prefixes, others)
     check_depth(config, family, names, where)
     shape, modules = read_model(config, where)
     embedding = shape.outer[0].name

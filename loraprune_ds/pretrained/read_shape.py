@@ -152,37 +152,37 @@ def _layer(
     tensors = [mark for mark in marks if isinstance(mark, TensorSpec) and mark.name in inside]
     named = dict[str, TensorSpec]()
     # Linears come first, starting with those that lose groups. Then come other tensors that lose groups.
-    for mark in sorted(tensors, key=lambda x: (not x.lora, not x.runs)):
+    for mark in sorted(tensors, key=lambda x: (not x.lora, not x.spans)):
         named[mark.name] = mark
         if mark.lora and (bias := f"{mark.linear}.bias") in inside:
-            named[bias] = TensorSpec(bias, mark.runs if mark.axis == 0 else ())
+            named[bias] = TensorSpec(bias, mark.spans if mark.axis == 0 else ())
     first = [
-        name for name, mark in named.items() if mark.lora or mark.runs or name.endswith(".bias")
+        name for name, mark in named.items() if mark.lora or mark.spans or name.endswith(".bias")
     ]
     every = dict.fromkeys((*first, *inside))
     specs = tuple(replace(named.get(name, TensorSpec(name)), shape=inside[name]) for name in every)
     for spec in specs:
-        along, axis = sum(run.size for run in spec.runs), spec.axis
+        along, axis = sum(run.size for run in spec.spans), spec.axis
         is_unmarked = len(spec.shape) == 2 and spec.name not in named
-        if is_unmarked or (spec.runs and along != spec.shape[axis]):
+        if is_unmarked or (spec.spans and along != spec.shape[axis]):
             explained = (
-                [*spec.shape[:axis], along, *spec.shape[axis + 1 :]] if spec.runs else "nothing"
+                [*spec.shape[:axis], along, *spec.shape[axis + 1 :]] if spec.spans else "nothing"
             )
             raise UserError(
                 f"{where}{spec.name} has shape {[*spec.shape]}, but its family has {explained}"
             )
     kinds = {kind for spec in specs for kind in spec.kinds}
-    attributes = (mark for mark in marks if isinstance(mark, Attribute) and mark.run.kind in kinds)
+    attributes = (mark for mark in marks if isinstance(mark, Attribute) and mark.span.kind in kinds)
     return LayerSpec(number, specs, tuple(attributes))
 
 
 def _kinds(marks: Marks, layers: Sequence[LayerSpec]) -> tuple[Kind, ...]:
     """Returns the kinds of the model in the order of the forward. The last makes up for what whole groups cannot."""
     found = {kind for layer in layers for kind in layer.counts}
-    runs = (
-        run for mark in marks if isinstance(mark, TensorSpec) and mark.lora for run in mark.runs
+    spans = (
+        run for mark in marks if isinstance(mark, TensorSpec) and mark.lora for run in mark.spans
     )
-    return tuple(dict.fromkeys(run.kind for run in runs if run.kind in found))
+    return tuple(dict.fromkeys(span.kind for span in spans if span.kind in found))
 
 
 def read_family(config: dict[str, Any], where: str) -> Family:

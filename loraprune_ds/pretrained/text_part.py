@@ -16,14 +16,14 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class, config_object, refused_in_one_line
 from loraprune_ds.model.count_limits import check_counts
 from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.families.base import Layout
+from loraprune_ds.model.families.base import Prefixes
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.groups import EQUAL_LAYERS
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import multimodal_config
 from loraprune_ds.pretrained.weight_files import PROCESSOR_FILES, as_on_disk
 
-# Without an image their forward equals that of the text class. Their weight files have one of LAYOUTS.
+# Without an image their forward equals that of the text class. Their weight files have one of PREFIXES.
 MULTIMODAL = (
     "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
 )
@@ -38,11 +38,11 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
 TRANSPOSED = ("qwen3_vl_moe",)
 OF_ROWS = ("mrope_section", "mrope_interleaved")
 # transformers saves the first one or two, and reads all.
-LAYOUTS = (
-    Layout("language_model.model.", "language_model.lm_head."),
-    Layout("model.language_model."),
-    Layout("model.text_model."),
-    Layout(),
+PREFIXES = (
+    Prefixes("language_model.model.", "language_model.lm_head."),
+    Prefixes("model.language_model."),
+    Prefixes("model.text_model."),
+    Prefixes(),
 )
 # Published text configs omit sizes that are defaults of their class.
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -59,12 +59,12 @@ class Tower:
 
     Attributes:
         config: config.json of the whole model.
-        layout: the names of the text part in the weight files.
+        prefixes: the names of the text part in the weight files.
         files: the other tensors, and the weight file of each.
     """
 
     config: dict[str, Any]
-    layout: Layout
+    prefixes: Prefixes
     files: Mapping[str, Path]
 
     @property
@@ -72,7 +72,7 @@ class Tower:
         """The option with which transformers' `from_pretrained` loads the text class."""
         return {
             f"^{re.escape(prefix)}": text
-            for prefix, text in zip(self.layout, Layout(), strict=True)
+            for prefix, text in zip(self.prefixes, Prefixes(), strict=True)
         }
 
 
@@ -83,7 +83,7 @@ def in_files(
 
     Copies of a bias that layers share are left out.
     """
-    name_on_disk = (tower or shape.family).layout.name_on_disk
+    name_on_disk = (tower or shape.family).prefixes.name_on_disk
     transposed, copies = (
         tower is not None and tower.config["model_type"] in TRANSPOSED,
         shape.shared_tensors,
@@ -120,13 +120,13 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
     return sizes | shared | text | tied
 
 
-def find_layout(stored: Collection[str], where: str) -> Layout:
-    """Returns the layout of the weight files that hold the tensors `stored` of a multimodal model."""
-    for layout in LAYOUTS:
-        if f"{layout.decoder}embed_tokens.weight" in stored:
-            return layout
+def find_prefixes(stored: Collection[str], where: str) -> Prefixes:
+    """Returns the prefixes of the weight files that hold the tensors `stored` of a multimodal model."""
+    for prefixes in PREFIXES:
+        if f"{prefixes.decoder}embed_tokens.weight" in stored:
+            return prefixes
     raise UserError(
-        f"{where}: its weight files have no text part under {' or '.join(x for x, _ in LAYOUTS)}"
+        f"{where}: its weight files have no text part under {' or '.join(x for x, _ in PREFIXES)}"
     )
 
 

@@ -151,7 +151,7 @@ class MaskGradients:
         self._active = False
         self._squares: dict[LinearId, Tensor] = {}
         # no cut changes widths
-        self._runs = {LinearId(i, linear.linear): linear.runs[0] for i, linear in self.linears}
+        self._spans = {LinearId(i, linear.linear): linear.spans[0] for i, linear in self.linears}
         self.detach = hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
@@ -186,10 +186,10 @@ class MaskGradients:
         self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor
     ) -> None:
         if counts is None:
-            run = self._runs[linear_id]
-            s = mask_gradients(inputs, gradient, run.width)
+            span = self._spans[linear_id]
+            s = mask_gradients(inputs, gradient, span.width)
             squares = (
-                second_moments(s, run.ranges) if run.kind == QUERY_HEADS else sum_of_squares(s)
+                second_moments(s, span.ranges) if span.kind == QUERY_HEADS else sum_of_squares(s)
             )
         else:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)

@@ -18,33 +18,33 @@ from loraprune_ds.pruning.prunable_model import PrunableModel
 
 @dataclass(frozen=True)
 class GroupSums:
-    """The scores of each run of the linears, summed over the ranks. They stay on the device."""
+    """The scores of each span of the linears, summed over the ranks. They stay on the device."""
 
     shape: ModelShape
     linears: Sequence[tuple[int, TensorSpec]]
-    of_runs: Sequence[Tensor]  # float64 of each run of these linears, as in LayerScores
+    of_spans: Sequence[Tensor]  # float64 of each span of these linears, as in LayerScores
     step: int
 
     def by_layer(self, normalization: Normalization) -> list[LayerScores]:
-        """Adds the scores of a layer's runs to the scores of its groups.
+        """Adds the scores of a layer's spans to the scores of its groups.
 
-        `l2` first divides the scores of each run by their norm, as LoRAPrune's released code does (arXiv 2305.18403).
+        `l2` first divides the scores of each span by their norm, as LoRAPrune's released code does (arXiv 2305.18403).
         A fused linear then counts like separate linears. `step` divides all scores by their sum, so steps with large
         gradients weigh the same in the moving average. `none` adds the scores unchanged.
         """
-        of_runs, zeros = self.of_runs, self.of_runs[0].new_zeros
+        of_spans, zeros = self.of_spans, self.of_spans[0].new_zeros
         if normalization != "none":
             total = self._sum()
             divisors = (
-                cast(Any, scores).norm() if normalization == "l2" else total for scores in of_runs
+                cast(Any, scores).norm() if normalization == "l2" else total for scores in of_spans
             )
             # all may be zero
-            of_runs = [x / by.where(by > 0, 1.0) for x, by in zip(of_runs, divisors, strict=True)]
+            of_spans = [x / by.where(by > 0, 1.0) for x, by in zip(of_spans, divisors, strict=True)]
         layers = [
             {kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts
         ]
-        for (layer, _, kind), scores in zip(self._places(), of_runs, strict=True):
-            # moments are of one run
+        for (layer, _, kind), scores in zip(self._places(), of_spans, strict=True):
+            # moments are of one span
             layers[layer][kind] = layers[layer][kind] + scores if scores.ndim == 1 else scores
         return list(map(LayerScores, layers))
 
@@ -52,45 +52,50 @@ class GroupSums:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
         if torch.isfinite(self._sum()):
             return
-        for (layer, name, _), scores in zip(self._places(), self.of_runs, strict=True):
+        for (layer, name, _), scores in zip(self._places(), self.of_spans, strict=True):
             if not torch.isfinite(scores).all():
                 raise RunError(f"step {self.step}: the score of layer {layer} {name} is not finite")
 
     def _sum(self) -> Tensor:
-        return torch.cat([scores.flatten() for scores in self.of_runs]).sum()
+        return torch.cat([scores.flatten() for scores in self.of_spans]).sum()
 
     def _places(self) -> Iterator[tuple[int, str, Kind]]:
         return (
-            (layer, linear.linear, run.kind)
+            (layer, linear.linear, span.kind)
             for layer, linear in self.linears
-            for run in linear.runs
+            for span in linear.spans
         )
 
 
 def score_groups(
-    model: PrunableModel, criterion: Criterion, step: int, recorder: MaskGradients | None = None
+    model: PrunableModel,
+    criterion: Criterion,
+    step: int,
+    mask_gradients: MaskGradients | None = None,
 ) -> GroupSums:
     """Scores all groups, with one all-reduce of O(groups), and of query heads with q for each key-value head O(q²).
 
-    The `recorder` of `fisher` has this rank's sums over tokens. Other criteria sum over this rank's shards of W.
+    The `mask_gradients` of `fisher` has this rank's sums over tokens. Other criteria sum over this rank's shards of W.
     """
-    if recorder is not None:
-        return add_over_ranks(model, recorder.linears, recorder.sums(), step)
+    if mask_gradients is not None:
+        return add_over_ranks(model, mask_gradients.linears, mask_gradients.sums(), step)
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
-        for linear in (x for x in shape.layers[layer].linears if x.runs):
+        for linear in (x for x in shape.layers[layer].linears if x.spans):
             owned = model.owned_weight(LinearId(layer, linear.linear))
             sums = score_shard(
                 owned, factors[linear.linear], ELEMENT_CRITERIA[criterion], linear.axis
             )
-            partial += sums_of_runs(linear, sums)
+            partial += sums_of_spans(linear, sums)
     return add_over_ranks(model, shape.linears(), partial, step)
 
 
-def sums_of_runs(linear: TensorSpec, values: Tensor) -> list[Tensor]:
-    """Adds up values (rows,) or (columns,) of a linear: (groups,) of each run."""
-    parts = torch.split(values, [run.size for run in linear.runs])
-    return [part.view(-1, run.width).sum(1) for run, part in zip(linear.runs, parts, strict=True)]
+def sums_of_spans(linear: TensorSpec, values: Tensor) -> list[Tensor]:
+    """Adds up values (rows,) or (columns,) of a linear: (groups,) of each span."""
+    parts = torch.split(values, [span.size for span in linear.spans])
+    return [
+        part.view(-1, span.width).sum(1) for span, part in zip(linear.spans, parts, strict=True)
+    ]
 
 
 def add_over_ranks(
@@ -99,7 +104,7 @@ def add_over_ranks(
     partial: list[Tensor],
     step: int,
 ) -> GroupSums:
-    """Sums the ranks' scores of all runs."""
+    """Sums the ranks' scores of all spans."""
     totals = model.comm.all_reduce(torch.cat([scores.flatten() for scores in partial]))
     parts = zip(torch.split(totals, [scores.numel() for scores in partial]), partial, strict=True)
     return GroupSums(model.shape, linears, [total.view_as(scores) for total, scores in parts], step)

@@ -77,7 +77,7 @@ class Pruner:
             else None
         )
         self._measures = False  # the moments record this step
-        self.recorder = MaskGradients(model) if config.criterion == "fisher" else None
+        self.mask_gradients = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
@@ -88,8 +88,8 @@ class Pruner:
             self._measures = self.schedule.precedes_cut(step, self.config.compensate_steps)
             if self.moments is not None and self._measures:
                 recordings.enter_context(self.moments.record_step())
-            if self.recorder is not None and self.schedule.is_scored(step):
-                recordings.enter_context(self.recorder.record())
+            if self.mask_gradients is not None and self.schedule.is_scored(step):
+                recordings.enter_context(self.mask_gradients.record())
             yield
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
@@ -112,7 +112,7 @@ class Pruner:
                 for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)
             ]
         else:
-            self._unchecked = score_groups(self.model, criterion, step, self.recorder)
+            self._unchecked = score_groups(self.model, criterion, step, self.mask_gradients)
             scores = self._unchecked.by_layer(self.config.normalize)
         self.average.update(scores)
 
@@ -157,7 +157,7 @@ class Pruner:
 
     def detach(self) -> None:
         """Removes the hooks from the model. Nothing is recorded afterwards."""
-        for recorder in (self.moments, self.recorder):
+        for recorder in (self.moments, self.mask_gradients):
             if recorder is not None:
                 recorder.detach()
 

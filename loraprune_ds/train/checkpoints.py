@@ -121,7 +121,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
         # the checkpoint has its LoRA
         config = replace(config, model=replace(config.model, adapter=None))
         frozen = checkpoint.frozen_model
-    cycles = prepared.pruning.cycles()
+    cycles = prepared.schedule.cycles()
     engine: TrainingEngine = prepared.engines.build_training_engine(
         frozen, prepared.ds_config, cycles, config
     )
@@ -159,7 +159,7 @@ def save_checkpoint(
         source=str(prepared.pretrained.folder.resolve()),
         config=config.to_dict(),
         data=prepared.data,
-        asked=prepared.pruning.section(step).ratio,
+        asked=prepared.schedule.section(step).ratio,
         resumed_from=[*earlier.resumed_from, earlier.step] if earlier else [],
         accelerator=device_name(),
         peak_bytes=model.comm.gather_objects(steps.peak.of_process()),
@@ -176,5 +176,5 @@ def save_checkpoint(
     model.comm.write_on_rank_0(context.folder, lambda: flush(context.folder / METRICS_FILE))
     save_step(pruner, engine.optimizer_state, root, state, resume)
     context.check_owner()
-    keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.ends()
+    keep_last, sizes = config.checkpoint.keep_last, prepared.schedule.ends()
     model.comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last, sizes))

@@ -51,7 +51,7 @@ class Prepared:
     samples: Samples
     order: SampleOrder
     held_out: list[Labelled]  # batches of the held-out text
-    pruning: Schedule
+    schedule: Schedule
     engines: ModuleType  # `find_engines`
     ds_config: dict[str, Any]  # with every "auto" replaced. Empty without DeepSpeed
     data: RunData
@@ -155,8 +155,8 @@ def _prepare(
     pruning_steps = train.steps or steps_for_epochs(
         train.epochs or 1, loaded.epoch_length, global_batch_size
     )
-    pruning = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
-    train.check_warmup(pruning.cycles()[0])
+    schedule = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
+    train.check_warmup(schedule.cycles()[0])
     window, most, size = (
         config.evaluate.window,
         config.evaluate.max_windows,
@@ -170,10 +170,10 @@ def _prepare(
         samples=loaded.samples,
         order=order,
         held_out=held_out,
-        pruning=pruning,
+        schedule=schedule,
         engines=find_engines(config.deepspeed is not None),
         ds_config=ds_config,
-        data=RunData(pruning.steps, *digests, commits),
+        data=RunData(schedule.steps, *digests, commits),
     )
 
 
@@ -195,7 +195,7 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     """Yields lines about the model, the ranks and the cuts of a run, and what a user may not expect."""
-    config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
+    config, dense, schedule = prepared.config, prepared.pretrained.shape, prepared.schedule
     where = (
         "in one process"
         if config.deepspeed is None
@@ -204,12 +204,12 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     count, dtype = format_count(dense.total_numel()), describe_dtype(config.model)
     yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"
     steps = (
-        f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
+        f"{schedule.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
     )
-    ratio = format_percent(pruning.ratio)
-    yield f"{steps}, {len(pruning.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
+    ratio = format_percent(schedule.ratio)
+    yield f"{steps}, {len(schedule.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
     yield config.recipe
-    if ends := pruning.ends():
+    if ends := schedule.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"
     yield from _describe_model(config.model.attn_implementation, prepared.pretrained)

@@ -62,8 +62,8 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
                 checkpoint.folder.parents[1] / records.METRICS_FILE, first
             )
         records.write_history(output.path / records.METRICS_FILE, history)
-        sizes = prepared.pruning.ends()
-        warnings.extend(drop_later_models(output.path, sizes, prepared.pruning.steps, first))
+        sizes = prepared.schedule.ends()
+        warnings.extend(drop_later_models(output.path, sizes, prepared.schedule.steps, first))
 
     comm.write_on_rank_0(output.path, open_output)
     output.check_shared(comm)
@@ -83,7 +83,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
 def _open_context(
     prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Iterator[RunContext]:
-    config, steps, is_rank_0 = prepared.config, prepared.pruning.steps, comm.rank == 0
+    config, steps, is_rank_0 = prepared.config, prepared.schedule.steps, comm.rank == 0
     folder, mark = Path(config.output_dir), comm.draw_mark()
     first = checkpoint and checkpoint.state.step
     with (
@@ -101,7 +101,7 @@ def _train(context: RunContext) -> bool:
     """Trains and cuts the model, up to its last step. Returns False after a request to stop. Collective."""
     if context.stop_requested():
         return False
-    if context.status.step < context.prepared.pruning.steps and not train(context):
+    if context.status.step < context.prepared.schedule.steps and not train(context):
         return False
     return not context.stop_requested()
 
@@ -128,7 +128,7 @@ def _targets(sizes: Mapping[int, str], last: int) -> dict[int, list[str]]:
 def export_models(context: RunContext) -> bool:
     """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
     for number, names in _targets(
-        context.prepared.pruning.ends(), context.prepared.pruning.steps
+        context.prepared.schedule.ends(), context.prepared.schedule.steps
     ).items():
         if any(context.comm.gather_objects((context.folder / name).exists())[0] for name in names):
             continue
@@ -179,7 +179,7 @@ def measure_model(context: RunContext) -> str | None:
     """
     config, pruning, folder, recorder = (
         context.config,
-        context.prepared.pruning,
+        context.prepared.schedule,
         context.folder,
         context.recorder,
     )
@@ -233,6 +233,6 @@ def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:
     pretrained = context.comm.all_or_raise(lambda: open_pretrained(folder))
     engines, stored = prepared.engines, (model.attn_implementation, model.dtype, prepared.ds_config)
     engine = engines.build_inference_engine(pretrained, *stored)
-    record = evaluate(context, engine, prepared.pruning.steps, "pruned")
+    record = evaluate(context, engine, prepared.schedule.steps, "pruned")
     engines.release(engine)  # `evaluate.after` needs the memory
     return record

@@ -141,7 +141,7 @@ class Trainer:
 
 def train(context: RunContext) -> bool:
     """Makes all remaining steps, then frees the model. False after a request to stop, which saves. Collective."""
-    prepared, recorder, schedule = context.prepared, context.recorder, context.prepared.pruning
+    prepared, recorder, schedule = context.prepared, context.recorder, context.prepared.schedule
     trainer = _build_trainer(context)
     engine, every = trainer.engine, context.config.checkpoint.every or schedule.steps
     if not context.checkpoint:
@@ -170,7 +170,7 @@ def _build_trainer(context: RunContext) -> Trainer:
     if config.train.distill_weight:
         stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
         teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
-    pruner = Pruner(engine.model, prepared.pruning, config.seed)
+    pruner = Pruner(engine.model, prepared.schedule, config.seed)
     if checkpoint:
         checkpoint.restore_pruner(pruner)
     return Trainer(

@@ -54,7 +54,7 @@ def work(widths: str) -> None:
     stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
     teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
     engine = build_engine(prepared, None)
-    pruner = Pruner(engine.model, prepared.pruning, config.seed)
+    pruner = Pruner(engine.model, prepared.schedule, config.seed)
     trainer = Trainer(engine, pruner, prepared.samples, order, config, teacher=teacher)
     print(flush=True)
     with fast_half_products(config.model.dtype):

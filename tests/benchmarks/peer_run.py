@@ -129,10 +129,10 @@ class WeightGradients(StepRecorder):
                 shard.decode(shard.flat.view(shard.shape), 0), factors[layer][linear.linear]
             )
             sums = weight.mul_(self._recorded[linear_id]).abs_().sum(1 - linear.axis).double()
-            of_runs = sums.split([run.size for run in linear.runs])
+            of_runs = sums.split([run.size for run in linear.spans])
             parts += [
                 rows.view(-1, run.width).sum(1)
-                for run, rows in zip(linear.runs, of_runs, strict=True)
+                for run, rows in zip(linear.spans, of_runs, strict=True)
             ]
         return GroupSums(shape, shape.linears(), parts, step)
 

@@ -71,7 +71,7 @@ def peaks(request: Request, ranks: list[dict[str, Any]]) -> dict[str, tuple[int,
     found = {}
     sides = {
         "before": (request.shape, True),
-        "after": (request.shape_at(request.pruning.steps), False),
+        "after": (request.shape_at(request.schedule.steps), False),
     }
     for (when, (shape, scores)), numbers in zip(sides.items(), ((0, 1), (2, 3)), strict=True):
         planned, resident = (

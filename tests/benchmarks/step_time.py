@@ -36,7 +36,7 @@ class Timed(Trainer):
 
     def __init__(self, prepared: Prepared) -> None:
         config, engine = prepared.config, build_engine(prepared, None)
-        pruner = Pruner(engine.model, prepared.pruning, config.seed)
+        pruner = Pruner(engine.model, prepared.schedule, config.seed)
         super().__init__(engine, pruner, prepared.samples, prepared.order, config)
         self._observe = pruner.score
         self._next = 1

@@ -320,7 +320,9 @@ def changed(family: str, change: Callable[[list[Any]], list[Any]]) -> Family:
 
 def kinds(family: str) -> list[str]:
     """Returns the kinds of groups of a family, in the order of the forward."""
-    return list(dict.fromkeys(run.kind for mark in marks(family) if mark.lora for run in mark.runs))
+    return list(
+        dict.fromkeys(run.kind for mark in marks(family) if mark.lora for run in mark.spans)
+    )
 
 
 def norms_are_wide(family: str) -> bool:

@@ -55,7 +55,7 @@ def family_rows() -> list[tuple[str, ...]]:
 
 def describe(name: str, family: Family) -> tuple[str, ...]:
     there = weights(name)
-    whole = [x.linear for x in marks(name) if not x.runs and x.linear in there]
+    whole = [x.linear for x in marks(name) if not x.spans and x.linear in there]
     stays = [
         *family.fixed,
         *(words for part, words in STAYS.items() if any(part in x for x in whole)),

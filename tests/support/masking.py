@@ -26,7 +26,7 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
             if linear.stack:
                 mask_router(family_cuts.find_router(layer), keep[i]["experts"])
                 continue
-            factors = stays(network.shape, i, keep[i], linear.runs[0].kind, module.in_features)
+            factors = stays(network.shape, i, keep[i], linear.spans[0].kind, module.in_features)
             module.register_forward_pre_hook(times_input(factors))
 
 

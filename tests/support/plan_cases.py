@@ -238,7 +238,7 @@ def _measured_step(
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores, own = step <= request.pruning.last_cut, comm.bytes_sent - before
+    scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
     planned = step_sent(request, shape, (scores, scores))
     pruning = planned["scoring"] + planned["input_moments"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "magnitude")

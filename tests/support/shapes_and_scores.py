@@ -45,7 +45,7 @@ def llama_marks(config: SimpleNamespace) -> list[TensorSpec | Attribute]:
 
 
 def resize(mark: TensorSpec, hidden: int) -> TensorSpec:
-    along = sum(run.size for run in mark.runs)
+    along = sum(run.size for run in mark.spans)
     return replace(mark, shape=(along, hidden) if mark.axis == 0 else (hidden, along))
 
 

@@ -230,7 +230,7 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
             nn.init.zeros_(factor)
     load_adapter(again.model, tmp_path, network.shape, 3)
     assert torch.equal(again.logits(), network.logits())
-    linears = {f".{linear.linear}." for _, linear in network.shape.linears() if not linear.runs}
+    linears = {f".{linear.linear}." for _, linear in network.shape.linears() if not linear.spans}
     if whole := [name for name in tensors if any(part in name for part in linears)]:
         save_file(
             {n: x for n, x in tensors.items() if n not in whole},

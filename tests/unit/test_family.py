@@ -9,9 +9,9 @@ import torch
 from loraprune_ds.model.classes import build_on_meta, causal_lm_class
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.families.base import PRUNED
-from loraprune_ds.model.families.blocks import columns, head_runs, rows
+from loraprune_ds.model.families.blocks import columns, head_spans, rows
 from loraprune_ds.model.family import FAMILIES, REFUSED
-from loraprune_ds.model.groups import LayerCounts, Run, TensorSpec
+from loraprune_ds.model.groups import LayerCounts, Span, TensorSpec
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
@@ -145,7 +145,7 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
         for name, how in plan.items()
         if "linear_attn" not in name
     }
-    axes = {mark.linear: mark.axis for mark in own_marks(family) if mark.lora and mark.runs}
+    axes = {mark.linear: mark.axis for mark in own_marks(family) if mark.lora and mark.spans}
     theirs = {
         name: 0 if "colwise" in how else 1 if "rowwise" in how else None
         for name, how in named.items()
@@ -173,7 +173,7 @@ def test_dense_layers_among_sparse_ones_have_no_experts(
     shape = shape_from_config(config, "somewhere")
     assert [i for i, layer in enumerate(shape.counts) if not layer["experts"]] == dense
     assert all(
-        "mlp.gate_proj" in {x.linear for x in shape.layers[i].linears if not x.runs} for i in dense
+        "mlp.gate_proj" in {x.linear for x in shape.layers[i].linears if not x.spans} for i in dense
     )
     assert shape.is_uniform
     exported = export_config(config, shape, "float32").config
@@ -229,15 +229,15 @@ def test_modules_on_meta(family: str, tied: bool) -> None:
 
 # Families that are wrong
 
-QUERIES, (KEYS,) = head_runs(tiny_config("llama"))
-CHANNELS = Run("channels", SIZES["intermediate_size"])
+QUERIES, (KEYS,) = head_spans(tiny_config("llama"))
+CHANNELS = Span("channels", SIZES["intermediate_size"])
 WRONG = [
     ("llama", rows("self_attn.o_proj", QUERIES)),  # wrong axes
     ("llama", columns("mlp.up_proj", CHANNELS)),
     ("llama", rows("self_attn.k_proj", QUERIES)),  # wrong width
     ("llama", rows("mlp.gate_proj", KEYS)),  # wrong kind
     # a run is missing
-    ("phi3", rows("self_attn.qkv_proj", Run("heads", 5, 12), Run("heads", 5, 6))),
+    ("phi3", rows("self_attn.qkv_proj", Span("heads", 5, 12), Span("heads", 5, 6))),
 ]
 MISSING = [
     (family, mark) for family in ("llama", "phi3", "starcoder2") for mark in own_marks(family)

@@ -128,7 +128,7 @@ SHAPE = make_shape([(3, 17), (1, 1), (2, 30)], hidden=11, head_dim=2, queries_pe
 def made_up(generator: torch.Generator, factor: float) -> GroupSums:
     """Returns a step whose first linear has no score."""
     linears = list(SHAPE.linears())
-    sizes = [linear.runs[0].size // linear.runs[0].width for _, linear in linears]
+    sizes = [linear.spans[0].size // linear.spans[0].width for _, linear in linears]
     parts = [factor * torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes]
     return GroupSums(SHAPE, linears, [0 * parts[0], *parts[1:]], step=1)
 
@@ -138,10 +138,10 @@ def added(sums: GroupSums, normalization: Normalization) -> list[dict[str, Tenso
     layers = [
         {kind: torch.zeros(n).double() for kind, n in layer.items()} for layer in SHAPE.counts
     ]
-    total = float(torch.cat([*sums.of_runs]).sum())
-    for (layer, linear), scores in zip(sums.linears, sums.of_runs, strict=True):
+    total = float(torch.cat([*sums.of_spans]).sum())
+    for (layer, linear), scores in zip(sums.linears, sums.of_spans, strict=True):
         divisor = {"l2": float(scores.norm()), "step": total, "none": 1.0}[normalization] or 1.0
-        layers[layer][linear.runs[0].kind] += scores / divisor
+        layers[layer][linear.spans[0].kind] += scores / divisor
     return layers
 
 

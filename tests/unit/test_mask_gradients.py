@@ -69,7 +69,7 @@ def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(
     run, batch = tiny_run(tmp_path, "llama")
     monkeypatch.setattr(type(run.prunable), "loss_scale", 1024.0)
     run.prunable.world_size = 4
-    masks = run.pruner.recorder
+    masks = run.pruner.mask_gradients
     assert isinstance(masks, criterion.MaskGradients)
     plain = masked_scores(run, batch)
     with run.pruner.record_step(1):

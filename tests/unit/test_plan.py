@@ -104,7 +104,7 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(
     planned = build_request(
         "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples
     )
-    assert (planned.pruning.steps, planned.steps_known) == (steps, True)
+    assert (planned.schedule.steps, planned.steps_known) == (steps, True)
     must_name(
         "--samples",
         build_request,

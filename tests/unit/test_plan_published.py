@@ -116,7 +116,7 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
     )
     assert request.config.model.frozen == ("int8" if kind == "int8-" else None)
     if kind == "single-shot-":
-        assert request.pruning.cut_steps == [request.pruning.steps]
+        assert request.schedule.cut_steps == [request.schedule.steps]
         assert train.learning_rate < 1e-9  # LoRA must not learn
         return
     assert (train.epochs, train.learning_rate, train.lr_scheduler) == (2, 1e-4, "cosine")

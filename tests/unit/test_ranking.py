@@ -179,7 +179,7 @@ def test_one_step_with_large_gradients_leaves_no_layer_whole(
     shape, generator = make_shape([(4, 60)] * 6), torch.Generator().manual_seed(3)
     linears, average = shape.input_linears(), MovingAverage(0.9)
     for step in range(20):
-        counts = [shape.counts[i][linear.runs[0].kind] for i, linear in linears]
+        counts = [shape.counts[i][linear.spans[0].kind] for i, linear in linears]
         parts = [torch.rand(count, generator=generator).double() for count in counts]
         if step == 5:
             parts = [

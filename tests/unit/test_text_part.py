@@ -12,7 +12,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pretrained.text_part import LAYOUTS, MULTIMODAL
+from loraprune_ds.pretrained.text_part import MULTIMODAL, PREFIXES
 from tests.support.export_cases import model_card
 from tests.support.families import tiny_config
 from tests.support.family_cuts import (
@@ -74,7 +74,7 @@ def test_the_text_part_is_read_cut_and_exported(outer: str, models: Models, tmp_
 
 def test_other_names_in_the_files(models: Models, tmp_path: Path) -> None:
     folder, whole = models["llava"]
-    newer = edited(folder, tmp_path / "newer", dict(zip(LAYOUTS[0], LAYOUTS[1], strict=True)))
+    newer = edited(folder, tmp_path / "newer", dict(zip(PREFIXES[0], PREFIXES[1], strict=True)))
     assert difference(logits(reopened(open_pretrained(newer))), logits(whole)) < TOLERANCE
 
 

@@ -23,7 +23,7 @@ from loraprune_ds.generate.models import find_model, load_model, open_result
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pretrained.text_part import LAYOUTS, check_processor, check_tower
+from loraprune_ds.pretrained.text_part import PREFIXES, check_processor, check_tower
 from loraprune_ds.pretrained.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
 from tests.support.families import tiny_config
@@ -178,7 +178,7 @@ def test_the_first_qwen2_5_vl_has_its_text_outside(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
     pretrained = open_pretrained(tmp_path)
     assert pretrained.tower is not None
-    assert pretrained.tower.layout == LAYOUTS[-1]
+    assert pretrained.tower.prefixes == PREFIXES[-1]
     assert all(name.startswith("visual.") for name in pretrained.tower.files)
     counts = [KEPT["qwen2_5_vl"]] * len(pretrained.shape.counts)
     export = cut_and_export(untrained(pretrained), tmp_path / "model", *counts, source=pretrained)

@@ -2,7 +2,7 @@
 
 `layer` marks tensors: which have LoRA, and along which axis they consist of groups. It computes no shapes. Those come
 from transformers' modules on the meta device (read_shape.py), so norms and other vectors that no cut makes smaller need
-no mark. A mark applies if the layer has the tensor. Two checks follow at reading: the runs of a tensor add up to its
+no mark. A mark applies if the layer has the tensor. Two checks follow at reading: the spans of a tensor add up to its
 axis, and no matrix is unmarked.
 
 `c` is always transformers' object of config.json, or of one layer of it. After a cut it still has the counts of the
@@ -45,7 +45,7 @@ class Attention(NamedTuple):
     state: int = 0  # elements of a state that does not grow
 
 
-class Layout(NamedTuple):
+class Prefixes(NamedTuple):
     """Holds the prefixes of names in weight files where a text class has the defaults."""
 
     decoder: str = "model."
@@ -53,14 +53,14 @@ class Layout(NamedTuple):
 
     def name_on_disk(self, name: str) -> str:
         """Returns the name in weight files of a tensor of the class."""
-        return _with_prefix(name, Layout(), self)
+        return _with_prefix(name, Prefixes(), self)
 
     def name_in_class(self, name: str) -> str:
         """Undoes `name_on_disk`."""
-        return _with_prefix(name, self, Layout())
+        return _with_prefix(name, self, Prefixes())
 
 
-def _with_prefix(name: str, old: Layout, new: Layout) -> str:
+def _with_prefix(name: str, old: Prefixes, new: Prefixes) -> str:
     prefixes = zip(old, new, strict=True)
     return next(
         (to + name.removeprefix(prefix) for prefix, to in prefixes if name.startswith(prefix)), name
@@ -87,13 +87,13 @@ class Family:
     windows_begin_with_bos: bool = False
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     equal_layers: bool = False  # a modelling file cannot hold layers that differ
-    # Norms run over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements.
+    # Norms span over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements.
     wide_norms: bool = False
     # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
     vllm: Literal["auto", "transformers"] = "auto"
 
     layer_lists: ClassVar[tuple[LayerList, ...]] = (LayerList(),)  # an encoder's comes first
-    layout: ClassVar[Layout] = Layout()
+    prefixes: ClassVar[Prefixes] = Prefixes()
     # fields of config.json that its modules have otherwise in memory
     in_memory: ClassVar[Mapping[str, Any]] = {}
     # the field of a pruned export with the sizes of each layer
@@ -153,7 +153,7 @@ class Family:
         return config
 
     def changed_in_memory(self, c: Any) -> dict[str, Any]:
-        """Returns the fields of config.json that a run changes, without the class, and their values there."""
+        """Returns the fields of config.json that a span changes, without the class, and their values there."""
         fields = {name: getattr(c, name) for name in self.in_memory if name != "model_type"}
         return {name: value for name, value in fields.items() if value != self.in_memory[name]}
 

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks
+from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Prefixes
 from loraprune_ds.model.families.blocks import (
     attention,
     columns,
@@ -13,7 +13,7 @@ from loraprune_ds.model.families.blocks import (
     whole,
 )
 from loraprune_ds.model.families.moe import Moe
-from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Span, TensorSpec
 
 NET = "linear_attn"
 MIXER, EXPERT = "mixer", "mixer.experts.{}"
@@ -26,7 +26,7 @@ class Delta(Family):
     """
 
     def mixer(self, c: Any) -> Marks:
-        keys, values, each = delta_runs(c)
+        keys, values, each = delta_spans(c)
         return [
             *attention(c, gated=True),
             rows(f"{NET}.in_proj_qkv", keys, keys, values),
@@ -52,7 +52,7 @@ class Delta(Family):
         }
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
-        keys, values, _ = delta_runs(c)
+        keys, values, _ = delta_spans(c)
         return (
             super()
             .attention(c, layer)
@@ -60,17 +60,17 @@ class Delta(Family):
         )
 
 
-def delta_runs(c: Any) -> tuple[Run, Run, Run]:
-    """Returns the runs of keys, of values, and of value heads."""
-    run, each = (
-        Run("delta", c.linear_num_key_heads),
+def delta_spans(c: Any) -> tuple[Span, Span, Span]:
+    """Returns the spans of keys, of values, and of value heads."""
+    span, each = (
+        Span("delta", c.linear_num_key_heads),
         c.linear_num_value_heads // c.linear_num_key_heads,
     )
     keys, values = (
-        run._replace(width=c.linear_key_head_dim),
-        run._replace(width=c.linear_value_head_dim * each),
+        span._replace(width=c.linear_key_head_dim),
+        span._replace(width=c.linear_value_head_dim * each),
     )
-    return keys, values, run._replace(width=each)
+    return keys, values, span._replace(width=each)
 
 
 class Qwen35(Delta):
@@ -89,21 +89,21 @@ class NemotronH(Moe):
     """
 
     optional = True
-    layout: ClassVar[Layout] = Layout("backbone.")
+    prefixes: ClassVar[Prefixes] = Prefixes("backbone.")
     layer_letters = ("hybrid_override_pattern",)
 
     def layer(self, c: Any, i: int) -> Marks:
-        run, inputs = self.run(c), c.moe_latent_size or c.hidden_size
+        span, inputs = self.span(c), c.moe_latent_size or c.hidden_size
         names = (f"{EXPERT}.up_proj.weight",), (f"{EXPERT}.down_proj.weight",)
         router = (f"{MIXER}.gate.{x}" for x in ("weight", "e_score_correction_bias"))
         return [
             *attention(c, MIXER),
             *mlp(c.intermediate_size, MIXER),
             *whole(MIXER, "fc1_latent_proj"),
-            *stacks(f"{MIXER}.experts", run, inputs, names, gated=False),
+            *stacks(f"{MIXER}.experts", span, inputs, names, gated=False),
             *whole(MIXER, "fc2_latent_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
-            *(per_expert(name, run, keep_fp32=True) for name in router),
-            Attribute(f"{MIXER}.gate", "num_experts", run._replace(width=1)),
+            *(per_expert(name, span, keep_fp32=True) for name in router),
+            Attribute(f"{MIXER}.gate", "num_experts", span._replace(width=1)),
             *whole(MIXER, "in_proj"),
             TensorSpec(f"{MIXER}.out_proj.weight"),
         ]
@@ -130,13 +130,13 @@ class Gemma4(Moe):
     keeps_layers = "its last layers read keys and values of others, and its embedding has a part for each layer"
 
     def layer(self, c: Any, i: int) -> Marks:
-        names, run = (("experts.gate_up_proj",), ("experts.down_proj",)), self.run(c)
+        names, span = (("experts.gate_up_proj",), ("experts.down_proj",)), self.span(c)
         return [
             *whole("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
             *mlp(c.intermediate_size * self.times(c, i, "channels")),
-            *stacks("experts", run, c.hidden_size, names),
+            *stacks("experts", span, c.hidden_size, names),
             *(TensorSpec(f"per_layer_{x}.weight", lora=True) for x in ("input_gate", "projection")),
-            *(per_expert(x, run) for x in ("router.proj.weight", "router.per_expert_scale")),
+            *(per_expert(x, span) for x in ("router.proj.weight", "router.per_expert_scale")),
         ]
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:

@@ -7,13 +7,13 @@ from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
 from loraprune_ds.model.families.blocks import (
     attention,
     columns,
-    head_runs,
+    head_spans,
     mlp,
     per_query,
     rows,
     whole,
 )
-from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import LayerCounts, LayerSpec, Span, TensorSpec
 
 
 class Llama(Family):
@@ -32,7 +32,7 @@ class Llama(Family):
 class Cohere(Llama):
     def layer(self, c: Any, i: int) -> Marks:
         """The norms have a weight for each head, (heads, head_dim)."""
-        keys = tuple(run._replace(width=1) for run in head_runs(c)[1])
+        keys = tuple(span._replace(width=1) for span in head_spans(c)[1])
         norms = per_query("self_attn.q_norm.weight", c), TensorSpec("self_attn.k_norm.weight", keys)
         return [*super().layer(c, i), *norms]
 
@@ -42,7 +42,7 @@ class Phi3(Family):
 
     def layer(self, c: Any, i: int) -> Marks:
         count, each = (
-            Run("heads", c.num_key_value_heads),
+            Span("heads", c.num_key_value_heads),
             c.num_attention_heads // c.num_key_value_heads,
         )
         queries, keys = (count._replace(width=heads * self.head_dim(c)) for heads in (each, 1))
@@ -84,8 +84,11 @@ class GraniteHybrid(Family):
     required = (*Family.required[:3], "shared_intermediate_size")
 
     def layer(self, c: Any, i: int) -> Marks:
-        mamba, run = whole("mamba", "in_proj"), Run("channels", c.shared_intermediate_size)
-        shared = rows("shared_mlp.input_linear", run, run), columns("shared_mlp.output_linear", run)
+        mamba, span = whole("mamba", "in_proj"), Span("channels", c.shared_intermediate_size)
+        shared = (
+            rows("shared_mlp.input_linear", span, span),
+            columns("shared_mlp.output_linear", span),
+        )
         return [*attention(c), *mamba, TensorSpec("mamba.out_proj.weight"), *shared]
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:

@@ -17,7 +17,7 @@ from loraprune_ds.model.families.blocks import (
     stacks,
     whole,
 )
-from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import LayerCounts, LayerSpec, Span, TensorSpec
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the MLP that all tokens pass
 # fields that count the dense layers, which are the first
@@ -51,40 +51,40 @@ class Moe(Family):
         sizes = super().required
         return sizes if self.optional else (*sizes[:3], self.count, self.size, self.chosen)
 
-    def run(self, c: Any) -> Run:
+    def span(self, c: Any) -> Span:
         """Returns the experts of a layer, as wide as the channels of one."""
         ranges = c.n_group or 1 if self.best_of_group else 1
-        return Run("experts", getattr(c, self.count) or 0, getattr(c, self.size) or 0, ranges)
+        return Span("experts", getattr(c, self.count) or 0, getattr(c, self.size) or 0, ranges)
 
     def layer(self, c: Any, i: int) -> Marks:
         """Marks the experts of a sparse layer, the MLP of a dense one, and the linears that all tokens pass."""
-        run, corrections = (
-            self.run(c),
+        span, corrections = (
+            self.span(c),
             (f"mlp.{path}e_score_correction_bias" for path in ("gate.", "")),
         )
         return [
             *self.mixer(c),
-            *stacks("mlp.experts", run, c.hidden_size, self.names),
+            *stacks("mlp.experts", span, c.hidden_size, self.names),
             *whole("mlp", *MLP),
             *(linear for x in SHARED for linear in whole(f"mlp.{x}", *MLP)),
             *whole("mlp", "shared_expert_gate"),
-            per_expert("mlp.gate.weight", run, self.router_in_files),
+            per_expert("mlp.gate.weight", span, self.router_in_files),
             *(
-                per_expert(name, run, self.correction_in_files, keep_fp32=True)
+                per_expert(name, span, self.correction_in_files, keep_fp32=True)
                 for name in corrections
             ),
-            per_expert("mlp.gate.wg.weight", run, keep_fp32=True),
-            Attribute("mlp.gate", "num_experts", run._replace(width=1)),
+            per_expert("mlp.gate.wg.weight", span, keep_fp32=True),
+            Attribute("mlp.gate", "num_experts", span._replace(width=1)),
         ]
 
     def mixer(self, c: Any) -> Marks:
         return attention(c, wide_norms=self.wide_norms)
 
     def mixture(self, c: Any) -> Mixture | None:
-        run, per_token = self.run(c), getattr(c, self.chosen)
+        span, per_token = self.span(c), getattr(c, self.chosen)
         chosen = c.topk_group or 1 if self.best_of_group else 1
         return Mixture(
-            run.width, per_token, run.ranges * max(self.best_of_group, -(-per_token // chosen))
+            span.width, per_token, span.ranges * max(self.best_of_group, -(-per_token // chosen))
         )
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
@@ -130,14 +130,14 @@ class Lfm2Moe(Moe):
     """Its short convolutions are as wide as the residual stream."""
 
     def layer(self, c: Any, i: int) -> Marks:
-        path, names, run = "feed_forward", ("w1", "w3", "w2"), self.run(c)
+        path, names, span = "feed_forward", ("w1", "w3", "w2"), self.span(c)
         return [
             *attention(c),
             *whole("conv", "in_proj", "out_proj"),
-            *stacks(f"{path}.experts", run, c.hidden_size, each_expert(path, names)),
+            *stacks(f"{path}.experts", span, c.hidden_size, each_expert(path, names)),
             *whole(path, *names),
-            per_expert(f"{path}.gate.weight", run),
-            per_expert(f"{path}.expert_bias", run, keep_fp32=True),
+            per_expert(f"{path}.gate.weight", span),
+            per_expert(f"{path}.expert_bias", span, keep_fp32=True),
         ]
 
 
@@ -145,32 +145,32 @@ class ErnieMoe(Moe):
     """Its router is fp32. The correction, (1, experts), has another name in files."""
 
     def layer(self, c: Any, i: int) -> Marks:
-        run, bias = self.run(c), "moe_statics.e_score_correction_bias"
-        router = per_expert("mlp.gate.weight", run, keep_fp32=True)
-        one_row = per_expert(f"mlp.gate.{bias}", run, f"mlp.{bias}", keep_fp32=True)
+        span, bias = self.span(c), "moe_statics.e_score_correction_bias"
+        router = per_expert("mlp.gate.weight", span, keep_fp32=True)
+        one_row = per_expert(f"mlp.gate.{bias}", span, f"mlp.{bias}", keep_fp32=True)
         return [*super().layer(c, i), router, replace(one_row, axis=1)]
 
 
 class GraniteMoe(Moe):
     def layer(self, c: Any, i: int) -> Marks:
-        path, run = "block_sparse_moe", self.run(c)
+        path, span = "block_sparse_moe", self.span(c)
         names = (f"{path}.input_linear.weight",), (f"{path}.output_linear.weight",)
-        router = per_expert(f"{path}.router.weight", run, f"{path}.router.layer.weight")
-        return [*attention(c), *stacks(f"{path}.experts", run, c.hidden_size, names), router]
+        router = per_expert(f"{path}.router.weight", span, f"{path}.router.layer.weight")
+        return [*attention(c), *stacks(f"{path}.experts", span, c.hidden_size, names), router]
 
 
 class GptOss(Moe):
     keeps_layers = "vLLM gives every other layer a window, by its number"
 
     def layer(self, c: Any, i: int) -> Marks:
-        path, run = "mlp.experts", self.run(c)
+        path, span = "mlp.experts", self.span(c)
         names = (f"{path}.gate_up_proj",), (f"{path}.down_proj",)
         router = ("mlp.router.weight", "mlp.router.bias")
         biases = (f"{path}.gate_up_proj_bias", f"{path}.down_proj_bias")
         return [
             *attention(c, sinks=True),
-            *stacks(path, run, c.hidden_size, names, transposed=True),
-            *(per_expert(name, run) for name in (*router, *biases)),
+            *stacks(path, span, c.hidden_size, names, transposed=True),
+            *(per_expert(name, span) for name in (*router, *biases)),
         ]
 
 
@@ -182,10 +182,10 @@ class Latent(Moe):
         return [
             rows(
                 "self_attn.q_b_proj" if c.q_lora_rank else "self_attn.q_proj",
-                Run("heads", heads, query),
+                Span("heads", heads, query),
             ),
-            rows("self_attn.kv_b_proj", Run("heads", heads, c.qk_nope_head_dim + c.v_head_dim)),
-            columns("self_attn.o_proj", Run("heads", heads, c.v_head_dim)),
+            rows("self_attn.kv_b_proj", Span("heads", heads, c.qk_nope_head_dim + c.v_head_dim)),
+            columns("self_attn.o_proj", Span("heads", heads, c.v_head_dim)),
             *whole("self_attn", "q_a_proj", "kv_a_proj_with_mqa"),
         ]
 

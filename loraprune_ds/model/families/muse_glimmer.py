@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from loraprune_ds.model.families.base import Marks
-from loraprune_ds.model.families.blocks import head_runs, rows
+from loraprune_ds.model.families.blocks import head_spans, rows
 from loraprune_ds.model.families.llama import Llama
 
 
@@ -18,7 +18,7 @@ class MuseGlimmer(Llama):
     """A gate for each input of o_proj. Its class wants hidden_size to be a multiple of the query heads."""
 
     def layer(self, c: Any, i: int) -> Marks:
-        return [*super().layer(c, i), rows("self_attn.gate_proj", head_runs(c)[0])]
+        return [*super().layer(c, i), rows("self_attn.gate_proj", head_spans(c)[0])]
 
     def lm_class(self) -> Any:
         return _lm_class()

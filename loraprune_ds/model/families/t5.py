@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import PRUNED, Attention, Attribute, Family, LayerList, Marks
 from loraprune_ds.model.families.blocks import columns, rows
-from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Span, TensorSpec
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 # their fields in config.json
@@ -30,11 +30,11 @@ class Umt5(Family):
     def layer(self, c: Any, i: int) -> Marks:
         """The MLP of a decoder layer comes after the attention to the encoder."""
         heads, cross_heads = (
-            Run("heads", c.num_heads, c.d_kv),
-            Run("cross_heads", c.num_cross_heads, c.d_kv),
+            Span("heads", c.num_heads, c.d_kv),
+            Span("cross_heads", c.num_cross_heads, c.d_kv),
         )
         channels, mlps = (
-            Run("channels", c.d_ff),
+            Span("channels", c.d_ff),
             ("layer.1.DenseReluDense", "layer.2.DenseReluDense"),
         )
         return [
@@ -106,9 +106,9 @@ class T5(Umt5):
         return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads
 
 
-def _attention(name: str, run: Run) -> Marks:
+def _attention(name: str, span: Span) -> Marks:
     return [
-        *(rows(f"{name}.{x}", run) for x in "qkv"),
-        columns(f"{name}.o", run),
-        Attribute(name, "n_heads", run._replace(width=1)),
+        *(rows(f"{name}.{x}", span) for x in "qkv"),
+        columns(f"{name}.o", span),
+        Attribute(name, "n_heads", span._replace(width=1)),
     ]
