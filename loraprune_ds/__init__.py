@@ -30,10 +30,10 @@ _MODULES = {
     "LoraPruneCallback": "hf.callback",
     "PruneConfig": "config",
     "Pruning": "hf.pruning",
-    "drop_layers": "model.fewer_layers",
-    "linear_names": "hf.live",
-    "open_result": "evaluate.models",
-    "unshare_bias": "hf.live",
+    "drop_layers": "pretrained.fewer_layers",
+    "linear_names": "hf.preparing",
+    "open_result": "generate.models",
+    "unshare_bias": "hf.preparing",
 }
 
 

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range, pad
-from loraprune_ds.zero.shards import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
@@ -32,6 +31,10 @@ class OptimizerState(ABC):
     @abstractmethod
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         """Returns a flat view of this rank's (padded) fp32 part of `master`, `exp_avg` or `exp_avg_sq`."""
+
+    def full_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Returns the shape of the parameter over all ranks."""
+        return tuple(parameter.shape)
 
     def part(self, numel: int, comm: Communicator) -> tuple[int, int]:
         """Returns the flat elements [start, end) in the `shard` of a parameter with `numel`."""
@@ -58,7 +61,7 @@ class OptimizerState(ABC):
         """Gathers a layer's masters ("{linear}.lora_A") and moments ("….lora_A.exp_avg") on its owner. Collective."""
         shards = ((name, key, p) for name, p in parameters.items() for key in self.keys())
         found = {
-            (n, key): collect_shards(self.shard(p, key), full_shape(p), owner, comm)
+            (n, key): collect_shards(self.shard(p, key), self.full_shape(p), owner, comm)
             for n, key, p in shards
         }
         whole = {pair: tensor for pair, tensor in found.items() if tensor is not None}
@@ -80,7 +83,7 @@ class OptimizerState(ABC):
             self.create_moments({"step": torch.tensor(float(adam_step))})
         for layer, parameters in enumerate(layers):
             for name, parameter in parameters.items():
-                numel = math.prod(full_shape(parameter))
+                numel = math.prod(self.full_shape(parameter))
                 start, end = self.part(numel, comm)
                 for key in self.keys():
                     shard = self.shard(parameter, key)

@@ -28,7 +28,6 @@ from loraprune_ds.pruning.prunable_model import (
 )
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
-from loraprune_ds.zero.shards import is_sharded
 
 AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 # Private names of torch, beside `_comm_hooks` of DDP. Every start checks them.
@@ -99,7 +98,9 @@ class LocalModel(PrunableModel):
         with _without_reducer(self._ddp):
             for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
                 for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                    if not is_sharded(parameter):  # a base may be, before DeepSpeed has an engine
+                    if (
+                        parameter.numel()
+                    ):  # none is here of a base that is sharded, and cut, before there is an engine
                         self._select(parameter, kept)
                 set_sizes(layer, spec.resized(layer_keep.counts))
                 fail_point("cut.layer")

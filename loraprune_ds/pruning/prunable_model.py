@@ -21,7 +21,6 @@ from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import layer_owner
-from loraprune_ds.zero.shards import held
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,10 @@ class PrunableModel(ABC):
         self.module, self.shape, self.comm = module, shape, comm
         self.world_size, self.rank, self.device = comm.world_size, comm.rank, comm.device
         self.layers = decoder_layers(module)
+
+    def held(self, parameter: nn.Parameter) -> Tensor:
+        """Returns the part of a parameter that this rank holds, by default all of it. Not collective."""
+        return parameter
 
     # Scoring
 
@@ -204,7 +207,7 @@ class PrunableModel(ABC):
 
     def weight_bytes(self) -> list[int]:
         """Gathers the bytes of the weights that each rank holds: (world_size,)."""
-        return self.comm.gather_objects(storage_bytes(map(held, self.module.parameters())))
+        return self.comm.gather_objects(storage_bytes(map(self.held, self.module.parameters())))
 
     # Training
 
@@ -243,7 +246,7 @@ class PrunableModel(ABC):
 
     def nonfinite_weights(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's weights, frozen or LoRA. Not collective."""
-        return self.first_nonfinite(map(held, layer.parameters()) for layer in self.layers)
+        return self.first_nonfinite(map(self.held, layer.parameters()) for layer in self.layers)
 
     @staticmethod
     def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:

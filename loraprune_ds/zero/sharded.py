@@ -116,6 +116,9 @@ class ShardedModel(PrunableModel):
         settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
+    def held(self, parameter: nn.Parameter) -> Tensor:
+        return held(parameter)
+
     def collect(
         self, parameter: nn.Parameter, owner: int, *, master: bool = False
     ) -> Tensor | None:
@@ -208,6 +211,9 @@ class ShardedState(OptimizerState):
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         group, offset = self._slot(parameter)
         return self._flat(group, key).narrow(0, offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+
+    def full_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return full_shape(parameter)
 
     @torch.no_grad()
     def rebuild(self) -> None:

@@ -81,7 +81,8 @@ def comments_of_fields(source: str) -> dict[str, str]:
     comments: dict[str, str] = {}
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            first, behind = field.lineno - 1, lines[field.lineno - 1][field.end_col_offset :]
+            first = field.lineno - 1
+            behind = lines[(field.end_lineno or field.lineno) - 1][field.end_col_offset :]
             while lines[first - 1].lstrip().startswith("#"):
                 first -= 1
             parts = [*lines[first : field.lineno - 1], behind]
