@@ -1,8 +1,8 @@
 """The scores of groups: each rank's part, the sum over the ranks, and the moving average over the steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,39 +32,58 @@ class GroupSums:
         A fused linear then counts like separate linears. `step` divides all scores by their sum, so steps with large
         gradients weigh the same in the moving average. `none` adds the scores unchanged.
         """
-        of_spans, zeros = self.of_spans, self.of_spans[0].new_zeros
-        if normalization != "none":
-            total = self._sum()
-            divisors = (
-                cast(Any, scores).norm() if normalization == "l2" else total for scores in of_spans
-            )
-            # all may be zero
-            of_spans = [x / by.where(by > 0, 1.0) for x, by in zip(of_spans, divisors, strict=True)]
+        new_zeros = self.of_spans[0].new_zeros
         layers = [
-            {kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts
+            {kind: new_zeros(count) for kind, count in counts.items()}
+            for counts in self.shape.counts
         ]
-        for (layer, _, kind), scores in zip(self._places(), of_spans, strict=True):
-            # moments are of one span
-            layers[layer][kind] = layers[layer][kind] + scores if scores.ndim == 1 else scores
-        return list(map(LayerScores, layers))
+        for place, scores in zip(self._places(), self._normalized(normalization), strict=True):
+            sums = layers[place.layer]
+            if scores.ndim == 1:
+                sums[place.kind] = sums[place.kind] + scores
+            else:  # second moments, which belong to one span
+                sums[place.kind] = scores
+        return [LayerScores(sums) for sums in layers]
 
     def check(self) -> None:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
         if torch.isfinite(self._sum()):
             return
-        for (layer, name, _), scores in zip(self._places(), self.of_spans, strict=True):
+        for place, scores in zip(self._places(), self.of_spans, strict=True):
             if not torch.isfinite(scores).all():
-                raise RunError(f"step {self.step}: the score of layer {layer} {name} is not finite")
+                raise RunError(
+                    f"step {self.step}: the score of layer {place.layer} {place.linear} is not "
+                    "finite; lower train.learning_rate, or look at the data of this step"
+                )
+
+    def _normalized(self, normalization: Normalization) -> list[Tensor]:
+        if normalization == "none":
+            return list(self.of_spans)
+        if normalization == "l2":
+            return [_divide(scores, cast(Any, scores).norm()) for scores in self.of_spans]
+        total = self._sum()
+        return [_divide(scores, total) for scores in self.of_spans]
 
     def _sum(self) -> Tensor:
         return torch.cat([scores.flatten() for scores in self.of_spans]).sum()
 
-    def _places(self) -> Iterator[tuple[int, str, Kind]]:
-        return (
-            (layer, linear.linear, span.kind)
-            for layer, linear in self.linears
-            for span in linear.spans
-        )
+    def _places(self) -> Iterator["Place"]:
+        for layer, linear in self.linears:
+            for span in linear.spans:
+                yield Place(layer, linear.linear, span.kind)
+
+
+class Place(NamedTuple):
+    """Says which groups a span holds."""
+
+    layer: int
+    linear: str
+    kind: Kind
+
+
+def _divide(scores: Tensor, divisor: Tensor) -> Tensor:
+    """Divides scores, unless all are zero."""
+    return scores / divisor.where(divisor > 0, 1.0)
 
 
 def score_groups(
@@ -79,15 +98,16 @@ def score_groups(
     """
     if mask_gradients is not None:
         return add_over_ranks(model, mask_gradients.linears, mask_gradients.sums(), step)
-    shape, partial = model.shape, list[Tensor]()
+    score_element = ELEMENT_CRITERIA[criterion]
+    partial: list[Tensor] = []
     for layer, factors in enumerate(model.lora_factors()):
-        for linear in (x for x in shape.layers[layer].linears if x.spans):
-            owned = model.owned_weight(LinearId(layer, linear.linear))
-            sums = score_shard(
-                owned, factors[linear.linear], ELEMENT_CRITERIA[criterion], linear.axis
-            )
+        for linear in model.shape.layers[layer].linears:
+            if not linear.spans:
+                continue
+            shard = model.owned_weight(LinearId(layer, linear.linear))
+            sums = score_shard(shard, factors[linear.linear], score_element, linear.axis)
             partial += sums_of_spans(linear, sums)
-    return add_over_ranks(model, shape.linears(), partial, step)
+    return add_over_ranks(model, model.shape.linears(), partial, step)
 
 
 def sums_of_spans(linear: TensorSpec, values: Tensor) -> list[Tensor]:
@@ -106,8 +126,9 @@ def add_over_ranks(
 ) -> GroupSums:
     """Sums the ranks' scores of all spans."""
     totals = model.comm.all_reduce(torch.cat([scores.flatten() for scores in partial]))
-    parts = zip(torch.split(totals, [scores.numel() for scores in partial]), partial, strict=True)
-    return GroupSums(model.shape, linears, [total.view_as(scores) for total, scores in parts], step)
+    of_spans = torch.split(totals, [scores.numel() for scores in partial])
+    of_spans = [total.view_as(scores) for total, scores in zip(of_spans, partial, strict=True)]
+    return GroupSums(model.shape, linears, of_spans, step)
 
 
 class MovingAverage:
@@ -120,29 +141,29 @@ class MovingAverage:
 
     def update(self, now: list[LayerScores]) -> None:
         """Adds the scores of one more step."""
-        old = self.scores or [
-            LayerScores((kind, torch.zeros_like(s)) for kind, s in layer.items()) for layer in now
-        ]
-        self.scores = [
-            LayerScores(
-                (kind, self.decay * a[kind].to(b[kind].device) + (1 - self.decay) * b[kind])
-                for kind in b
-            )
-            for a, b in zip(old, now, strict=True)
-        ]
+        before = self.scores or [_map(torch.zeros_like, layer) for layer in now]
+        self.scores = [self._mix(*layers) for layers in zip(before, now, strict=True)]
         self.updates_since_cut += 1
+
+    def _mix(self, before: LayerScores, now: LayerScores) -> LayerScores:
+        mixed: dict[Kind, Tensor] = {}
+        for kind, scores in now.items():
+            average = before[kind].to(scores.device)  # restored scores are on the host
+            mixed[kind] = self.decay * average + (1 - self.decay) * scores
+        return LayerScores(mixed)
 
     def on_host(self) -> list[LayerScores] | None:
         """Returns the scores in host memory. None if nothing was scored yet."""
         if self.scores is None:
             return None
-        return [
-            LayerScores((kind, scores.cpu()) for kind, scores in layer.items())
-            for layer in self.scores
-        ]
+        return [_map(Tensor.cpu, layer) for layer in self.scores]
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Keeps the scores of the groups that a cut leaves."""
         assert self.scores is not None
         self.scores = [scores.select(k) for scores, k in zip(self.scores, keep, strict=True)]
         self.updates_since_cut = 0
+
+
+def _map(function: Callable[[Tensor], Tensor], scores: LayerScores) -> LayerScores:
+    return LayerScores((kind, function(values)) for kind, values in scores.items())

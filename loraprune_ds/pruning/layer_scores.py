@@ -1,12 +1,12 @@
-"""The scores of a layer. Those of query heads by `fisher` are second moments, which say the order that they leave in.
+"""The scores of a layer's groups.
 
-A set S of the query heads of one key-value head leaves. The loss then changes by about Σ_t (Σ_{h in S} s_th)², where s
-are the mask gradients of criterion.py. With M = Σ_t s_t·s_tᵀ that is 1ᵀ·M[S, S]·1.
+For query heads `fisher` keeps a matrix per key-value head; `add_in_turn` turns it into the order of removal. Assume a
+set S of the query heads of one key-value head leaves. The loss then changes by about Σ_t (Σ_{h in S} s_th)², where s
+are the mask gradients of criterion.py. With M = Σ_t s_t·s_tᵀ this is 1ᵀ·M[S, S]·1.
 
-The score of a set is not the sum of its heads' scores: some heads do the same, and some make up for each other. M is
-recorded instead, summed over the ranks and averaged over the steps.
-
-Its shape is (ranges, q, q), with a range of q query heads for each key-value head. It is float64.
+A set's score is not the sum of its heads' scores: some heads do the same work, and some make up for each other. So M
+is recorded, summed over the ranks and averaged over the steps. Its shape is (ranges, q, q) in float64, with a range of
+q query heads for each key-value head.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.groups import LayerKeep, LayerTensors
+from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors
 from loraprune_ds.model.shape import ModelShape
 
 
@@ -24,14 +24,19 @@ class LayerScores(LayerTensors):
     """Holds the importance of a layer's groups, float64: (groups,) for each kind, or second moments of query heads."""
 
     def select(self, keep: LayerKeep) -> Self:
-        chosen = ((kind, x, keep[kind]) for kind, x in self.items())
-        return type(self)(
-            (kind, x[kept] if x.ndim == 1 else select(x, kept)) for kind, x, kept in chosen
-        )
+        selected: dict[Kind, Tensor] = {}
+        for kind, scores in self.items():
+            kept = keep[kind]
+            selected[kind] = scores[kept] if scores.ndim == 1 else select(scores, kept)
+        return type(self)(selected)
 
     def of_groups(self) -> "LayerScores":
-        """Returns (groups,) of each kind."""
-        return LayerScores((kind, x if x.ndim == 1 else add_in_turn(x)) for kind, x in self.items())
+        """Returns the scores as (groups,) of each kind."""
+        scores = dict(self)
+        for kind, values in self.items():
+            if values.ndim > 1:
+                scores[kind] = add_in_turn(values)
+        return LayerScores(scores)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
@@ -49,31 +54,35 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
 
 def second_moments(gradients: Iterable[Tensor], ranges: int) -> Tensor:
     """Returns M. `gradients` are the s of blocks of tokens, (tokens, ranges · q)."""
-    blocks = (s.double().view(len(s), ranges, -1) for s in gradients)
-    return torch.stack([torch.einsum("tkg,tkh->kgh", s, s) for s in blocks]).sum(0)
+    sums: list[Tensor] = []
+    for block in gradients:
+        s = block.double().view(len(block), ranges, -1)
+        sums.append(torch.einsum("tkg,tkh->kgh", s, s))
+    return torch.stack(sums).sum(0)
 
 
 def select(moments: Tensor, keep: Tensor) -> Tensor:
     """Returns M of the heads that stay: ascending indices, of each range the same number."""
-    # (ranges, kept), inside their range
-    own = keep.view(len(moments), -1).to(moments.device) % moments.shape[1]
-    return moments.take_along_dim(own[:, :, None], 1).take_along_dim(own[:, None, :], 2)
+    in_range = keep.view(len(moments), -1).to(moments.device) % moments.shape[1]  # (ranges, kept)
+    rows = moments.take_along_dim(in_range[:, :, None], 1)
+    return rows.take_along_dim(in_range[:, None, :], 2)
 
 
 def add_in_turn(moments: Tensor) -> Tensor:
-    """Returns a score for each head, (ranges · q,): what it adds to the cost of those that leave its range before it.
+    """Returns a score for each head, (ranges · q,): the loss it adds to that of the heads that leave before it.
 
-    The head that adds least leaves next, of equal ones the last. Two heads may make up for each other, but none has a
-    lower score than one that leaves before it. So the heads with the lowest scores are those that leave first.
+    The head that adds least leaves next; of equal heads the last one leaves. Two heads may make up for each other, but
+    no head gets a lower score than one that leaves before it. So the lowest scores leave first.
     """
     scores = torch.empty_like(moments[:, 0])
-    for own, result in zip(moments, scores, strict=True):
-        added, before = own.diagonal().clone(), torch.tensor(-math.inf, dtype=own.dtype)
-        for _ in range(len(own)):
-            least = len(own) - 1 - int(added.flip(0).argmin())
-            before = result[least] = torch.maximum(
-                added[least], before.nextafter(torch.tensor(math.inf))
-            )
-            added += 2 * own[least]
+    infinity = torch.tensor(math.inf)
+    for matrix, result in zip(moments, scores, strict=True):
+        added = matrix.diagonal().clone()  # (q,), infinite once a head has left
+        score = torch.tensor(-math.inf, dtype=matrix.dtype)
+        for _ in range(len(matrix)):
+            least = len(matrix) - 1 - int(added.flip(0).argmin())
+            score = torch.maximum(added[least], score.nextafter(infinity))
+            result[least] = score
+            added += 2 * matrix[least]
             added[least] = math.inf
     return scores.flatten()

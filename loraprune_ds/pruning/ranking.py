@@ -5,7 +5,7 @@ A budget counts linear parameters of all decoder layers of the *dense* model. Ti
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,12 +29,11 @@ def rank_uniform(
 def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCounts:
     """Returns the counts at a fraction `part` of the way down the bounds, which never grow with `part`."""
     goal, start = bounds
-    counts = {kind: count - round(part * (count - goal[kind])) for kind, count in start.items()}
-    near = {
-        kind: _nearest_multiple(n, goal[kind], start[kind], limits.multiples[kind])
-        for kind, n in counts.items()
-    }
-    return LayerCounts(near)
+    counts: dict[Kind, int] = {}
+    for kind, highest in start.items():
+        count = highest - round(part * (highest - goal[kind]))
+        counts[kind] = _nearest_multiple(count, goal[kind], highest, limits.multiples[kind])
+    return LayerCounts(counts)
 
 
 def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -> LayerCounts:
@@ -46,57 +45,68 @@ def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -
     Args:
         bounds: bounds of the counts, narrower than those of `limits`.
     """
-    (*coarse, fine), dense, bounds = limits.dense.kinds, limits.bounds[1], bounds or limits.bounds
-    wanted = limits.leaving(budget.ratio)  # parameters that leave
+    bounds = bounds or limits.bounds
+    options = [
+        _fill_up(narrowest, limits, budget, bounds) for narrowest in limits.narrowest(bounds)
+    ]
+    return min(options, key=lambda option: (option.from_ratio, option.from_shares)).counts
+
+
+class _Option(NamedTuple):
+    """Counts of groups, with their distances to the ratio, in parameters, and to the shares, in groups."""
+
+    from_ratio: float
+    from_shares: float
+    counts: LayerCounts
+
+
+def _fill_up(narrowest: LayerCounts, limits: Limits, budget: Budget, bounds: Bounds) -> _Option:
+    """Adds channels to the narrowest counts until they are as near to the ratio as possible."""
+    *coarse, fine = limits.dense.kinds
+    dense = limits.bounds[1]
     numel = {kind: max(1, part) for kind, part in limits.equal_numel.items()}
-    share = {kind: dense[kind] - wanted * budget.shares[kind] / numel[kind] for kind in coarse}
+    leaving = limits.leaving(budget.ratio)  # parameters
     multiple = limits.multiples[fine]
 
-    def option(narrowest: LayerCounts) -> tuple[float, float, LayerCounts]:
-        """Fills the counts up with channels: (distance to the ratio, distance to the shares, counts)."""
-        lost = sum(numel[kind] * (dense[kind] - narrowest[kind]) for kind in coarse)
-        count = dense[fine] - (wanted - lost) / numel[fine]
-        channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], multiple)
-        distance = abs(lost + numel[fine] * (dense[fine] - channels) - wanted)
-        shares = sum(abs(narrowest[kind] - share[kind]) for kind in coarse)
-        return (
-            max(distance, multiple * numel[fine] / 2),
-            shares,
-            LayerCounts({**narrowest, fine: channels}),
-        )
-
-    return min(map(option, limits.narrowest(bounds)), key=lambda distances: distances[:2])[-1]
+    removed = sum(numel[kind] * (dense[kind] - narrowest[kind]) for kind in coarse)
+    count = dense[fine] - (leaving - removed) / numel[fine]
+    channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], multiple)
+    from_ratio = abs(removed + numel[fine] * (dense[fine] - channels) - leaving)
+    from_shares = 0
+    for kind in coarse:
+        share = dense[kind] - leaving * budget.shares[kind] / numel[kind]
+        from_shares += abs(narrowest[kind] - share)
+    # Half a channel step is as good as no distance.
+    from_ratio = max(from_ratio, multiple * numel[fine] / 2)
+    return _Option(from_ratio, from_shares, LayerCounts({**narrowest, fine: channels}))
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
     """Returns the multiple nearest to `count` between the bounds, or one of them."""
     below = math.floor(count / multiple) * multiple
-    return min(
-        (min(max(c, lowest), highest) for c in (below, below + multiple)),
-        key=lambda c: abs(c - count),
-    )
+    candidates = [min(max(n, lowest), highest) for n in (below, below + multiple)]
+    return min(candidates, key=lambda n: abs(n - count))
 
 
 def keep_best(
     scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape
 ) -> list[LayerKeep]:
     """Keeps the given number of groups of every layer, those with the highest scores."""
-    return [
-        LayerKeep(
-            (kind, best_first(values, spec.ranges.get(kind, 1))[: wanted[kind]].sort().values)
-            for kind, values in layer.items()
-        )
-        for layer, wanted, spec in zip(scores, counts, current.layers, strict=True)
-    ]
+    keep: list[LayerKeep] = []
+    for layer, layer_counts, spec in zip(scores, counts, current.layers, strict=True):
+        layer_keep: dict[Kind, Tensor] = {}
+        for kind, values in layer.items():
+            best = best_first(values, spec.ranges.get(kind, 1))
+            layer_keep[kind] = best[: layer_counts[kind]].sort().values
+        keep.append(LayerKeep(layer_keep))
+    return keep
 
 
 def best_first(scores: Tensor, parts: int) -> Tensor:
     """Returns the indices of all groups: first the best of each of `parts` equal ranges, then the second best, …"""
     ranges = scores.view(parts, len(scores) // parts)
-    order = (
-        ranges.argsort(descending=True, stable=True)
-        + torch.arange(parts)[:, None] * ranges.shape[1]
-    )
+    first = torch.arange(parts)[:, None] * ranges.shape[1]  # (parts, 1)
+    order = ranges.argsort(descending=True, stable=True) + first
     return order.T.flatten()
 
 
@@ -105,13 +115,15 @@ def rank_global(
 ) -> list[LayerKeep]:
     """Removes the least important groups of all open layers until the budget is spent. Arguments as for `rank_uniform`.
 
-    Heads give their share of the ratio, channels the rest. The total ends within one group (or multiple) of the
-    ratio, or half a multiple of channels beyond, because channels that replaced a head do not come back.
+    Heads give their share of the ratio, channels the rest. The total ends within one group (or multiple) of the ratio.
+    If an earlier cut took channels in place of a head, they stay gone, so it may end half a multiple beyond.
     """
-    removal, numel = _Removal(scores, current, limits), round(limits.leaving(budget.ratio))
+    removal = _Removal(scores, current, limits)
+    numel = round(limits.leaving(budget.ratio))
     *coarse, fine = current.kinds
     for kind in coarse:
-        removal.take(kind, round(numel * budget.shares[kind]) + removal.gone_beside(kind))
+        share = round(numel * budget.shares[kind])
+        removal.take(kind, share + removal.gone_beside(kind))
     removal.take(fine, numel)
     if numel - removal.gone > limits.step_numel(fine) / 2:  # floors have stopped the finest kind
         for kind in coarse:
@@ -123,17 +135,18 @@ class _Removal:
     """Takes chunks of groups one by one, least important first, within the limits. It only counts them."""
 
     def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
-        self.scores, self.current, self.limits = scores, current, limits
+        self.scores = scores
+        self.current = current
+        self.limits = limits
         self.left = [dict(layer) for layer in current.counts]
         self.gone = limits.dense.linear_numel() - current.linear_numel()
 
     def gone_beside(self, kind: Kind) -> int:
-        """Counts the parameters of the other kinds that are gone so far, including earlier cuts."""
+        """Counts the parameters of other kinds that have left, including earlier cuts."""
         dense = self.limits.dense
-        lost = sum(
-            before[kind] - left[kind] for before, left in zip(dense.counts, self.left, strict=True)
-        )
-        return self.gone - lost * dense.group_numel[kind]
+        groups = sum(counts[kind] for counts in dense.counts)
+        groups -= sum(counts[kind] for counts in self.left)
+        return self.gone - groups * dense.group_numel[kind]
 
     def take(self, kind: Kind, budget: int) -> None:
         """Removes groups of a kind while this brings the total nearer to `budget` parameters."""
@@ -147,12 +160,15 @@ class _Removal:
 
     def _candidates(self, kind: Kind) -> list[tuple[int, int]]:
         """Lists (layer, groups) of all chunks of a kind by ascending mean score. Ties: the last layer first."""
-        candidates, means = list[tuple[int, int]](), list[Tensor]()
+        candidates: list[tuple[int, int]] = []
+        means: list[Tensor] = []
         for layer in reversed(self.limits.open_layers):
-            left, values = self.left[layer][kind], self.scores[layer][kind]
-            chunks = self.limits.chunks(layer, kind, left)
+            count = self.left[layer][kind]
+            chunks = self.limits.chunks(layer, kind, count)
             candidates.extend((layer, groups) for groups in chunks)
-            best = best_first(values, self.current.layers[layer].ranges.get(kind, 1))[:left]
+            values = self.scores[layer][kind]
+            ranges = self.current.layers[layer].ranges.get(kind, 1)
+            best = best_first(values, ranges)[:count]
             means.append(_chunk_means(values[best].flip(0), chunks))
         order: list[int] = cast(Any, torch.cat(means).argsort(stable=True)).tolist()
         return [candidates[position] for position in order]
@@ -162,6 +178,7 @@ def _chunk_means(scores: Tensor, chunks: list[int]) -> Tensor:
     """Returns (chunks,): the mean of each chunk of ascending scores. All chunks but the first have one size."""
     if not chunks:
         return scores[:0]
-    first, rest = scores[: chunks[0]], scores[chunks[0] : sum(chunks)]
-    means = torch.cat([first.mean()[None], rest.view(-1, chunks[-1]).mean(1)])
+    first = scores[: chunks[0]].mean()
+    rest = scores[chunks[0] : sum(chunks)].view(-1, chunks[-1])
+    means = torch.cat([first[None], rest.mean(1)])
     return means.cummax(0).values  # rounding must not let a chunk leave before the one below it
