@@ -38,30 +38,33 @@ class SplitRows(NamedTuple):
     source_mask: Tensor  # False at padding
     target: Tensor  # (batch, longest target) ids: the start, then the target without its last token
     target_mask: Tensor
-    # (batch · window,) int64: the flat place in `target` of each place of a row, if any
-    places: Tensor
+    places: Tensor  # (batch · window,) int64: where in the flat `target` each place of a row is, or is nearest
 
 
 def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
-    """Splits rows (batch, window). The first supervised label marks the begin of the target, after its start."""
-    learnt, window = (
-        (labels != IGNORE_INDEX).int(),
-        torch.arange(labels.shape[1], device=labels.device),
-    )
-    starts, ends = (
-        learnt.argmax(1, keepdim=True) - 1,
-        window[-1] - learnt.flip(1).argmax(1, keepdim=True),
-    )
+    """Splits rows (batch, window) into sources and targets.
+
+    The first supervised label is the target's first token; the position before it holds the decoder's start token:
+
+        input_ids   a  b  c  START  x  y  END       source  a  b  c
+        labels      -  -  -    -    x  y  END       target  START  x  y
+    """
+    batch, width = labels.shape
+    window = torch.arange(width, device=labels.device)
+    is_supervised = (labels != IGNORE_INDEX).int()
+    starts = is_supervised.argmax(1, keepdim=True) - 1  # (batch, 1), where the start token is
+    ends = window[-1] - is_supervised.flip(1).argmax(1, keepdim=True)  # where the last label is
+
+    source_mask = window[: int(starts.max())] < starts
+    source = input_ids[:, : source_mask.shape[1]] * source_mask
+
     steps = window[: int((ends - starts).max())]
-    source_mask, target_mask = window[: int(starts.max())] < starts, steps < ends - starts
-    target = input_ids.gather(1, (starts + steps).clamp(max=window[-1]))
-    places = (window - starts).clamp(0, len(steps) - 1) + torch.arange(len(starts)).to(starts)[
-        :, None
-    ] * len(steps)
-    source = input_ids[:, : source_mask.shape[1]]
-    return SplitRows(
-        source * source_mask, source_mask, target * target_mask, target_mask, places.flatten()
-    )
+    target_mask = steps < ends - starts
+    target = input_ids.gather(1, (starts + steps).clamp(max=window[-1])) * target_mask
+
+    rows = torch.arange(batch).to(starts)[:, None]
+    places = (window - starts).clamp(0, len(steps) - 1) + rows * len(steps)
+    return SplitRows(source, source_mask, target, target_mask, places.flatten())
 
 
 def final_hidden(
@@ -89,8 +92,8 @@ def final_hidden(
         encoder_attention_mask=source_mask,
         use_cache=False,
     ).last_hidden_state
-    # logits would round differently in 16 bits
     if getattr(model.config, "scale_decoder_outputs", False):
+        # To scale the logits instead would round differently in 16 bits.
         decoded = decoded * model.config.d_model**-0.5
     return decoded.flatten(0, 1).index_select(0, places).view(*input_ids.shape, -1)
 
@@ -113,18 +116,17 @@ def token_losses(
         supervised: `supervised_positions` of the labels, if they are already known.
     """
     positions = supervised_positions(labels) if supervised is None else supervised
-    rows, wanted = (
-        hidden.flatten(0, 1).index_select(0, positions),
-        labels.flatten().index_select(0, positions + 1),
-    )
+    rows = hidden.flatten(0, 1).index_select(0, positions)
+    next_labels = labels.flatten().index_select(0, positions + 1)
     differentiate = torch.is_grad_enabled() and rows.requires_grad
     assert not (differentiate and head.weight.requires_grad), (
         "the head is frozen, so it gets no gradient"
     )
-    losses: Any = _ChunkedLosses.apply(rows, head, wanted, distillation, differentiate)
+    losses: Any = _ChunkedLosses.apply(rows, head, next_labels, distillation, differentiate)
     batch, window = labels.shape
-    every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
-    return every.index_copy(0, positions - positions // window, losses).view(batch, window - 1)
+    flat = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
+    flat = flat.index_copy(0, positions - positions // window, losses)
+    return flat.view(batch, window - 1)
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -144,9 +146,9 @@ class _ChunkedLosses(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            of_rows = None if gradient is None else gradient[rows]
+            gradient_rows = None if gradient is None else gradient[rows]
             losses[rows] = chunk_losses(
-                hidden[rows], head, labels[rows, None], of_rows, distillation, rows
+                hidden[rows], head, labels[rows, None], gradient_rows, distillation, rows
             )
         ctx.save_for_backward(gradient)
         ctx.transform = head.transform

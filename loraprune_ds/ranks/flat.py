@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# elements of LoRA's factors and gradients in one all-gather: 32 MiB, or one layer
+# Elements of LoRA's factors and gradients in one all-gather: 32 MiB, or one layer.
 GATHERED_NUMEL = 1 << 23
 
 
@@ -44,11 +44,14 @@ def owner_rounds(layers: int, world_size: int) -> list[range]:
 
 def gather_rounds(sizes: list[int], most: int) -> list[range]:
     """Returns rounds of consecutive layers. A round has at most `most` elements, or a single layer."""
-    rounds, first, numel = list[range](), 0, 0
+    rounds: list[range] = []
+    first = 0
+    numel = 0
     for layer, size in enumerate(sizes):
         if layer > first and size and numel + size > most:
             rounds.append(range(first, layer))
-            first, numel = layer, 0
+            first = layer
+            numel = 0
         numel += size
     return [*rounds, range(first, len(sizes))]
 
@@ -76,7 +79,8 @@ class AxisCut:
 
     def kept_before(self, positions: Tensor) -> Tensor:
         """Counts the kept elements before each flat position (int64, same shape), by a binary search."""
-        row, column = positions // self.columns, positions % self.columns
+        row = positions // self.columns
+        column = positions % self.columns
         if self.axis == 1:
             return row * len(self.keep) + torch.searchsorted(self.keep, column)
         rows = torch.searchsorted(self.keep, row)
@@ -91,17 +95,16 @@ class ReshardPlan:
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
-        old_numel, new_numel, ranks = (
-            math.prod(cut.shape),
-            math.prod(cut.new_shape),
-            torch.arange(world_size + 1),
-        )
+        old_numel = math.prod(cut.shape)
+        new_numel = math.prod(cut.new_shape)
+        old_partition = partition_numel(old_numel, world_size)
         self.cut = cut
         self.owned = owned_range(old_numel, world_size, rank)  # before the cut
         self.new_partition = partition_numel(new_numel, world_size)  # padding included
         # The borders of the old and of the new shards, counted in kept elements: (world_size + 1,) each.
-        old = cut.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
-        new = (ranks * self.new_partition).clamp(max=new_numel)
+        borders = torch.arange(world_size + 1)
+        old = cut.kept_before((borders * old_partition).clamp(max=old_numel))
+        new = (borders * self.new_partition).clamp(max=new_numel)
         self.send = _nonzero(overlap(old[rank], old[rank + 1], new[:-1], new[1:]))
         self.receive = _nonzero(overlap(new[rank], new[rank + 1], old[:-1], old[1:]))
         self._keep = cut.keep  # on the device of the last shard
@@ -109,21 +112,20 @@ class ReshardPlan:
     def take(self, shard: Tensor) -> Tensor:
         """Returns the kept elements of this rank's old shard, in flat order: (sum(send),). Never reads padding."""
         start, end = self.owned
-        columns, position = self.cut.columns, start
-        parts: list[Tensor] = []
+        axis = self.cut.axis
+        columns = self.cut.columns
         self._keep = self._keep.to(shard.device)
+        position = start
+        parts: list[Tensor] = []
+        # Blocks of whole rows. The shard may begin and end inside a row, which is then a block of its own.
         while position < end:
-            row, first = divmod(position, columns)
-            # the shard may begin and end inside a row
-            rows = max(1, (end - position) // columns) if first == 0 else 1
-            width = min(columns - first, end - position)
-            kept = (
-                self._kept_within(row, row + rows)
-                if self.cut.axis == 0
-                else self._kept_within(first, first + width)
-            )
-            block = shard[position - start : position - start + rows * width].view(rows, width)
-            parts.append(block.index_select(self.cut.axis, kept).reshape(-1))
+            row, column = divmod(position, columns)
+            rows = max(1, (end - position) // columns) if column == 0 else 1
+            width = min(columns - column, end - position)
+            first, count = (row, rows) if axis == 0 else (column, width)
+            block = shard[position - start :][: rows * width].view(rows, width)
+            kept = block.index_select(axis, self._kept_within(first, first + count))
+            parts.append(kept.reshape(-1))
             position += rows * width
         return torch.cat(parts) if parts else shard[:0]
 
