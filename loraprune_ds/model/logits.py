@@ -74,13 +74,22 @@ def logits_transform(config: Any) -> LogitsTransform:
     """Reads the transform from transformers' config object, which has all defaults."""
     family = FAMILIES[family_name(config.model_type)]
 
-    def value(field: str | None, nothing: float | None) -> float | None:
-        setting = None if field is None else getattr(config, field)
-        return None if setting is None or setting == nothing else float(setting)
-
     return LogitsTransform(
-        value(family.logit_scale, 1), value(family.logit_divisor, 1), value(family.softcap, None)
+        scale=_factor(config, family.logit_scale),
+        divisor=_factor(config, family.logit_divisor),
+        softcap=_number(config, family.softcap),
     )
+
+
+def _number(config: Any, field: str | None) -> float | None:
+    value = None if field is None else getattr(config, field)
+    return None if value is None else float(value)
+
+
+def _factor(config: Any, field: str | None) -> float | None:
+    """Returns a number of the config, or None if it is 1 and changes nothing."""
+    value = _number(config, field)
+    return None if value == 1 else value
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -121,11 +130,12 @@ def chunk_losses(
 
 
 def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
-    # the slope of a cap is computed from the logits
-    keep = gradient is not None and head.transform.softcap is not None
+    # The slope of a cap is computed from the logits.
+    keeps_logits = gradient is not None and head.transform.softcap is not None
     logits = head.logits(hidden)
-    probabilities = logits.to(torch.float32, copy=keep)
-    largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
+    probabilities = logits.to(torch.float32, copy=keeps_logits)
+    largest = probabilities.amax(1, keepdim=True)
+    label_logits = probabilities.gather(1, labels)
     exponentials = probabilities.sub_(largest).exp_()
     total = exponentials.sum(1, keepdim=True)
     exponentials.div_(total)
@@ -145,19 +155,20 @@ def _distilled_losses(
     distillation: Distillation,
     rows: slice,
 ) -> Tensor:
-    w, temperature, transform = distillation.weight, distillation.temperature, head.transform
+    w = distillation.weight
+    temperature = distillation.temperature
+    transform = head.transform
     logits = head.logits(hidden).float()
     log_probs = logits.log_softmax(1)
     # Logits minus log_probs. The slope of a cap needs the logits, which are not kept.
     total = None if transform.softcap is None else logits[:, :1] - log_probs[:, :1]
     del logits
-    softened = log_probs if temperature == 1 else (log_probs / temperature).log_softmax(1)
-    expected = head.logits(distillation.teacher[rows]).float()
-    expected = (expected if temperature == 1 else expected.div_(temperature)).log_softmax(1)
-    target = expected.exp()  # the teacher's probabilities
-    divergence = expected.sub_(softened).mul_(target).sum(1)  # KL(teacher ‖ student)
-    del expected
-    losses = w * temperature**2 * divergence - (1 - w) * log_probs.gather(1, labels)[:, 0]
+    softened = log_probs
+    if temperature != 1:
+        softened = (log_probs / temperature).log_softmax(1)
+    divergence, target = _divergence(softened, head, distillation.teacher[rows], temperature)
+    cross_entropies = log_probs.gather(1, labels)[:, 0].neg()
+    losses = w * temperature**2 * divergence + (1 - w) * cross_entropies
     if gradient is not None:
         slope = log_probs.exp_() if total is None else log_probs.exp()
         if temperature != 1:  # at 1 the two softmaxes are equal and their weights sum to 1
@@ -169,3 +180,16 @@ def _distilled_losses(
         del log_probs, softened, target  # before the slope is rounded
         gradient.copy_(slope.to(head.weight.dtype) @ head.weight)
     return losses
+
+
+def _divergence(
+    softened: Tensor, head: Head, teacher: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Returns KL(teacher ‖ student) of each token, and the teacher's probabilities."""
+    logits = head.logits(teacher).float()
+    if temperature != 1:
+        logits.div_(temperature)
+    log_probs = logits.log_softmax(1)
+    del logits
+    target = log_probs.exp()
+    return log_probs.sub_(softened).mul_(target).sum(1), target

@@ -204,21 +204,17 @@ class TokenLosses:
             settings["position_ids"] = position_ids
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
         hidden = final_hidden(self, input_ids, labels, rows, position_ids)
-        return (
-            hidden
-            if self.lm_head is None
-            else self.lm_head(hidden, labels, distillation, supervised)
-        )
+        if self.lm_head is None:
+            return hidden
+        return self.lm_head(hidden, labels, distillation, supervised)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
     head: Any = output_head(model)
-    head.__class__, head.transform, head.chunk_tokens = (
-        LossHead,
-        logits_transform(model.config),
-        chunk_tokens,
-    )
+    head.__class__ = LossHead
+    head.transform = logits_transform(model.config)
+    head.chunk_tokens = chunk_tokens
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model
