@@ -42,26 +42,26 @@ def shard_at_birth(
     def read(name: str, like: Tensor) -> nn.Parameter:
         start, end = owned_range(like.numel(), comm.world_size, comm.rank)
         shard = weights.read_stored(name, start, end, dtype)
-        return _zero_parameter(
-            init, like.shape, pad(shard, partition_numel(like.numel(), comm.world_size))
-        )
+        padded = pad(shard, partition_numel(like.numel(), comm.world_size))
+        return _zero_parameter(init, like.shape, padded)
 
     # One rank alone may find a weight that int8 cannot hold.
     comm.all_or_raise(lambda: replace_parameters(model, read, init.local_device))
-    # orders the shards that were read before the first gather, of a teacher or an evaluation, too
+    # Orders the shards that were read before the first gather, also that of a teacher or an evaluation.
     settle_shards()
 
 
 def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:
     # An expanded scalar has the shape of the full tensor and the memory of one element.
-    parameter = nn.Parameter(
-        shard.new_empty((), device=init.local_device).expand(shape), requires_grad=False
-    )
+    scalar = shard.new_empty((), device=init.local_device)
+    parameter = nn.Parameter(scalar.expand(shape), requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
-    # the host under parameter offload, otherwise this rank's device
+    # Under parameter offload this is the host, otherwise this rank's device.
     shard = shard.to(init.remote_device)
-    _install(parameter, accelerator().pin_memory(shard) if init.pin_memory else shard, tuple(shape))
+    if init.pin_memory:
+        shard = accelerator().pin_memory(shard)
+    _install(parameter, shard, tuple(shape))
     return parameter
 
 
@@ -114,7 +114,7 @@ def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
     """Copies new values into this rank's (padded) shard."""
     state: Any = parameter
     state.ds_tensor.copy_(shard)
-    # hpZ's copy has the old values. The next gather makes a new copy
+    # The copy of hpZ has the old values. The next gather makes a new copy.
     state.ds_secondary_tensor = None
 
 
@@ -127,23 +127,31 @@ def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, i
 
 def needed_scales(int8: Int8, shape: Matrix, world_size: int) -> Tensor:
     """Returns start and end of the flat scales for each rank's shard of a weight, in complete rows: (world_size, 2)."""
-    columns, numel = int8.scale_shape(shape)[1], math.prod(shape)
-    bands = [int8.bands(shape, *owned_range(numel, world_size, rank)) for rank in range(world_size)]
+    _, columns = int8.scale_shape(shape)
+    ranges = _owned_ranges(math.prod(shape), world_size)
+    bands = [int8.bands(shape, start, end) for start, end in ranges.tolist()]
     return torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
+
+
+def _owned_ranges(numel: int, world_size: int) -> Tensor:
+    """Returns `owned_range` of each rank: (world_size, 2)."""
+    return torch.tensor([owned_range(numel, world_size, rank) for rank in range(world_size)])
 
 
 def decode_int8(
     int8: Int8, scale: Any, shape: Matrix, comm: Communicator
 ) -> Callable[[Tensor, int], Tensor]:
     """Fetches the scales that this rank needs. Returns `OwnedShard.decode` of a weight of `shape`. Collective."""
-    needed, (rows, columns) = needed_scales(int8, shape, comm.world_size), int8.scale_shape(shape)
-    owned = torch.tensor(
-        [owned_range(rows * columns, comm.world_size, rank) for rank in range(comm.world_size)]
-    )
-    # (world_size, world_size) scales that a rank (row) has and another (column) needs
+    rows, columns = int8.scale_shape(shape)
+    rank = comm.rank
+    needed = needed_scales(int8, shape, comm.world_size)
+    owned = _owned_ranges(rows * columns, comm.world_size)
+    # How many scales a rank (row) has and another (column) needs: (world_size, world_size).
     sent = overlap(owned[:, None, 0], owned[:, None, 1], needed[None, :, 0], needed[None, :, 1])
-    flat, start = owned_flat(scale, comm.world_size, comm.rank)
+
+    flat, start = owned_flat(scale, comm.world_size, rank)
     parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in needed.tolist()]
-    send, receive = sent[comm.rank].tolist(), sent[:, comm.rank].tolist()
-    scales = comm.all_to_all(torch.cat(parts).to(comm.device), send, receive).view(-1, columns)
-    return partial(int8.decode, scales=scales, first_band=int(needed[comm.rank, 0]) // columns)
+    outgoing = torch.cat(parts).to(comm.device)
+    scales = comm.all_to_all(outgoing, sent[rank].tolist(), sent[:, rank].tolist())
+    first_band = int(needed[rank, 0]) // columns
+    return partial(int8.decode, scales=scales.view(-1, columns), first_band=first_band)
