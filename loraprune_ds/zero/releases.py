@@ -34,44 +34,48 @@ class Releases:
     def __call__(self, module: nn.Module, step: int) -> set[int]:
         """Returns the ids of the parameters to free after `module`, the `step`-th of a pass."""
         if (module, step) not in self._decided:
-            coordinator = self._coordinator
-            record = coordinator._PartitionedParameterCoordinator__submodule_order
-            reach = coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel
-            fetched_for = (
-                coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
-            )
-            if self._record is not record:
-                self._list_uses(record)
-            self._decided[module, step] = {
-                parameter.ds_id
-                for parameter in fetched_by(module)
-                if not parameter.ds_persist
-                and fetched_for[parameter] <= step
-                and not self._is_used(parameter.ds_id, step, reach)
-            }
+            self._decided[module, step] = self._decide(module, step)
         return self._decided[module, step]
+
+    def _decide(self, module: nn.Module, step: int) -> set[int]:
+        coordinator = self._coordinator
+        record = coordinator._PartitionedParameterCoordinator__submodule_order
+        reach = coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel
+        fetched_for = (
+            coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
+        )
+        if self._record is not record:
+            self._list_uses(record)
+        freed: set[int] = set()
+        for parameter in fetched_by(module):
+            stays = parameter.ds_persist or fetched_for[parameter] > step
+            if not stays and not self._is_used(parameter.ds_id, step, reach):
+                freed.add(parameter.ds_id)
+        return freed
 
     def sizes_changed(self) -> None:
         """Makes new decisions use the current sizes."""
         self._record = None
 
     def _list_uses(self, record: Sequence[nn.Module]) -> None:
-        self._record, self._before, self._positions = record, [0], defaultdict(list)
+        self._record = record
+        self._before = []
+        self._positions = defaultdict(list)
+        numel = 0
         for position, module in enumerate(record):
-            parameters = list(fetched_by(module))
-            for parameter in parameters:
+            self._before.append(numel)
+            for parameter in fetched_by(module):
                 self._positions[parameter.ds_id].append(position)
-            self._before.append(
-                self._before[-1] + sum(parameter.ds_numel for parameter in parameters)
-            )
+                numel += parameter.ds_numel
+        self._before.append(numel)
 
     def _is_used(self, parameter_id: int, step: int, reach: int) -> bool:
         """Returns True if a module from position `step` on uses the parameter, less than `reach` elements away."""
         positions = self._positions[parameter_id]
-        later = bisect_left(positions, step)
-        return (
-            later < len(positions) and self._before[positions[later]] - self._before[step] < reach
-        )
+        index = bisect_left(positions, step)
+        if index == len(positions):
+            return False
+        return self._before[positions[index]] - self._before[step] < reach
 
 
 def fetched_by(module: nn.Module) -> Iterator[Any]:

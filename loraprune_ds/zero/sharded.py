@@ -48,10 +48,10 @@ class ShardedModel(PrunableModel):
         empty_partition_cache: Callable[[], None],
     ) -> None:
         super().__init__(module, shape, Communicator())
-        self.zero_optimizer, self.optimizer = zero_optimizer, zero_optimizer.optimizer
-        self.optimizer_state = ShardedState(
-            zero_optimizer, [p for p in module.parameters() if p.requires_grad]
-        )
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.zero_optimizer = zero_optimizer
+        self.optimizer = zero_optimizer.optimizer
+        self.optimizer_state = ShardedState(zero_optimizer, trained)
         self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
         self._trained = True  # in the last forward pass
@@ -67,19 +67,22 @@ class ShardedModel(PrunableModel):
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
             masters = [self.optimizer_state.shard(p, "master") for p in of_round]
-            gradients = [*map(self.unscaled_gradient, of_round)]
+            gradients = [self.unscaled_gradient(p) for p in of_round]
             gathered = self._gather(masters + gradients, of_round + of_round)
-            weights, grads = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
-            yield from (self._named_factors(layer, weights, grads) for layer in layers)
+            weights = iter(gathered[: len(of_round)])
+            grads = iter(gathered[len(of_round) :])
+            for layer in layers:
+                yield self._named_factors(layer, weights, grads)
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
-        shape, stored_as = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
-        owned = OwnedShard(flat.to(self.device), start, shape)
+        shape = cast(tuple[int, int], full_shape(base.weight))
+        shard = OwnedShard(flat.to(self.device), start, shape)
+        stored_as = storage_format(base)
         if isinstance(stored_as, Dense):
-            return owned
-        return replace(owned, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
+            return shard
+        return replace(shard, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
 
     @property
     def loss_scale(self) -> float:
@@ -90,22 +93,21 @@ class ShardedModel(PrunableModel):
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
         super().replace_weights(linear_ids, compute)
-        # orders the refitted weights before the next gather, also without the cut that follows
+        # Orders the refitted weights before the next gather, also without the cut that follows.
         settle_shards()
 
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
         shard = torch.empty_like(held(parameter), device=self.device)
-        self.comm.scatter_from(owner, None if tensor is None else tensor.reshape(-1), shard)
+        flat = None if tensor is None else tensor.reshape(-1)
+        self.comm.scatter_from(owner, flat, shard)
         overwrite_shard(parameter, shard)
 
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers."""
         before = self.comm.bytes_sent
         self._empty_partition_cache()
-        for i, layer_keep in enumerate(keep):
-            cut_layer(
-                self.layers[i], self.shape.layers[i], layer_keep, self.optimizer_state, self.comm
-            )
+        for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
+            cut_layer(layer, spec, layer_keep, self.optimizer_state, self.comm)
             empty_host_cache()  # no later shard has an old size, so pinned blocks would accumulate
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
@@ -147,7 +149,7 @@ class ShardedModel(PrunableModel):
         def act_and_step(*args: Any, **kwargs: Any) -> Any:
             action()
             result = step(*args, **kwargs)
-            # orders the updated shards of LoRA before the trainer's next forward pass gathers them
+            # Orders the updated shards of LoRA before the trainer's next forward pass gathers them.
             settle_shards()
             return result
 
@@ -156,7 +158,7 @@ class ShardedModel(PrunableModel):
             hook.remove()
 
         self.zero_optimizer.step = act_and_step
-        # before DeepSpeed's
+        # `prepend` makes it run before DeepSpeed's hook, which follows the order of modules.
         hook = self.module.register_forward_pre_hook(self._note_mode, prepend=True)
         return undo
 
@@ -175,23 +177,23 @@ class ShardedModel(PrunableModel):
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""
         gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
-        parts, shapes = (
-            gathered.split([len(shard) for shard in shards], dim=1),
-            map(full_shape, parameters),
-        )
-        return [
-            part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)
-        ]
+        parts = gathered.split([len(shard) for shard in shards], dim=1)
+        tensors: list[Tensor] = []
+        for part, parameter in zip(parts, parameters, strict=True):
+            shape = full_shape(parameter)
+            tensors.append(part.reshape(-1)[: math.prod(shape)].view(shape))
+        return tensors
 
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. The record of the module order stays valid."""
         offload = self.zero_optimizer.parameter_offload
-        # smaller weights may replace others among the persistent ones
+        # Smaller weights may replace others among the persistent ones.
         for parameter in self.module.parameters():
             cast(Any, parameter).ds_persist = False
         thresholds = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
         persistent = offload.mark_persistent_parameters(*thresholds)
-        offload.persistent_parameters = self.zero_optimizer.persistent_parameters = persistent
+        offload.persistent_parameters = persistent
+        self.zero_optimizer.persistent_parameters = persistent
         self._releases.sizes_changed()
 
 
@@ -203,14 +205,16 @@ class ShardedState(OptimizerState):
 
     def __init__(self, zero_optimizer: Any, parameters: list[nn.Parameter]) -> None:
         super().__init__(zero_optimizer.optimizer)
-        self.zero, self.parameters = zero_optimizer, parameters
+        self.zero = zero_optimizer
+        self.parameters = parameters
 
     def masters(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         group, offset = self._slot(parameter)
-        return self._flat(group, key).narrow(0, offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+        numel: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        return self._flat(group, key).narrow(0, offset, numel)
 
     def full_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return full_shape(parameter)
@@ -218,15 +222,26 @@ class ShardedState(OptimizerState):
     @torch.no_grad()
     def rebuild(self) -> None:
         """Lays out flat buffers for the current shapes, and fills them with the carried state. Collective."""
-        zero, keys = self.zero, self.keys()
-        old_flats = [
-            {key: self._flat(i, key) for key in keys}
-            for i in range(len(zero.fp32_partitioned_groups_flat))
-        ]
+        zero = self.zero
+        keys = self.keys()
+        groups = range(len(zero.fp32_partitioned_groups_flat))
+        old_flats = [{key: self._flat(group, key) for key in keys} for group in groups]
         old_slots = [self._slot(p) for p in self.parameters]
-        states = list(zero.optimizer.state.values())
+        old_states = list(zero.optimizer.state.values())
+        self._lay_out()
+        if old_states:
+            others = {key: x for key, x in old_states[0].items() if key not in MOMENTS}
+            self.create_moments(others)
+        for parameter, (group, offset) in zip(self.parameters, old_slots, strict=True):
+            for key in keys:
+                new = self.shard(parameter, key)
+                new.copy_(old_flats[group][key].narrow(0, offset, new.numel()))
+
+    def _lay_out(self) -> None:
+        """Makes DeepSpeed build its flat buffers again, as at its start. Adam's state is empty afterwards."""
+        zero = self.zero
         for bucket in zero.ipg_buckets.values():
-            # the new one has the same size, and two could outweigh the rest of a cut
+            # The new buffer has the same size, and two could outweigh the rest of a cut.
             bucket.buffer = None
         for name in private.FLAT_LISTS:
             getattr(zero, name).clear()
@@ -238,14 +253,6 @@ class ShardedState(OptimizerState):
         zero.set_grad_positions()
         zero.averaged_gradients = {}
         zero.zero_grad(set_to_none=True)
-        if states:
-            self.create_moments(
-                {key: value for key, value in states[0].items() if key not in MOMENTS}
-            )
-        for parameter, (group, offset) in zip(self.parameters, old_slots, strict=True):
-            for key in keys:
-                new = self.shard(parameter, key)
-                new.copy_(old_flats[group][key].narrow(0, offset, new.numel()))
 
     def restore(self, *given: Any) -> None:
         super().restore(*given)

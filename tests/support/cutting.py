@@ -14,7 +14,7 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
-from loraprune_ds.engine import training
+from loraprune_ds.engine import optimizer
 from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
@@ -198,7 +198,7 @@ def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> 
             parameter.data = parameter.data.float()
         return model
 
-    with patch.object(training, "add_lora", add_fp32_lora):
+    with patch.object(optimizer, "add_lora", add_fp32_lora):
         return cut_once(job, heads, channels)
 
 

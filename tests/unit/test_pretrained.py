@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.pretrained import pretrained, sources, weight_files
+from loraprune_ds.pretrained import sources, weight_files, weights
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
@@ -240,7 +240,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 def test_every_part_is_the_slice(
     source: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
+    monkeypatch.setattr(weights, "READ_CHUNK", chunk)
     dense = open_pretrained(source)
     cut = dense.weights.cut(keep_of(kept))
     expected = cut_by_hand(tensors_of(source), kept)
