@@ -238,4 +238,6 @@ def test_a_rank_with_another_mask_ends_the_run_everywhere(ranks: RankPool, job: 
 def test_a_number_that_is_not_finite_is_named_on_all_ranks(
     ranks: RankPool, job: Job, where: str, message: str
 ) -> None:
-    assert ranks.run(2, cutting.poisoned, job, where) == [message] * 2
+    messages = ranks.run(2, cutting.poisoned, job, where)
+    assert len(messages) == 2
+    assert all(each.startswith(message) for each in messages)
