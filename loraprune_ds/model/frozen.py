@@ -1,8 +1,8 @@
 """Storage formats for the frozen weight of a linear: unchanged, or int8 with scales.
 
-int8 has one scale for each block of BLOCK neighbours along the hidden axis, which no cut shortens. The last block may
-be short. Each expert of a stack has separate blocks. A row, column or expert that leaves takes whole blocks with it, so
-cutting and quantising commute bit by bit.
+int8 has one scale for each block of BLOCK neighbours along the hidden axis. The last block may be short, and each
+expert of a stack has separate blocks. No cut shortens the hidden axis. A row, column or expert that leaves takes whole
+blocks with it, so cutting and quantising commute bit by bit.
 
 A storage format names the tensors that store a weight and converts between them and the weight.
 """
@@ -19,7 +19,8 @@ from loraprune_ds.config_types import Dtype
 
 # the dtypes of a config
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
-WEIGHT, SCALE = "weight", "weight_scale"
+WEIGHT = "weight"
+SCALE = "weight_scale"
 BLOCK = 64  # weights per scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
 UNSTACKED = 1 << 40  # more rows than any matrix has
@@ -50,7 +51,7 @@ def describe_dtype(model: ModelConfig) -> str:
 
 
 class NotFinite(ValueError):
-    """A weight has an inf or NaN, which int8 cannot represent."""
+    """Raised for a weight with an inf or NaN, which int8 cannot represent."""
 
 
 class StoredTensor(NamedTuple):
@@ -62,18 +63,19 @@ class StoredTensor(NamedTuple):
 
 def fill(flat: Tensor, start: int, values: Tensor, origin: int) -> None:
     """Fills `flat`, which starts at `start`, with all its values among `values`, which start at `origin`."""
-    low, high = max(start, origin), min(start + len(flat), origin + len(values))
+    low = max(start, origin)
+    high = min(start + len(flat), origin + len(values))
     flat[low - start : high - start] = values[low - origin : high - origin]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Stores the weight unchanged. `tensors` names the parameters that store it."""
+    """Stores the weight unchanged. `tensors` names the stored parameters."""
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT,)
 
     def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
-        """Returns the tensors that store a weight of `shape`. `element_size` belongs to the model's dtype."""
+        """Returns the tensors that store a weight of `shape`. `element_size` is of the model's dtype, in bytes."""
         return {WEIGHT: StoredTensor(shape, element_size)}
 
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -135,16 +137,14 @@ class Int8:
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Computes these tensors like `Dense.split`, some rows in fp32 at a time. Raises NotFinite."""
         rows = self._band * max(1, READ_CHUNK // (self._band * weight.shape[1]))
-        matrices = weight.split(self.rows)
-        parts = [
-            self._quantise(part.float(), dtype)
-            for matrix in matrices
-            for part in matrix.split(rows)
-        ]
-        return {
-            WEIGHT: torch.cat([q for q, _ in parts]),
-            SCALE: torch.cat([scale for _, scale in parts]),
-        }
+        values: list[Tensor] = []
+        scales: list[Tensor] = []
+        for matrix in weight.split(self.rows):
+            for part in matrix.split(rows):
+                part_values, part_scales = self._quantise(part.float(), dtype)
+                values.append(part_values)
+                scales.append(part_scales)
+        return {WEIGHT: torch.cat(values), SCALE: torch.cat(scales)}
 
     def join(self, stored: Iterable[Tensor]) -> Tensor:
         weight, scale = stored
@@ -154,7 +154,8 @@ class Int8:
         return torch.cat([dequantise(*matrix, self.axis) for matrix in matrices])
 
     def kept(self, axis: int, kept: Tensor) -> dict[str, Tensor]:
-        return {WEIGHT: kept, SCALE: kept if axis == self.axis else self._band_of(kept).unique()}
+        scales = kept if axis == self.axis else self._band_of(kept).unique()
+        return {WEIGHT: kept, SCALE: scales}
 
     def read(
         self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype
@@ -168,18 +169,20 @@ class Int8:
             NotFinite: a part has an inf or NaN.
         """
         rows, columns = shape
-        bands, width = self.bands(shape, start, end), columns
-        if name == SCALE:
-            width = self.scale_shape(shape)[1]
-            bands = range(start // width, -(-end // width))
+        bands = self.bands(shape, start, end)
         flat = torch.empty(end - start, dtype=torch.int8 if name == WEIGHT else dtype)
+        width = self.scale_shape(shape)[1]  # of a row of scales
+        if name == SCALE:
+            bands = range(start // width, -(-end // width))
         for first, last in self._chunks(bands, max(1, READ_CHUNK // (self._band * columns))):
-            top, bottom = self._top(first), min(self._top(last), rows)
+            top = self._top(first)
+            bottom = min(self._top(last), rows)
             part = read(top * columns, bottom * columns).view(-1, columns)
-            values = dict(zip(self.tensors, self._quantise(part, dtype), strict=True))[
-                name
-            ].reshape(-1)
-            fill(flat, start, values, (top if name == WEIGHT else first) * width)
+            values, scales = self._quantise(part, dtype)
+            if name == WEIGHT:
+                fill(flat, start, values.reshape(-1), top * columns)
+            else:
+                fill(flat, start, scales.reshape(-1), first * width)
         return flat
 
     def _chunks(self, bands: range, count: int) -> Iterator[tuple[int, int]]:
@@ -193,10 +196,13 @@ class Int8:
     def bands(self, shape: Matrix, start: int, end: int) -> range:
         """Returns the rows of scales that the flat elements [start, end) of a weight need."""
         first = self._band_of(start // shape[1])
-        return range(first, self._band_of((end - 1) // shape[1]) + 1 if end > start else first)
+        if end <= start:
+            return range(first, first)
+        last = self._band_of((end - 1) // shape[1])
+        return range(first, last + 1)
 
     def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
-        """Returns some rows of the weight in fp32, with the values that they have in the dtype of the scales.
+        """Returns some rows of the weight in fp32, after rounding to the dtype of the scales.
 
         Args:
             rows: (rows, columns) int8, from row `first` of the weight.
@@ -204,23 +210,23 @@ class Int8:
         """
         bands = self._band_of(torch.arange(first, first + len(rows), device=rows.device))
         scales = scales.index_select(0, bands - first_band)
-        decoded = (
-            dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
-        )
-        return decoded.float()
+        if self.axis == 0:
+            return dequantise(rows, scales, 0).float()
+        return rows.to(scales.dtype).mul_(scales).float()
 
     def _quantise(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        hidden, limits = 1 - self.axis, torch.finfo(dtype)
-        values, scales = torch.empty_like(weight, dtype=torch.int8), list[Tensor]()
+        hidden = 1 - self.axis
+        limits = torch.finfo(dtype)
+        smallest = limits.tiny * limits.eps  # of all numbers above 0
+        values = torch.empty_like(weight, dtype=torch.int8)
+        scales: list[Tensor] = []
         for part, out in zip(_blocks(weight, hidden), _blocks(values, hidden), strict=True):
             largest = part.abs().amax(hidden + 1)
             if not torch.isfinite(largest).all():
                 raise NotFinite
-            # the smallest above 0
-            scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)
-            out.copy_(
-                (part / scale.unsqueeze(hidden + 1).float()).round_().clamp_(-LARGEST, LARGEST)
-            )
+            scale = (largest / LARGEST).to(dtype).clamp_(min=smallest)
+            quotients = part / scale.unsqueeze(hidden + 1).float()
+            out.copy_(quotients.round_().clamp_(-LARGEST, LARGEST))
             scales.append(scale)
         return values, torch.cat(scales, hidden)
 
@@ -231,10 +237,13 @@ DENSE = Dense()
 
 def dequantise(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Returns weight * scale in the dtype of `scale`. int8 is exact in that dtype, so each product is rounded once."""
-    product, hidden, first = weight.to(scale.dtype), 1 - axis, 0
+    product = weight.to(scale.dtype)
+    hidden = 1 - axis
+    first = 0
     for part in _blocks(product, hidden):
         count = part.shape[hidden]
-        part.mul_(scale.narrow(hidden, first, count).unsqueeze(hidden + 1))
+        scales = scale.narrow(hidden, first, count)
+        part.mul_(scales.unsqueeze(hidden + 1))
         first += count
     return product
 
@@ -257,10 +266,8 @@ class FrozenLinear(nn.Linear):
     def store_as(self, stored_as: Int8, like: Tensor) -> None:
         """Replaces the weight with parameters of the format, without values, with dtype and device of `like`."""
         shape = (self.out_features, self.in_features)
-        weight, scale = (
-            like.new_empty(shape, dtype=torch.int8),
-            like.new_empty(stored_as.scale_shape(shape)),
-        )
+        weight = like.new_empty(shape, dtype=torch.int8)
+        scale = like.new_empty(stored_as.scale_shape(shape))
         self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))
         self.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
         self.stored_as = stored_as
@@ -273,12 +280,14 @@ class Int8Linear(FrozenLinear):
 
     def __init__(self, linear: nn.Linear, stored_as: Int8) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.store_as(stored_as, linear.weight)
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.stored_as.join(stored_tensors(self)), self.bias)
+        weight = self.stored_as.join(stored_tensors(self))
+        return nn.functional.linear(input, weight, self.bias)
 
 
 def storage_format(linear: nn.Module) -> StorageFormat:
@@ -286,7 +295,7 @@ def storage_format(linear: nn.Module) -> StorageFormat:
 
 
 def holds_int8(model: nn.Module) -> bool:
-    """True if a model, or a layer of it, has linears in int8."""
+    """True if a model, or one of its layers, has int8 linears."""
     return any(isinstance(storage_format(module), Int8) for module in model.modules())
 
 

@@ -1,9 +1,13 @@
-"""Groups: the parts of a layer that leave as a unit, by kind, and the tensors of a layer, which they leave.
+"""Groups of a layer and the tensors that hold them.
+
+A group is what one cut removes: a head, a channel, an expert. A layer is a list of tensors; this file says which rows
+or columns belong to which group. The kinds of groups:
 
 heads        One key-value head with all the query heads that read it. Under MHA it is one head.
-query_heads  One query head, in models with one or two key-value heads. These stay, and an equal number leaves each.
+query_heads  One query head, in models with one or two key-value heads. Key-value heads stay there, and each loses the
+             same number of query heads.
 channels     One MLP channel.
-delta        One key head of a gated delta net with its value heads. Layers with these have no attention.
+delta        One key head of a gated delta net with its value heads. Such layers have no attention.
 experts      One expert of a mixture (experts.py).
 cross_heads  One head of a decoder's attention to its encoder. Layers of the encoder have none.
 
@@ -17,8 +21,8 @@ weights, fused ones (q|k|v, gate|up), biases, norms and stacks of experts:
     o_proj.weight     Span("heads", 8, 512), axis 1                        the same groups, as columns
     qkv_proj.weight   Span("heads", 8, 512), Span("heads", 8, 128) twice    queries, keys and values in one tensor
 
-A group leaves all tensors of its layer at once. `cut` says what stays, for every reader of it: the live cut, slices of
-files, modules without weights, plans and exports.
+A group leaves all tensors of its layer together. `cut` returns the rows that stay. The live cut, slices of files,
+modules without weights, plans and exports all use it.
 """
 
 import math
@@ -49,14 +53,14 @@ EQUAL_LAYERS = "prune.ranking: uniform, prune.protected_first: 0 and prune.prote
 
 
 class PerKind(dict[Kind, T]):
-    """Holds one value for each kind, such as `heads=4, channels=37`. Must not change: it is hashed."""
+    """Holds one value for each kind, such as `heads=4, channels=37`. It is hashed, so it must not change."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
 
 class LayerCounts(PerKind[int]):
-    """Holds the number of groups of each kind in one layer. 0 of a kind that this layer lacks."""
+    """Holds the number of groups of each kind in one layer, 0 for a kind that the layer lacks."""
 
 
 class LayerTensors(PerKind[Tensor]):
@@ -85,7 +89,7 @@ class Span(NamedTuple):
     kind: Kind
     groups: int
     width: int = 1  # rows or columns of one group
-    ranges: int = 1  # of equal size, which must lose the same number of groups each
+    ranges: int = 1  # equal parts of the groups. Each must lose the same number
 
     @property
     def size(self) -> int:
@@ -93,8 +97,11 @@ class Span(NamedTuple):
 
     @property
     def scores(self) -> int:
-        """The numbers that `fisher` scores it by: one per group, or second moments of the query heads in each range."""
-        return self.groups * (self.groups // self.ranges if self.kind == QUERY_HEADS else 1)
+        """The numbers that `fisher` keeps: one per group, or a matrix of second moments per range of query heads."""
+        if self.kind != QUERY_HEADS:
+            return self.groups
+        in_range = self.groups // self.ranges
+        return self.groups * in_range
 
     def resized(self, counts: Mapping[Kind, int]) -> Self:
         return self._replace(groups=counts[self.kind])
@@ -108,20 +115,20 @@ class Slice(NamedTuple):
 
 
 class Attribute(NamedTuple):
-    """Names a count that a forward reads from a module of the layer or its config, so that it must follow a cut."""
+    """Names a count that the forward pass reads from a module or its config. It must follow a cut."""
 
     module: str  # path inside the layer
     name: str
     span: Span
-    ranges: int = 1  # of equal size. It counts the groups of one
+    ranges: int = 1  # equal parts of the span. The count is the size of one
 
 
 class StackSpec(NamedTuple):
-    """Describes how a stack of experts is stored: a linear of each, one below the other (experts.py)."""
+    """Describes how one linear of all experts is stored, the experts one below the other (experts.py)."""
 
-    # on disk, of one expert, with {} for its number. One without {} is a tensor of all experts
+    # on disk: one expert's, with {} for its number, such as "mlp.experts.{}.up_proj.weight". Without {}: all experts'
     names: tuple[str, ...]
-    reads_channels: bool  # its inputs are an expert's channels, not the hidden states
+    reads_channels: bool  # the inputs are an expert's channels, not the hidden states
     transposed: bool = False  # the rows of an expert are its inputs
 
 
@@ -130,17 +137,17 @@ class TensorSpec:
     """Describes one tensor of a layer."""
 
     name: str  # inside the layer, as in transformers' modules
-    spans: tuple[Span, ...] = ()  # along `axis`. No cut makes a tensor without spans smaller
+    spans: tuple[Span, ...] = ()  # along `axis`. A tensor without spans keeps its size
     axis: int = 0
     lora: bool = False
     stack: StackSpec | None = None
-    on_disk: str | None = None  # its name in weight files, if that differs
-    keep_fp32: bool = False  # it is fp32 in every model
+    on_disk: str | None = None  # the name in weight files, if it differs
+    keep_fp32: bool = False  # fp32 in every model
     shape: Shape = ()
 
     @property
     def linear(self) -> str:
-        """The name of its module, if it is a weight."""
+        """The name of a weight's module."""
         return self.name.removesuffix(f".{WEIGHT}")
 
     @property
@@ -164,7 +171,7 @@ class TensorSpec:
 
     @property
     def matrices(self) -> int:
-        """The experts of a stack. Another weight is one matrix."""
+        """The number of experts in a stack, otherwise 1."""
         return self.spans[0].groups if self.stack else 1
 
     @property
@@ -174,17 +181,15 @@ class TensorSpec:
 
     @property
     def loses_inputs(self) -> bool:
-        """True if a cut takes inputs from it, like o_proj and down_proj. Never true of a stack of experts."""
+        """True if a cut takes inputs, as from o_proj and down_proj. Never true for a stack of experts."""
         return bool(self.spans) and self.axis == 1
 
     @property
     def inputs(self) -> int:
-        """The inputs of a linear, or of one expert's."""
-        return (
-            self.shape[0] // self.matrices
-            if self.stack and self.stack.transposed
-            else self.shape[1]
-        )
+        """The inputs of a linear, in a stack those of one expert."""
+        if self.stack and self.stack.transposed:
+            return self.shape[0] // self.matrices
+        return self.shape[1]
 
     def lora_shapes(self, rank: int) -> tuple[Matrix, Matrix]:
         """Returns the shapes of A (r, in_features) and B (out_features, r). A stack has one A per expert."""
@@ -192,73 +197,84 @@ class TensorSpec:
         return (self.matrices * rank, inputs), (outputs, rank)
 
     def lora_cuts(self, rank: int, weight: Slice, keep: LayerKeep) -> list[tuple[int, Slice]]:
-        """Lists the LoRA factors that a cut makes smaller, 0 for A or 1 for B, and what stays of each.
+        """Lists the LoRA factors that a cut makes smaller, 0 for A or 1 for B, each with the slice that stays.
 
         Args:
-            weight: what stays of the weight.
+            weight: the slice of the weight that stays.
         """
         if self.stack:
-            return [(0, Slice(0, group_indices(keep[self.spans[0].kind], rank))), (1, weight)]
+            experts = keep[self.spans[0].kind]
+            return [(0, Slice(0, group_indices(experts, rank))), (1, weight)]
         return [(1 - self.axis, weight)]  # A has the inputs, B the outputs
 
     def shrinks(self, keep: LayerKeep) -> bool:
-        """True if some of its groups leave."""
+        """True if some groups of this tensor leave."""
         return any(len(keep[span.kind]) < span.groups for span in self.spans)
 
     def resized(self, counts: Mapping[Kind, int]) -> "TensorSpec":
         """Returns the tensor with these counts of groups."""
         if not self.spans:
             return self
-        spans, shape = tuple(span.resized(counts) for span in self.spans), list(self.shape)
+        spans = tuple(span.resized(counts) for span in self.spans)
+        shape = list(self.shape)
         shape[self.axis] = sum(span.size for span in spans)
         return replace(self, spans=spans, shape=tuple(shape))
 
     def format(self, int8: bool) -> StorageFormat:
-        """Returns how ranks store it. Only linears with LoRA are int8, in blocks along the hidden axis."""
+        """Returns the format that ranks store. Only linears with LoRA are int8, in blocks along the hidden axis."""
         if not int8 or not self.lora:
             return DENSE
-        rows = self.shape[0] // self.matrices
-        rows_are_hidden = (
-            self.stack.reads_channels != self.stack.transposed if self.stack else self.loses_inputs
-        )
-        return Int8(1, rows) if rows_are_hidden else Int8(0)
+        rows_are_hidden = self.loses_inputs
+        if self.stack:
+            rows_are_hidden = self.stack.reads_channels != self.stack.transposed
+        if not rows_are_hidden:
+            return Int8(0)
+        return Int8(1, self.shape[0] // self.matrices)
 
     def stored(self, element_size: int, int8: bool) -> dict[str, StoredTensor]:
-        """Returns the tensors that ZeRO-3 shards for it, by name inside the layer."""
+        """Returns the tensors that ZeRO-3 shards for this one, by name inside the layer."""
         if not self.lora:
             return {self.name: StoredTensor(self.shape, 4 if self.keep_fp32 else element_size)}
         tensors = self.format(int8).stored(self.matrix, element_size)
-        return {f"{self.linear}.{tensor}": stored for tensor, stored in tensors.items()}
+        return {self.stored_name(name): stored for name, stored in tensors.items()}
+
+    def stored_name(self, tensor: str) -> str:
+        """Returns the name inside the layer of one tensor of the storage format, WEIGHT or SCALE."""
+        return self.name if tensor == WEIGHT else f"{self.linear}.{tensor}"
 
     def pieces(self, prefix: str, fused: bool = False, transposed: bool = False) -> Pieces | None:
-        """Returns the tensors on disk, unless it is stored under its own name and shape.
+        """Returns the tensors on disk, or None if it is one tensor with the same name and shape.
 
         Args:
-            prefix: of the layer's names.
-            fused: stacks are on disk as transformers has them in memory, each in one tensor of three dimensions.
+            prefix: start of the layer's names, such as "model.layers.0.".
+            fused: each stack is one tensor of three dimensions on disk, as in transformers' modules.
             transposed: as `fused`, and each expert's matrix is transposed.
         """
         if self.on_disk:
             return Pieces((prefix + self.on_disk,), self.shape)
         if self.stack is None:
             return None
-        experts, (rows, columns) = self.matrices, self.matrix
-        of_one = (self.stock_name,) if fused or transposed else self.stack.names
-        if "{}" not in of_one[0]:
-            return Pieces((prefix + of_one[0],), (experts, rows // experts, columns), transposed)
-        names = tuple(prefix + name.format(i) for i in range(experts) for name in of_one)
-        return Pieces(names, (rows // len(names), columns), transposed)
+        rows, columns = self.matrix
+        templates = (self.stock_name,) if fused or transposed else self.stack.names
+        if "{}" not in templates[0]:
+            shape = (self.matrices, rows // self.matrices, columns)
+            return Pieces((prefix + templates[0],), shape, transposed)
+        names: list[str] = []
+        for expert in range(self.matrices):
+            names += [prefix + template.format(expert) for template in templates]
+        return Pieces(tuple(names), (rows // len(names), columns), transposed)
 
 
 def cut(spec: TensorSpec, keep: LayerKeep) -> tuple[TensorSpec, Tensor]:
-    """Returns the tensor that these groups leave, and its rows (or columns) that stay: ascending int64."""
-    start, kept = 0, list[Tensor]()
+    """Returns the smaller tensor, and the rows (or columns) that stay: ascending int64."""
+    if not spec.spans:
+        return spec, torch.arange(spec.shape[spec.axis])
+    start = 0
+    kept: list[Tensor] = []
     for span in spec.spans:
         kept.append(start + group_indices(keep[span.kind], span.width))
         start += span.size
-    return spec.resized(keep.counts), torch.cat(kept) if kept else torch.arange(
-        spec.shape[spec.axis]
-    )
+    return spec.resized(keep.counts), torch.cat(kept)
 
 
 @dataclass(frozen=True)
@@ -269,41 +285,45 @@ class LayerSpec:
     tensors: tuple[TensorSpec, ...]
     attributes: tuple[Attribute, ...] = ()
 
+    @property
+    def spans(self) -> list[Span]:
+        return [span for tensor in self.tensors for span in tensor.spans]
+
     @cached_property
     def counts(self) -> LayerCounts:
-        """The groups of each kind that it has."""
-        return LayerCounts(
-            (span.kind, span.groups) for tensor in self.tensors for span in tensor.spans
-        )
+        """The number of groups of each kind in this layer."""
+        return LayerCounts((span.kind, span.groups) for span in self.spans)
 
     @cached_property
     def ranges(self) -> Mapping[Kind, int]:
-        """The equal ranges of the groups of each kind, which must lose the same number each."""
-        return {span.kind: span.ranges for tensor in self.tensors for span in tensor.spans}
+        """The number of equal ranges of each kind's groups. Each range must lose the same number."""
+        return {span.kind: span.ranges for span in self.spans}
 
     @property
     def key_value_heads(self) -> int:
-        """Their number, whether they or only their query heads may leave."""
+        """The number of key-value heads, also where only their query heads may leave."""
         return self.ranges.get(QUERY_HEADS) or self.counts.get("heads", 0)
 
     @cached_property
     def linears(self) -> tuple[TensorSpec, ...]:
-        """The weights with LoRA, in the order of the forward. Those that no cut makes smaller come last."""
+        """The weights with LoRA, in the order of the forward. Weights of constant size come last."""
         return tuple(tensor for tensor in self.tensors if tensor.lora)
 
     @property
     def others(self) -> list[TensorSpec]:
-        """The tensors that are neither weights nor biases of these linears."""
+        """The tensors other than the weights and biases of `linears`."""
         linears = {linear.linear for linear in self.linears}
         return [tensor for tensor in self.tensors if tensor.name.rpartition(".")[0] not in linears]
 
     @cached_property
     def group_numel(self) -> Mapping[Kind, int]:
         """The linear parameters that leave with one group, without biases."""
-        sizes = [
-            (x.kinds, x.group_width * x.numel // x.shape[x.axis]) for x in self.linears if x.spans
-        ]
-        return {kind: sum(size for kinds, size in sizes if kind in kinds) for kind in self.counts}
+        numel = dict.fromkeys(self.counts, 0)
+        for linear in self.linears:
+            of_group = linear.group_width * linear.numel // linear.shape[linear.axis]
+            for kind in linear.kinds:
+                numel[kind] += of_group
+        return numel
 
     @cached_property
     def numel(self) -> int:
@@ -312,13 +332,16 @@ class LayerSpec:
 
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
-        return [math.prod(shape) for linear in self.linears for shape in linear.lora_shapes(rank)]
+        numel: list[int] = []
+        for linear in self.linears:
+            numel += [math.prod(shape) for shape in linear.lora_shapes(rank)]
+        return numel
 
     def shapes(self) -> dict[str, Shape]:
         return {tensor.name: tensor.shape for tensor in self.tensors}
 
     def resized(self, counts: LayerCounts) -> "LayerSpec":
-        """Returns the layer with these counts of groups, some of which may be of kinds that it lacks."""
+        """Returns the layer with these counts of groups. Kinds that the layer lacks are ignored."""
         return _resized(self, counts)
 
     def cuts(
@@ -329,21 +352,23 @@ class LayerSpec:
         Tensors that lose the same rows, such as k_proj and v_proj, share the tensor of indices. A linear that loses
         inputs keeps its full bias.
         """
-        kept = dict[tuple[Span, ...], Tensor]()
-        for spec in (x for x in self.tensors if x.shrinks(keep)):
-            if spec.spans not in kept:
-                kept[spec.spans] = cut(spec, keep)[1]
-            for tensor, stays in spec.format(int8).kept(spec.axis, kept[spec.spans]).items():
-                name = f"{spec.linear}.{tensor}" if spec.lora else spec.name
-                yield (
-                    name,
-                    Slice(spec.axis, stays),
-                    spec if spec.lora and tensor == WEIGHT else None,
-                )
+        kept_by_spans: dict[tuple[Span, ...], Tensor] = {}
+        for spec in self.tensors:
+            if not spec.shrinks(keep):
+                continue
+            if spec.spans not in kept_by_spans:
+                kept_by_spans[spec.spans] = cut(spec, keep)[1]
+            kept = spec.format(int8).kept(spec.axis, kept_by_spans[spec.spans])
+            for tensor, indices in kept.items():
+                linear = spec if spec.lora and tensor == WEIGHT else None
+                yield spec.stored_name(tensor), Slice(spec.axis, indices), linear
 
 
 @lru_cache(1 << 12)
 def _resized(layer: LayerSpec, counts: LayerCounts) -> LayerSpec:
     tensors = tuple(tensor.resized(counts) for tensor in layer.tensors)
-    attributes = tuple(x._replace(span=x.span.resized(counts)) for x in layer.attributes)
-    return replace(layer, tensors=tensors, attributes=attributes)
+    attributes: list[Attribute] = []
+    for attribute in layer.attributes:
+        span = attribute.span.resized(counts)
+        attributes.append(attribute._replace(span=span))
+    return replace(layer, tensors=tensors, attributes=tuple(attributes))
