@@ -4,7 +4,7 @@ And the numbers by which models compare, read from that JSON or from a run's. Ne
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loraprune_ds.evaluate.evaluation import Measurement
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
+NamedModel = tuple[str, dict[str, Any]]  # its column, and its part of the result
 KINDS = ("greedy", "sampled")
 # its columns become rows if two do not fit, as on a phone
 PAGE = Path(__file__).with_name("answers.html")
@@ -30,24 +31,28 @@ class Measure:
     better: Literal["lower", "higher"] = "higher"
 
 
+def _perplexity_label(value: float) -> str:
+    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+
+
 MEASURES = {
-    "perplexity": Measure(
-        format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"
-    ),
+    "perplexity": Measure(format_perplexity, _perplexity_label, "lower"),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
     "ended": Measure(format_percent, format_percent),
     "repetition": Measure(format_percent, format_percent, "lower"),
     "empty": Measure(format_percent, format_percent, "lower"),
-    # the dense model's, of the answers
+    # the dense model's perplexity of the answers
     "answer perplexity": Measure(format_perplexity, "{:.2f}".format, "lower"),
     "agreement": Measure(format_percent, format_percent),
     "overlap": Measure("{:.3f}".format, "{:.3f}".format),
 }
-# Those that show a model which no longer answers come first.
-ANSWER_MEASURES = {key: MEASURES[key].cell for key in ("ended", "repetition", "empty")}
-ANSWER_MEASURES |= {
-    "dense_perplexity": MEASURES["answer perplexity"].cell,
+# A measure of answers -> its form in the table. Those that show a model which no longer answers come first.
+ANSWER_MEASURES: dict[str, Callable[[float], str]] = {
+    "ended": format_percent,
+    "repetition": format_percent,
+    "empty": format_percent,
+    "dense_perplexity": format_perplexity,
     "tokens": "{:.1f}".format,
 }
 
@@ -66,19 +71,25 @@ def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
     """Yields the lines of a table, with a row for all answers and one for each kind of prompt.
 
     Args:
-        answers: the dense model's, if there are any, then the pruned model's, as in `--json`. Older files lack some.
+        answers: the dense model's (optional), then the pruned model's, as in `--json`. Older files lack some measures.
     """
-    shown = {key: form for key, form in ANSWER_MEASURES.items() if answers[0].get(key) is not None}
-    kinds = {
-        kind: [one["by_kind"][kind] for one in answers] for kind in answers[0].get("by_kind", ())
-    }
-    rows = [("", *(key.replace("_", " ") for key in shown))]
-    for name, means in (("all", answers), *kinds.items()):
-        rows.append(
-            (name, *(" -> ".join(form(one[key]) for one in means) for key, form in shown.items()))
-        )
-    yield title + (", dense -> pruned" if len(answers) > 1 else "")
-    yield from aligned(rows, "<" + ">" * len(shown))
+    keys = [key for key in ANSWER_MEASURES if answers[0].get(key) is not None]
+    head = [key.replace("_", " ") for key in keys]
+    rows = [["", *head], _answers_row("all", keys, answers)]
+    for kind in answers[0].get("by_kind", ()):
+        of_kind = [model["by_kind"][kind] for model in answers]
+        rows.append(_answers_row(kind, keys, of_kind))
+    yield f"{title}, dense -> pruned" if len(answers) > 1 else title
+    yield from aligned(rows, "<" + ">" * len(keys))
+
+
+def _answers_row(name: str, keys: list[str], answers: list[dict[str, Any]]) -> list[str]:
+    """Returns a row such as ["all", "100.0 % -> 87.5 %", "1.2 % -> 9.0 %"]."""
+    row = [name]
+    for key in keys:
+        cell = ANSWER_MEASURES[key]
+        row.append(" -> ".join(cell(model[key]) for model in answers))
+    return row
 
 
 def make_result(
@@ -111,146 +122,160 @@ def _model_entries(model: "Measurement") -> dict[str, Any]:
 
 def result_table(result: dict[str, Any]) -> str:
     """Builds plain text of about 100 columns at most. The dense model is on the left."""
-    models = [model for model in (result["dense"], result) if model]
-    rows = [*_size_rows(models)]
-    for key, rows_of in (("tasks", _task_rows), ("answers", _answer_rows), ("speed", _speed_rows)):
-        if models[0][key] is not None:
-            rows += rows_of([model[key] for model in models])
-    names = ["dense", "model"] if len(models) > 1 else ["model"]
-    lines: list[str] = []
-    for name, model in zip(names, models, strict=True):
+    names, models = zip(*_models(result), strict=True)
+    cells = [("", *names, "")]
+    for name, values, remark in _rows(models):
+        cells.append((name, *values, remark))
+    lines = [*_heading(result), *_answer_lines(result), ""]
+    lines += aligned(cells, f"<{'>' * len(models)}<")
+    lines += _answer_tables(models)
+    return "\n".join(lines) + "\n"
+
+
+def _models(result: dict[str, Any]) -> list[NamedModel]:
+    """Returns the measured models in the order of columns."""
+    pruned = ("model", result)
+    return [("dense", result["dense"]), pruned] if result["dense"] else [pruned]
+
+
+def _heading(result: dict[str, Any]) -> Iterator[str]:
+    for name, model in _models(result):
         facts = [model[key] for key in ("kind", "method", "model_type", "dtype") if model[key]]
-        lines.append(f"{name:<6} {model['path']} ({', '.join(facts)})")
-    if text := result["text"]:
+        yield f"{name:<6} {model['path']} ({', '.join(facts)})"
+    text = result["text"]
+    if text:
         split = f", split {text['split']}" if text["split"] else ""
         windows = f"{result['windows']:,} windows of {result['protocol']['window']} tokens"
-        lines.append(f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions")
-    cells = [(name, *values, remark) for name, values, remark in [("", names, ""), *rows]]
-    table = aligned(cells, f"<{'>' * len(models)}<")
-    return "\n".join([*lines, *_answer_lines(result), "", *table, *_answer_tables(models)]) + "\n"
+        yield f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions"
 
 
-def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
+def _answer_lines(result: dict[str, Any]) -> Iterator[str]:
     if result["answers"] is None:
         return
     yield f"answers {describe_plan(result['answers_plan'])}"
-    for model in filter(None, (result["dense"], result)):
+    for _, model in _models(result):
         if not model["answers"]["chat_template"]:
             yield f"        {model['path']} has no chat template: it continues the prompts as plain text"
     if result["answers"]["closeness"]:
-        cost, dense = (
-            model["cost"]["macs_per_token"]["total"] for model in (result, result["dense"])
-        )
-        share = f"1/3 of the dense cost, here {cost / dense:.2f}"
+        cost = result["cost"]["macs_per_token"]["total"]
+        dense_cost = result["dense"]["cost"]["macs_per_token"]["total"]
+        share = f"1/3 of the dense cost, here {cost / dense_cost:.2f}"
         yield f"draft   accepted at the overlap's rate; pays off only below about {share}"
 
 
-def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    """Yields parameters, costs and perplexity."""
-    costs, removed = [model["cost"] for model in models], models[-1]["removed_fraction"]
+def _rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    yield from _size_rows(models)
+    for key, rows in (
+        ("perplexity", _perplexity_rows),
+        ("tasks", _task_rows),
+        ("answers", _answer_rows),
+        ("speed", _speed_rows),
+    ):
+        if models[0][key] is not None:
+            yield from rows([model[key] for model in models])
+
+
+def _size_rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    costs = [model["cost"] for model in models]
+    removed = models[-1]["removed_fraction"]
     remark = "" if removed is None else f"{format_percent(removed)} removed"
     yield "parameters", [f"{cost['parameters']:,}" for cost in costs], remark
-    macs = [cost["macs_per_token"] for cost in costs]
-    context = f"MACs per token at {macs[-1]['mean_context']:g} of context, M"
-    for name, values, form in (
-        ("  in the layers' linears", [cost["linear_parameters"] for cost in costs], ","),
-        (context, [each["total"] / 1e6 for each in macs], ",.1f"),
-        ("weights, MB", [cost["weight_bytes"] / 1e6 for cost in costs], ",.1f"),
-        (
-            "key-value cache per token, kB",
-            [cost["kv_bytes_per_token"] / 1e3 for cost in costs],
-            ",.1f",
-        ),
-    ):
-        yield name, [format(value, form) for value in values], _less(values)
-    values = [model["perplexity"] for model in models]
-    if values[0] is not None:
-        ratio = (
-            f"{values[1] / values[0]:.3f} times"
-            if len(values) > 1 and all(map(math.isfinite, values))
-            else ""
-        )
-        yield "perplexity", [format_perplexity(value, 3) for value in values], ratio
+    linears = [cost["linear_parameters"] for cost in costs]
+    yield _cost_row("  in the layers' linears", linears, ",")
+    macs = [cost["macs_per_token"]["total"] / 1e6 for cost in costs]
+    context = costs[-1]["macs_per_token"]["mean_context"]
+    yield _cost_row(f"MACs per token at {context:g} of context, M", macs)
+    yield _cost_row("weights, MB", [cost["weight_bytes"] / 1e6 for cost in costs])
+    cache = [cost["kv_bytes_per_token"] / 1e3 for cost in costs]
+    yield _cost_row("key-value cache per token, kB", cache)
 
 
-def _task_rows(tasks: list[dict[str, Any]]) -> Iterable[Row]:
+def _cost_row(name: str, values: list[float], form: str = ",.1f") -> Row:
+    """Returns a row whose remark is the change, such as "25.0 % less"."""
+    remark = format_change(*values) if len(values) > 1 and values[0] else ""
+    return name, [format(value, form) for value in values], remark
+
+
+def _perplexity_rows(values: list[float]) -> Iterator[Row]:
+    ratio = ""
+    if len(values) > 1 and all(map(math.isfinite, values)):
+        ratio = f"{values[1] / values[0]:.3f} times"
+    yield "perplexity", [format_perplexity(value, 3) for value in values], ratio
+
+
+def _task_rows(tasks: list[dict[str, Any]]) -> Iterator[Row]:
     """Yields every metric of every task, with the standard error of lm-eval."""
-    results = [one["results"] for one in tasks]
-    for task, metrics in results[0].items():
+    first = tasks[0]["results"]
+    for task, metrics in first.items():
         for key in metrics:
-            metric, _, filtered = key.partition(",")
-            if filtered and not metric.endswith("_stderr"):
-                name = f"{task} {metric}" + (f" ({filtered})" if filtered != "none" else "")
-                yield name, [_metric(result[task], metric, filtered) for result in results], ""
+            metric, _, filter_name = key.partition(",")  # such as "acc,none"
+            if filter_name and not metric.endswith("_stderr"):
+                suffix = "" if filter_name == "none" else f" ({filter_name})"
+                cells = [_metric(model["results"][task], metric, filter_name) for model in tasks]
+                yield f"{task} {metric}{suffix}", cells, ""
     for metric in ("acc", "exact_match"):
-        means = [mean_metric(one, metric) for one in tasks]
         if len(tasks_with(tasks[0], metric)) > 1:
+            means = [mean_metric(model, metric) for model in tasks]
             yield f"mean {metric}", [f"{mean:.4f}" for mean in means], ""
 
 
-def _metric(metrics: dict[str, Any], metric: str, filtered: str) -> str:
-    value, error = metrics[f"{metric},{filtered}"], metrics.get(f"{metric}_stderr,{filtered}")
-    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+def _metric(metrics: dict[str, Any], metric: str, filter_name: str) -> str:
+    """Writes a metric such as "0.5000 ± 0.0158"."""
+    value = f"{metrics[f'{metric},{filter_name}']:.4f}"
+    error = metrics.get(f"{metric}_stderr,{filter_name}")
+    return f"{value} ± {error:.4f}" if isinstance(error, float) else value
 
 
-def _answer_rows(answers: list[dict[str, Any]]) -> Iterable[Row]:
+def _answer_rows(answers: list[dict[str, Any]]) -> Iterator[Row]:
     for kind in KINDS:
-        of_kind = [one[kind] for one in answers]
+        of_kind = [model[kind] for model in answers]
         if of_kind[0]["exact_match"] is not None:
-            yield (
-                f"{kind} answers, exact match",
-                [format_percent(one["exact_match"]) for one in of_kind],
-                "",
-            )
-            yield "  ROUGE-L", [f"{one['rouge_l']:.3f}" for one in of_kind], ""
-    if closeness := answers[-1]["closeness"]:
-        yield (
-            "same most probable token",
-            ["-", format_percent(closeness["agreement"])],
-            f"on {closeness['text']}",
-        )
+            matches = [format_percent(model["exact_match"]) for model in of_kind]
+            yield f"{kind} answers, exact match", matches, ""
+            yield "  ROUGE-L", [f"{model['rouge_l']:.3f}" for model in of_kind], ""
+    closeness = answers[-1]["closeness"]
+    if closeness:
+        agreement = format_percent(closeness["agreement"])
+        yield "same most probable token", ["-", agreement], f"on {closeness['text']}"
         yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
         yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
 
 
-def _answer_tables(models: list[dict[str, Any]]) -> Iterator[str]:
-    for kind in KINDS if models[0]["answers"] else ():
-        yield from (
-            "",
-            *answers_table(f"{kind} answers", [model["answers"][kind] for model in models]),
-        )
+def _answer_tables(models: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if not models[0]["answers"]:
+        return
+    for kind in KINDS:
+        yield ""
+        yield from answers_table(f"{kind} answers", [model["answers"][kind] for model in models])
 
 
-def _speed_rows(speeds: list[dict[str, Any]]) -> Iterable[Row]:
+def _speed_rows(speeds: list[dict[str, Any]]) -> Iterator[Row]:
     for name in ("prefill", "decode"):
         values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
         ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
         yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
     if speeds[0]["peak_bytes"] is not None:
         peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
-        yield "peak memory beyond weights, MB", [f"{peak:,.1f}" for peak in peaks], _less(peaks)
-
-
-def _less(values: list[Any]) -> str:
-    return format_change(*values) if len(values) > 1 and values[0] else ""
+        yield _cost_row("peak memory beyond weights, MB", peaks)
 
 
 def answers_page(result: dict[str, Any]) -> str:
     """Builds one HTML file without server or script from the object of `--json`. All texts are escaped."""
     from jinja2 import Environment
 
-    models = [
-        (name, model) for name, model in (("dense", result["dense"]), ("model", result)) if model
-    ]
-    made = {
-        "plan": describe_plan(result["answers_plan"]),
-        "tables": "\n".join(_answer_tables([model for _, model in models])).strip(),
-        "percent": format_percent,
-    }
-    page = Environment(autoescape=True, trim_blocks=True).from_string(
-        PAGE.read_text(encoding="utf-8")
+    models = _models(result)
+    tables = "\n".join(_answer_tables([model for _, model in models])).strip()
+    environment = Environment(autoescape=True, trim_blocks=True)
+    page = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    text = page.render(
+        result=result,
+        models=models,
+        kinds=KINDS,
+        plan=describe_plan(result["answers_plan"]),
+        tables=tables,
+        percent=format_percent,
     )
-    return page.render(result=result, models=models, kinds=KINDS, **made) + "\n"
+    return text + "\n"
 
 
 def describe_plan(plan: dict[str, Any]) -> str:
