@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
     from loraprune_ds.model.groups import Kind, LayerKeep
     from loraprune_ds.model.shape import ModelShape
@@ -28,14 +29,12 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
 
 Label = tuple["Axes", str, tuple[float, float]]  # a text and its point
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY_BLUE = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-)
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+PURPLE = "#CC79A7"
+SKY_BLUE = "#56B4E9"
 TEXT = "#444444"
 STYLE = Path(__file__).with_name("pictures.mplstyle")
 LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
@@ -49,7 +48,8 @@ DIRECTIONS = (
     (-1, 1, "right"),
     (-1, 0, "right"),
 )
-PALE, CUT = "#DDDDDD", "#C4C4C4"
+PALE = "#DDDDDD"  # removed groups
+CUT = "#C4C4C4"
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
 LEGEND_ABOVE: Any = {
@@ -118,30 +118,35 @@ def label_points(figure: "Figure", labels: Iterable[Label], **options: Any) -> N
     from matplotlib.patheffects import withStroke
 
     figure.draw_without_rendering()  # settles where the points are
-    places = [((d * x, d * y), side) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
-    how: Any = {
-        "xytext": (0, 0),
-        "textcoords": "offset points",
-        "va": "center",
-        "annotation_clip": False,
-    }
-    for axes, text, at in labels:
-        taken, inside = (
-            [label.get_window_extent() for label in axes.texts],
-            axes.get_window_extent(),
+    for axes, text, point in labels:
+        taken = [label.get_window_extent() for label in axes.texts]
+        label = axes.annotate(
+            text,
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+            **options,
         )
-        curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
-        label = axes.annotate(text, at, **how, **options)
         # makes it readable on a curve
         label.set_path_effects([withStroke(linewidth=3, foreground="white")])
-        for place, side in (*places, places[0]):  # the first one if none is free
-            label.set(position=place, ha=side)
-            box = label.get_window_extent()
-            hit = box.count_overlaps(taken) or any(
-                curve.intersects_bbox(box, filled=False) for curve in curves
-            )
-            if not hit and inside.contains(*box.min) and inside.contains(*box.max):
-                break
+        _place(label, axes, taken)
+
+
+def _place(label: "Annotation", axes: "Axes", taken: "list[Bbox]") -> None:
+    """Moves a label to the first free place near its point, or to the very first place if none is free."""
+    inside = axes.get_window_extent()
+    curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
+    places = [(distance, direction) for distance in DISTANCES for direction in DIRECTIONS]
+    for distance, (x, y, side) in (*places, places[0]):
+        label.set(position=(distance * x, distance * y), ha=side)
+        box = label.get_window_extent()
+        is_free = not box.count_overlaps(taken) and not any(
+            curve.intersects_bbox(box, filled=False) for curve in curves
+        )
+        if is_free and inside.contains(*box.min) and inside.contains(*box.max):
+            break
 
 
 def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]") -> None:
@@ -149,96 +154,106 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
     from matplotlib.ticker import MaxNLocator
 
     height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
+    dense_counts = {kind: [layer[kind] for layer in dense.counts] for kind in dense.kinds}
+    widths: list[int] = []
+    for counts in dense_counts.values():
+        widths += (3 if max(counts) <= MOST_CELLS_APART else 6, 1)
     with picture(path, (11, height), {"axes.grid": False}) as figure:
-        most = {kind: max(layer[kind] for layer in dense.counts) for kind in dense.kinds}
-        widths = [
-            width
-            for kind in dense.kinds
-            for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)
-        ]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
-        for kind, strips, counts in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
-            had, have = [layer[kind] for layer in dense.counts], [len(keep[kind]) for keep in kept]
+        for kind, strips, bars in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
             title, colour = PANELS[kind]
-            _draw_strips(strips, [keep[kind].numpy() for keep in kept], had, colour)
-            strips.set_title(
-                f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)"
-            )
-            _draw_counts(counts, had, have, colour)
+            counts = dense_counts[kind]
+            groups = [keep[kind].numpy() for keep in kept]
+            _draw_strips(strips, groups, counts, colour)
+            kept_counts = [len(layer) for layer in groups]
+            _draw_counts(bars, counts, kept_counts, colour)
+            total = sum(counts)
+            total_kept = sum(kept_counts)
+            percent = 100 * total_kept / total
+            strips.set_title(f"{title}: {total_kept:,} of {total:,} kept ({percent:.0f} %)")
         axes[0].set(ylabel="decoder layer", ylim=(len(dense.layers) - 0.5, -0.5))
         axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
-def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], colour: str) -> None:
-    """Draws a row per layer and a cell per group, or per several if there are too many."""
+def _draw_strips(
+    axes: "Axes", kept: Sequence["Groups"], counts: Sequence[int], colour: str
+) -> None:
+    """Draws a row per layer and a cell per group, or per several if there are too many.
+
+    Args:
+        kept: the kept groups of each layer.
+        counts: the groups of each dense layer.
+    """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
-    most = max(had)
-    together = math.ceil(most / MOST_CELLS)
-    cells = math.ceil(most / together)
-    share = np.full((len(had), cells), np.nan)  # kept fraction of the groups in a cell
-    for row, groups, count in zip(share, kept, had, strict=True):
-        cell = np.arange(count) // together
-        there = np.bincount(cell, minlength=cells)
-        np.divide(np.bincount(cell[groups], minlength=cells), there, out=row, where=there > 0)
-    shades = LinearSegmentedColormap.from_list("kept", [PALE, colour])
-    extent = (-0.5, cells * together - 0.5, len(had) - 0.5, -0.5)
+    layers = len(counts)
+    most = max(counts)
+    groups_per_cell = math.ceil(most / MOST_CELLS)
+    cells = math.ceil(most / groups_per_cell)
+    share = np.full((layers, cells), np.nan)  # kept fraction of the groups in a cell
+    for row, groups, count in zip(share, kept, counts, strict=True):
+        cell = np.arange(count) // groups_per_cell
+        dense = np.bincount(cell, minlength=cells)
+        np.divide(np.bincount(cell[groups], minlength=cells), dense, out=row, where=dense > 0)
     axes.imshow(
-        share, cmap=shades, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest"
+        share,
+        cmap=LinearSegmentedColormap.from_list("kept", [PALE, colour]),
+        vmin=0,
+        vmax=1,
+        extent=(-0.5, cells * groups_per_cell - 0.5, layers - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
     )
-    axes.hlines(np.arange(1, len(had)) - 0.5, -0.5, most - 0.5, color="white", lw=0.8)
+    axes.hlines(np.arange(1, layers) - 0.5, -0.5, most - 0.5, color="white", lw=0.8)
     if most <= MOST_CELLS_APART:
-        axes.vlines(np.arange(1, most) - 0.5, -0.5, len(had) - 0.5, color="white", lw=0.8)
-    label = "number in the dense model, grey is removed" + f", one shade for {together}" * (
-        together > 1
-    )
+        axes.vlines(np.arange(1, most) - 0.5, -0.5, layers - 0.5, color="white", lw=0.8)
+    label = "number in the dense model, grey is removed"
+    if groups_per_cell > 1:
+        label += f", one shade for {groups_per_cell}"
     axes.set(xlim=(-0.5, most - 0.5), xlabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: str) -> None:
+def _draw_counts(
+    axes: "Axes", counts: Sequence[int], kept_counts: Sequence[int], colour: str
+) -> None:
     """Draws the number of kept groups per layer as bars over the dense counts, with numbers if they fit."""
-    layers = range(len(had))
-    axes.barh(layers, had, height=0.8, color=PALE)
-    bars = axes.barh(layers, have, height=0.8, color=colour)
-    if len(had) <= MOST_NUMBERED:
-        axes.bar_label(bars, [f" {count:,}" for count in have], fontsize=7, color=TEXT, padding=1)
-    axes.set(xlim=(0, 1.3 * max(had)), xticks=[], xlabel="number kept")  # with room for the numbers
+    layers = range(len(counts))
+    axes.barh(layers, counts, height=0.8, color=PALE)
+    bars = axes.barh(layers, kept_counts, height=0.8, color=colour)
+    if len(counts) <= MOST_NUMBERED:
+        numbers = [f" {count:,}" for count in kept_counts]
+        axes.bar_label(bars, numbers, fontsize=7, color=TEXT, padding=1)
+    room = 1.3 * max(counts)  # for the numbers
+    axes.set(xlim=(0, room), xticks=[], xlabel="number kept")
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(left=False)
 
 
 def draw_training(path: Path, history: History) -> None:
     """Draws loss, perplexity over the removed fraction, sparsity, seconds and bytes per rank, and marks the cuts."""
+    records = history.steps
+    steps = [record.step for record in records]
+    measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
     with picture(path, (10, 8.2), {"figure.constrained_layout.h_pad": 0.09}) as figure:
         grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
-        measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
         loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
-        sparsity, seconds, weights, memory = (
-            figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4)
-        )
-        _draw_loss(loss, history.steps, measured)
+        sparsity = figure.add_subplot(grid[1, 0])
+        seconds = figure.add_subplot(grid[1, 1])
+        weights = figure.add_subplot(grid[2, 0])
+        memory = figure.add_subplot(grid[2, 1])
+        _draw_loss(loss, records, measured)
         _draw_sparsity(sparsity, history)
-        steps, timed = [s.step for s in history.steps], history.steps[1:]  # the first is a warm-up
-        seconds.plot([s.step for s in timed], [s.seconds for s in timed], color=BLUE, lw=1.3)
-        seconds.set(title="Time per step", ylabel="seconds", ylim=(0, None))
-        _draw_bytes(
-            weights, "Weights per rank", steps, [s.weight_bytes for s in history.steps], BLUE
-        )
-        _draw_bytes(
-            memory,
-            "Memory in use per rank",
-            steps,
-            [s.resident_bytes for s in history.steps],
-            GREEN,
-        )
-        thin = min(0.8, 24 / max(len(history.cuts), 1))
+        _draw_seconds(seconds, records)
+        weight_bytes = [record.weight_bytes for record in records]
+        _draw_bytes(weights, "Weights per rank", steps, weight_bytes, BLUE)
+        resident_bytes = [record.resident_bytes for record in records]
+        _draw_bytes(memory, "Memory in use per rank", steps, resident_bytes, GREEN)
         for axes in (loss, sparsity, seconds, weights, memory):
-            for cut in history.cuts:
-                axes.axvline(cut.step, color=CUT, lw=thin, zorder=0)
+            _mark_cuts(axes, [cut.step for cut in history.cuts])
             axes.set_xlim(0, max([1, *steps]))
             axes.locator_params(axis="x", integer=True)
         loss.plot([], [], color=CUT, lw=0.8, label="cut")
@@ -250,26 +265,40 @@ def draw_training(path: Path, history: History) -> None:
             label_points(figure, labels, color=VERMILION, in_layout=False)
 
 
+def _mark_cuts(axes: "Axes", steps: list[int]) -> None:
+    """Draws a line at each step, thin ones if there are many."""
+    for step in steps:
+        axes.axvline(step, color=CUT, lw=min(0.8, 24 / len(steps)), zorder=0)
+
+
+def _draw_seconds(axes: "Axes", records: Sequence[StepRecord]) -> None:
+    timed = records[1:]  # the first step is a warm-up
+    steps = [record.step for record in timed]
+    axes.plot(steps, [record.seconds for record in timed], color=BLUE, lw=1.3)
+    axes.set(title="Time per step", ylabel="seconds", ylim=(0, None))
+
+
 def _draw_loss(
     axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]
 ) -> None:
     """Draws the loss, and held-out losses, which are logarithms of perplexities."""
-    # other trainers report the loss only for some steps
-    known = [s for s in steps if math.isfinite(s.loss)]
-    axes.plot(
-        [s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training"
-    )
+    with_loss = [
+        s for s in steps if math.isfinite(s.loss)
+    ]  # other trainers report it only for some steps
+    losses = [s.loss for s in with_loss]
+    axes.plot([s.step for s in with_loss], losses, color=BLUE, lw=1.2, label="training")
     if measured:
-        points = [e.step for e in measured], [math.log(e.perplexity) for e in measured]
-        dots: Any = {
-            "color": VERMILION,
-            "ls": "",
-            "marker": "o",
-            "markersize": 5,
-            "zorder": 4,
+        axes.plot(
+            [e.step for e in measured],
+            [math.log(e.perplexity) for e in measured],
+            color=VERMILION,
+            ls="",
+            marker="o",
+            markersize=5,
+            zorder=4,
+            label="held-out text",
             **UNCLIPPED,
-        }
-        axes.plot(*points, label="held-out text", **dots)
+        )
     axes.set(title="Loss", ylabel="nats per token")
     axes.margins(y=0.08)
 
@@ -278,33 +307,40 @@ def _draw_perplexity(
     axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]
 ) -> list[Label]:
     """Draws held-out perplexity over the removed fraction, in the order of measurement. Returns the points' labels."""
-    removed = [
-        100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured
-    ]
+    removed = [100 * _removed_at(e.step, cuts) for e in measured]
     values = [e.perplexity for e in measured]
     axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
     scale_perplexity(axes, values)
     axes.margins(y=0.2)
     most = max(*removed, 1)
-    axes.set(xlim=(-0.05 * most, 1.6 * most))  # with room for the labels of the last points
-    axes.set(title="Perplexity, held-out text", xlabel="% of the decoder's linear layers removed")
-    named = [(x, e) for x, e in zip(removed, measured, strict=True) if e.name in NAMES]
-    return [
-        (axes, f"{format_perplexity(e.perplexity)} {NAMES[e.name]}", (x, e.perplexity))
-        for x, e in named
-    ]
+    axes.set(
+        title="Perplexity, held-out text",
+        xlabel="% of the decoder's linear layers removed",
+        xlim=(-0.05 * most, 1.6 * most),  # with room for the labels of the last points
+    )
+    labels: list[Label] = []
+    for x, evaluation in zip(removed, measured, strict=True):
+        if evaluation.name in NAMES:
+            y = evaluation.perplexity
+            labels.append((axes, f"{format_perplexity(y)} {NAMES[evaluation.name]}", (x, y)))
+    return labels
+
+
+def _removed_at(step: int, cuts: Sequence[CutRecord]) -> float:
+    """Returns the removed fraction of the linear parameters after a step and its cut."""
+    return max((cut.reached for cut in cuts if cut.step <= step), default=0.0)
 
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
-    steps, percent = [s.step for s in history.steps], [100 * s.sparsity for s in history.steps]
+    steps = [s.step for s in history.steps]
+    percent = [100 * s.sparsity for s in history.steps]
     # A cut follows its step, so the curve keeps the value up to that step and jumps on the line of the cut.
     axes.plot(
         steps, percent, color=BLUE, lw=1.6, drawstyle="steps-pre", label="reached", **UNCLIPPED
     )
-    targets = [100 * c.target for c in history.cuts]
-    axes.plot(
-        [c.step for c in history.cuts], targets, color=VERMILION, lw=1, ls="--", label="target"
-    )
+    cuts = [cut.step for cut in history.cuts]
+    targets = [100 * cut.target for cut in history.cuts]
+    axes.plot(cuts, targets, color=VERMILION, lw=1, ls="--", label="target")
     axes.set(title="Decoder linear layers", ylabel="% removed", ylim=(0, None))
     axes.legend(**LEGEND_ABOVE)
 
@@ -313,12 +349,13 @@ def _draw_bytes(
     axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str
 ) -> None:
     """Draws the fullest rank as a line, and the others as a band below it."""
-    most, least = [max(b) for b in per_rank], [min(b) for b in per_rank]
-    scale, unit = (1e9, "GB") if max(most, default=0) >= 1e9 else (1e6, "MB")
-    top, bottom = [b / scale for b in most], [b / scale for b in least]
+    most = max(map(max, per_rank), default=0)
+    scale, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    top = [max(ranks) / scale for ranks in per_rank]
+    bottom = [min(ranks) / scale for ranks in per_rank]
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
     axes.fill_between(steps, bottom, top, step="pre", color=colour, alpha=0.25, lw=0)
-    axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * max([*top, 1 / scale])))
+    axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * (max(most, 1) / scale)))
 
 
 def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> bool:
@@ -327,30 +364,29 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
     Returns:
         Whether there is a picture. Without a perplexity there is nothing to draw.
     """
-    points = [
-        (row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]
-    ]
-    if not points:
+    measured = [row for row in shelf if row["perplexity"]]
+    if not measured:
         return False
     with picture(path, (7, 4)) as figure:
         axes = figure.subplots()
-        x, y, _ = zip(*points, strict=True)
-        axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)
+        millions = [row["parameters"] / 1e6 for row in measured]
+        values = [row["perplexity"] for row in measured]
+        axes.plot(millions, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
         if dense is not None:
-            axes.axhline(
-                dense, color=CUT, lw=1, ls=":", label=f"dense model: {format_perplexity(dense)}"
-            )
+            label = f"dense model: {format_perplexity(dense)}"
+            axes.axhline(dense, color=CUT, lw=1, ls=":", label=label)
             axes.legend(**LEGEND_ABOVE)
-        scale_perplexity(axes, y)
+        scale_perplexity(axes, values)
         axes.margins(x=0.3, y=0.25)
         axes.set(
             title="Sizes of one run",
             xlabel="parameters, millions",
             ylabel="perplexity, held-out text",
         )
-        label_points(
-            figure, [(axes, _describe_size(row), (x, y)) for x, y, row in points], color=TEXT
-        )
+        points = zip(millions, values, strict=True)
+        texts = map(_describe_size, measured)
+        labels = [(axes, text, point) for text, point in zip(texts, points, strict=True)]
+        label_points(figure, labels, color=TEXT)
     return True
 
 
