@@ -185,6 +185,11 @@ class TensorSpec:
         return bool(self.spans) and self.axis == 1
 
     @property
+    def reads_groups(self) -> bool:
+        """True if the inputs are groups, or channels of an expert. A mask on these inputs masks the groups."""
+        return self.stack.reads_channels if self.stack else self.loses_inputs
+
+    @property
     def inputs(self) -> int:
         """The inputs of a linear, in a stack those of one expert."""
         if self.stack and self.stack.transposed:
@@ -224,9 +229,9 @@ class TensorSpec:
         """Returns the format that ranks store. Only linears with LoRA are int8, in blocks along the hidden axis."""
         if not int8 or not self.lora:
             return DENSE
-        rows_are_hidden = self.loses_inputs
-        if self.stack:
-            rows_are_hidden = self.stack.reads_channels != self.stack.transposed
+        rows_are_hidden = self.reads_groups
+        if self.stack and self.stack.transposed:
+            rows_are_hidden = not rows_are_hidden
         if not rows_are_hidden:
             return Int8(0)
         return Int8(1, self.shape[0] // self.matrices)

@@ -1,10 +1,9 @@
-"""The sizes of a model: its layers, each a list of tensors, and the parameters outside of them. And a token's cost."""
+"""The sizes of a model: its layers, each a list of tensors, and the parameters outside. Also the cost of a token."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from loraprune_ds.model.families.base import Attention, Family, Mixture
@@ -22,7 +21,7 @@ from loraprune_ds.model.groups import (
 
 
 class LinearId(NamedTuple):
-    """Names a linear with LoRA: its layer, and its name inside it."""
+    """Names a linear with LoRA by its layer and its name inside the layer."""
 
     layer: int
     name: str
@@ -33,11 +32,11 @@ class ModelShape:
     """Holds the sizes of a model of a family."""
 
     model_type: str
-    # of groups, in the order of all masks, draws and files. The last is the finest
+    # of groups. All masks, draws and files have this order. The last kind is the finest
     kinds: tuple[Kind, ...]
-    layers: tuple[LayerSpec, ...]  # of an encoder before those of its decoder
+    layers: tuple[LayerSpec, ...]  # an encoder's before its decoder's
     outer: tuple[TensorSpec, ...]  # outside the layers: embedding, final norm, untied head
-    # transformers' object of layer 0, with the counts of the source
+    # transformers' config object of layer 0, with the counts of the source
     config: Any = field(compare=False)
 
     @property
@@ -58,7 +57,9 @@ class ModelShape:
 
     @property
     def mixture(self) -> Mixture | None:
-        return self.family.mixture(self.config) if "experts" in self.kinds else None
+        if "experts" not in self.kinds:
+            return None
+        return self.family.mixture(self.config)
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -66,34 +67,37 @@ class ModelShape:
 
     @cached_property
     def counts(self) -> tuple[LayerCounts, ...]:
-        """The groups of each layer, 0 of a kind that it lacks."""
+        """The number of groups of each kind in each layer, 0 for a kind that the layer lacks."""
         return tuple(
             LayerCounts((kind, layer.counts.get(kind, 0)) for kind in self.kinds)
             for layer in self.layers
         )
 
     def times(self, layer: int, kind: Kind) -> int:
-        """Counts the groups of a layer for each that config.json says it has."""
+        """Returns the factor from the count in config.json to the number of groups in this layer."""
         return self.family.times(self.config, layer, kind)
 
     @property
     def is_uniform(self) -> bool:
-        """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""
+        """True if all layers with groups of a kind have the same number. A stock model class can then hold them."""
         return self.family.is_uniform(self.config, self.layers)
 
     @cached_property
     def layer_lists(self) -> list[range]:
         """The layers of a decoder, or of an encoder and its decoder."""
-        sizes = [
-            sum(layer.layer_list == n for layer in self.layers)
-            for n in range(len(self.family.layer_lists))
-        ]
-        return [range(*pair) for pair in pairwise([0, *accumulate(sizes)])]
+        ranges: list[range] = []
+        start = 0
+        for number in range(len(self.family.layer_lists)):
+            end = start + sum(layer.layer_list == number for layer in self.layers)
+            ranges.append(range(start, end))
+            start = end
+        return ranges
 
     def prefix(self, layer: int) -> str:
-        """Returns how the names of a layer's parameters begin."""
-        place = self.layers[layer].layer_list
-        return f"{self.family.layer_lists[place].path}.{layer - self.layer_lists[place].start}."
+        """Returns the start of a layer's parameter names, such as "model.layers.0."."""
+        number = self.layers[layer].layer_list
+        path = self.family.layer_lists[number].path
+        return f"{path}.{layer - self.layer_lists[number].start}."
 
     @property
     def attention(self) -> list[Attention]:
@@ -101,17 +105,14 @@ class ModelShape:
         return [self.family.attention(self.config, layer) for layer in self.layers]
 
     def linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
-        """Lists the linears with LoRA of these layers or all, with the numbers of their layers."""
-        layers = range(len(self.layers)) if layers is None else layers
+        """Lists the linears with LoRA of these or all layers, each with the number of its layer."""
+        if layers is None:
+            layers = range(len(self.layers))
         return [(i, linear) for i in layers for linear in self.layers[i].linears]
 
     def input_linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
-        """Lists the linears that read groups, like o_proj and down_proj. To mask their inputs is to mask the groups."""
-        return [
-            (i, x)
-            for i, x in self.linears(layers)
-            if x.loses_inputs or (x.stack and x.stack.reads_channels)
-        ]
+        """Lists the linears whose inputs are groups, like o_proj and down_proj."""
+        return [(i, linear) for i, linear in self.linears(layers) if linear.reads_groups]
 
     def linear(self, linear_id: LinearId) -> TensorSpec:
         """Returns the weight of a linear."""
@@ -120,18 +121,19 @@ class ModelShape:
     @property
     def biases(self) -> frozenset[str]:
         """The linears that have a bias in some layer."""
-        names = {tensor.name for layer in self.layers for tensor in layer.tensors}
-        return frozenset(
-            x.linear for layer in self.layers for x in layer.linears if f"{x.linear}.bias" in names
-        )
+        names = {tensor.name for _, tensor in self.tensors()}
+        linears = {linear.linear for _, linear in self.linears()}
+        return frozenset(linear for linear in linears if f"{linear}.bias" in names)
 
     def tensors(self) -> Iterator[tuple[str, TensorSpec]]:
         """Yields all parameters, each with the prefix of its layer's names. A tied head is the embedding."""
         embedding, *rest = self.outer
         yield "", embedding
         for i, layer in enumerate(self.layers):
-            yield from ((self.prefix(i), tensor) for tensor in layer.tensors)
-        yield from (("", tensor) for tensor in rest)
+            for tensor in layer.tensors:
+                yield self.prefix(i), tensor
+        for tensor in rest:
+            yield "", tensor
 
     def parameters(self) -> dict[str, Shape]:
         """Returns the shapes of all parameters by their names in the weight files."""
@@ -139,31 +141,35 @@ class ModelShape:
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
-        found = (
-            (prefix + x.name, x.pieces(prefix, fused, transposed)) for prefix, x in self.tensors()
-        )
-        return {name: pieces for name, pieces in found if pieces}
+        pieces: dict[str, Pieces] = {}
+        for prefix, tensor in self.tensors():
+            on_disk = tensor.pieces(prefix, fused, transposed)
+            if on_disk:
+                pieces[prefix + tensor.name] = on_disk
+        return pieces
 
     @property
     def shared_tensors(self) -> dict[str, str]:
-        """Maps names of parameters to the one of their encoder or decoder that files hold for all."""
-        shared = self.family.shares_bias(self.config, self.layers)
-        bias, lists = self.family.shared_bias, self.layer_lists if shared else []
-        return {
-            f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in lists for i in x[1:]
-        }
+        """Maps copies of a bias to the one in the first layer of their encoder or decoder. Files hold only that one."""
+        copies: dict[str, str] = {}
+        if not self.family.shares_bias(self.config, self.layers):
+            return copies
+        bias = self.family.shared_bias
+        for layers in self.layer_lists:
+            for layer in layers[1:]:
+                copies[f"{self.prefix(layer)}{bias}"] = f"{self.prefix(layers[0])}{bias}"
+        return copies
 
     def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
-        stored = ((prefix, x.stored(element_size, int8)) for prefix, x in self.tensors())
-        return {
-            prefix + name: tensor for prefix, of_one in stored for name, tensor in of_one.items()
-        }
+        stored: dict[str, StoredTensor] = {}
+        for prefix, tensor in self.tensors():
+            for name, stored_tensor in tensor.stored(element_size, int8).items():
+                stored[prefix + name] = stored_tensor
+        return stored
 
     def total_numel(self) -> int:
-        return sum(tensor.numel for layer in self.layers for tensor in layer.tensors) + sum(
-            x.numel for x in self.outer
-        )
+        return sum(tensor.numel for _, tensor in self.tensors())
 
     def linear_numel(self) -> int:
         """Counts the linear parameters that belong to groups, without biases."""
@@ -182,46 +188,51 @@ class ModelShape:
         return [numel for layer in self.layers for numel in layer.lora_numel(rank)]
 
     def ranges(self, kind: Kind) -> int:
-        """Counts the equal ranges of groups that must lose the same number each, or a multiple that fits all layers."""
+        """Returns the equal ranges of groups that must lose the same number each, a common multiple of the layers'."""
         return math.lcm(*(layer.ranges.get(kind, 1) for layer in self.layers))
 
     def has_heads_for(self, gpus: int) -> bool:
-        """True if GPUs of a server can divide the key-value heads that stay, or repeat each equally often."""
+        """True if the GPUs of a server can divide the key-value heads, or repeat each equally often."""
         heads = [layer.ranges[QUERY_HEADS] for layer in self.layers if QUERY_HEADS in layer.ranges]
         return all(max(count, gpus) % min(count, gpus) == 0 for count in heads)
 
     def resized(self, counts: Sequence[LayerCounts]) -> "ModelShape":
-        """Returns the model with these groups."""
-        layers = zip(self.layers, counts, strict=True)
-        return replace(self, layers=tuple(layer.resized(own) for layer, own in layers))
+        """Returns the model with these counts of groups in each layer."""
+        pairs = zip(self.layers, counts, strict=True)
+        layers = [layer.resized(layer_counts) for layer, layer_counts in pairs]
+        return replace(self, layers=tuple(layers))
 
     def after(self, keep: Sequence[LayerKeep]) -> "ModelShape":
         return self.resized([layer_keep.counts for layer_keep in keep])
 
     def only(self, layers: Sequence[int]) -> "ModelShape":
-        """Returns a model of these layers, which count from 0 there."""
+        """Returns a model of these layers, numbered from 0."""
         return replace(self, layers=tuple(self.layers[i] for i in layers))
 
 
-# What a token costs. An operation is a multiply or an add
+# The cost of a token. An operation is a multiply or an add
 
 
 def active_numel(shape: ModelShape) -> int:
-    """Counts the linear parameters that one token uses: all, but only its chosen experts."""
-    chosen = shape.mixture.experts_per_token if shape.mixture else 0
-    idle = sum(max(0, counts.get("experts", 0) - chosen) for counts in shape.counts)
-    tensors = (tensor for layer in shape.layers for tensor in layer.tensors)
-    # some have no LoRA
-    linears = (x for x in tensors if x.lora or (len(x.shape) > 1 and not x.spans))
-    return sum(linear.numel for linear in linears) - (
-        idle * shape.group_numel["experts"] if idle else 0
-    )
+    """Counts the linear parameters that one token uses. Of the experts these are only the chosen ones."""
+    numel = 0
+    for layer in shape.layers:
+        for tensor in layer.tensors:
+            # A matrix without groups, such as Mamba's out_proj, may lack LoRA.
+            is_whole_matrix = len(tensor.shape) > 1 and not tensor.spans
+            if tensor.lora or is_whole_matrix:
+                numel += tensor.numel
+    if shape.mixture:
+        for counts in shape.counts:
+            idle = max(0, counts["experts"] - shape.mixture.experts_per_token)
+            numel -= idle * shape.group_numel["experts"]
+    return numel
 
 
 def cached_numel(shape: ModelShape) -> int:
     """Counts the elements a token adds to the KV cache in all layers.
 
-    With an encoder it counts one token of the encoder and one of the decoder.
+    An encoder-decoder counts one token of the encoder and one of the decoder.
     """
     return sum(attention.cached for attention in shape.attention)
 
@@ -237,22 +248,22 @@ def attention_product(shape: ModelShape, window: float) -> float:
     A delta net multiplies its state three times: by the key (Mamba-2: by a decay), by the query, and to add
     the value. That equals two products over half a window here.
     """
-    return 2 * sum(attention.width for attention in shape.attention) * window + 6 * state_numel(
-        shape
-    )
+    width = sum(attention.width for attention in shape.attention)
+    return 2 * width * window + 6 * state_numel(shape)
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     """Returns the operations that training needs per token. The utilisation of a GPU (MFU) counts these.
 
     A frozen weight takes two passes: the output and the gradient of the input. Attention takes six products, over half
-    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring and recomputation do not count, nor do
-    LoRA's own products, which are below 1 %.
+    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring and recomputation do not count. LoRA's own
+    products do not count either: they are below 1 %.
 
     Args:
         window: the tokens that attention covers. The mean over all tokens if texts differ.
     """
-    # the head is one more linear
-    frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size
-    # a token is in one
-    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.layer_lists)
+    head = shape.vocab_size * shape.hidden_size
+    frozen = active_numel(shape) + head
+    attention = 6 * attention_product(shape, window) / 2
+    # A token passes either the encoder or the decoder.
+    return (4 * frozen + attention) / len(shape.layer_lists)

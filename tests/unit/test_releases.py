@@ -20,9 +20,8 @@ from loraprune_ds.zero import releases
 from loraprune_ds.zero.releases import Releases, fetched_by, iter_params, listed_once
 from loraprune_ds.zero.sharded import ShardedModel
 
-FREE_AS_DEEPSPEED: Any = (
-    PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-)  # type: ignore[attr-defined]
+COORDINATOR: Any = PartitionedParameterCoordinator
+FREE_AS_DEEPSPEED = COORDINATOR._PartitionedParameterCoordinator__params_to_release
 
 
 class Fed(nn.Module):

@@ -1,4 +1,4 @@
-"""Muse-Glimmer, and a class for its text with a head. transformers has only the class of text and tower."""
+"""Muse-Glimmer, and a class for its text part with a head. transformers only has the class with the tower."""
 
 from functools import cache
 from typing import Any, ClassVar
@@ -15,10 +15,12 @@ from loraprune_ds.model.families.llama import Llama
 
 
 class MuseGlimmer(Llama):
-    """A gate for each input of o_proj. Its class wants hidden_size to be a multiple of the query heads."""
+    """Each input of o_proj has a gate. The class requires hidden_size to be a multiple of the query heads."""
 
     def layer(self, c: Any, i: int) -> Marks:
-        return [*super().layer(c, i), rows("self_attn.gate_proj", head_spans(c)[0])]
+        queries, _ = head_spans(c)
+        yield from super().layer(c, i)
+        yield rows("self_attn.gate_proj", queries)
 
     def lm_class(self) -> Any:
         return _lm_class()
@@ -49,11 +51,9 @@ def _lm_class() -> Any:
             hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             cap = self.config.final_logit_softcapping
             logits = torch.tanh(self.lm_head(hidden) * self.config.output_multiplier / cap) * cap
-            loss = (
-                None
-                if labels is None
-                else self.loss_function(logits, labels, self.config.vocab_size)
-            )
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size)
             return CausalLMOutputWithPast(
                 loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions
             )

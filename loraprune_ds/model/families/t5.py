@@ -1,6 +1,6 @@
-"""T5: an encoder and its decoder, whose attention to the encoder has heads of a kind of its own.
+"""T5: an encoder and its decoder. Heads of the decoder's attention to the encoder are a separate kind.
 
-Layers of a T5 share the bias of the first. With a copy in each, as a UMT5 has it, any heads may leave.
+Layers of a T5 share the bias of the first. A UMT5 has a copy in each, so any heads may leave.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ from loraprune_ds.model.families.blocks import columns, rows
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Span, TensorSpec
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
-# their fields in config.json
+MLPS = ("layer.1.DenseReluDense", "layer.2.DenseReluDense")  # in the encoder, in the decoder
+# the field of each kind in config.json
 COUNTS = {"heads": "num_heads", "cross_heads": "num_cross_heads", "channels": "d_ff"}
 
 
@@ -20,7 +21,7 @@ class Umt5(Family):
         LayerList("encoder.block", "num_layers"),
         LayerList("decoder.block", "num_decoder_layers"),
     )
-    # else results depend on the number of ranks
+    # With dropout, results would depend on the number of ranks.
     in_memory: ClassVar[Mapping[str, Any]] = {"dropout_rate": 0.0}
     per_layer = "layer_sizes"
     keeps_layers = "encoder and decoder are not compared"
@@ -29,48 +30,47 @@ class Umt5(Family):
 
     def layer(self, c: Any, i: int) -> Marks:
         """The MLP of a decoder layer comes after the attention to the encoder."""
-        heads, cross_heads = (
-            Span("heads", c.num_heads, c.d_kv),
-            Span("cross_heads", c.num_cross_heads, c.d_kv),
+        heads = Span("heads", c.num_heads, c.d_kv)
+        channels = Span("channels", c.d_ff)
+        yield from _attention("layer.0.SelfAttention", heads)
+        yield from _attention(
+            "layer.1.EncDecAttention", Span("cross_heads", c.num_cross_heads, c.d_kv)
         )
-        channels, mlps = (
-            Span("channels", c.d_ff),
-            ("layer.1.DenseReluDense", "layer.2.DenseReluDense"),
-        )
-        return [
-            *_attention("layer.0.SelfAttention", heads),
-            *_attention("layer.1.EncDecAttention", cross_heads),
-            # one, or two of a gate
-            *(rows(f"{mlp}.{x}", channels) for mlp in mlps for x in ("wi", "wi_0", "wi_1")),
-            *(columns(f"{mlp}.wo", channels) for mlp in mlps),
-            TensorSpec(BIAS, (heads._replace(width=1),), axis=1),
-        ]
+        for mlp in MLPS:
+            yield rows(f"{mlp}.wi", channels)  # in place of the gate's two
+            yield rows(f"{mlp}.wi_0", channels)
+            yield rows(f"{mlp}.wi_1", channels)
+            yield columns(f"{mlp}.wo", channels)
+        yield TensorSpec(BIAS, (heads._replace(width=1),), axis=1)
 
     def head_dim(self, c: Any) -> int:
         return c.d_kv
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
-        """Only the decoder has a cache: of its tokens, and of one of the encoder's for each."""
-        heads, cross = (layer.counts.get(kind, 0) for kind in ("heads", "cross_heads"))
-        return Attention(
-            heads, (heads + cross) * c.d_kv, 2 * (heads + cross) * c.d_kv * layer.layer_list
-        )
+        """Only the decoder has a cache: for each token, one of its own and one of the encoder's."""
+        heads = layer.counts.get("heads", 0)
+        width = (heads + layer.counts.get("cross_heads", 0)) * c.d_kv
+        return Attention(heads, width, 2 * width * layer.layer_list)
 
     def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
-        return ([i, c.num_layers] if i < c.num_layers else [0, i]), {}
+        if i < c.num_layers:
+            return [i, c.num_layers], {}  # with the first layer of the decoder
+        return [0, i], {}
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Names what the classes have as defaults, and whether the decoder's outputs are scaled before the head."""
-        old = config["model_type"] == "t5"
+        """Writes defaults of the classes, and whether the decoder's outputs are scaled before the head."""
+        is_t5 = config["model_type"] == "t5"
         tied = config.get("tie_word_embeddings") is not False and config["model_type"] != "mt5"
         defaults = {
-            "feed_forward_proj": "relu" if old else "gated-gelu",
+            "feed_forward_proj": "relu" if is_t5 else "gated-gelu",
             "scale_decoder_outputs": tied,
+            "num_cross_heads": config["num_heads"],
+            "is_encoder_decoder": True,
         }
-        defaults |= {"num_cross_heads": config["num_heads"], "is_encoder_decoder": True}
-        decoder = config.get("num_decoder_layers")
-        own = {"num_decoder_layers": config["num_layers"] if decoder is None else decoder}
-        return defaults | config | own
+        decoder_layers = config.get("num_decoder_layers")
+        if decoder_layers is None:
+            decoder_layers = config["num_layers"]
+        return defaults | config | {"num_decoder_layers": decoder_layers}
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         return {COUNTS[kind]: count for kind, count in counts.items()}
@@ -79,14 +79,12 @@ class Umt5(Family):
         return {}
 
     def export_types(
-        self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
     ) -> list[str]:
-        """For a stock umt5 AutoTokenizer wants tokenizer.json, which a ByT5 lacks."""
-        return (
-            [PRUNED + "umt5"]
-            if source.get("tokenizer_class") == "ByT5Tokenizer"
-            else ["umt5", PRUNED + "umt5"]
-        )
+        """AutoTokenizer wants tokenizer.json for a stock umt5, but a ByT5 has none."""
+        if source.get("tokenizer_class") == "ByT5Tokenizer":
+            return [PRUNED + "umt5"]
+        return ["umt5", PRUNED + "umt5"]
 
 
 class T5(Umt5):
@@ -94,21 +92,18 @@ class T5(Umt5):
     shared_bias = BIAS
 
     def export_types(
-        self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
     ) -> list[str]:
-        return (
-            [own, PRUNED + "umt5"]
-            if self.shares_bias(c, layers)
-            else super().export_types(own, source, c, layers)
-        )
+        if self.shares_bias(c, layers):
+            return [model_type, PRUNED + "umt5"]
+        return super().export_types(model_type, source, c, layers)
 
     def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
         return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads
 
 
 def _attention(name: str, span: Span) -> Marks:
-    return [
-        *(rows(f"{name}.{x}", span) for x in "qkv"),
-        columns(f"{name}.o", span),
-        Attribute(name, "n_heads", span._replace(width=1)),
-    ]
+    for linear in "qkv":
+        yield rows(f"{name}.{linear}", span)
+    yield columns(f"{name}.o", span)
+    yield Attribute(name, "n_heads", span._replace(width=1))
