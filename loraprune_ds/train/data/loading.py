@@ -49,33 +49,38 @@ def make_format(
     source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts
 ) -> RowFormat:
     """Makes the format of a source. Raises UserError if the tokenizer or the model does not fit it."""
-    make_pairs = partial(_pairs, tokenizer=tokenizer, starts=starts)
-    match source.format:
-        case "text":
-            key = f"{source.section}.format"
-            require(
-                starts.target is None,
-                f"{key} text: an encoder needs sources with targets; use {key} seq2seq",
-            )
-            read = partial(_text_of, field=source.text_field)
-            return RowFormat(read, read)
-        case "seq2seq":
-            return make_pairs(
-                lambda row: (_text_of(row, source.source_field), _text_of(row, source.target_field))
-            )
-        case "instruction":
-            fields = source.prompt_field, source.input_field, source.response_field
-            return make_pairs(
-                lambda row: tokens.make_instruction(*(_text_of(row, field) for field in fields))
-            )
+    if source.format == "text":
+        key = f"{source.section}.format"
+        require(
+            starts.target is None,
+            f"{key} text: an encoder needs sources with targets; use {key} seq2seq",
+        )
+        read = partial(_text_of, field=source.text_field)
+        return RowFormat(text=read, read=read)
+    if source.format == "seq2seq":
+        return _pairs(partial(_read_pair, source=source), tokenizer, starts)
+    if source.format == "instruction":
+        return _pairs(partial(_read_instruction, source=source), tokenizer, starts)
     template = tokens.ChatTemplate(tokenizer)
     if starts.target is not None:
-        return make_pairs(lambda row: template.last_turn(tokens.read_chat(row)))
+        return _pairs(lambda row: template.last_turn(tokens.read_chat(row)), tokenizer, starts)
     return RowFormat(
-        lambda row: template.render(tokens.read_chat(row)),
-        lambda row: template.mark(tokens.read_chat(row)),
-        template.tokenize,
-        lambda row: template.check_roles(tokens.read_chat(row)),
+        text=lambda row: template.render(tokens.read_chat(row)),
+        read=lambda row: template.mark(tokens.read_chat(row)),
+        tokenize=template.tokenize,
+        check=lambda row: template.check_roles(tokens.read_chat(row)),
+    )
+
+
+def _read_pair(row: TextRow, source: DataSource) -> tokens.Instruction:
+    return _text_of(row, source.source_field), _text_of(row, source.target_field)
+
+
+def _read_instruction(row: TextRow, source: DataSource) -> tokens.Instruction:
+    return tokens.make_instruction(
+        _text_of(row, source.prompt_field),
+        _text_of(row, source.input_field),
+        _text_of(row, source.response_field),
     )
 
 
@@ -86,17 +91,18 @@ def _pairs(
 ) -> RowFormat:
     """Reads rows as prompt and answer: source and target of an encoder-decoder, where both must have text."""
     tokenize = partial(tokens.tokenize_instructions, tokenizer=tokenizer, start=starts.target)
-
-    def named(row: TextRow) -> dict[str, str]:
-        return dict(zip(("source", "target"), read(row), strict=True))
-
-    def check(row: TextRow) -> None:
-        for name, text in named(row).items():
-            require(bool(text.strip()), f"its {name} is empty")
-
     if starts.target is None:
         return RowFormat(lambda row: "".join(read(row)), read, tokenize)
-    return RowFormat(lambda row: json.dumps(named(row)), read, tokenize, check)
+
+    def text(row: TextRow) -> str:
+        source, target = read(row)
+        return json.dumps({"source": source, "target": target})
+
+    def check(row: TextRow) -> None:
+        for name, part in zip(("source", "target"), read(row), strict=True):
+            require(bool(part.strip()), f"its {name} is empty")
+
+    return RowFormat(text, read, tokenize, check)
 
 
 def load_samples(
@@ -119,17 +125,25 @@ def load_samples(
     # An error here comes before a long download.
     formats = [make_format(source, tokenizer, starts) for source in config.sources]
     loaded = cached(config, tokenizer, starts, lambda: _make(config, tokenizer, formats, starts))
-    samples = loaded.samples
-    found = f"{loaded.epoch_length} samples of {config.window} tokens (data.window)"
-    needed = f"one global batch needs {minimum} (train.global_batch_size)"
-    needed += "" if config.max_samples is None else f"; data.max_samples is {config.max_samples}"
-    needed += (
-        f"; {samples.left_out} more have no answer within data.window" if samples.left_out else ""
-    )
-    paths = " + ".join(source.path for source in config.sources)
-    require(loaded.epoch_length >= minimum, f"data.path {paths} is too short: {found}; {needed}")
-    check_ids(int(samples.columns["input_ids"].max()), vocab_size, tokenizer, "data.path")
+    if loaded.epoch_length < minimum:
+        raise UserError(_too_short(config, loaded, minimum))
+    largest_id = int(loaded.samples.columns["input_ids"].max())
+    check_ids(largest_id, vocab_size, tokenizer, "data.path")
     return loaded
+
+
+def _too_short(config: DataConfig, loaded: LoadedData, minimum: int) -> str:
+    paths = " + ".join(source.path for source in config.sources)
+    message = (
+        f"data.path {paths} is too short: {loaded.epoch_length} samples of {config.window} tokens (data.window); "
+        f"one global batch needs {minimum} (train.global_batch_size)"
+    )
+    if config.max_samples is not None:
+        message += f"; data.max_samples is {config.max_samples}"
+    left_out = loaded.samples.left_out
+    if left_out:
+        message += f"; {left_out} more have no answer within data.window"
+    return message
 
 
 def cached(
@@ -139,12 +153,12 @@ def cached(
     make: Callable[[], LoadedData],
 ) -> LoadedData:
     """Returns the result of `make`, from the disk if an earlier run had these settings."""
-    cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
-    folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, starts)
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets"))
+    folder = cache.expanduser() / "loraprune_ds" / _digest(config, tokenizer, starts)
 
-    def save(made: Path) -> None:
+    def save(new_folder: Path) -> None:
         # given a path, torch would not say that the disk is full
-        with (made / SAMPLES_FILE).open("wb") as file:
+        with (new_folder / SAMPLES_FILE).open("wb") as file:
             torch.save(make(), file)
 
     try:
@@ -155,32 +169,34 @@ def cached(
             f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}"
         ) from None
     try:
-        with ZipFile(folder / SAMPLES_FILE) as file:  # checks sums, but not of the tensors
-            for name in (name for name in file.namelist() if "/data/" not in name):
-                file.read(name)
-        with torch.serialization.safe_globals([LoadedData, Samples]):
-            # its memory is shared by all ranks of a node
-            return torch.load(folder / SAMPLES_FILE, mmap=True)
+        return _load_checked(folder / SAMPLES_FILE)
     except (OSError, RuntimeError, BadZipFile, ValueError, EOFError) as error:
-        damaged = (
-            f"the tokens of data.path in {folder} are damaged; delete the folder to make them again"
-        )
-        raise UserError(f"{damaged}: {one_line(error)}") from None
+        raise UserError(
+            f"the tokens of data.path in {folder} are damaged; delete the folder to make them again: {one_line(error)}"
+        ) from None
+
+
+def _load_checked(path: Path) -> LoadedData:
+    """Loads samples. The memory of the tensors is shared by all ranks of a node."""
+    with ZipFile(path) as file:
+        for name in file.namelist():
+            if "/data/" not in name:  # reading the tensors would take long
+                file.read(name)  # checks the sum
+    with torch.serialization.safe_globals([LoadedData, Samples]):
+        return torch.load(path, mmap=True)
 
 
 def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> str:
+    """Returns a digest of all that decides the samples: settings, files, the tokenizer and this package's code."""
     sources = [source_identity(source) for source in config.sources]
     held_out = Path(config.held_out or "").expanduser()
-    parts = (
-        dataclasses.asdict(config),
-        sources,
-        held_out.is_file() and file_identity(held_out),
-        starts,
-    )
-    digest = hashlib.sha256(repr(parts).encode())
+    held_out_identity = held_out.is_file() and file_identity(held_out)
+    settings = (dataclasses.asdict(config), sources, held_out_identity, starts)
+    digest = hashlib.sha256(repr(settings).encode())
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        for path in sorted([*Path(scratch).rglob("*.*"), *Path(__file__).parent.glob("*.py")]):
+        code = Path(__file__).parent.glob("*.py")
+        for path in sorted([*Path(scratch).rglob("*.*"), *code]):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -189,29 +205,32 @@ def _make(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, formats: list[RowFormat], starts: Starts
 ) -> LoadedData:
     held_out_text = _read_held_out(config, tokenizer, starts)
-    parts, held_out_texts = [], []
+    parts: list[Samples] = []
+    held_out_texts: list[str] = []
     for source, row_format in zip(config.sources, formats, strict=True):
         rows = read_rows(source)
-        named = f"{source.section}.path", source.path
+        each = partial(_each, key=f"{source.section}.path", path=source.path)
         if row_format.check is not None:
-            for _ in _each(row_format.check, enumerate(rows, start=1), *named):
+            for _ in each(row_format.check, enumerate(rows, start=1)):
                 pass
-        tuning, held_out, numbers = _hold_out(rows, source, row_format, config.held_out_fraction)
-        read = _each(row_format.read, tuning, *named)
+        split = _hold_out(rows, source, row_format, config.held_out_fraction)
+        read = each(row_format.read, split.tuning)
         if row_format.tokenize is None:
             samples = tokens.pack_documents(
                 read, tokenizer, config.window, config.max_samples, starts.window
             )
         else:
-            places = (f"row {number} of {source.path}" for number in numbers)
+            places = (f"row {number} of {source.path}" for number in split.tuning_numbers)
             samples = tokens.collect_rows(
                 row_format.tokenize(read), config.window, config.max_samples, places
             )
-            samples = pack_samples(samples) if config.packing else samples
+            if config.packing:
+                samples = pack_samples(samples)
         parts.append(samples)
-        held_out_texts.append("\n\n".join(_each(row_format.text, held_out, *named)))
-    text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
-    return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
+        held_out_texts.append("\n\n".join(each(row_format.text, split.held_out)))
+    if held_out_text is None:
+        held_out_text = "\n\n".join(held_out_texts)
+    return LoadedData(join_samples(parts), held_out_text, _epoch(config.sources, parts))
 
 
 def _each(
@@ -220,13 +239,14 @@ def _each(
     """Yields what `act` makes of each row. Its UserError names the setting, the file and the row's number."""
     for number, row in rows:
         try:
-            made = act(row)
+            result = act(row)
         except UserError as error:
             raise UserError(f"{key}: row {number} of {path}: {error}") from None
-        yield made
+        yield result
 
 
 def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
+    """Returns the sample numbers of an epoch, if the sources have weights."""
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return None
@@ -235,14 +255,15 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
             len(part) > 0,
             f"{source.section}.path: {source.path} gives no sample, so it cannot have a weight",
         )
-    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(
-        weights
+    counts = [len(part) for part in parts]
+    repeats = max(count / weight for count, weight in zip(counts, weights, strict=True))
+    length = repeats * sum(weights)
+    require(
+        length <= LONGEST_EPOCH,
+        f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once; "
+        f"the limit is {LONGEST_EPOCH:.2g}",
     )
-    long = (
-        f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once"
-    )
-    require(length <= LONGEST_EPOCH, f"{long}; the limit is {LONGEST_EPOCH:.2g}")
-    return mix([len(part) for part in parts], weights)
+    return mix(counts, weights)
 
 
 def _read_held_out(
@@ -252,45 +273,62 @@ def _read_held_out(
         return None
     path = Path(config.held_out).expanduser()
     require(path.is_file(), f"data.held_out: {config.held_out} does not exist")
-    if path.resolve() in [
-        file.resolve() for source in config.sources for file in files_of(source) or []
-    ]:
-        raise UserError(
-            f"data.held_out: {config.held_out} is also a part of data.path, which is tuned on"
-        )
+    for source in config.sources:
+        if path.resolve() in [file.resolve() for file in files_of(source) or ()]:
+            raise UserError(
+                f"data.held_out: {config.held_out} is also a part of data.path, which is tuned on"
+            )
     if path.suffix not in JSON_SUFFIXES:
         return read_text(path, "data.held_out")
     # whose format may be text
     (source,) = dataclasses.replace(config, path=str(path), packing=False).sources
-    text, rows = make_format(source, tokenizer, starts).text, enumerate(read_rows(source), start=1)
-    return "\n\n".join(_each(text, rows, "data.held_out", str(path)))
+    row_format = make_format(source, tokenizer, starts)
+    rows = enumerate(read_rows(source), start=1)
+    return "\n\n".join(_each(row_format.text, rows, "data.held_out", str(path)))
+
+
+class Split(NamedTuple):
+    """Rows to tune on, their numbers, and held-out rows."""
+
+    tuning: Iterable[NumberedRow]
+    tuning_numbers: Iterable[int]
+    held_out: Iterable[NumberedRow] = ()
 
 
 def _hold_out(
     rows: TextRows, source: DataSource, row_format: RowFormat, fraction: float | None
-) -> tuple[Iterable[NumberedRow], Iterable[NumberedRow], Iterable[int]]:
-    """Splits rows into tuned rows and evenly spread held-out rows. Returns the numbers of the tuned rows, too.
+) -> Split:
+    """Splits rows into tuned rows and evenly spread held-out rows.
 
     The fraction counts characters, because documents differ in length. With too few documents the end of each one is
     held out.
     """
+    count = len(rows)
+    all_numbers = range(1, count + 1)
     if fraction is None:
-        return enumerate(rows, start=1), (), range(1, len(rows) + 1)
+        return Split(enumerate(rows, start=1), all_numbers)
     are_documents = row_format.tokenize is None
-    sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, len(rows))
-    if chosen := _spread(sizes, fraction):
-        left_out = set(chosen)
-        tuning = ((i + 1, row) for i, row in enumerate(rows) if i not in left_out)
-        return (
-            tuning,
+    sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, count)
+    chosen = _spread(sizes, fraction)
+    if chosen:
+        left_out = {i + 1 for i in chosen}
+        return Split(
+            (numbered for numbered in enumerate(rows, start=1) if numbered[0] not in left_out),
+            (number for number in all_numbers if number not in left_out),
             ((i + 1, rows[i]) for i in chosen),
-            (i + 1 for i in range(len(rows)) if i not in left_out),
         )
-    none = f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none"
-    require(are_documents, f"{none}; raise it or give data.held_out")
-    parts = [_split_tail(row_format.text(row), fraction) for row in rows]
-    heads, tails = ([{source.text_field: pair[half]} for pair in parts] for half in (0, 1))
-    return enumerate(heads, start=1), enumerate(tails, start=1), range(1, len(parts) + 1)
+    require(
+        are_documents,
+        f"data.held_out_fraction {fraction} of the {count} rows in {source.path} is none; "
+        "raise it or give data.held_out",
+    )
+    heads: list[TextRow] = []
+    tails: list[TextRow] = []
+    for row in rows:
+        head, tail = _split_tail(row_format.text(row), fraction)
+        heads.append({source.text_field: head})
+        tails.append({source.text_field: tail})
+    return Split(enumerate(heads, start=1), all_numbers, enumerate(tails, start=1))
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
@@ -298,11 +336,13 @@ def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
 
     An item is chosen if it brings the chosen size nearer to `fraction` of the size so far.
     """
-    chosen, seen, taken = [], 0, 0
+    chosen: list[int] = []
+    total = 0
+    chosen_total = 0
     for i, size in enumerate(sizes):
-        seen += size
-        if size and taken + size / 2 <= fraction * seen:
-            taken += size
+        total += size
+        if size and chosen_total + size / 2 <= fraction * total:
+            chosen_total += size
             chosen.append(i)
     return chosen
 

@@ -5,6 +5,7 @@ resumes on any number of ranks.
 """
 
 import hashlib
+import math
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
@@ -77,21 +78,26 @@ class Samples:
 
     def digest(self) -> str:
         """Returns the sha256 of all samples."""
-        digest = hashlib.sha256(repr((sorted(self.columns), self.window)).encode())
-        for tensor in (*(self.columns[name] for name in sorted(self.columns)), self.starts):
+        names = sorted(self.columns)
+        digest = hashlib.sha256(repr((names, self.window)).encode())
+        columns = [self.columns[name] for name in names]
+        for tensor in (*columns, self.starts):
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
     def _inside(self, indices: Tensor) -> Tensor:
         """Returns (len(indices), width) bool, True at tokens. The longest sample decides the width."""
         lengths = self.starts[indices + 1] - self.starts[indices]
-        width = min(self.window, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+        width = math.ceil(int(lengths.max()) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        width = min(self.window, width)
         return torch.arange(width) < lengths[:, None]
 
     def _padded(self, name: str, indices: Tensor) -> Tensor:
-        column, inside = self.columns[name], self._inside(indices)
+        column = self.columns[name]
+        inside = self._inside(indices)
         places = self.starts[indices, None] + torch.arange(inside.shape[1])
-        return column[places.clamp(max=len(column) - 1)].long().where(inside, PADDING[name])
+        values = column[places.clamp(max=len(column) - 1)]
+        return values.long().where(inside, PADDING[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,16 +121,26 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
     """Concatenates samples. If some have position ids, all get them."""
     if len(parts) == 1:
         return parts[0]
-    names = [name for name in PADDING if any(name in part.columns for part in parts)]
-    columns = {
-        name: torch.cat(
-            [p.columns[name] if name in p.columns else positions_of(p.lengths()) for p in parts]
-        )
-        for name in names
-    }
-    starts = starts_of(torch.cat([part.lengths() for part in parts]))
-    first = next((part.first_left_out for part in parts if part.left_out), "")
-    return Samples(columns, starts, parts[0].window, sum(part.left_out for part in parts), first)
+    if any("position_ids" in part.columns for part in parts):
+        parts = [_with_positions(part) for part in parts]
+    columns: dict[str, Tensor] = {}
+    for name in parts[0].columns:
+        columns[name] = torch.cat([part.columns[name] for part in parts])
+    return Samples(
+        columns,
+        starts_of(torch.cat([part.lengths() for part in parts])),
+        parts[0].window,
+        sum(part.left_out for part in parts),
+        next((part.first_left_out for part in parts if part.left_out), ""),
+    )
+
+
+def _with_positions(samples: Samples) -> Samples:
+    """Adds position ids, if they are missing. Each sample is then one text."""
+    if "position_ids" in samples.columns:
+        return samples
+    positions = positions_of(samples.lengths())
+    return replace(samples, columns={**samples.columns, "position_ids": positions})
 
 
 def starts_of(lengths: Tensor) -> Tensor:
@@ -135,7 +151,8 @@ def starts_of(lengths: Tensor) -> Tensor:
 def positions_of(lengths: Tensor) -> Tensor:
     """Returns the position ids of rows of these lengths, each one text."""
     starts = starts_of(lengths)
-    return (torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(lengths)).int()
+    first = starts[:-1].repeat_interleave(lengths)  # of the row that a place belongs to
+    return (torch.arange(int(starts[-1])) - first).int()
 
 
 def pack_samples(samples: Samples) -> Samples:
@@ -144,16 +161,16 @@ def pack_samples(samples: Samples) -> Samples:
     The first token of a sample is not learnt, because it follows the last token of another sample.
     """
     packs = best_fit(samples.lengths().tolist(), samples.window)
-    members = torch.tensor([sample for pack in packs for sample in pack], dtype=torch.int64)
-    lengths = samples.lengths()[members]
-    begins, positions = starts_of(lengths), positions_of(lengths)  # of the packed samples
-    taken = samples.starts[members].repeat_interleave(lengths) + positions
-    columns = {name: column[taken] for name, column in samples.columns.items()} | {
-        "position_ids": positions
-    }
-    columns["labels"][begins[:-1]] = IGNORE_INDEX
-    ends = torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)
-    return replace(samples, columns=columns, starts=torch.cat([begins[:1], begins[ends]]))
+    order = torch.tensor([sample for pack in packs for sample in pack], dtype=torch.int64)
+    lengths = samples.lengths()[order]
+    starts = starts_of(lengths)  # of the samples in their new order
+    positions = positions_of(lengths)
+    places = samples.starts[order].repeat_interleave(lengths) + positions
+    columns = {name: column[places] for name, column in samples.columns.items()}
+    columns["labels"][starts[:-1]] = IGNORE_INDEX
+    columns["position_ids"] = positions
+    pack_sizes = torch.tensor([len(pack) for pack in packs], dtype=torch.int64)
+    return replace(samples, columns=columns, starts=starts[starts_of(pack_sizes)])
 
 
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:
@@ -164,7 +181,8 @@ def best_fit(lengths: list[int], window: int) -> list[list[int]]:
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         i = bisect_left(rooms, lengths[sample])
         if i == len(rooms):
-            room, pack = window, []
+            room = window
+            pack: list[int] = []
             packs.append(pack)
         else:
             room = rooms[i]
@@ -172,10 +190,10 @@ def best_fit(lengths: list[int], window: int) -> list[list[int]]:
             if not open_packs[room]:
                 rooms.pop(i)
         pack.append(sample)
-        left = room - lengths[sample]
-        if not open_packs[left]:
-            insort(rooms, left)
-        open_packs[left].append(pack)
+        room -= lengths[sample]
+        if not open_packs[room]:
+            insort(rooms, room)
+        open_packs[room].append(pack)
     return packs
 
 
@@ -193,20 +211,20 @@ class SampleOrder:
 
     def batch(self, step: int) -> Tensor:
         """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0."""
-        places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs, places = np.divmod(places, self.num_samples)
-        parts = [
-            _permutation(self.num_samples, self.seed, int(e))[places[epochs == e]]
-            for e in np.unique(epochs)
-        ]
+        first = step * self.global_batch_size
+        epochs, places = np.divmod(
+            np.arange(first, first + self.global_batch_size), self.num_samples
+        )
+        parts: list[np.ndarray[Any, Any]] = []
+        for epoch in np.unique(epochs):
+            permutation = _permutation(self.num_samples, self.seed, int(epoch))
+            parts.append(permutation[places[epochs == epoch]])
         batch = torch.from_numpy(np.concatenate(parts))
         if self.numbers is not None:
             batch = self.numbers[batch]
-        return (
-            batch
-            if self.lengths is None
-            else batch[self.lengths[batch].argsort(descending=True, stable=True)]
-        )
+        if self.lengths is not None:
+            batch = batch[self.lengths[batch].argsort(descending=True, stable=True)]
+        return batch
 
 
 @lru_cache(maxsize=1)  # an epoch may have 10^9 samples
@@ -219,10 +237,13 @@ def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
 
     Source i has counts[i] samples, numbered after the earlier sources'.
     """
-    share = np.asarray(weights) / sum(weights)
-    total = max(np.asarray(counts) / share)
-    sources = zip(np.cumsum([0, *counts[:-1]]), counts, share, strict=True)
-    parts = [first + np.arange(round(total * part)) % count for first, count, part in sources]
+    shares = np.asarray(weights) / sum(weights)
+    total = max(np.asarray(counts) / shares)
+    first = 0
+    parts: list[np.ndarray[Any, Any]] = []
+    for count, share in zip(counts, shares, strict=True):
+        parts.append(first + np.arange(round(total * share)) % count)
+        first += count
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -233,7 +254,8 @@ def rank_micro_batches(
 
     Micro-batch m goes to rank m mod world_size, so padding and dropout do not depend on the number of ranks.
     """
-    return list(enumerate(indices.view(-1, micro_batch_size)))[rank::world_size]
+    micro_batches = enumerate(indices.view(-1, micro_batch_size))
+    return list(micro_batches)[rank::world_size]
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:

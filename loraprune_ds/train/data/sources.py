@@ -29,15 +29,19 @@ def read_rows(source: DataSource) -> TextRows:
         UserError: the path does not exist, a file cannot be read (names file and line), or a field is unknown.
     """
     if source.path == EMBEDDED:
-        refusal = f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
-        require(source.format == "text", refusal)
+        require(
+            source.format == "text",
+            f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text",
+        )
         refuse_hub_settings(source)
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
         return _load_dataset(source)
-    rows = [row for file in files for row in _read_rows_of_file(file, source)]
-    _read_fields(source, {field for row in rows for field in row})
+    rows: list[TextRow] = []
+    for file in files:
+        rows += _read_rows_of_file(file, source)
+    _read_fields(source, set().union(*rows))
     return rows
 
 
@@ -46,37 +50,44 @@ def source_identity(source: DataSource) -> object:
     if source.path == EMBEDDED:
         return embedded_text()
     files = files_of(source)
-    return _load_dataset(source)._fingerprint if files is None else list(map(file_identity, files))
+    if files is None:
+        return _load_dataset(source)._fingerprint
+    return [file_identity(file) for file in files]
 
 
 def resolve_commits(config: DataConfig) -> dict[str, str]:
     """Returns the commits of all data sets of the hub, by their sections. Later starts of a run take the same."""
-    hub = [
-        source for source in config.sources if source.path != EMBEDDED and files_of(source) is None
-    ]
-    return {source.section: _ask_hub("load_dataset_builder", source).hash for source in hub}
+    commits: dict[str, str] = {}
+    for source in config.sources:
+        if source.path != EMBEDDED and files_of(source) is None:
+            commits[source.section] = _ask_hub("load_dataset_builder", source).hash
+    return commits
 
 
 def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
     """Returns the same data with these commits as revisions."""
     if isinstance(config.path, str):
         return replace(config, revision=commits.get("data", config.revision))
-    entries = zip(config.path, config.sources, strict=True)
-    return replace(
-        config, path=[replace(x, revision=commits.get(s.section, s.revision)) for x, s in entries]
-    )
+    entries = list(config.path)
+    for i, source in enumerate(config.sources):
+        revision = commits.get(source.section, source.revision)
+        entries[i] = replace(entries[i], revision=revision)
+    return replace(config, path=entries)
 
 
 def _text_fields(source: DataSource) -> dict[str, str]:
     """Maps the text fields that a row must have to the settings that name them."""
-    keys = {
-        getattr(source, key): f"{source.section}.{key}" for key in FIELD_SETTINGS[source.format]
-    }
-    return {field: key for field, key in keys.items() if field is not None}
+    fields: dict[str, str] = {}
+    for key in FIELD_SETTINGS[source.format]:
+        field = getattr(source, key)
+        if field is not None:
+            fields[field] = f"{source.section}.{key}"
+    return fields
 
 
 def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
-    fields, rows = _text_fields(source), []
+    fields = _text_fields(source)
+    rows: list[TextRow] = []
     for where, row in _values(path, source):
         require(isinstance(row, dict), f"{where}: expected an object, got {type(row).__name__}")
         for field in fields:
@@ -98,11 +109,12 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     text = read_text(path, source.section)
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
-        refusal = (
-            f"{path} must hold a list of objects (one object per line goes into a .jsonl file)"
+        require(
+            isinstance(items, list) and bool(items),
+            f"{path} must hold a list of objects (one object per line goes into a .jsonl file)",
         )
-        require(isinstance(items, list) and bool(items), refusal)
-        yield from ((f"{path}, item {i}", item) for i, item in enumerate(items))
+        for i, item in enumerate(items):
+            yield f"{path}, item {i}", item
     elif source.format == "text":
         yield str(path), {source.text_field: text}
     else:
@@ -115,25 +127,27 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
         return from_json(text)
     except ValueError as error:
-        found = re.fullmatch(r"(.+) at line (\d+) column (\d+)", str(error))
+        place = re.fullmatch(r"(.+) at line (\d+) column (\d+)", str(error))
     if HALF.search(text):  # no tokenizer accepts a surrogate
         with suppress(ValueError, RecursionError):
             value = json.dumps(json.loads(text), ensure_ascii=False)
             return from_json(value.encode(errors="replace"))
-    assert found, "pydantic names the place of an error"
-    where = f"{path}, line {first_line + int(found[2]) - 1}, column {found[3]}"
-    raise UserError(f"{where}: not valid JSON: {found[1]}")
+    assert place, "pydantic names the place of an error"
+    reason, line, column = place.groups()
+    where = f"{path}, line {first_line + int(line) - 1}, column {column}"
+    raise UserError(f"{where}: not valid JSON: {reason}")
 
 
-def _read_fields(source: DataSource, known: set[str]) -> list[str]:
+def _read_fields(source: DataSource, available: set[str]) -> list[str]:
+    """Returns the fields to read. Raises UserError if the rows lack one."""
     if source.format == "chat":
-        return chat_fields(known, source)
+        return chat_fields(available, source)
     fields = _text_fields(source)
     for field, key in fields.items():
-        if field not in known:
+        if field not in available:
             hint = " (data.input_field null: there is none)" if key.endswith(".input_field") else ""
             raise UserError(
-                f"{key}: {source.path} has no field {field!r}{hint}; it has {', '.join(sorted(known))}"
+                f"{key}: {source.path} has no field {field!r}{hint}; it has {', '.join(sorted(available))}"
             )
     return list(fields)
 
@@ -143,13 +157,15 @@ def _ask_hub(function: str, source: DataSource, **more: str) -> Any:
     import datasets  # takes seconds, which files do not need
     from datasets.exceptions import DatasetsError
 
-    given: dict[str, Any] = {"data_files": source.data_files, "revision": source.revision, **more}
     try:
-        return getattr(datasets, function)(source.path, source.name, **given)
+        return getattr(datasets, function)(
+            source.path, source.name, data_files=source.data_files, revision=source.revision, **more
+        )
     # RuntimeError: the data set is a script
     except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:
-        unavailable = f"no file {source.path}, and not available as a dataset: {first_line(error)}"
-        raise UserError(f"{source.section}.path: {unavailable}") from None
+        raise UserError(
+            f"{source.section}.path: no file {source.path}, and not available as a dataset: {first_line(error)}"
+        ) from None
 
 
 def _load_dataset(source: DataSource) -> Any:

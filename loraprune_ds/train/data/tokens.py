@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,8 @@ Marked = tuple[str, list[Span]]  # the text of a conversation, and the spans tha
 
 def make_instruction(prompt: str, about: str, response: str) -> Instruction:
     """Puts a request into the template, with the text `about` unless it is empty."""
-    return (PROMPT_WITH_INPUT if about else PROMPT).format(prompt=prompt, input=about), response
+    template = PROMPT_WITH_INPUT if about else PROMPT
+    return template.format(prompt=prompt, input=about), response
 
 
 def pack_documents(
@@ -70,10 +71,10 @@ def pack_documents(
         if max_samples is not None and len(stream) >= max_samples * window:
             break
     count = len(stream) // window
-    count = count if max_samples is None else min(max_samples, count)
-    return Samples.of_windows(
-        begin_with(_tensor(stream[: count * window]).view(count, window), start)
-    )
+    if max_samples is not None:
+        count = min(max_samples, count)
+    windows = _tensor(stream[: count * window]).view(count, window)
+    return Samples.of_windows(begin_with(windows, start))
 
 
 def collect_rows(
@@ -83,26 +84,24 @@ def collect_rows(
 
     `places` name the origins of the rows.
     """
-    ids, labels = array("i"), array("i")
+    ids = array("i")
+    labels = array("i")
     starts = array("q", [0])
-    left_out, first = 0, ""
+    left_out = 0
+    first_left_out = ""
     for (row_ids, row_labels), place in zip(rows, places, strict=False):
         # no token predicts the first
         if all(label == IGNORE_INDEX for label in row_labels[1:window]):
-            left_out, first = left_out + 1, first or place
+            left_out += 1
+            first_left_out = first_left_out or place
             continue
         ids.extend(row_ids[:window])
         labels.extend(row_labels[:window])
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    return Samples(
-        {"input_ids": _tensor(ids), "labels": _tensor(labels)},
-        _tensor(starts),
-        window,
-        left_out,
-        first,
-    )
+    columns = {"input_ids": _tensor(ids), "labels": _tensor(labels)}
+    return Samples(columns, _tensor(starts), window, left_out, first_left_out)
 
 
 def tokenize_instructions(
@@ -135,30 +134,33 @@ class Chat:
     context: int = 0
 
 
-def chat_fields(known: set[str], source: DataSource) -> list[str]:
+def chat_fields(available: set[str], source: DataSource) -> list[str]:
     """Returns the fields that hold conversations. Raises UserError if there are none."""
-    fields = next((fields for fields in CHAT_FIELDS if known.issuperset(fields)), None)
-    if fields is None:
-        lacking = f"{source.path} has none of messages, conversations, and prompt with completion"
-        raise UserError(
-            f"{source.section}.format chat: {lacking}; it has {', '.join(sorted(known))}"
-        )
-    return [*fields, *known.intersection([TOOLS])]
+    for fields in CHAT_FIELDS:
+        if available.issuperset(fields):
+            return [*fields, *available.intersection([TOOLS])]
+    raise UserError(
+        f"{source.section}.format chat: {source.path} has none of messages, conversations, and prompt with completion; "
+        f"it has {', '.join(sorted(available))}"
+    )
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat:
     """Reads a conversation in the format of TRL or ShareGPT. Raises UserError for any other format."""
     tools = _tools(row.get(TOOLS))
     if "messages" in row or "conversations" in row:
-        return Chat(_messages(row.get("messages") or row.get("conversations")), tools)
+        conversation = row.get("messages") or row.get("conversations")
+        return Chat(_messages(conversation), tools)
     prompt = _messages(row.get("prompt"), "user")
-    return Chat(prompt + _messages(row.get("completion"), "assistant"), tools, len(prompt))
+    completion = _messages(row.get("completion"), "assistant")
+    return Chat(prompt + completion, tools, context=len(prompt))
 
 
 def _tools(value: Any) -> list[Any] | None:
     tools = value
-    with suppress(ValueError, RecursionError):
-        tools = json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            tools = json.loads(value)
     if not isinstance(tools, list | None):
         raise UserError(f"tools must be a list or its JSON; got {value!r:.80}")
     return tools
@@ -175,10 +177,8 @@ def _messages(value: Any, role: str | None = None) -> list[Message]:
 
 def _message(value: Any) -> Message:
     if isinstance(value, dict) and isinstance(value.get("from"), str):
-        value = {
-            "role": SHAREGPT_ROLES.get(value["from"], value["from"]),
-            "content": value.get("value"),
-        }
+        speaker = value["from"]
+        value = {"role": SHAREGPT_ROLES.get(speaker, speaker), "content": value.get("value")}
     if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
         raise UserError(
             f"a message must have role and content, or from and value; got {value!r:.80}"
@@ -204,11 +204,11 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name = tokenizer.name_or_path or "the tokenizer"
-        lacking = (
-            f"data.format chat needs a chat template, and the tokenizer of {self.name} has none"
+        require(
+            bool(tokenizer.chat_template),
+            f"data.format chat needs a chat template, and the tokenizer of {self.name} has none; "
+            "write chat_template.jinja next to the tokenizer, or use data.format instruction",
         )
-        advice = "write chat_template.jinja next to the tokenizer, or use data.format instruction"
-        require(bool(tokenizer.chat_template), f"{lacking}; {advice}")
         require(
             bool(tokenizer.is_fast),
             f"data.format chat needs a fast tokenizer; {self.name} has a slow one",
@@ -218,10 +218,10 @@ class ChatTemplate:
     def check_roles(self, chat: Chat) -> None:
         """Checks that every role is common or occurs in the template. Most templates accept any word."""
         template = self._tokenizer.get_chat_template(tools=chat.tools)
-        for role in {message["role"] for message in chat.messages}.difference(ROLES):
-            named = any(quote + role + quote in template for quote in ("'", '"'))
+        roles = {message["role"] for message in chat.messages}
+        for role in roles.difference(ROLES):
             require(
-                named,
+                f"'{role}'" in template or f'"{role}"' in template,
                 f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it",
             )
 
@@ -232,17 +232,19 @@ class ChatTemplate:
             encoded: Any = self._tokenizer(
                 texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            for ids, offsets, learnt in zip(
-                encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-            ):
-                # of the characters of each token, half open
-                begins, ends = np.reshape(offsets, (-1, 2)).T
-                inside = [(begins < end) & (begin < ends) for begin, end in learnt]
-                yield ids, np.where(np.any(inside, axis=0), ids, IGNORE_INDEX).tolist()
+            rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+            for ids, offsets, row_spans in rows:
+                begins, ends = np.reshape(offsets, (-1, 2)).T  # characters of each token, half open
+                in_spans = [(begins < end) & (begin < ends) for begin, end in row_spans]
+                is_learnt = np.any(in_spans, axis=0)
+                yield ids, np.where(is_learnt, ids, IGNORE_INDEX).tolist()
 
     def render(self, chat: Chat) -> str:
         """Returns the text of a conversation."""
-        return self._render(chat, len(chat.messages))[0] if chat.messages else ""
+        if not chat.messages:
+            return ""
+        text, _ = self._render(chat, len(chat.messages))
+        return text
 
     def last_turn(self, chat: Chat) -> tuple[str, str]:
         """Returns the text before the last span that is learnt, and that span."""
@@ -260,51 +262,56 @@ class ChatTemplate:
         if not chat.messages:
             return "", []
         template = self._tokenizer.get_chat_template(tools=chat.tools)
-        text, spans = self._render(
-            chat, len(chat.messages), mark=GENERATION.search(template) is not None
-        )
+        marks_turns = GENERATION.search(template) is not None
+        text, spans = self._render(chat, len(chat.messages), mark=marks_turns)
         if spans is not None:
             begin = self._end(chat, chat.context, text) if chat.context else 0
             return text, [span for span in spans if span[0] >= begin]
+        return text, self._turns(chat, text)
+
+    def _turns(self, chat: Chat, text: str) -> list[Span]:
+        """Finds the assistant's turns in the complete `text` by rendering the messages before and up to each."""
         first = max(1, chat.context)  # a first message has no prompt
-        turns = [
-            i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"
-        ]
-        spans = list[Span]()
+        roles = [message["role"] for message in chat.messages]
+        turns = [i for i in range(first, len(roles)) if roles[i] == "assistant"]
+        spans: list[Span] = []
         for i in turns:  # some templates change earlier answers. Qwen3's drops their thinking
             with nullcontext() if i == turns[-1] else suppress(NotAPrefix):
-                spans.append((self._end(chat, i, text, prompt=True), self._end(chat, i + 1, text)))
-        return text, spans
+                begin = self._end(chat, i, text, prompt=True)
+                spans.append((begin, self._end(chat, i + 1, text)))
+        return spans
 
     def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> int:
         """Returns where the first `count` messages end in the complete `text`. Raises NotAPrefix."""
         if count == len(chat.messages):
             return len(text)
         prefix, _ = self._render(chat, count, prompt=prompt)
-        if not text.startswith(prefix):
-            if prompt and text.startswith(self._render(chat, count)[0]):
-                differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
-                # the prompt begins a thought, but this answer has none
-                return next(differ, len(text))
-            raise NotAPrefix(
-                f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
-                f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
-                "mark the assistant's turns in chat_template.jinja"
-            )
-        return len(prefix)
+        if text.startswith(prefix):
+            return len(prefix)
+        if prompt and text.startswith(self._render(chat, count)[0]):
+            # The prompt begins a thought, but this answer has none.
+            pairs = enumerate(zip(text, prefix, strict=False))
+            return next((i for i, (a, b) in pairs if a != b), len(text))
+        raise NotAPrefix(
+            f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
+            f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
+            "mark the assistant's turns in chat_template.jinja"
+        )
 
     def _render(
         self, chat: Chat, count: int, *, prompt: bool = False, mark: bool = False
     ) -> tuple[str, list[Span] | None]:
         """Renders the first `count` messages. With `mark` the template returns the assistant's spans."""
-        with rendering("data.format chat", self.name, chat.messages[:count]):
+        messages = chat.messages[:count]
+        special_tokens: Any = self._tokenizer.special_tokens_map
+        with rendering("data.format chat", self.name, messages):
             rendered: Any = render_jinja_template(
-                [chat.messages[:count]],
+                [messages],
                 tools=chat.tools,
                 chat_template=self._tokenizer.get_chat_template(tools=chat.tools),
                 return_assistant_tokens_mask=mark,
                 add_generation_prompt=prompt,
-                **cast(dict[str, Any], self._tokenizer.special_tokens_map),
+                **special_tokens,
             )
         texts, spans = rendered
         return texts[0], spans[0] if mark else None
