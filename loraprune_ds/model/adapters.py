@@ -14,36 +14,38 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.experts import ExpertLora, ExpertStack
-from loraprune_ds.model.groups import LayerSpec
+from loraprune_ds.model.groups import Attribute, LayerSpec, TensorSpec
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
 
 ADAPTER = "default"
-# up to this hidden_size a layer is gathered as one: 0.4 GB in bf16 for LLaMA-7B
+# Up to this hidden_size a layer is gathered as one: 0.4 GB in bf16 for LLaMA-7B.
 LEAF_LAYER_HIDDEN = 4096
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
     """Wraps the model. A depends on `seed` alone, not on the number of ranks. B is zero."""
     torch.manual_seed(seed)
+    # Full names, because other linears can have the same last name.
+    names = [f"{shape.prefix(i)}{linear.linear}" for i, linear in shape.linears()]
     peft_config = PeftLoraConfig(
         r=config.r,
         lora_alpha=cast(int, config.lora_alpha),  # PEFT declares an int, and divides it as a float
         lora_dropout=config.lora_dropout,
-        # Full names, because other linears can have the same last name.
-        target_modules=[f"{shape.prefix(i)}{linear.linear}" for i, linear in shape.linears()],
+        target_modules=names,
         bias="none",
         task_type=task_type(shape),
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
-    own: Any = model.config
-    # otherwise PEFT takes a dense MLP for experts of transformers 4
-    model_type, own.model_type = own.model_type, ""
+    model_config: Any = model.config
+    model_type = model_config.model_type
+    model_config.model_type = ""  # otherwise PEFT takes a dense MLP for experts of transformers 4
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-    own.model_type = model_type
-    for parameter in (p for p in wrapped.parameters() if p.requires_grad):
-        # PEFT leaves LoRA on an int8 weight in fp32
-        parameter.data = parameter.data.to(model.dtype)
+    model_config.model_type = model_type
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            # PEFT leaves LoRA on an int8 weight in fp32.
+            parameter.data = parameter.data.to(model.dtype)
     return cast(PeftModel, wrapped)
 
 
@@ -64,14 +66,16 @@ def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
 
 
 def differentiate_input(layer: nn.Module) -> None:
-    """Makes the backward pass reach the input of the first decoder layer, although nothing before it is trained.
+    """Makes the backward pass reach the input of the first decoder layer, although no earlier layer is trained.
 
     DeepSpeed reduces the gradients of a layer that is gathered as one when the gradient of its input arrives.
     """
 
     def differentiate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0].detach()
-        return (hidden.requires_grad_() if torch.is_grad_enabled() else hidden, *inputs[1:])
+        if torch.is_grad_enabled():
+            hidden.requires_grad_()
+        return (hidden, *inputs[1:])
 
     layer.register_forward_pre_hook(differentiate)
 
@@ -84,8 +88,9 @@ def lora_linear(layer: nn.Module, name: str) -> LoraLinear:
 
 def lora_weights(module: LoraLinear, adapter: str = ADAPTER) -> tuple[nn.Parameter, nn.Parameter]:
     """Returns the parameters A (r, in_features) and B (out_features, r)."""
-    a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (module.lora_A, module.lora_B))
-    return cast(nn.Parameter, a), cast(nn.Parameter, b)
+    a = cast(nn.Parameter, module.lora_A[adapter].weight)
+    b = cast(nn.Parameter, module.lora_B[adapter].weight)
+    return a, b
 
 
 def last_names(names: Iterable[str]) -> list[str]:
@@ -111,23 +116,31 @@ def base_parameter(module: nn.Module, name: str, *, trained: bool = False) -> nn
 def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
     """Gives the modules of a layer, with or without LoRA, the sizes of a smaller one.
 
-    PEFT reads those of linears in repr, merge and save, the forward reads the counts. A config that layers share is
-    copied first.
+    PEFT reads the sizes of linears in repr, merge and save. The forward reads the counts.
     """
     for linear in spec.linears:
-        module: Any = layer.get_submodule(linear.linear)
-        for holder in (module, getattr(module, "base_layer", module)):
-            holder.out_features, holder.in_features = linear.matrix
-        for adapter in getattr(module, "lora_A", ()):
-            a, b = module.lora_A[adapter], module.lora_B[adapter]
-            (a.out_features, a.in_features), (b.out_features, b.in_features) = linear.lora_shapes(
-                b.in_features
-            )
+        _set_linear_size(layer.get_submodule(linear.linear), linear)
     for attribute in spec.attributes:
-        path, _, last = attribute.module.rpartition(".")
-        holder = layer.get_submodule(path)
-        owner: Any = getattr(holder, last)
-        if not isinstance(owner, nn.Module):
-            owner = copy.copy(owner)
-            setattr(holder, last, owner)
-        setattr(owner, attribute.name, attribute.span.size // attribute.ranges)
+        _set_count(layer, attribute)
+
+
+def _set_linear_size(module: Any, linear: TensorSpec) -> None:
+    for holder in (module, getattr(module, "base_layer", module)):
+        holder.out_features, holder.in_features = linear.matrix
+    for adapter in getattr(module, "lora_A", ()):
+        a = module.lora_A[adapter]
+        b = module.lora_B[adapter]
+        a_shape, b_shape = linear.lora_shapes(b.in_features)
+        a.out_features, a.in_features = a_shape
+        b.out_features, b.in_features = b_shape
+
+
+def _set_count(layer: nn.Module, attribute: Attribute) -> None:
+    """Layers may share a config, so a config is copied first."""
+    path, _, name = attribute.module.rpartition(".")
+    parent = layer.get_submodule(path)
+    owner: Any = getattr(parent, name)
+    if not isinstance(owner, nn.Module):
+        owner = copy.copy(owner)
+        setattr(parent, name, owner)
+    setattr(owner, attribute.name, attribute.span.size // attribute.ranges)

@@ -32,11 +32,10 @@ _pruned = cache(pruned_classes)  # each family has one set of classes
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    return (
-        _pruned(family_name(model_type))[0]
-        if model_type.startswith(PRUNED)
-        else CONFIG_MAPPING[model_type]
-    )
+    if model_type.startswith(PRUNED):
+        config, _, _ = _pruned(family_name(model_type))
+        return config
+    return CONFIG_MAPPING[model_type]
 
 
 def config_object(config: dict[str, Any]) -> PreTrainedConfig:
@@ -48,50 +47,51 @@ def config_object(config: dict[str, Any]) -> PreTrainedConfig:
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """Returns the sliding window. Some classes ignore this setting of config.json."""
-    return (
-        getattr(config, "sliding_window", None) or None
-        if hasattr(type(config), "sliding_window")
-        else None
-    )
+    if not hasattr(type(config), "sliding_window"):
+        return None
+    return getattr(config, "sliding_window", None) or None
 
 
 def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
-        return _pruned(family_name(model_type))[2]
-    family, seq2seq, causal = (
-        FAMILIES[model_type],
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-    )
-    classes: Any = seq2seq if family.has_encoder else causal
+        _, _, language_model = _pruned(family_name(model_type))
+        return language_model
+    family = FAMILIES[model_type]
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if family.has_encoder:
+        classes = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     return family.lm_class() or classes[CONFIG_MAPPING[model_type]]
 
 
 def attn_implementation(requested: str, family: Family) -> str:
     """Returns the attention implementation for a value of `model.attn_implementation`."""
     # torch's sdpa cannot cap scores or add sinks. transformers would drop the cap, or refuse the model.
-    return "eager" if requested == "sdpa" and family.eager_only is not None else requested
+    if requested == "sdpa" and family.eager_only is not None:
+        return "eager"
+    return requested
 
 
 def describe_attention(requested: str, family: Family) -> str | None:
     """Names the implementation that replaces the requested one. None if there is no replacement."""
     used = attn_implementation(requested, family)
-    replaced = (
+    if used == requested:
+        return None
+    return (
         f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
     )
-    return None if used == requested else replaced
 
 
 def check_flash_attention(config: ModelConfig) -> None:
     """Raises UserError if flash attention is requested without a GPU or in fp32. transformers checks its package."""
+    if not config.attn_implementation.startswith("flash_attention"):
+        return
     setting = f"model.attn_implementation {config.attn_implementation}"
-    if config.attn_implementation.startswith("flash_attention"):
-        require(
-            config.dtype != "float32",
-            f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}",
-        )
-        require(torch.cuda.is_available(), f"{setting} needs a GPU, but this rank sees none")
+    require(
+        config.dtype != "float32",
+        f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}",
+    )
+    require(torch.cuda.is_available(), f"{setting} needs a GPU, but this rank sees none")
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
@@ -102,32 +102,32 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     """
     family = FAMILIES[family_name(config["model_type"])]
     config = {**config, **family.in_memory}
-    made = config_object(config)
-    made.use_cache = False
-    made._attn_implementation = attn_implementation
+    settings = config_object(config)
+    settings.use_cache = False
+    settings._attn_implementation = attn_implementation
     with init_empty_weights(include_buffers=False):
-        model = causal_lm_class(config["model_type"])(made)
+        model = causal_lm_class(config["model_type"])(settings)
         stack_experts(model)
     if family.has_encoder and not config.get("tie_word_embeddings", True):
         # transformers 5 ties the head in any case.
-        tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
-        model._tied_weights_keys = {
-            name: to for name, to in tied.items() if name != "lm_head.weight"
-        }
-    model.tie_weights()  # each had become a parameter of its own on the meta device
+        tied: dict[str, str] = dict(model._tied_weights_keys)  # type: ignore[arg-type]
+        tied.pop("lm_head.weight", None)
+        model._tied_weights_keys = tied
+    model.tie_weights()  # each had become a separate parameter on the meta device
     return model
 
 
 def store_as_int8(model: nn.Module, shape: ModelShape) -> None:
-    """Gives the linears of all decoder layers int8 storage, which has no values yet."""
+    """Gives the linears of all decoder layers int8 storage, still without values."""
     layers = decoder_layers(model)
     for i, linear in shape.linears():
-        if isinstance(stored_as := linear.format(int8=True), Int8):
-            stock: Any = layers[i].get_submodule(linear.linear)
-            if isinstance(stock, ExpertStack):
-                stock.store_as(stored_as, stock.weight)
-            else:
-                layers[i].set_submodule(linear.linear, Int8Linear(stock, stored_as))
+        stored_as = linear.format(int8=True)
+        assert isinstance(stored_as, Int8)
+        stock: Any = layers[i].get_submodule(linear.linear)
+        if isinstance(stock, ExpertStack):
+            stock.store_as(stored_as, stock.weight)
+        else:
+            layers[i].set_submodule(linear.linear, Int8Linear(stock, stored_as))
 
 
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
@@ -158,5 +158,5 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the layers of a language model, an encoder's first, wrapped by PEFT or not."""
     lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     family = FAMILIES.get(family_name(lm.config.model_type), LLAMA)
-    first, *others = (lm.get_submodule(layers.path) for layers in family.layer_lists)
-    return nn.ModuleList(chain(first, *others)) if others else first
+    lists = [lm.get_submodule(layers.path) for layers in family.layer_lists]
+    return lists[0] if len(lists) == 1 else nn.ModuleList(chain(*lists))

@@ -1,7 +1,7 @@
 """The experts of a decoder layer as two stacks of linears, with LoRA for each expert.
 
-transformers holds the experts of a layer in two three-dimensional tensors. Here these are matrices, with the rows of
-expert 0 first, then those of expert 1, and so on.
+transformers holds the experts of a layer in two three-dimensional tensors. Here these are matrices: first the rows of
+expert 0, then the rows of expert 1, and so on.
 
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
@@ -16,6 +16,7 @@ still factors of that range, so only the products differ.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -65,22 +66,21 @@ class ExpertLora(LoraLinear):
             return result
         transposed = cast(ExpertStack, self.base_layer).transposed
         for name in self.active_adapters:
-            a, b = (
-                cast(Tensor, factors[name].weight).to(x.dtype)
-                for factors in (self.lora_A, self.lora_B)
-            )
+            a = cast(Tensor, self.lora_A[name].weight).to(x.dtype)
+            b = cast(Tensor, self.lora_B[name].weight).to(x.dtype)
             first, second = (b, a) if transposed else (a, b)
             inside = multiply(self.lora_dropout[name](x), counts, transposed, DENSE, first)
-            result = (
-                result + multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]
-            )
+            update = multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]
+            result = result + update
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns the change of the stack when LoRA is merged."""
-        a, b = (cast(Tensor, factors[adapter].weight) for factors in (self.lora_A, self.lora_B))
-        of_experts = (factor.unflatten(0, (len(a) // b.shape[1], -1)) for factor in (b, a))
-        return torch.bmm(*of_experts).flatten(0, 1) * self.scaling[adapter]
+        a = cast(Tensor, self.lora_A[adapter].weight)
+        b = cast(Tensor, self.lora_B[adapter].weight)
+        split = (len(a) // b.shape[1], -1)  # by expert
+        product = torch.bmm(b.unflatten(0, split), a.unflatten(0, split))
+        return product.flatten(0, 1) * self.scaling[adapter]
 
 
 CORRECTION = "e_score_correction_bias"
@@ -94,15 +94,14 @@ class Experts(nn.Module):
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self._first = "gate_up" if stock.has_gate else "up"
-        self.add_module(
-            self._first, ExpertStack(getattr(stock, f"{self._first}_proj"), stock.is_transposed)
-        )
+        first: Tensor = getattr(stock, f"{self._first}_proj")
+        self.add_module(self._first, ExpertStack(first, stock.is_transposed))
         self.down = ExpertStack(stock.down_proj, stock.is_transposed)
         for name in BIASES:
-            bias = getattr(stock, name, None)
-            self.register_parameter(
-                name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-            )
+            bias: Tensor | None = getattr(stock, name, None)
+            if bias is not None:
+                bias = nn.Parameter(bias.detach(), requires_grad=False)
+            self.register_parameter(name, bias)
         self._activate: Callable[[Tensor], Tensor] = (
             stock._apply_gate if stock.has_gate else stock.act_fn
         )
@@ -113,42 +112,44 @@ class Experts(nn.Module):
         order = chosen.argsort(stable=True)
         down: Any = getattr(self.down, "base_layer", self.down)  # inside PEFT's LoRA
         counts = tokens_per_expert(chosen, down.experts)
-        of_choice = chosen[order]
-        first = getattr(self, self._first)
-        inside = self._add(
-            0, first(hidden_states[order // top_k_index.shape[1]], counts), of_choice
-        )
-        # In shape (tokens · k, hidden_size)
-        by_expert = self._add(1, self.down(self._activate(inside), counts), of_choice)
+        experts = chosen[order]
+        tokens = order // top_k_index.shape[1]
+        inside = getattr(self, self._first)(hidden_states[tokens], counts)
+        inside = self._add_bias(BIASES[0], inside, experts)
+        by_expert = self.down(self._activate(inside), counts)  # (tokens · k, hidden_size)
+        by_expert = self._add_bias(BIASES[1], by_expert, experts)
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
-    def _add(self, which: int, outputs: Tensor, experts: Tensor) -> Tensor:
-        bias = cast(Tensor | None, getattr(self, BIASES[which]))
+    def _add_bias(self, name: str, outputs: Tensor, experts: Tensor) -> Tensor:
+        bias = cast(Tensor | None, getattr(self, name))
         return outputs if bias is None else outputs + bias[experts]
 
 
 def stack_experts(model: nn.Module) -> None:
     """Replaces the experts of all layers. Buffers in weight files become frozen parameters, which can be cut."""
-    # DeepSeek keeps a router's correction in a buffer, because another rule trains it.
     for module in list(model.modules()):
-        # in order, because a gather joins parameters in their order
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                del module._buffers[name]
-                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+        _freeze_buffers(module)
         for name, child in list(module.named_children()):
             weight = getattr(child, "down_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:
                 setattr(module, name, Experts(child))
 
 
+def _freeze_buffers(module: nn.Module) -> None:
+    """DeepSeek keeps a router's correction in a buffer, because another rule trains it."""
+    # In order, because a gather joins parameters in their order.
+    for name, buffer in list(module._buffers.items()):
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            del module._buffers[name]
+            module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
-    """Counts how often each expert was chosen. Waits for the device. On the meta device all counts are equal."""
+    """Returns the tokens of each expert. Waits for the device. On the meta device all experts have equal numbers."""
     if chosen.is_meta:
-        return [
-            len(chosen) * (i + 1) // experts - len(chosen) * i // experts for i in range(experts)
-        ]
+        ends = [len(chosen) * i // experts for i in range(experts + 1)]
+        return [end - start for start, end in pairwise(ends)]
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
@@ -186,22 +187,26 @@ class _Product(torch.autograd.Function):
         *stored: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, *stored)
-        ctx.counts, ctx.transposed, ctx.stored_as = counts, transposed, stored_as
-        y = x.new_empty(len(x), stored[0].shape[1] if transposed else len(stored[0]) // len(counts))
-        return _multiply_into(y, x, counts, transposed, stored_as, stored)
+        ctx.counts = counts
+        ctx.transposed = transposed
+        ctx.stored_as = stored_as
+        width = stored[0].shape[1] if transposed else len(stored[0]) // len(counts)
+        return _multiply_into(x.new_empty(len(x), width), x, counts, transposed, stored_as, stored)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *stored = ctx.saved_tensors
-        of_x = of_stack = None
+        x_gradient = stack_gradient = None
         if ctx.needs_input_grad[0]:
-            of_x = _multiply_into(
-                torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.stored_as, stored
-            )
+            out = torch.empty_like(x)
+            back = not ctx.transposed
+            x_gradient = _multiply_into(out, gradient, ctx.counts, back, ctx.stored_as, stored)
         if ctx.needs_input_grad[4]:
-            of_stack = products(*((x, gradient) if ctx.transposed else (gradient, x)), ctx.counts)
-        return of_x, None, None, None, of_stack, *[None] * (len(stored) - 1)
+            outputs, inputs = (x, gradient) if ctx.transposed else (gradient, x)
+            stack_gradient = products(outputs, inputs, ctx.counts)
+        without_gradient = [None] * (len(stored) - 1)
+        return x_gradient, None, None, None, stack_gradient, *without_gradient
 
 
 def _multiply_into(
@@ -234,21 +239,37 @@ def as_in_peft(
     """
     tensors: dict[str, Tensor] = {}
     for linear in linears:
-        ours = theirs = linear.linear
-        if linear.stack:  # PEFT wraps down_proj around gate_up_proj, which is then its `base_layer`
-            experts, _, last = ours.rpartition(".")
-            theirs = experts if last == "down" else f"{experts}.base_layer"
-        a, b = (lora[f"{theirs if back else ours}.lora_{which}"] for which in "AB")
+        ours = linear.linear
+        theirs = _name_in_peft(linear)
+        source, target = (theirs, ours) if back else (ours, theirs)
+        a = lora[f"{source}.lora_A"]
+        b = lora[f"{source}.lora_B"]
         if linear.stack:
-            split = (linear.matrices, -1)
-            of_a = a.unflatten(0, split)
-            of_b = b.unflatten(1, split[::-1]).permute(2, 0, 1) if back else b.unflatten(0, split)
-            if linear.stack.transposed:
-                of_a, of_b = of_b.mT, of_a.mT
-            a, b = (
-                of_a.flatten(0, 1),
-                of_b.flatten(0, 1) if back else of_b.permute(1, 2, 0).flatten(1),
-            )
-        to = ours if back else theirs
-        tensors |= {f"{to}.lora_A": a.contiguous(), f"{to}.lora_B": b.contiguous()}
+            a, b = _reorder(a, b, linear.matrices, linear.stack.transposed, back)
+        tensors[f"{target}.lora_A"] = a.contiguous()
+        tensors[f"{target}.lora_B"] = b.contiguous()
     return tensors
+
+
+def _name_in_peft(linear: TensorSpec) -> str:
+    """PEFT wraps down_proj around gate_up_proj, which is then its `base_layer`."""
+    if not linear.stack:
+        return linear.linear
+    experts, _, name = linear.linear.rpartition(".")
+    return experts if name == "down" else f"{experts}.base_layer"
+
+
+def _reorder(
+    a: Tensor, b: Tensor, experts: int, transposed: bool, back: bool
+) -> tuple[Tensor, Tensor]:
+    a = a.unflatten(0, (experts, -1))
+    if back:
+        b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    else:
+        b = b.unflatten(0, (experts, -1))
+    if transposed:
+        a, b = b.mT, a.mT
+    # Now A is (experts, r, inputs) and B is (experts, outputs, r).
+    if back:
+        return a.flatten(0, 1), b.flatten(0, 1)
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)

@@ -1,8 +1,8 @@
 """The families by `model_type`: the names that share one, and the types that have none, with the reason.
 
-A family whose layers have LLaMA's tensors is one word: add its `model_type` to LLAMA_LIKE. `replace(LLAMA, ...)` says
-what else differs (fields of `Family`), such as heads that stay because the class ties their number to hidden_size.
-Another needs a class, whose `layer` marks the tensors that leave (families/base.py).
+A family whose layers have LLaMA's tensors is one word: add its `model_type` to LLAMA_LIKE. `replace(LLAMA, ...)` sets
+the fields of `Family` that differ, such as heads that stay because the class ties their number to hidden_size. Any
+other family needs a class, whose `layer` marks the tensors that leave (families/base.py).
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ ROUTED: dict[str, Any] = {
     "dense_fields": ("first_k_dense_replace", moe.NEXT),
 }
 INTERVAL = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", moe.NEXT)
-# The list is of transformers 5. vLLM reads the number.
+# transformers 5 reads the list, vLLM the number.
 TYPES: dict[str, Any] = {"dense_fields": ("mlp_layer_types", *ROUTED["dense_fields"])}
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": hybrid.NemotronH(
         count="n_routed_experts", best_of_group=2, dense_fields=(moe.NEXT,), packs=False
     ),
-    # Positions reset neither the states of delta nets nor their convolutions.
+    # Positions do not reset the states of delta nets or their convolutions.
     "qwen3_5_text": hybrid.Qwen35(packs=False),
     "qwen3_5_moe_text": hybrid.DeltaMoe(packs=False),
     "qwen3_next": hybrid.DeltaMoe(packs=False, **LISTED),
@@ -88,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "umt5": t5.Umt5(packs=False),
 }
 
-# Types that are asked for and are no family here, and why.
+# Types that users may expect but that are not supported, and why.
 REFUSED = {
     "llama4": "its experts scale their inputs, and run on every token",
     "phi": "its head has a bias, which no loss here adds",
@@ -116,7 +116,7 @@ def find_family(model_type: object, where: str, others: str = "") -> Family:
     """Returns the family of a model.
 
     Args:
-        others: the refusal names this after the families.
+        others: further supported models, named after the families in the refusal.
 
     Raises:
         UserError: no family has this model type. The line names `where`, the folder, hub id or model.
@@ -124,6 +124,8 @@ def find_family(model_type: object, where: str, others: str = "") -> Family:
     if isinstance(model_type, str) and family_name(model_type) in FAMILIES:
         return FAMILIES[family_name(model_type)]
     reason = REFUSED.get(str(model_type).removesuffix("_text"))
+    because = f", because {reason}" if reason else ""
     supported = ", ".join(sorted(FAMILIES)) + others
-    refusal = f"{where}: model_type {model_type!r} is not supported{f', because {reason}' if reason else ''}"
-    raise UserError(f"{refusal}; supported: {supported}")
+    raise UserError(
+        f"{where}: model_type {model_type!r} is not supported{because}; supported: {supported}"
+    )

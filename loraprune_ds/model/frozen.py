@@ -169,11 +169,13 @@ class Int8:
             NotFinite: a part has an inf or NaN.
         """
         rows, columns = shape
-        bands = self.bands(shape, start, end)
-        flat = torch.empty(end - start, dtype=torch.int8 if name == WEIGHT else dtype)
         width = self.scale_shape(shape)[1]  # of a row of scales
         if name == SCALE:
             bands = range(start // width, -(-end // width))
+            flat = torch.empty(end - start, dtype=dtype)
+        else:
+            bands = self.bands(shape, start, end)
+            flat = torch.empty(end - start, dtype=torch.int8)
         for first, last in self._chunks(bands, max(1, READ_CHUNK // (self._band * columns))):
             top = self._top(first)
             bottom = min(self._top(last), rows)

@@ -122,6 +122,9 @@ class Attribute(NamedTuple):
     span: Span
     ranges: int = 1  # equal parts of the span. The count is the size of one
 
+    def resized(self, counts: Mapping[Kind, int]) -> Self:
+        return self._replace(span=self.span.resized(counts))
+
 
 class StackSpec(NamedTuple):
     """Describes how one linear of all experts is stored, the experts one below the other (experts.py)."""
@@ -191,7 +194,7 @@ class TensorSpec:
 
     @property
     def inputs(self) -> int:
-        """The inputs of a linear, in a stack those of one expert."""
+        """The inputs of a linear. In a stack: the inputs of one expert."""
         if self.stack and self.stack.transposed:
             return self.shape[0] // self.matrices
         return self.shape[1]
@@ -239,7 +242,9 @@ class TensorSpec:
     def stored(self, element_size: int, int8: bool) -> dict[str, StoredTensor]:
         """Returns the tensors that ZeRO-3 shards for this one, by name inside the layer."""
         if not self.lora:
-            return {self.name: StoredTensor(self.shape, 4 if self.keep_fp32 else element_size)}
+            if self.keep_fp32:
+                element_size = 4
+            return {self.name: StoredTensor(self.shape, element_size)}
         tensors = self.format(int8).stored(self.matrix, element_size)
         return {self.stored_name(name): stored for name, stored in tensors.items()}
 
@@ -286,7 +291,7 @@ def cut(spec: TensorSpec, keep: LayerKeep) -> tuple[TensorSpec, Tensor]:
 class LayerSpec:
     """Describes a layer. Layers with the same tensors are one object."""
 
-    layer_list: int  # 1 in a decoder after an encoder, else 0
+    layer_list: int  # 1 in a decoder after an encoder, otherwise 0
     tensors: tuple[TensorSpec, ...]
     attributes: tuple[Attribute, ...] = ()
 
@@ -372,8 +377,5 @@ class LayerSpec:
 @lru_cache(1 << 12)
 def _resized(layer: LayerSpec, counts: LayerCounts) -> LayerSpec:
     tensors = tuple(tensor.resized(counts) for tensor in layer.tensors)
-    attributes: list[Attribute] = []
-    for attribute in layer.attributes:
-        span = attribute.span.resized(counts)
-        attributes.append(attribute._replace(span=span))
-    return replace(layer, tensors=tensors, attributes=tuple(attributes))
+    attributes = tuple(attribute.resized(counts) for attribute in layer.attributes)
+    return replace(layer, tensors=tensors, attributes=attributes)

@@ -1,7 +1,7 @@
 """A linear with LoRA as one operation of autograd.
 
-PEFT's forward pass takes a dozen operations, most of the host's work in a step with narrow layers. Only the forward
-pass is replaced. Modules, names and parameters remain PEFT's.
+PEFT's forward pass takes a dozen operations. With narrow layers they are most of the host's work in a step. Only the
+forward pass is replaced. Modules, names and parameters remain PEFT's.
 """
 
 from typing import Any, cast
@@ -24,16 +24,14 @@ class FusedLoraLinear(LoraLinear):
         if self.disable_adapters:
             return base(x)
         (adapter,) = self.active_adapters
-        a, b = (
-            cast(nn.Linear, factors[adapter]).weight.to(x.dtype)
-            for factors in (self.lora_A, self.lora_B)
-        )
+        a = cast(nn.Linear, self.lora_A[adapter]).weight.to(x.dtype)
+        b = cast(nn.Linear, self.lora_B[adapter]).weight.to(x.dtype)
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        scaling = self.scaling[adapter]
+        stored_as = storage_format(base)
         stored = stored_tensors(base)
-        return _Product.apply(
-            x, a, b, self.scaling[adapter], p, base.bias, storage_format(base), *stored
-        )  # type: ignore[return-value]
+        return _Product.apply(x, a, b, scaling, p, base.bias, stored_as, *stored)  # type: ignore[return-value]
 
 
 class _Product(torch.autograd.Function):
@@ -54,11 +52,14 @@ class _Product(torch.autograd.Function):
         stored_as: StorageFormat,
         *stored: Tensor,
     ) -> Tensor:
-        mask, kept = draw_mask(x, p) if p else (None, 1.0)
-        s /= kept  # x would be wider
+        mask = None
+        if p:
+            mask, kept = draw_mask(x, p)
+            s /= kept  # x would be wider
         narrow = _masked(x, mask) @ a.t()
         ctx.save_for_backward(x, mask, narrow, a, b, *stored)
-        ctx.s, ctx.stored_as = s, stored_as
+        ctx.s = s
+        ctx.stored_as = stored_as
         out = x @ stored_as.join(stored).t()
         if bias is not None:
             out += bias
@@ -68,20 +69,20 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mask, narrow, a, b, *stored = ctx.saved_tensors
-        of_out = _rows(gradient)
-        of_narrow = (of_out @ b).mul_(ctx.s)
-        of_a = of_narrow.t() @ _rows(_masked(x, mask))
-        of_b = (of_out.t() @ _rows(narrow)).mul_(ctx.s)
-        of_x = None
+        out_gradient = _rows(gradient)
+        narrow_gradient = (out_gradient @ b).mul_(ctx.s)
+        a_gradient = narrow_gradient.t() @ _rows(_masked(x, mask))
+        b_gradient = (out_gradient.t() @ _rows(narrow)).mul_(ctx.s)
+        x_gradient = None
         if ctx.needs_input_grad[0]:
-            of_x = of_out @ ctx.stored_as.join(stored)
-            of_x = (
-                of_x.addmm(of_narrow, a)
-                if mask is None
-                else of_x.addcmul_(of_narrow @ a, _rows(mask))
-            )
-            of_x = of_x.view(x.shape)
-        return of_x, of_a, of_b, *[None] * (4 + len(stored))
+            x_gradient = out_gradient @ ctx.stored_as.join(stored)
+            if mask is None:
+                x_gradient = x_gradient.addmm(narrow_gradient, a)
+            else:
+                x_gradient = x_gradient.addcmul_(narrow_gradient @ a, _rows(mask))
+            x_gradient = x_gradient.view(x.shape)
+        without_gradient = [None] * (4 + len(stored))
+        return x_gradient, a_gradient, b_gradient, *without_gradient
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
@@ -89,14 +90,15 @@ def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     # torch's dropout draws at least 32 bits per element, a tenth of a training step on a CPU. Here an element uses 16
     # bits, so p is rounded down to a multiple of 2⁻¹⁶.
     dropped = int(p * DRAW)
-    # all 64 bits
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
-        -(1 << 63), None
-    )
+    words = -(-x.numel() // 4)  # each has four draws
+    draws = torch.empty(words, dtype=torch.int64, device=x.device)
+    draws.random_(-(1 << 63), None)  # all 64 bits
     numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)
-    # products with bytes are quicker on a CPU than those with bool
+    # Products with bytes are quicker on a CPU than products with bool.
     mask = torch.empty_like(x, dtype=torch.uint8)
-    return torch.ge(numbers, dropped - DRAW // 2, out=mask), 1 - dropped / DRAW
+    lowest_kept = dropped - DRAW // 2
+    torch.ge(numbers, lowest_kept, out=mask)
+    return mask, 1 - dropped / DRAW
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -120,11 +122,13 @@ def merge_lora(
     """
     experts = len(lora_a) // lora_b.shape[1]
     if experts > 1:
-        blocks = zip(*(tensor.chunk(experts) for tensor in (weight, lora_a, lora_b)), strict=True)
+        weights = weight.chunk(experts)
+        blocks = zip(weights, lora_a.chunk(experts), lora_b.chunk(experts), strict=True)
         return torch.cat([merge_lora(w, a, b, scaling, dtype) for w, a, b in blocks])
     merged = torch.empty_like(weight, dtype=dtype)
-    a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
-    for start in range(0, len(weight), rows_at_once):
-        rows = slice(start, start + rows_at_once)
+    a = lora_a.float()
+    block = max(1, MERGE_BLOCK // weight.shape[1])  # rows
+    for start in range(0, len(weight), block):
+        rows = slice(start, start + block)
         merged[rows] = torch.addmm(weight[rows].float(), lora_b[rows].float(), a, alpha=scaling)
     return merged

@@ -42,24 +42,33 @@ def rebuild_layers(model: Any, config: Any) -> None:
 
 def rebuild_encoder_decoder(model: Any, config: Any) -> None:
     """Rebuilds an encoder and its decoder, whose attention to the encoder has its own number of heads."""
-    sizes, first_of_decoder = getattr(config, "layer_sizes", {}), len(model.encoder.block)
-    for first, coder in ((0, model.encoder), (first_of_decoder, model.decoder)):
-        for i, layer in enumerate(coder.block):
-            own, cross = copy.copy(coder.config), copy.copy(coder.config)
-            own.__dict__.update(sizes.get(str(first + i), {}))
-            coder.block[i] = type(layer)(own, layer_idx=i)
-            if coder.is_decoder:
-                cross.num_heads = getattr(own, "num_cross_heads", own.num_heads)
-                coder.block[i].layer[1] = type(layer.layer[1])(cross, layer_idx=i)
+    sizes = getattr(config, "layer_sizes", {})
+    rebuild_coder(model.encoder, sizes, 0)
+    rebuild_coder(model.decoder, sizes, len(model.encoder.block))
+
+
+def rebuild_coder(coder: Any, sizes: dict[str, Any], first: int) -> None:
+    """Rebuilds the layers of an encoder or decoder. Its first layer is number `first` in `sizes`."""
+    for i, layer in enumerate(coder.block):
+        resolved = copy.copy(coder.config)
+        resolved.__dict__.update(sizes.get(str(first + i), {}))
+        rebuilt = type(layer)(resolved, layer_idx=i)
+        if coder.is_decoder:
+            cross = copy.copy(coder.config)
+            cross.num_heads = getattr(resolved, "num_cross_heads", resolved.num_heads)
+            rebuilt.layer[1] = type(layer.layer[1])(cross, layer_idx=i)
+        coder.block[i] = rebuilt
 
 
 def pruned_classes(family: str) -> tuple[Any, Any, Any]:
     """Derives the config, the model without its head and the language model of a family from its stock classes."""
     base_config: Any = CONFIG_MAPPING[family]
     base_model: Any = MODEL_MAPPING[base_config]
-    seq2seq: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    is_seq2seq = base_config in seq2seq
-    base_lm: Any = (seq2seq if is_seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING)[base_config]
+    language_models: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    is_seq2seq = base_config in language_models
+    if not is_seq2seq:
+        language_models = MODEL_FOR_CAUSAL_LM_MAPPING
+    base_lm: Any = language_models[base_config]
 
     class PrunedConfig(base_config):
         model_type = f"pruned_{family}"
@@ -67,7 +76,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
         allow_global_per_layer_attribute_access = True
 
         def validate(self) -> None:
-            """Does nothing. Some stock configs want a head count that divides hidden_size. head_dim is explicit."""
+            """Does nothing. Some stock configs require a head count that divides hidden_size. head_dim is explicit."""
 
         def _rope_scaling_validation(self) -> None:
             """Does nothing. A Phi-3 of transformers 4 checks its long rotary factors by hidden_size / heads."""
@@ -120,9 +129,11 @@ def share_conversions(family: str, model_type: str) -> None:
         from transformers import conversion_mapping
     except ImportError:  # transformers 4 keeps experts separate, like the files
         return
-    known = conversion_mapping.get_checkpoint_conversion_mapping(family)
-    if known is not None:
-        conversion_mapping.register_checkpoint_conversion_mapping(model_type, known, overwrite=True)
+    conversions = conversion_mapping.get_checkpoint_conversion_mapping(family)
+    if conversions is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            model_type, conversions, overwrite=True
+        )
 
 
 PrunedConfig, PrunedModel, language_model = pruned_classes(FAMILY)

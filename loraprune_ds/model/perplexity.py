@@ -15,11 +15,11 @@ from torch import Tensor
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.ranks.comm import Communicator
 
-# input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
+# input_ids and labels, both (rows, length). Tokens with the label IGNORE_INDEX are not predicted
 Labelled = tuple[Tensor, Tensor]
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
-# Wraps the rounds of a loop to show its progress, with a word for the work.
+# Wraps the rounds of a loop to show its progress. Takes the rounds and a word for the work.
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
@@ -41,7 +41,8 @@ def measure_perplexity(
 ) -> Perplexity:
     """Measures the batches, dealt to the ranks in turn. The result does not depend on the number of ranks. Collective.
 
-    A sharded model gathers its weights in `losses`, so a rank without a batch left repeats the first one, uncounted.
+    A sharded model gathers its weights in `losses`, so every rank must call it in each round. A rank without a batch
+    repeats the first one, uncounted.
 
     Args:
         batches: of windows. The first token of a window is never predicted.
@@ -49,14 +50,14 @@ def measure_perplexity(
     total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     for round_start in progress(range(0, len(batches), ranks.world_size), "perplexity"):
         mine = round_start + ranks.rank
-        ids, labels = (
-            part.to(ranks.device) for part in batches[mine if mine < len(batches) else 0]
-        )
-        loss = losses(ids, labels).double().sum()
-        if mine < len(batches):
+        has_batch = mine < len(batches)
+        ids, labels = batches[mine if has_batch else 0]
+        loss = losses(ids.to(ranks.device), labels.to(ranks.device)).double().sum()
+        if has_batch:
             total += loss
     tokens = sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels in batches)
     mean = ranks.all_reduce(total).item() / tokens
-    # exp of more overflows a float. NaN stays NaN
+    # exp of a larger number overflows a float. NaN stays NaN.
     perplexity = math.inf if mean > 700 else math.exp(mean)
-    return Perplexity(perplexity, tokens, sum(len(ids) for ids, _ in batches))
+    windows = sum(len(ids) for ids, _ in batches)
+    return Perplexity(perplexity, tokens, windows)

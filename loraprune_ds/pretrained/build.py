@@ -27,7 +27,8 @@ def build_for_losses(
     Raises:
         UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.
     """
-    shape, model = pretrained.shape, copy.deepcopy(pretrained.modules)
+    shape = pretrained.shape
+    model = copy.deepcopy(pretrained.modules)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
         model.set_attn_implementation(attn_implementation(attention, shape.family))
         model = with_token_losses(model)
@@ -42,16 +43,15 @@ def build_for_losses(
 def replace_parameters(
     model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device
 ) -> None:
-    """Replaces every parameter by the one that `make` returns for its name, once if it is tied, and moves buffers."""
-    made: dict[int, nn.Parameter] = {}
+    """Replaces every parameter by the result of `make` for its name, a tied one only once, and moves buffers."""
+    new: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in made:
-                made[id(parameter)] = make(
-                    f"{module_name}.{name}" if module_name else name, parameter
-                )
-            module._parameters[name] = made[id(parameter)]
+            if id(parameter) not in new:
+                new[id(parameter)] = make(prefix + name, parameter)
+            module._parameters[name] = new[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -12,13 +12,13 @@ from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.families.moe import NEW_COUNT
 from loraprune_ds.model.family import family_name
-from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.groups import Kind, LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import AUTO_MAP
 
-# Keys about the source's files and earlier pruning, not about this model.
+# Keys about the source's files and earlier pruning. They do not describe the pruned model.
 DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config", QUERY_HEADS_LEAVE}
-# of layers that predict further tokens, which are left out. llama.cpp reads it
+# Number of layers that predict further tokens. They are left out, and llama.cpp reads the number.
 NEXT_TOKENS = "mtp_num_hidden_layers"
 MODELLING_FILE = "modeling_pruned.py"
 EXPLICIT = ("llama", "mistral")  # a Llama may be written as a Mistral, whose defaults differ
@@ -30,14 +30,14 @@ class ExportedConfig:
     """Describes a pruned model on disk."""
 
     config: dict[str, Any]
-    # in loraprune_ds/model. Belongs next to the weights. None for a stock model
+    # a file of loraprune_ds/model, to be copied next to the weights. None for a stock model
     modelling_file: str | None
     renamed: bool  # the model type differs from the source's
     multimodal: bool = False  # with the tower of the source
 
     @property
     def trust(self) -> str:
-        """The last argument of `from_pretrained`, which allows the modelling file, if any."""
+        """The last argument of `from_pretrained`. It allows the modelling file."""
         return ", trust_remote_code=True" if self.modelling_file else ""
 
     @property
@@ -69,21 +69,27 @@ def export_config(
         multimodal: config.json of the multimodal model around it, if the tower stays.
     """
     if multimodal is not None:
-        return ExportedConfig(
-            multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True
-        )
-    own = family_name(shape.model_type)
-    *stock, with_our_code = shape.family.export_types(own, source, shape.config, shape.layers)
-    for model_type in stock if shape.is_uniform else []:
-        config = _config_of(source, shape, dtype, model_type)
-        try:
-            config_object(config)
-        # for the head count. Phi-3 computes the length of its long rotary factors from it
-        except StrictDataclassError:
-            continue
-        return ExportedConfig(config, None, model_type != shape.model_type)
-    config = name_our_code(_config_of(source, shape, dtype, with_our_code))
-    return ExportedConfig(config, MODELLING_FILE, with_our_code != shape.model_type)
+        config = multimodal_config(multimodal, shape, dtype)
+        return ExportedConfig(config, None, renamed=False, multimodal=True)
+    family = shape.family
+    source_type = family_name(shape.model_type)
+    *stock, pruned = family.export_types(source_type, source, shape.config, shape.layers)
+    if shape.is_uniform:
+        for model_type in stock:
+            config = _config_of(source, shape, dtype, model_type)
+            if _is_accepted(config):
+                return ExportedConfig(config, None, model_type != shape.model_type)
+    config = name_our_code(_config_of(source, shape, dtype, pruned))
+    return ExportedConfig(config, MODELLING_FILE, pruned != shape.model_type)
+
+
+def _is_accepted(config: dict[str, Any]) -> bool:
+    """Some classes refuse a head count. Phi-3 computes the length of its long rotary factors from it."""
+    try:
+        config_object(config)
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
@@ -92,14 +98,15 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
     # the first Qwen2.5-VL have these fields at the top level
     text = config.get("text_config", config)
     text |= shape.family.explicit(text)
+    settings = {
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+    }
     for part in (config, text):
         for key in _dropped(shape):
             part.pop(key, None)
-        part |= {
-            "dtype": dtype,
-            "torch_dtype": dtype,
-            "tie_word_embeddings": shape.tie_word_embeddings,
-        }
+        part |= settings
     text |= _sizes(text, shape)
     return config | {"transformers_version": version("transformers")}
 
@@ -108,14 +115,15 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     """Removes foreign code from a config.json, and adds our modelling file if needed."""
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
-    module, with_head = MODELLING_FILE.removesuffix(".py"), auto_class(config)
+    module = MODELLING_FILE.removesuffix(".py")
+    with_head = auto_class(config)
     name = with_head.replace("AutoModel", "Pruned")
-    # vLLM builds the model through AutoModel.
-    ours = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel", with_head: name}
-    return config | {
-        "architectures": [name],
-        AUTO_MAP: {auto: f"{module}.{x}" for auto, x in ours.items()},
+    auto_map = {
+        "AutoConfig": f"{module}.PrunedConfig",
+        "AutoModel": f"{module}.PrunedModel",  # vLLM builds the model through AutoModel
+        with_head: f"{module}.{name}",
     }
+    return config | {"architectures": [name], AUTO_MAP: auto_map}
 
 
 def _config_of(
@@ -124,10 +132,11 @@ def _config_of(
     dropped = _dropped(shape)
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
-    config = {
-        key: value for key, value in shape.family.explicit(source).items() if key not in dropped
-    }
-    config |= _sizes(source, shape) | _rope(source, shape) | _explicit_options(shape, model_type)
+    explicit = shape.family.explicit(source)
+    config = {key: value for key, value in explicit.items() if key not in dropped}
+    config |= _sizes(source, shape)
+    config |= _rope(source, shape)
+    config |= _explicit_options(shape, model_type)
     return config | {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
@@ -140,33 +149,35 @@ def _config_of(
 
 
 def _dropped(shape: ModelShape) -> set[str]:
-    return DROPPED | {shape.family.per_layer} | ({NEW_COUNT} if shape.family.has_experts else set())
+    dropped = DROPPED | {shape.family.per_layer}
+    if shape.family.has_experts:
+        dropped.add(NEW_COUNT)
+    return dropped
 
 
 def _sizes(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Returns the sizes of each layer, and the largest as global sizes, which suffice for readers of only these."""
-    family, made = shape.family, shape.config
-    counted = family.counted(made, shape.layers)
-
-    def fields(counts: LayerCounts) -> dict[str, int]:
-        return {field: count for field, count in family.layer_fields(made, counts).items() if count}
-
-    widest = LayerCounts(
-        (kind, max(layer.get(kind, 0) for layer in counted)) for kind in ("heads", *shape.kinds)
-    )
-    depths = {
-        layers.count: len(x)
-        for layers, x in zip(family.layer_lists, shape.layer_lists, strict=True)
-    }
-    sizes = {
-        "vocab_size": shape.vocab_size,
-        **family.model_fields(made, counted),
-        **depths,
-        **fields(widest),
-    }
+    """Returns the sizes of each layer, and the largest as global sizes, for readers that know only these."""
+    family = shape.family
+    counted = family.counted(shape.config, shape.layers)
+    widest: dict[Kind, int] = {}
+    for kind in ("heads", *shape.kinds):
+        widest[kind] = max(layer.get(kind, 0) for layer in counted)
+    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size}
+    sizes |= family.model_fields(shape.config, counted)
+    for layer_list, layers in zip(family.layer_lists, shape.layer_lists, strict=True):
+        sizes[layer_list.count] = len(layers)
+    sizes |= _layer_fields(shape, LayerCounts(widest))
     if not shape.is_uniform:
-        sizes[family.per_layer] = {str(i): fields(layer) for i, layer in enumerate(counted)}
-    return sizes | ({NEXT_TOKENS: 0} if source.get(NEXT_TOKENS) else {})
+        of_layers = [_layer_fields(shape, counts) for counts in counted]
+        sizes[family.per_layer] = {str(i): fields for i, fields in enumerate(of_layers)}
+    if source.get(NEXT_TOKENS):
+        sizes[NEXT_TOKENS] = 0
+    return sizes
+
+
+def _layer_fields(shape: ModelShape, counts: LayerCounts) -> dict[str, int]:
+    fields = shape.family.layer_fields(shape.config, counts)
+    return {field: count for field, count in fields.items() if count}
 
 
 def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
@@ -175,37 +186,37 @@ def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     # with rope_theta, unless it is null. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings for
     # each kind of layer. Version 4 can scale only full attention.
     settings: dict[str, Any] = getattr(shape.config, "rope_parameters", None) or {}
-    full, is_explicit = (
-        dict(settings.get("full_attention", settings)),
-        family_name(shape.model_type) in EXPLICIT,
-    )
-    unknown = full.get("rope_type") == "proportional"  # in transformers 4
-    if unknown or (
-        not is_explicit and (OLD_ROPE & source.keys() or not source.get("rope_parameters"))
-    ):
+    full = dict(settings.get("full_attention", settings))
+    if full.get("rope_type") == "proportional":  # transformers 4 does not know it
+        return {}
+    is_explicit = family_name(shape.model_type) in EXPLICIT
+    has_old_names = bool(OLD_ROPE & source.keys())
+    if not is_explicit and (has_old_names or not source.get("rope_parameters")):
         return {}  # both versions read the source's settings, and each family has its own defaults
-    theta, rope_type = full.pop("rope_theta"), full.pop("rope_type")
+    theta = full.pop("rope_theta")
+    rope_type = full.pop("rope_type")
     full.pop("type", None)  # an older name that transformers keeps
     scaling = {"rope_type": rope_type, **full}
-    names = {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
+    rope = {"rope_theta": theta, "rope_scaling": scaling}
+    if rope_type == "default":
+        rope["rope_scaling"] = None
     if "partial_rotary_factor" in full:
-        names["partial_rotary_factor"] = full["partial_rotary_factor"]
+        rope["partial_rotary_factor"] = full["partial_rotary_factor"]
     if "sliding_attention" in settings:
-        names["rope_local_base_freq"] = settings["sliding_attention"]["rope_theta"]
-    return names | ({"rope_parameters": scaling | {"rope_theta": theta}} if is_explicit else {})
+        rope["rope_local_base_freq"] = settings["sliding_attention"]["rope_theta"]
+    if is_explicit:
+        rope["rope_parameters"] = scaling | {"rope_theta": theta}
+    return rope
 
 
 def _explicit_options(shape: ModelShape, model_type: str) -> dict[str, Any]:
     """Returns the fields of a Llama or Mistral whose defaults differ."""
     if family_name(shape.model_type) not in EXPLICIT:
         return {}
-    biases = {
-        "attention_bias": "self_attn.o_proj" in shape.biases,
-        "mlp_bias": "mlp.down_proj" in shape.biases,
-    }
-    own = (
-        {"sliding_window": sliding_window(shape.config)}
-        if family_name(model_type) == "mistral"
-        else biases
-    )
-    return {"max_position_embeddings": shape.config.max_position_embeddings} | own
+    options: dict[str, Any] = {"max_position_embeddings": shape.config.max_position_embeddings}
+    if family_name(model_type) == "mistral":
+        options["sliding_window"] = sliding_window(shape.config)
+    else:
+        options["attention_bias"] = "self_attn.o_proj" in shape.biases
+        options["mlp_bias"] = "mlp.down_proj" in shape.biases
+    return options

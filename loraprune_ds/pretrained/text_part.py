@@ -18,25 +18,25 @@ from loraprune_ds.model.count_limits import check_counts
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.families.base import Prefixes
 from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.groups import EQUAL_LAYERS
+from loraprune_ds.model.groups import EQUAL_LAYERS, Shape
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import multimodal_config
 from loraprune_ds.pretrained.weight_files import PROCESSOR_FILES, as_on_disk
 
-# Without an image their forward equals that of the text class. Their weight files have one of PREFIXES.
+# Without an image their forward equals the text class's. Their weight files have one of PREFIXES.
 MULTIMODAL = (
-    "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
-)
-MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4 muse_glimmer".split()
+    "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm "
+    "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4 muse_glimmer"
+).split()
 # A text class without a causal LM -> the family that computes the same if all rows of positions are equal.
 STANDS_FOR: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"model_type": "qwen2"},
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
 }
-# their files have the experts of a layer in one tensor, each expert transposed
+# Their files have the experts of a layer in one tensor, each expert transposed.
 TRANSPOSED = ("qwen3_vl_moe",)
-OF_ROWS = ("mrope_section", "mrope_interleaved")
+OF_ROWS = ("mrope_section", "mrope_interleaved")  # rotary settings for rows of positions
 # transformers saves the first one or two, and reads all.
 PREFIXES = (
     Prefixes("language_model.model.", "language_model.lm_head."),
@@ -45,9 +45,16 @@ PREFIXES = (
     Prefixes(),
 )
 # Published text configs omit sizes that are defaults of their class.
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
-# from outside the text config
+TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+# fields outside the text config
 SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 MTP = "mtp."  # prefix of the layers that predict further tokens, which are left out
 OR_TEXT = "or model.text_only: true, to export the text part alone"
@@ -70,10 +77,8 @@ class Tower:
     @property
     def key_mapping(self) -> dict[str, str]:
         """The option with which transformers' `from_pretrained` loads the text class."""
-        return {
-            f"^{re.escape(prefix)}": text
-            for prefix, text in zip(self.prefixes, Prefixes(), strict=True)
-        }
+        prefixes = zip(self.prefixes, Prefixes(), strict=True)
+        return {f"^{re.escape(prefix)}": text for prefix, text in prefixes}
 
 
 def in_files(
@@ -84,18 +89,18 @@ def in_files(
     Copies of a bias that layers share are left out.
     """
     name_on_disk = (tower or shape.family).prefixes.name_on_disk
-    transposed, copies = (
-        tower is not None and tower.config["model_type"] in TRANSPOSED,
-        shape.shared_tensors,
-    )
-    tensors = {name: x for name, x in tensors.items() if name not in copies}
+    copies = shape.shared_tensors
+    transposed = tower is not None and tower.config["model_type"] in TRANSPOSED
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)
 
 
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the config of a text model, or of a multimodal model's text part, with all sizes of the family."""
     check_counts(config, where)
-    text = _text_part(config, where) if config.get("model_type") in MULTIMODAL else config
+    text = config
+    if config.get("model_type") in MULTIMODAL:
+        text = _text_part(config, where)
     family = FAMILIES.get(family_name(str(text.get("model_type"))))
     with refused_in_one_line(where):
         text = family.explicit(text) if family else text
@@ -105,19 +110,22 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
     with refused_in_one_line(where):
-        made = config_object(config)
-        inner = made.get_text_config()
+        multimodal = config_object(config)
+        inner = multimodal.get_text_config()
     # from the outer config, by the rules of its class
-    tied = {"tie_word_embeddings": bool(made.tie_word_embeddings)}
+    tied = {"tie_word_embeddings": bool(multimodal.tie_word_embeddings)}
     if inner.model_type in STANDS_FOR:
         text = json.loads(inner.to_json_string(use_diff=False))
-        rope = {key: value for key, value in text["rope_parameters"].items() if key not in OF_ROWS}
-        return text | tied | {"rope_parameters": rope} | STANDS_FOR[inner.model_type]
+        for name in OF_ROWS:
+            text["rope_parameters"].pop(name, None)
+        return text | tied | STANDS_FOR[inner.model_type]
     text = config.get("text_config") or {}
-    defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
-    sizes = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
-    shared = {name: config[name] for name in SHARED if name in config}
-    return sizes | shared | text | tied
+    settings: dict[str, Any] = {}
+    if text.get("model_type") in FAMILIES:
+        defaults = config_class(text["model_type"])
+        settings = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
+    settings |= {name: config[name] for name in SHARED if name in config}
+    return settings | text | tied
 
 
 def find_prefixes(stored: Collection[str], where: str) -> Prefixes:
@@ -125,9 +133,8 @@ def find_prefixes(stored: Collection[str], where: str) -> Prefixes:
     for prefixes in PREFIXES:
         if f"{prefixes.decoder}embed_tokens.weight" in stored:
             return prefixes
-    raise UserError(
-        f"{where}: its weight files have no text part under {' or '.join(x for x, _ in PREFIXES)}"
-    )
+    decoders = " or ".join(prefixes.decoder for prefixes in PREFIXES)
+    raise UserError(f"{where}: its weight files have no text part under {decoders}")
 
 
 def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -> None:
@@ -147,16 +154,24 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
     advice = (
         f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
     )
-    with refused_in_one_line(where, advice), init_empty_weights(include_buffers=False):
-        made = config_object(full)
-        stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
-        decoder: nn.Module = stock._from_config(made, dtype=torch.float32).get_decoder()
-        stack_experts(decoder)
-    found = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    with refused_in_one_line(where, advice):
+        held = _decoder_shapes(full)
     for name, size in pruned.parameters().items():
-        if name.startswith("model.") and found.get(name.removeprefix("model.")) != size:
-            heads = f"{where}: its stock multimodal class cannot hold {name} as {list(size)}; keep all heads"
-            raise UserError(f"{heads} (prune.head_ratio: 0), {OR_TEXT}")
+        if name.startswith("model.") and held.get(name.removeprefix("model.")) != size:
+            raise UserError(
+                f"{where}: its stock multimodal class cannot hold {name} as {list(size)}; "
+                f"keep all heads (prune.head_ratio: 0), {OR_TEXT}"
+            )
+
+
+def _decoder_shapes(config: dict[str, Any]) -> dict[str, Shape]:
+    """Returns the shapes of a multimodal model's decoder by their names inside it."""
+    settings = config_object(config)
+    stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(settings)]
+    with init_empty_weights(include_buffers=False):
+        decoder: nn.Module = stock._from_config(settings, dtype=torch.float32).get_decoder()
+        stack_experts(decoder)
+    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
 
 def check_processor(folder: Path) -> None:

@@ -19,17 +19,18 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pretrained.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
 RENDERING = 10.0  # seconds that a chat template may take for a conversation
-SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE = "tokenizer.model", "spiece.model"
+SENTENCEPIECE_FILE = "tokenizer.model"
+T5_SENTENCEPIECE_FILE = "spiece.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, possibly from LLaMA's sentencepiece file alone."""
-    sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (
-        folder / "tokenizer.json"
-    ).is_file()
+    has_sentencepiece = (folder / SENTENCEPIECE_FILE).is_file()
+    has_json = (folder / "tokenizer.json").is_file()
+    load = _load_llama if has_sentencepiece and not has_json else _load_auto
     try:
-        tokenizer = _load_llama(folder) if sentencepiece_only else _load_auto(folder)
+        tokenizer = load(folder)
     except UserError:
         raise
     except Exception as error:  # the Rust library below raises bare Exception
@@ -51,13 +52,16 @@ def text_starts(
     tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]
 ) -> Starts:
     bos: Any = tokenizer.bos_token_id if family.windows_begin_with_bos else None
-    return Starts(bos, target_start(config) if family.has_encoder else None)
+    target = target_start(config) if family.has_encoder else None
+    return Starts(bos, target)
 
 
 def target_start(config: dict[str, Any]) -> int:
     """Returns the first input of a decoder: padding, unless another token is named."""
-    named = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
-    return next((token for token in named if token is not None), 0)
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        if config.get(name) is not None:
+            return config[name]
+    return 0
 
 
 def tokenize_pairs(
@@ -68,7 +72,8 @@ def tokenize_pairs(
     An encoder reads the EOS of its prompt, and the decoder's text begins with `start`, then with the tokenizer's BOS if
     it adds one, as CodeT5 was trained.
     """
-    eos, end = eos_id(tokenizer), "" if start is None else str(tokenizer.eos_token or "")
+    eos = eos_id(tokenizer)
+    end = "" if start is None else str(tokenizer.eos_token or "")
     prompts = token_ids([prompt for prompt, _ in pairs], tokenizer, special=True)
     texts = [answer.removesuffix(end) for _, answer in pairs]
     answers = token_ids(texts, tokenizer, special=start is not None)
@@ -84,10 +89,10 @@ def tokenize_pairs(
 
 def check_ids(largest: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Raises UserError if the `largest` id of a text has no row in the embedding. A tokenizer may have more ids."""
-    of = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
+    source = f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
     require(
         largest < vocab_size,
-        f"{text}: {of} gives id {largest}, but the model's vocab_size is {vocab_size}",
+        f"{text}: the tokenizer{source} gives id {largest}, but the model's vocab_size is {vocab_size}",
     )
 
 
@@ -122,13 +127,11 @@ def rendering(where: str, name: str, messages: Sequence[Mapping[str, Any]]) -> I
         with _time_limit(RENDERING):
             yield
     except Exception as error:  # a template can hold any code
-        roles, reason = (
-            ", ".join(message["role"] for message in messages),
-            f"{type(error).__name__}: {one_line(error)}",
-        )
-        refuses = f"the chat template of {name} refuses a conversation of {roles}: {reason}"
+        roles = ", ".join(message["role"] for message in messages)
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{where}: {refuses}; it begins with {messages[0].get('content')!r:.60}"
+            f"{where}: the chat template of {name} refuses a conversation of {roles}: {reason}; "
+            f"it begins with {messages[0].get('content')!r:.60}"
         ) from error
 
 
@@ -142,10 +145,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(f"no end after {seconds:g} s")
 
-    handler, timer = (
-        signal.signal(signal.SIGALRM, stop),
-        signal.setitimer(signal.ITIMER_REAL, seconds),
-    )
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
@@ -154,9 +155,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
-    # AutoTokenizer must know all types
-    for family in (name for name, x in FAMILIES.items() if not x.equal_layers):
-        AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
+    for name, family in FAMILIES.items():
+        if not family.equal_layers:  # AutoTokenizer must know the model type
+            AutoConfig.register(PRUNED + name, config_class(PRUNED + name), exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
@@ -174,8 +175,10 @@ def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
         SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
     except RuntimeError as error:
         raise UserError(f"{folder / SENTENCEPIECE_FILE} is damaged: {error}") from None
-    saved = read_json(folder / TOKENIZER_CONFIG, missing_ok=True)
-    settings: dict[str, Any] = {"add_bos_token": saved.get("add_bos_token") is not False}
-    # Early conversions of LLaMA have empty names, which make transformers recurse without end.
-    settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if saved.get(key) == ""}
+    stored = read_json(folder / TOKENIZER_CONFIG, missing_ok=True)
+    settings: dict[str, Any] = {"add_bos_token": stored.get("add_bos_token") is not False}
+    for key, token in LLAMA_SPECIAL_TOKENS.items():
+        # Early conversions of LLaMA have empty names, which make transformers recurse without end.
+        if stored.get(key) == "":
+            settings[key] = token
     return LlamaTokenizer.from_pretrained(folder, **settings)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.errors import require
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.perplexity import Labelled
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.pretrained.tokenizer import Starts, begin_with, check_ids, tokenize_pairs
@@ -37,12 +37,11 @@ def split_batches(
         windows = split_windows(text, tokenizer, window, most, starts.window)
         batches = [(ids, ids) for ids in windows.split(size)]
     else:
-        rows = list(tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target))
-        rows = [
-            (source, target[: window - len(source)])
-            for source, target in rows
-            if len(source) < window
-        ]
+        pairs = _read_pairs(text)[:most]
+        rows: list[tuple[list[int], list[int]]] = []
+        for source, target in tokenize_pairs(pairs, tokenizer, starts.target):
+            if len(source) < window:
+                rows.append((source, target[: window - len(source)]))
         require(
             bool(rows),
             f"the evaluation text has no source that leaves room for a target in a window of {window}",
@@ -55,29 +54,38 @@ def split_batches(
 def _read_pairs(text: str) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                pairs.append((row["source"], row["target"]))
-                is_pair = all(isinstance(one, str) and one.strip() for one in pairs[-1])
-            except (ValueError, TypeError, KeyError, RecursionError):
-                is_pair = False
-            needed = '{"source": "...", "target": "..."}, as a model with an encoder needs'
-            require(is_pair, f"the evaluation text, line {number}: not {needed}; got {line:.40}")
+        if not line.strip():
+            continue
+        pair = _read_pair(line)
+        if pair is None:
+            raise UserError(
+                f'the evaluation text, line {number}: not {{"source": "...", "target": "..."}}, '
+                f"as a model with an encoder needs; got {line:.40}"
+            )
+        pairs.append(pair)
     return pairs
+
+
+def _read_pair(line: str) -> tuple[str, str] | None:
+    try:
+        row = json.loads(line)
+        pair = (row["source"], row["target"])
+        has_text = all(part.strip() for part in pair)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return pair if has_text else None
 
 
 def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
     """Returns a batch of prompts with their answers, padded at the end. Only the answers have labels."""
     ids = [torch.tensor(prompt + answer, dtype=torch.int64) for prompt, answer in rows]
-    labels = [
-        torch.tensor([IGNORE_INDEX] * len(prompt) + answer, dtype=torch.int64)
-        for prompt, answer in rows
-    ]
-    # No id changes earlier losses, so any id can pad.
-    return pad_sequence(ids, batch_first=True), pad_sequence(
-        labels, batch_first=True, padding_value=IGNORE_INDEX
-    )
+    labels: list[Tensor] = []
+    for prompt, answer in rows:
+        ignored = [IGNORE_INDEX] * len(prompt)
+        labels.append(torch.tensor(ignored + answer, dtype=torch.int64))
+    padded_ids = pad_sequence(ids, batch_first=True)  # no id changes earlier losses, so any can pad
+    padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+    return padded_ids, padded_labels
 
 
 def split_windows(
@@ -90,20 +98,26 @@ def split_windows(
     """Returns adjacent windows, (windows, window) int64. The tail that fills no window is dropped.
 
     Args:
-        start: the first id of every window (`Starts.window`). None: the text's own.
+        start: the first id of every window (`Starts.window`). None leaves the text unchanged.
     """
-    token_ids = tokenize(text, tokenizer, None if max_windows is None else max_windows * window)
-    few = f"the evaluation text has {len(token_ids)} tokens, less than one window of {window}"
-    require(len(token_ids) >= window, few)
+    needed = None if max_windows is None else max_windows * window
+    token_ids = tokenize(text, tokenizer, needed)
+    require(
+        len(token_ids) >= window,
+        f"the evaluation text has {len(token_ids)} tokens, less than one window of {window}",
+    )
     count = len(token_ids) // window
-    return begin_with(token_ids[: count * window].view(count, window)[:max_windows], start)
+    windows = token_ids[: count * window].view(count, window)
+    return begin_with(windows[:max_windows], start)
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> Tensor:
     """Returns (tokens,) int64 of the whole text, or of a beginning with at least `needed` tokens."""
-    if needed is not None and len(text) > (enough := needed * CHARACTERS_PER_TOKEN):
+    if needed is not None:
         # A held-out text can have gigabytes, but only its first windows are used.
-        token_ids = tokenize(text[:enough], tokenizer, None)
-        if len(token_ids) > needed:
-            return token_ids
+        beginning = text[: needed * CHARACTERS_PER_TOKEN]
+        if len(beginning) < len(text):
+            token_ids = tokenize(beginning, tokenizer, None)
+            if len(token_ids) > needed:
+                return token_ids
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)

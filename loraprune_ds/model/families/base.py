@@ -44,7 +44,7 @@ class Attention(NamedTuple):
 
 
 class Prefixes(NamedTuple):
-    """Holds the prefixes of names in weight files. The defaults are those of text classes."""
+    """Holds the prefixes of names in weight files. The defaults are for text classes."""
 
     decoder: str = "model."
     head: str = "lm_head."

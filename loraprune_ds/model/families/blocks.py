@@ -46,7 +46,8 @@ def attention(
 ) -> Marks:
     """Marks attention. If gated, each head of q_proj has the rows of a query and of its output's gate."""
     queries, keys = head_spans(c)
-    yield rows(f"{path}.q_proj", queries._replace(width=2 * queries.width) if gated else queries)
+    width = 2 * queries.width if gated else queries.width
+    yield rows(f"{path}.q_proj", queries._replace(width=width))
     yield rows(f"{path}.k_proj", *keys)
     yield rows(f"{path}.v_proj", *keys)
     yield columns(f"{path}.o_proj", queries)

@@ -68,7 +68,7 @@ class Lfm3(Family):
 
 
 class Lfm2(Lfm3):
-    """Has no gates."""
+    """Like Lfm3 without gates."""
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Writes the width of the MLP, which the class computes from other fields."""

@@ -189,7 +189,8 @@ class Latent(Moe):
         heads = Span("heads", c.num_key_value_heads)
         query = heads._replace(width=c.qk_nope_head_dim + c.qk_rope_head_dim)
         key_and_value = heads._replace(width=c.qk_nope_head_dim + c.v_head_dim)
-        yield rows("self_attn.q_b_proj" if c.q_lora_rank else "self_attn.q_proj", query)
+        query_linear = "q_b_proj" if c.q_lora_rank else "q_proj"
+        yield rows(f"self_attn.{query_linear}", query)
         yield rows("self_attn.kv_b_proj", key_and_value)
         yield columns("self_attn.o_proj", heads._replace(width=c.v_head_dim))
         yield from whole("self_attn", "q_a_proj", "kv_a_proj_with_mqa")

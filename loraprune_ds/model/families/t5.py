@@ -47,7 +47,7 @@ class Umt5(Family):
         return c.d_kv
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
-        """Only the decoder has a cache: for each token, one of its own and one of the encoder's."""
+        """Only the decoder has a cache. For each of its tokens, one token of the encoder counts too."""
         heads = layer.counts.get("heads", 0)
         width = (heads + layer.counts.get("cross_heads", 0)) * c.d_kv
         return Attention(heads, width, 2 * width * layer.layer_list)
