@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.generate.prompts import AnswerSettings
@@ -24,17 +24,24 @@ class EvaluationText:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-# By name: how to load the rows, their column, and the line of the raw file that a row is, with its end.
-DATASETS: dict[str, tuple[dict[str, Any], str, Callable[[str], str]]] = {
+class Dataset(NamedTuple):
+    """Locates a data set, and makes the text of its raw file from its rows."""
+
+    options: dict[str, str]  # of `datasets.load_dataset`
+    column: str
+    raw_line: Callable[[str], str]  # the line of a row, with its end
+
+
+DATASETS = {
     # Rows keep spaces and line ends. Only blank lines, " \n" in wiki.*.raw, are empty rows.
-    "wikitext2": (
+    "wikitext2": Dataset(
         {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
         "text",
         lambda row: row or " \n",
     ),
     # `datasets` no longer runs the published script. The hub keeps the script's output on this branch.
     # ptb.*.txt has a space before and after every sentence, which the rows lack.
-    "ptb": (
+    "ptb": Dataset(
         {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"},
         "sentence",
         lambda row: f" {row} \n",
@@ -46,16 +53,18 @@ def load_dataset_text(name: str, split: str) -> EvaluationText:
     """Loads a data set of `DATASETS` by name and joins its rows to the text of its raw file."""
     import datasets
 
-    options, column, raw_line = DATASETS[name]
+    dataset = DATASETS[name]
+    load: Any = datasets.load_dataset
     datasets.disable_progress_bars()
     try:
-        rows: Any = datasets.load_dataset(**options, split=split)
+        rows = load(**dataset.options, split=split)
     except Exception as error:  # noqa: BLE001  # `datasets` passes on the errors of four libraries
-        advice = "cannot be loaded (offline? then --text FILE)"
         raise UserError(
-            f"--dataset {name}: {options['path']}, split {split}, {advice}: {one_line(error)}"
+            f"--dataset {name}: {dataset.options['path']}, split {split}, cannot be loaded "
+            f"(offline? then --text FILE): {one_line(error)}"
         ) from None
-    return EvaluationText(name, split, "".join(map(raw_line, rows[column])))
+    lines = map(dataset.raw_line, rows[dataset.column])
+    return EvaluationText(name, split, "".join(lines))
 
 
 # prefix of its tasks, as in reasoning_gym:chain_sum. The prefix alone is a default set
@@ -77,9 +86,9 @@ class TaskSettings:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error line, which names similar tasks. Empty if there are none."""
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
+    """Returns the end of an error line, which names similar tasks. Empty without similar ones."""
+    similar = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(similar)}?" if similar else ""
 
 
 @dataclass(frozen=True)

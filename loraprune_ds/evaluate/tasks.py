@@ -50,9 +50,10 @@ GYM_DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
 # names for several tasks
 SETS = {"paper": PAPER_TASKS, GYM: tuple(f"{GYM}:{name}" for name in GYM_DEFAULT)}
 EASY = "easy"  # the level that may follow a name
-FEWSHOT, QUESTIONS = 3, 100
-# Question i has the seed SEED + i, so the seed of the examples must be far away.
-SEED, EXAMPLES_SEED = 0, 10**6
+FEWSHOT = 3  # examples before a question
+QUESTIONS = 100
+SEED = 0  # question i has the seed SEED + i
+EXAMPLES_SEED = 10**6  # far from the seeds of the questions
 ROOM = 8  # tokens beyond the longest right answer
 # of reasoning-gym, with the reasons
 REFUSED_TASKS = read_json(Path(__file__).with_name("refused_tasks.json"))
@@ -69,14 +70,17 @@ def check_tasks(settings: TaskSettings) -> None:
         load_tasks(gym)
     if not others.names:
         return
-    found = importlib.util.find_spec("lm_eval") is not None
-    require(found, "--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
+    require(
+        importlib.util.find_spec("lm_eval") is not None,
+        "--tasks needs the package lm-eval: pip install 'lm-eval[hf]'",
+    )
     folder = settings.include_path
     require(folder is None or folder.is_dir(), f"--include-path: {folder} is not a folder")
-    known = _task_manager(folder).all_tasks
+    available = _task_manager(folder).all_tasks
     for name in _expand(others.names):
-        if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
-            hint = did_you_mean(name, known) or "; see `lm-eval ls tasks`"
+        is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
+        if name not in available and not is_file:
+            hint = did_you_mean(name, available) or "; see `lm-eval ls tasks`"
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
@@ -90,10 +94,13 @@ def run_tasks(
         reasoning-gym's settings under its name. None elsewhere.
     """
     gym, others = _split(settings)
-    results, reported = _run_lm_eval(others, writer, batch_size, comm) if others.names else ({}, {})
+    results: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
+    if others.names:
+        results, reported = _run_lm_eval(others, writer, batch_size, comm)
     if gym.names:
-        solved, reported_of_gym = _run_gym(gym, writer, batch_size, comm)
-        results, reported = results | solved, reported | {GYM: reported_of_gym}
+        gym_results, reported[GYM] = _run_gym(gym, writer, batch_size, comm)
+        results |= gym_results
     return {"results": results, "settings": reported} if comm.rank == 0 else None
 
 
@@ -139,16 +146,21 @@ def _model_on_ranks(writer: Writer, batch_size: int, comm: Communicator) -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     backend = "seq2seq" if writer.model.config.is_encoder_decoder else "causal"
     base: Any = _lm_eval(".models.huggingface").HFLM
-    made = base(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
-    made._rank, made._world_size = comm.rank, comm.world_size
+    model = base(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
+    model._rank = comm.rank
+    model._world_size = comm.world_size
     # a scalar from each: (world_size,)
-    made.all_gather = lambda tensor: comm.all_gather(tensor.view(1)).flatten()
-    made.barrier = comm.barrier
-    return made
+    model.all_gather = lambda tensor: comm.all_gather(tensor.view(1)).flatten()
+    model.barrier = comm.barrier
+    return model
 
 
 def _expand(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
+    """Replaces names of sets by their tasks. No task is repeated."""
+    tasks: list[str] = []
+    for name in names:
+        tasks += SETS.get(name, (name,))
+    return list(dict.fromkeys(tasks))
 
 
 @cache
@@ -173,9 +185,9 @@ class GymTask:
 
     @property
     def digest(self) -> str:
-        """Returns the SHA-256 of all that is asked. Only results with equal digests are comparable."""
-        asked = [entry["question"] for entry in (*self.examples, *self.questions)]
-        return hashlib.sha256("\0".join(asked).encode()).hexdigest()
+        """Returns the SHA-256 of examples and questions. Only results with equal digests are comparable."""
+        questions = [entry["question"] for entry in (*self.examples, *self.questions)]
+        return hashlib.sha256("\0".join(questions).encode()).hexdigest()
 
     def score(self, answer: str, question: dict[str, Any]) -> float:
         """Returns the package's own score, from 0 to 1."""
@@ -196,41 +208,44 @@ def load_tasks(settings: TaskSettings) -> tuple[GymTask, ...]:
 
 
 def _load(name: str, fewshot: int, count: int) -> GymTask:
-    known: Any = importlib.import_module("reasoning_gym.factory")
+    """Makes the questions of the task `name`, such as "products" or "products:easy", and its examples."""
+    factory: Any = importlib.import_module("reasoning_gym.factory")
     task, _, level = name.partition(":")
-    require(task not in REFUSED_TASKS, f"--tasks {GYM}:{name}: {REFUSED_TASKS.get(task)}")
-    if task not in known.DATASETS:
-        hint = did_you_mean(task, known.DATASETS.keys() - REFUSED_TASKS.keys())
+    option = f"--tasks {GYM}:{name}"
+    require(task not in REFUSED_TASKS, f"{option}: {REFUSED_TASKS.get(task)}")
+    if task not in factory.DATASETS:
+        hint = did_you_mean(task, factory.DATASETS.keys() - REFUSED_TASKS.keys())
         raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
-    require(
-        level in ("", EASY), f"--tasks {GYM}:{name}: only :{EASY} may follow the name of a task"
-    )
+    require(level in ("", EASY), f"{option}: only :{EASY} may follow the name of a task")
 
     def make(seed: int, size: int) -> Any:
-        if level:  # the first level of its curriculum
-            settings = known.create_curriculum(task).generate_configuration(
-                {"seed": seed, "size": size}
-            )
-            return known.DATASETS[task][0](settings)
-        return known.create_dataset(task, seed=seed, size=size)
+        if not level:
+            return factory.create_dataset(task, seed=seed, size=size)
+        # the first level of its curriculum
+        curriculum = factory.create_curriculum(task)
+        settings = curriculum.generate_configuration({"seed": seed, "size": size})
+        return factory.DATASETS[task][0](settings)
 
     try:
-        dataset, more = make(SEED, count), make(EXAMPLES_SEED, 4 * fewshot + 8)
+        dataset = make(SEED, count)
+        candidates = make(EXAMPLES_SEED, 4 * fewshot + 8)
         questions = [dataset[i] for i in range(count)]
-        asked = {entry["question"] for entry in questions}
-        examples = [
-            entry
-            for entry in map(more.__getitem__, range(len(more)))
-            if entry["question"] not in asked
-        ]
+        texts = {entry["question"] for entry in questions}
+        examples: list[dict[str, Any]] = []
+        for i in range(len(candidates)):
+            entry = candidates[i]
+            if entry["question"] not in texts:
+                examples.append(entry)
     except Exception as error:  # a task may need more settings, and its generator raises anything
-        raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
-    answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
-    require(answered, f"--tasks {GYM}:{name}: its questions have no right answer for the examples")
-    few = (
-        f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit"
+        raise UserError(f"{option}: {one_line(error)}") from error
+    require(
+        all(isinstance(entry["answer"], str) for entry in (*questions, *examples)),
+        f"{option}: its questions have no right answer for the examples",
     )
-    require(len(examples) >= fewshot, few)
+    require(
+        len(examples) >= fewshot,
+        f"{option}: it has too few different questions; lower --num-fewshot or --limit",
+    )
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
@@ -242,17 +257,15 @@ def _run_gym(
     results = {}
     for task in tasks:
         answers = greedy_answers(task, writer, batch_size, comm)
-        scores = [
-            task.score(answer, question)
-            for answer, question in zip(answers, task.questions, strict=True)
-        ]
-        share = sum(score >= 1 for score in scores) / len(scores)  # of full scores
-        error = math.sqrt(share * (1 - share) / max(1, len(scores) - 1))
-        mean = sum(scores) / len(scores)
+        pairs = zip(answers, task.questions, strict=True)
+        scores = [task.score(answer, question) for answer, question in pairs]
+        count = len(scores)
+        share = sum(score >= 1 for score in scores) / count  # of full scores
+        error = math.sqrt(share * (1 - share) / max(1, count - 1))
         results[task.name] = {
             "exact_match,none": share,
             "exact_match_stderr,none": error,
-            "score,none": mean,
+            "score,none": sum(scores) / count,
         }
     reported = {
         "reasoning_gym": version("reasoning-gym"),
@@ -267,42 +280,49 @@ def _run_gym(
 
 def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
     """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
-    model, tokenizer = writer.model, writer.tokenizer
-    answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)[
-        "input_ids"
-    ]
-    most = max(map(len, answers)) + ROOM
-    chats = (
-        _messages(task, entry["question"], bool(tokenizer.chat_template))
-        for entry in task.questions
+    tokenizer = writer.tokenizer
+    has_template = bool(tokenizer.chat_template)
+    right_answers = [entry["answer"] for entry in task.questions]
+    right_ids = tokenizer(right_answers, add_special_tokens=False)["input_ids"]
+    most = max(map(len, right_ids)) + ROOM
+    prompts: list[Prompt] = []
+    for number, entry in enumerate(task.questions, start=1):
+        prompts.append(Prompt(number, _messages(task, entry["question"], has_template)))
+    encoded = encode_prompts(
+        AnswerSettings(task.name, task.digest, tuple(prompts), most),
+        tokenizer,
+        _limits(writer),
+        "--tasks",
+        enable_thinking=False,
     )
-    settings = AnswerSettings(
-        task.name, task.digest, tuple(Prompt(*row) for row in enumerate(chats, 1)), most
-    )
-    embedding: Any = model.get_input_embeddings()
-    limits = (
-        tokenizer.name_or_path,
-        getattr(model.config, "max_position_embeddings", None),
-        len(embedding.weight),
-    )
-    prompts = encode_prompts(settings, tokenizer, limits, "--tasks", enable_thinking=False)
-    mine: dict[int, str] = {}
-    for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
-        batch = prompts[first : first + batch_size]
+    answers: dict[int, str] = {}  # of this rank, by the number of the question
+    for first in range(comm.rank * batch_size, len(encoded), comm.world_size * batch_size):
+        batch = encoded[first : first + batch_size]
         for i, ids in enumerate(writer.write(batch, max_new_tokens=most, do_sample=False), first):
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            mine[i] = (text if tokenizer.chat_template else text.partition("\n\n")[0]).strip()
-    everyone = {i: answer for each in comm.gather_objects(mine) for i, answer in each.items()}
-    return [everyone[i] for i in range(len(prompts))]
+            if not has_template:
+                text, _, _ = text.partition("\n\n")
+            answers[i] = text.strip()
+    all_answers: dict[int, str] = {}
+    for rank_answers in comm.gather_objects(answers):
+        all_answers |= rank_answers
+    return [all_answers[i] for i in range(len(encoded))]
+
+
+def _limits(writer: Writer) -> tuple[str, int | None, int]:
+    """Returns the name, the context length and the vocabulary of a model."""
+    positions = getattr(writer.model.config, "max_position_embeddings", None)
+    embedding: Any = writer.model.get_input_embeddings()
+    return writer.tokenizer.name_or_path, positions, len(embedding.weight)
 
 
 def _messages(task: GymTask, question: str, templated: bool) -> list[Message]:
     """Returns the examples and a question: as turns for a chat template, or else as plain paragraphs."""
     if not templated:
-        shown = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
-        return [{"role": "user", "content": "".join([*shown, f"{question}\n"])}]
-    parts = (("user", "question"), ("assistant", "answer"))
-    turns = [
-        {"role": role, "content": entry[key]} for entry in task.examples for role, key in parts
-    ]
+        paragraphs = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
+        return [{"role": "user", "content": "".join([*paragraphs, f"{question}\n"])}]
+    turns: list[Message] = []
+    for entry in task.examples:
+        turns.append({"role": "user", "content": entry["question"]})
+        turns.append({"role": "assistant", "content": entry["answer"]})
     return [*turns, {"role": "user", "content": question}]
