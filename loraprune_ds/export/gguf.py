@@ -43,7 +43,8 @@ def write_gguf(
     Args:
         name: the model's name in the file.
     """
-    shape, folder = pretrained.shape, str(pretrained.folder)
+    shape = pretrained.shape
+    folder = str(pretrained.folder)
     config: Any = config_object(pretrained.config)  # with the defaults that config.json omits
     architecture, arch = architecture_of(config, shape, folder)
     tensors = plan_tensors(architecture, arch, config, shape, precision, folder)
@@ -55,16 +56,20 @@ def write_gguf(
     writer.add_quantization_version(GGML_QUANT_VERSION)
     remarks = _add_context(writer, config, architecture)
     _add_sizes(writer, config, shape, architecture)
-    for key, method in (NUMBERS | (GROUPS if architecture.grouped else {})).items():
-        if (value := getattr(config, key, None)) is not None:
+    methods = NUMBERS | GROUPS if architecture.grouped else NUMBERS
+    for key, method in methods.items():
+        value = getattr(config, key, None)
+        if value is not None:
             getattr(writer, method)(value)
     factors = _add_rope(writer, config, shape.head_dim, architecture, folder)
     remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
     _write(writer, pretrained, tensors, factors)
-    halves = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
-    if halves and precision == "q8_0":
-        advice = "because their rows are no multiple of 32 (prune.channel_multiple: 32 avoids that)"
-        remarks.append(f"{halves} tensors stay f16, {advice}")
+    f16_count = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
+    if f16_count and precision == "q8_0":
+        remarks.append(
+            f"{f16_count} tensors stay f16, because their rows are no multiple of 32 "
+            "(prune.channel_multiple: 32 avoids that)"
+        )
     return remarks
 
 
@@ -75,18 +80,18 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
     (rope_type "llama3" of transformers' modeling_rope_utils).
     """
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wavelengths  # within the original context
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    scale = (1 - smooth) / rope["factor"] + smooth
+    return (1 / scale).astype(np.float32)
 
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
     """Writes the context length, limited by the sliding window if the architecture has none."""
-    positions, window = (
-        getattr(config, "max_position_embeddings", T5_TOKENS),
-        sliding_window(config),
-    )
+    positions = getattr(config, "max_position_embeddings", T5_TOKENS)
+    window = sliding_window(config)
     if architecture.window_period:
         writer.add_sliding_window(int(config.sliding_window))
     if architecture.window_period or window is None or window >= positions:
@@ -101,21 +106,21 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 def _add_sizes(
     writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture
 ) -> None:
-    heads = [layer.key_value_heads for layer in shape.layers]
-    queries, mixture = [attention.queries for attention in shape.attention], shape.mixture
-    channels = [
-        layer.get("channels", mixture.expert_size if mixture else 0) for layer in shape.counts
-    ]
-    # a dense layer has channels instead
-    if any(layer.get("experts") == 0 for layer in shape.counts):
-        channels = [config.intermediate_size]
+    mixture = shape.mixture
     writer.add_block_count(len(shape.layer_lists[0]))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has no heads
-    latent = getattr(config, "kv_lora_rank", None)  # all heads share it
-    one = shape.is_uniform and not architecture.short
-    writer.add_head_count_kv(1 if latent else max(heads) if one else heads)
+    queries = [attention.queries for attention in shape.attention]
+    # a delta net has no heads
+    writer.add_head_count(max(queries) if shape.is_uniform else queries)
+    heads = [layer.key_value_heads for layer in shape.layers]
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:
+        writer.add_head_count_kv(1)  # all heads share it
+    else:
+        is_one_number = shape.is_uniform and not architecture.short
+        writer.add_head_count_kv(max(heads) if is_one_number else heads)
+    channels = _channels(config, shape)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
     if shape.family.has_encoder:
         writer.add_decoder_start_token_id(target_start(config.to_dict()))
@@ -123,11 +128,13 @@ def _add_sizes(
         writer.add_expert_count(shape.counts[-1]["experts"])
         writer.add_expert_used_count(mixture.experts_per_token)
         writer.add_expert_feed_forward_length(mixture.expert_size)
-    if mixture and (shared := getattr(config, "moe_num_shared_experts", 0)):
-        writer.add_expert_shared_feed_forward_length(shared * mixture.expert_size)
+        shared = getattr(config, "moe_num_shared_experts", 0)
+        if shared:
+            writer.add_expert_shared_feed_forward_length(shared * mixture.expert_size)
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
-        writer.add_leading_dense_block_count(sum(layer["experts"] == 0 for layer in shape.counts))
+        dense_layers = sum(layer["experts"] == 0 for layer in shape.counts)
+        writer.add_leading_dense_block_count(dense_layers)
     # By default llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(latent + shape.head_dim if latent else shape.head_dim)
     writer.add_value_length(latent or shape.head_dim)
@@ -139,37 +146,36 @@ def _add_sizes(
         writer.add_value_length_mla(config.v_head_dim)
 
 
+def _channels(config: Any, shape: ModelShape) -> list[int]:
+    """Returns the channels of each layer, or only one number if dense layers precede those with experts."""
+    if any(layer.get("experts") == 0 for layer in shape.counts):
+        return [config.intermediate_size]
+    expert_size = shape.mixture.expert_size if shape.mixture else 0
+    return [layer.get("channels", expert_size) for layer in shape.counts]
+
+
 def _add_rope(
     writer: GGUFWriter, config: Any, head_dim: int, architecture: Architecture, where: str
 ) -> Array | None:
     """Writes `rope_parameters`, if it has them. Returns the tensor `rope_freqs.weight` if the scaling needs one."""
-    if (rope := getattr(config, "rope_parameters", None)) is None:
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
         return None
     # Gemma 3 has parameters for each kind of layer, and scales only full attention.
-    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    rope_type = full["rope_type"]
-    part = full.get("partial_rotary_factor", 1.0)
-    partial = part != 1.0 and not architecture.partial
-    uneven = full.get("mscale") != full.get("mscale_all_dim")
-    if (
-        partial
-        or uneven
-        or rope_type not in architecture.ropes
-        or (sliding and sliding["rope_type"] != "default")
-    ):
-        what = (
-            "a partial rotary embedding"
-            if partial
-            else f"rope scaling {rope_type}{' of its own mscale' * uneven}"
-        )
+    full = rope.get("full_attention", rope)
+    sliding = rope.get("sliding_attention")
+    lacking = _lacking_rope(full, sliding, architecture)
+    if lacking:
         raise UserError(
-            f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}"
+            f"{where}: GGUF cannot hold {lacking} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}"
         )
-    writer.add_rope_dimension_count(int(head_dim * part))
+    rope_type = full["rope_type"]
+    rotary_dim = int(head_dim * full.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(rotary_dim)
     writer.add_rope_freq_base(full["rope_theta"])
     # the pairs that rotate by time, height and width, which are equal in text
     if architecture.delta:
-        pairs = int(head_dim * part) // 2
+        pairs = rotary_dim // 2
         writer.add_rope_dimension_sections([(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0])
     if sliding:
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
@@ -178,9 +184,24 @@ def _add_rope(
         writer.add_rope_scaling_factor(full["factor"])
     if rope_type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
-        if scale := full.get("mscale_all_dim"):  # scale of attention
+        scale = full.get("mscale_all_dim")  # of attention
+        if scale:
             writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
     return llama3_factors(full, head_dim) if rope_type == "llama3" else None
+
+
+def _lacking_rope(
+    full: dict[str, Any], sliding: dict[str, Any] | None, architecture: Architecture
+) -> str | None:
+    """Names the rotary embedding of full or sliding attention that the architecture lacks, if any."""
+    rope_type = full["rope_type"]
+    if full.get("partial_rotary_factor", 1.0) != 1.0 and not architecture.partial:
+        return "a partial rotary embedding"
+    if full.get("mscale") != full.get("mscale_all_dim"):
+        return f"rope scaling {rope_type} of its own mscale"
+    if rope_type not in architecture.ropes or (sliding and sliding["rope_type"] != "default"):
+        return f"rope scaling {rope_type}"
+    return None
 
 
 def _write(

@@ -19,33 +19,36 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.text_part import text_config
 
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-QUERIES, ROTARY = ("self_attn.q_proj",), ("self_attn.q_proj", "self_attn.k_proj")
+QUERIES = ("self_attn.q_proj",)
+ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 LINEARS = QKV | {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-SIGMOID, SOFTMAX = ExpertGatingFuncType.SIGMOID, ExpertGatingFuncType.SOFTMAX
+SIGMOID = ExpertGatingFuncType.SIGMOID
+SOFTMAX = ExpertGatingFuncType.SOFTMAX
 # A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    **dict.fromkeys(
-        ("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")
-    ),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
 }
 # fields that name the activation
 ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")
 # A config field, unless null -> the method of GGUFWriter for it. An architecture of llama.cpp ignores what it lacks.
 NUMBERS = {
-    **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), "add_layer_norm_rms_eps"),
+    "rms_norm_eps": "add_layer_norm_rms_eps",
+    "norm_eps": "add_layer_norm_rms_eps",
+    "layer_norm_epsilon": "add_layer_norm_rms_eps",
     "layer_norm_eps": "add_layer_norm_eps",
     "use_parallel_residual": "add_parallel_residual",
     "attention_multiplier": "add_attention_scale",
     "embedding_multiplier": "add_embedding_scale",
     "residual_multiplier": "add_residual_scale",
-    **dict.fromkeys(("logits_scaling", "logit_scale"), "add_logit_scale"),
+    "logits_scaling": "add_logit_scale",
+    "logit_scale": "add_logit_scale",
     "final_logit_softcapping": "add_final_logit_softcapping",
     "attn_logit_softcapping": "add_attn_logit_softcapping",
-    **dict.fromkeys(
-        ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
-        "add_expert_shared_count",
-    ),
+    "n_shared_experts": "add_expert_shared_count",
+    "num_shared_experts": "add_expert_shared_count",
+    "moe_num_shared_experts": "add_expert_shared_count",
     "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
     "routed_scaling_factor": "add_expert_weights_scale",
     "norm_topk_prob": "add_expert_weights_norm",
@@ -212,19 +215,20 @@ def attention_interval(config: Any) -> int:
 def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
     """Returns llama.cpp's name of the architecture for a model, or None. `config` belongs to the export."""
     try:
-        return MODEL_ARCH_NAMES[
-            architecture_of(config_object(text_config(config, "")), shape, "")[1]
-        ]
+        _, arch = architecture_of(config_object(text_config(config, "")), shape, "")
     except UserError:
         return None
+    return MODEL_ARCH_NAMES[arch]
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Architecture, MODEL_ARCH]:
     """Returns the architecture of a model, and gguf-py's key of it. `config` is transformers' object with defaults."""
     architecture = ARCHITECTURES.get(family_name(shape.model_type))
     if architecture is None:
-        checked = f"{', '.join(ARCHITECTURES)}, not for {shape.model_type}"
-        raise UserError(f"{where}: GGUF is tested in llama.cpp for {checked}; {FORMATS_LEFT}")
+        raise UserError(
+            f"{where}: GGUF is tested in llama.cpp for {', '.join(ARCHITECTURES)}, not for {shape.model_type}; "
+            f"{FORMATS_LEFT}"
+        )
     name = MODEL_ARCH_NAMES[architecture.uniform]
     arch = architecture.uniform if shape.is_uniform else architecture.unequal
     if arch is None:
@@ -240,17 +244,23 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Archite
 
 def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the features of a model that the architecture lacks."""
-    named = [key for key in ACTIVATIONS if getattr(config, key, None)]
-    if named and (activation := getattr(config, named[0])) not in architecture.activations:
-        yield f"{named[0]} {activation!r}"
-    biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
-    yield from (f"the bias of {name}" for name in sorted(biases - architecture.biases))
+    keys = [key for key in ACTIVATIONS if getattr(config, key, None)]
+    if keys:
+        activation = getattr(config, keys[0])
+        if activation not in architecture.activations:
+            yield f"{keys[0]} {activation!r}"
+    biases: set[str] = set()
+    for name in shape.biases:
+        biases.update(PARTS.get(name, (name,)))
+    for name in sorted(biases - architecture.biases):
+        yield f"the bias of {name}"
     for _, linear in shape.linears():
         outputs, _ = linear.matrix
         if linear.linear in architecture.square and outputs != shape.hidden_size:
             yield f"{linear.linear} with {outputs} outputs"
     for key, only in architecture.only.items():
-        if (value := getattr(config, key, only)) != only:
+        value = getattr(config, key, only)
+        if value != only:
             yield f"{key} {value!r}"
     if architecture.delta and config.linear_key_head_dim != config.linear_value_head_dim:
         yield f"linear_value_head_dim {config.linear_value_head_dim} beside {config.linear_key_head_dim}"
@@ -259,26 +269,24 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
 
 def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the unsupported numbers and orders of layers."""
-    layers, (first, *decoder) = len(shape.layers), map(len, shape.layer_lists)
+    layers = len(shape.layers)
     dense = [i for i, layer in enumerate(shape.counts) if layer.get("experts") == 0]
-    if architecture.gating and dense != [*range(len(dense))]:
+    if architecture.gating and dense != list(range(len(dense))):
         yield f"dense layers {dense} among those with experts"
-    # llama.cpp allocates as many decoder layers as the encoder has
-    if any(count > first for count in decoder):
-        yield f"{decoder[0]} decoder layers after {first} of the encoder"
+    # llama.cpp allocates one decoder layer for each layer of the encoder
+    encoder, *decoders = map(len, shape.layer_lists)
+    for decoder in decoders:
+        if decoder > encoder:
+            yield f"{decoder} decoder layers after {encoder} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
+    interval = attention_interval(config) if architecture.delta else 0
     for period, key, usual, special in (
         (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),
-        (
-            architecture.delta and attention_interval(config),
-            "layer_types",
-            "linear_attention",
-            "full_attention",
-        ),
+        (interval, "layer_types", "linear_attention", "full_attention"),
         (architecture.rope_period, "no_rope_layers", 1, 0),
     ):
-        if period and getattr(config, key) != [
-            usual if (i + 1) % period else special for i in range(layers)
-        ]:
-            yield f"this order of {key}"
+        if period:
+            order = [usual if (i + 1) % period else special for i in range(layers)]
+            if getattr(config, key) != order:
+                yield f"this order of {key}"

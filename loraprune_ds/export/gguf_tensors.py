@@ -34,12 +34,22 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel
 Array = np.ndarray[Any, Any]
 Step = Callable[[Array], Array]
 Precision = Literal["f16", "q8_0"]
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+EMBEDDING = "token_embd.weight"
+OUTPUT = "output.weight"
 RELATIVE_BIAS = ".attn_rel_b"
-ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
+ROUTER = ".ffn_gate_inp"
+SHARED_GATE = ".ffn_gate_inp_shexp"
 CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
-DELTA_NET, GATED_NORM, A_LOG = "linear_attn.", "linear_attn.norm", ".A_log"
+DELTA_NET = "linear_attn."
+GATED_NORM = "linear_attn.norm"
+A_LOG = ".A_log"
 BIAS = "_proj_bias"  # end of the names of biases with a row per expert
+# A part of a name in weight files -> as gguf-py knows it.
+ON_DISK = {
+    CORRECTION: CORRECTION.replace("_bias", ".bias"),
+    "dt_bias": "dt_proj.bias",
+    "shared_mlp.output_linear": "mlp.down_proj",
+}
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
 EXPERT_PARTS = {
     "gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
@@ -52,20 +62,22 @@ class SourcePart(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    one: tuple[int, ...]  # shape of one matrix in the source
+    matrix: tuple[int, ...]  # shape of one matrix in the source
     take: tuple[slice, ...] = ()  # slices along its axes
     count: int = 1  # matrices, one per expert or head
     transposed: bool = False  # transposes each slice
 
     def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
         """Reads the part. `read_flat`: (start, end) -> these elements of the source."""
-        numel = math.prod(self.one)
-        parts = (
-            read_flat(i * numel, (i + 1) * numel).view(self.one)[self.take]
-            for i in range(self.count)
-        )
-        parts = [part.T if self.transposed else part for part in parts]
-        return (torch.stack(parts) if len(parts) > 1 else parts[0]).reshape(self.shape)
+        numel = math.prod(self.matrix)
+        slices: list[Tensor] = []
+        for i in range(self.count):
+            matrix = read_flat(i * numel, (i + 1) * numel).view(self.matrix)
+            part = matrix[self.take]
+            slices.append(part.T if self.transposed else part)
+        # A stack copies, so one slice is not stacked.
+        values = torch.stack(slices) if len(slices) > 1 else slices[0]
+        return values.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,9 @@ def plan_tensors(
     where: str,
 ) -> list[GgufTensor]:
     """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32."""
-    pieces, names = shape.pieces(), get_tensor_name_map(arch, len(shape.layers))
-    tensors = []
+    pieces = shape.pieces()
+    names = get_tensor_name_map(arch, len(shape.layers))
+    tensors: list[GgufTensor] = []
     for prefix, spec in shape.tensors():
         source = prefix + spec.name
         for part in _parts(prefix, spec, config, architecture.in_turn):
@@ -101,27 +114,28 @@ def plan_tensors(
                 raise UserError(
                     f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}"
                 )
-            part_shape = part.shape[1:] if SHARED_GATE in name else part.shape  # a vector there
-            part_shape = (
-                (part.shape[0], *part.shape[2:])
-                if any(x in name for x in CONVOLUTIONS)
-                else part_shape
-            )
+            part_shape = _shape_in_file(name, part.shape)
+            part_type = _type(name, part_shape, precision)
             module = part_name.rpartition(".")[0]
-            inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
-            steps = tuple(_steps(spec, inner, architecture, config, shape))
-            tensors.append(
-                GgufTensor(
-                    source, name, part_shape, _type(name, part_shape, precision), part, steps
-                )
-            )
+            if module.startswith("model.layers."):
+                module = module.split(".", 3)[-1]
+            steps = tuple(_steps(spec, module, architecture, config, shape))
+            tensors.append(GgufTensor(source, name, part_shape, part_type, part, steps))
     # the head has that scale, untied from the embedding
     if getattr(config, "scale_decoder_outputs", False):
-        named = {tensor.name: tensor for tensor in tensors}
+        by_name = {tensor.name: tensor for tensor in tensors}
         scale = partial(shift, offset=0.0, factor=shape.hidden_size**-0.5)
-        head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, steps=(scale,))
-        tensors = list((named | {OUTPUT: head}).values())
+        head = by_name.get(OUTPUT, by_name[EMBEDDING])
+        by_name[OUTPUT] = replace(head, name=OUTPUT, steps=(scale,))
+        tensors = list(by_name.values())
     return tensors
+
+
+def _shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Drops the axes of size 1 that a shared expert's gate and convolutions lack in llama.cpp."""
+    if any(convolution in name for convolution in CONVOLUTIONS):
+        return (shape[0], *shape[2:])
+    return shape[1:] if SHARED_GATE in name else shape
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
@@ -130,7 +144,8 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     values: Array = tensor.part.read(read).view(tensor.shape).numpy()
     for step in tensor.steps:
         values = step(values)
-    if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+    limit = np.finfo(np.float16).max
+    if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > limit:
         where = f"{pretrained.weights.files[tensor.source]}: {tensor.source}"
         raise UserError(f"{where} has values beyond 65504, the limit of f16; {FORMATS_LEFT}")
     return quants.quantize(values, tensor.type)
@@ -154,8 +169,10 @@ def tile(values: Array, keys: int, each: int, start: int, columns: bool) -> Arra
         columns: the heads are columns, not rows.
     """
     rows = values.T if columns else values
-    split = rows[start:].reshape(keys, each, -1, *rows.shape[1:])
-    tiled = np.concatenate([rows[:start], split.swapaxes(0, 1).reshape(-1, *rows.shape[1:])])
+    width = rows.shape[1:]
+    heads = rows[start:].reshape(keys, each, -1, *width)
+    in_turn = heads.swapaxes(0, 1).reshape(-1, *width)
+    tiled = np.concatenate([rows[:start], in_turn])
     return np.ascontiguousarray(tiled.T if columns else tiled)
 
 
@@ -172,19 +189,18 @@ def _steps(
     if DELTA_NET in spec.name and spec.spans:
         start = sum(run.size for run in spec.spans[:-1])  # queries and keys come before the values
         each = config.linear_num_value_heads // config.linear_num_key_heads
-        yield partial(
-            tile, keys=spec.spans[0].groups, each=each, start=start, columns=spec.axis == 1
-        )
+        keys = spec.spans[0].groups
+        yield partial(tile, keys=keys, each=each, start=start, columns=spec.axis == 1)
     if spec.name.endswith(A_LOG):  # llama.cpp has -exp(value)
         yield lambda values: -np.exp(values)
-    offset = architecture.norm_offset if module.endswith("norm") and module != GATED_NORM else 0.0
+    is_norm = module.endswith("norm") and module != GATED_NORM
+    offset = architecture.norm_offset if is_norm else 0.0
     factor = 1.0
     if module == architecture.scaled:  # turns llama.cpp's attention scale into transformers'
-        is_odd, of_heads = (
-            len(shape.layers) == architecture.odd_depth,
-            shape.hidden_size // config.num_attention_heads,
-        )
-        factor = ((of_heads if is_odd else shape.head_dim) / config.query_pre_attn_scalar) ** 0.5
+        width = shape.head_dim
+        if len(shape.layers) == architecture.odd_depth:
+            width = shape.hidden_size // config.num_attention_heads
+        factor = (width / config.query_pre_attn_scalar) ** 0.5
     if (offset, factor) != (0.0, 1.0):
         yield partial(shift, offset=offset, factor=factor)
 
@@ -195,7 +211,8 @@ def _parts(prefix: str, spec: TensorSpec, config: Any, in_turn: bool) -> Iterabl
     if linear == "self_attn.kv_b_proj":
         return _latent_parts(prefix, spec, config.qk_nope_head_dim)
     if linear in PARTS:
-        return _fused_parts([f"{prefix}{part}.{last}" for part in PARTS[linear]], spec)
+        names = [f"{prefix}{part}.{last}" for part in PARTS[linear]]
+        return _fused_parts(names, spec)
     if spec.stack or spec.name.endswith(BIAS):
         return _expert_parts(prefix, spec, in_turn)
     return [SourcePart(prefix + spec.name, spec.shape, spec.shape)]
@@ -203,55 +220,74 @@ def _parts(prefix: str, spec: TensorSpec, config: Any, in_turn: bool) -> Iterabl
 
 def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePart]:
     """Splits the projection of latent keys and values, of which `keys` rows of each head are keys."""
-    heads, both, rank = spec.spans[0].groups, spec.spans[0].width, spec.shape[1]
-    name, one = f"{prefix}self_attn.{{}}_b_proj.weight".format, (both, rank)
-    yield SourcePart(name("k"), (heads, rank, keys), one, (slice(0, keys),), heads, transposed=True)
-    yield SourcePart(name("v"), (heads, both - keys, rank), one, (slice(keys, both),), heads)
+    heads = spec.spans[0].groups
+    width = spec.spans[0].width
+    rank = spec.shape[1]
+    linear = f"{prefix}self_attn"
+    yield SourcePart(
+        f"{linear}.k_b_proj.weight",
+        (heads, rank, keys),
+        matrix=(width, rank),
+        take=(slice(0, keys),),
+        count=heads,
+        transposed=True,
+    )
+    yield SourcePart(
+        f"{linear}.v_b_proj.weight",
+        (heads, width - keys, rank),
+        matrix=(width, rank),
+        take=(slice(keys, width),),
+        count=heads,
+    )
 
 
 def _fused_parts(names: list[str], spec: TensorSpec) -> Iterator[SourcePart]:
     start = 0
     for name, run in zip(names, spec.spans, strict=True):
-        yield SourcePart(
-            name, (run.size, *spec.shape[1:]), spec.shape, (slice(start, start + run.size),)
-        )
-        start += run.size
+        end = start + run.size
+        part_shape = (run.size, *spec.shape[1:])
+        yield SourcePart(name, part_shape, spec.shape, take=(slice(start, end),))
+        start = end
 
 
 def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
     """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
-    experts, size, transposed = (
-        spec.spans[0].groups,
-        spec.shape,
-        bool(spec.stack and spec.stack.transposed),
-    )
-    kind, one = ("weight", (size[0] // experts, size[1])) if spec.stack else ("bias", size[1:])
-    outputs, *inputs = reversed(one) if transposed else one
-    parts = EXPERT_PARTS[spec.linear.removesuffix(BIAS).rpartition(".")[2]]
-    each = outputs // len(parts)
-    for i, part in enumerate(parts):
-        take = slice(i, None, len(parts)) if in_turn else slice(i * each, (i + 1) * each)
-        name, along = f"{prefix}{part}.{kind}", (slice(None), take) if transposed else (take,)
-        yield SourcePart(name, (experts, each, *inputs), one, along, experts, transposed)
+    experts = spec.spans[0].groups
+    if spec.stack:  # the matrices of all experts, one below the other
+        kind = "weight"
+        matrix = (spec.shape[0] // experts, spec.shape[1])
+        transposed = spec.stack.transposed
+    else:  # a row for each expert
+        kind = "bias"
+        matrix = spec.shape[1:]
+        transposed = False
+    outputs, *inputs = reversed(matrix) if transposed else matrix
+    names = EXPERT_PARTS[spec.linear.removesuffix(BIAS).rpartition(".")[2]]
+    size = outputs // len(names)
+    for i, name in enumerate(names):
+        rows = slice(i, None, len(names)) if in_turn else slice(i * size, (i + 1) * size)
+        yield SourcePart(
+            f"{prefix}{name}.{kind}",
+            (experts, size, *inputs),
+            matrix,
+            take=(slice(None), rows) if transposed else (rows,),
+            count=experts,
+            transposed=transposed,
+        )
 
 
 def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
     """Returns the name in weight files, as gguf-py knows it: sinks are a weight, corrections and steps are biases."""
     name = pieces[source].names[0] if source in pieces else source
-    name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias")).replace(
-        "dt_bias", "dt_proj.bias"
-    )
-    name = name.replace("shared_mlp.output_linear", "mlp.down_proj")
+    for ours, converters in ON_DISK.items():
+        name = name.replace(ours, converters)
     return name if name.endswith((".weight", ".bias", A_LOG)) else f"{name}.weight"
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
     """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and small biases."""
-    if (
-        len(size) == 1
-        or any(x in name for x in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS))
-        or name.endswith(".bias")
-    ):
+    is_small = any(part in name for part in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS))
+    if is_small or len(size) == 1 or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     matrix_type = GGMLQuantizationType[precision.upper()]
     block, _ = GGML_QUANT_SIZES[matrix_type]

@@ -19,7 +19,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.pretrained.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 # A name in llama-vocab.cpp -> the steps that split text into words before byte-level merges, as `_describe` names them.
-# The regular expressions are those of the tokenizer.json of such models.
+# Such models have these regular expressions in their tokenizer.json.
 PRE_TOKENIZERS = Path(__file__).with_name("gguf_pre_tokenizers.json")
 # llama.cpp's own converter omits this step, too, for Qwen2 and similar models.
 NOT_COMPOSED = (
@@ -29,9 +29,11 @@ SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
 # transformers' conversions describe the spaces of sentencepiece and llama.cpp like this. Older ones do not strip.
 STRIP = {"type": "Strip", "strip_left": False, "strip_right": True}
+MANY_SPACES = {"Regex": " {2,}"}
 EXTRA_SPACES = (
     STRIP,
-    *({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": x} for x in (SPACE, " ")),
+    {"type": "Replace", "pattern": MANY_SPACES, "content": SPACE},
+    {"type": "Replace", "pattern": MANY_SPACES, "content": " "},
 )
 LAST_SPACE = "llama.cpp drops a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
@@ -88,7 +90,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
     if vocabulary.characters:
         writer.add_precompiled_charsmap(vocabulary.characters)
     for key in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
-        if isinstance(index := getattr(tokenizer, key), int):
+        index = getattr(tokenizer, key)
+        if isinstance(index, int):
             getattr(writer, f"add_{key}")(index)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -120,13 +123,13 @@ def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
         vocabulary.fill(index + 1)
         if vocabulary.types[index] == TokenType.UNKNOWN:
             continue
-        # llama.cpp compares with raw text, without sentencepiece spaces.
-        vocabulary.tokens[index] = (
-            added.content if added.special else added.content.replace(SPACE, " ")
-        )
-        vocabulary.types[index] = int(
-            TokenType.CONTROL if added.special else TokenType.USER_DEFINED
-        )
+        if added.special:
+            vocabulary.tokens[index] = added.content
+            vocabulary.types[index] = int(TokenType.CONTROL)
+        else:
+            # llama.cpp compares with raw text, without sentencepiece spaces.
+            vocabulary.tokens[index] = added.content.replace(SPACE, " ")
+            vocabulary.types[index] = int(TokenType.USER_DEFINED)
         if vocabulary.scores:
             vocabulary.scores[index] = ADDED_SCORE
 
@@ -135,21 +138,25 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
     """Writes whether BOS and EOS surround every text. A probe shows that, because the settings have many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     complete = tokenizer(PROBE).input_ids
-    start = next((i for i in range(len(complete)) if complete[i : i + len(plain)] == plain), None)
+    size = len(plain)
+    start = next((i for i in range(len(complete)) if complete[i : i + size] == plain), None)
     if start is None:
         raise UserError(
             f"{folder}: special tokens change how its tokenizer reads a text; {FORMATS_LEFT}"
         )
-    before, after = complete[:start], complete[start + len(plain) :]
+    before = complete[:start]
+    after = complete[start + size :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise UserError(
             f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}"
         )
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
-    apart, wide = (tokenizer(f"{PROBE}{spaces}{PROBE}").input_ids for spaces in (" ", "  "))
-    writer.add_remove_extra_whitespaces(apart == wide)
-    writer.add_add_space_prefix(str(tokenizer.convert_ids_to_tokens(plain)[0]).startswith(SPACE))
+    one_space = tokenizer(f"{PROBE} {PROBE}").input_ids
+    two_spaces = tokenizer(f"{PROBE}  {PROBE}").input_ids
+    writer.add_remove_extra_whitespaces(one_space == two_spaces)
+    first_token = str(tokenizer.convert_ids_to_tokens(plain)[0])
+    writer.add_add_space_prefix(first_token.startswith(SPACE))
 
 
 def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]]:
@@ -163,16 +170,22 @@ def _byte_level(
     fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path
 ) -> Vocabulary:
     steps = [_describe(step) for step in pre_tokenizer]
-    pre = next((name for name, known in read_json(PRE_TOKENIZERS).items() if known == steps), None)
+    pre_tokenizers = read_json(PRE_TOKENIZERS)
+    pre = next((name for name in pre_tokenizers if pre_tokenizers[name] == steps), None)
     normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
     if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
         raise UserError(
             f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}"
         )
     tokens, pairs = _tokens_and_merges(fast["model"])
-    types, merges = [int(TokenType.NORMAL)] * len(tokens), [" ".join(pair) for pair in pairs]
-    remarks = [NOT_COMPOSED] if normalizer else []
-    return Vocabulary("gpt2", pre, tokens, types, merges=merges, remarks=remarks)
+    return Vocabulary(
+        "gpt2",
+        pre,
+        tokens,
+        types=[int(TokenType.NORMAL)] * len(tokens),
+        merges=[" ".join(pair) for pair in pairs],
+        remarks=[NOT_COMPOSED] if normalizer else [],
+    )
 
 
 def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
@@ -188,13 +201,16 @@ def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
     unknown = model["vocab"][model["unk_id"]][0]
     tokens, scores = map(list, zip(*model["vocab"], strict=True))
     types = [_type_of(token, unknown) for token in tokens]
-    drops_last = STRIP in spaces or {"type": "WhitespaceSplit"} in _steps(
-        fast["pre_tokenizer"], "pretokenizers"
-    )
-    remarks = [LAST_SPACE] if spaces and not drops_last else []
-    characters = b"".join(map(b64decode, tables))
+    pre_tokenizer = _steps(fast["pre_tokenizer"], "pretokenizers")
+    drops_last = STRIP in spaces or {"type": "WhitespaceSplit"} in pre_tokenizer
     return Vocabulary(
-        "t5", "default", tokens, types, scores, characters=characters, remarks=remarks
+        "t5",
+        "default",
+        tokens,
+        types,
+        scores,
+        characters=b"".join(map(b64decode, tables)),
+        remarks=[LAST_SPACE] if spaces and not drops_last else [],
     )
 
 
@@ -218,9 +234,13 @@ def _describe(step: dict[str, Any]) -> str:
 def _tokens_and_merges(model: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     """Returns the tokens by id, without gaps, and the pairs to merge, in order."""
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    # strings: older files
-    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
-    return tokens, [(left, right) for left, right in pairs]
+    pairs: list[tuple[str, str]] = []
+    for pair in model["merges"]:
+        left, right = (
+            pair.split(" ", 1) if isinstance(pair, str) else pair
+        )  # older files have strings
+        pairs.append((left, right))
+    return tokens, pairs
 
 
 def _sentencepiece(path: Path) -> Vocabulary:
@@ -248,23 +268,34 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     The conversion lists every pair that makes a token, best token first, so a token's score is its place.
     """
     tokens, merges = _tokens_and_merges(fast["model"])
-    made = [left + right for left, right in merges]
-    places = {token: float(-place) for place, token in reversed(list(enumerate(made)))}
-    in_one_go = 1 + sum(a != b for a, b in pairwise(made)) == len(places)
-    known = set(tokens).difference(token["content"] for token in fast["added_tokens"])
-    splits = ((token[:i], token[i:]) for token in known for i in range(1, len(token)))
-    if not in_one_go or not {pair for pair in splits if known.issuperset(pair)} <= set(merges):
+    results = [left + right for left, right in merges]
+    places: dict[str, int] = {}  # of the best pair that makes a token
+    for place, token in enumerate(results):
+        places.setdefault(token, place)
+    # The pairs of a token follow each other.
+    is_grouped = 1 + sum(a != b for a, b in pairwise(results)) == len(places)
+    if not is_grouped or not _all_pairs(fast, tokens) <= set(merges):
         raise UserError(
             f"{path}: its merges do not come from a sentencepiece model; {FORMATS_LEFT}"
         )
-    types = [_type_of(token, fast["model"].get("unk_token")) for token in tokens]
-    return Vocabulary(
-        "llama",
-        "default",
-        tokens,
-        types,
-        [places.get(token, float(-len(merges))) for token in tokens],
-    )
+    unknown = fast["model"].get("unk_token")
+    types = [_type_of(token, unknown) for token in tokens]
+    scores = [float(-places.get(token, len(merges))) for token in tokens]
+    return Vocabulary("llama", "default", tokens, types, scores)
+
+
+def _all_pairs(fast: dict[str, Any], tokens: list[str]) -> set[tuple[str, str]]:
+    """Returns the pairs of tokens that make a token, apart from added tokens."""
+    added = {token["content"] for token in fast["added_tokens"]}
+    pieces = set(tokens) - added
+    pairs: set[tuple[str, str]] = set()
+    for token in pieces:
+        for i in range(1, len(token)):
+            left = token[:i]
+            right = token[i:]
+            if left in pieces and right in pieces:
+                pairs.add((left, right))
+    return pairs
 
 
 def _type_of(token: str, unknown: str | None) -> int:

@@ -20,9 +20,9 @@ from loraprune_ds.pruning.importance import GroupSums, sums_of_spans
 from loraprune_ds.pruning.ranking import keep_best
 
 MTP_FILE = "mtp.safetensors"
-# joins the embedding and the last hidden state of a token, before these layers
-FC = f"{MTP}fc.weight"
-LAYERS, IN_FILE = "model.layers.", f"{MTP}layers."
+FC = f"{MTP}fc.weight"  # joins the embedding and the last hidden state of a token, before these layers
+LAYERS = "model.layers."
+IN_FILE = f"{MTP}layers."
 NOTE = f"{MTP_FILE} has the layers that predict further tokens, cut by the norms of their weights and not tuned"
 
 
@@ -34,54 +34,69 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
             sizes. Also the errors of `check_weights`.
     """
     dense = open_pretrained(folder)
-    headers = {
-        name: header
-        for name, header in weight_files.read_headers(folder).items()
-        if name.startswith(MTP)
-    }
-    count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
-    require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
+    all_headers = weight_files.read_headers(folder)
+    headers = {name: header for name, header in all_headers.items() if name.startswith(MTP)}
+    layer_count = dense.config.get(NEXT_TOKENS, 1)
+    require(
+        FC in headers and layer_count, f"{folder} has no layers that predict further tokens ({FC})"
+    )
     require(
         pruned.is_uniform,
         f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}",
     )
-    one, left = _one_of_their_sort(shape), _one_of_their_sort(pruned)
-    # its groups may be of another kind
-    sizes = {tensor.name: tensor.shape for _, tensor in left.tensors()}
-    linears = [(x, sizes[x.name][x.axis]) for _, x in one.linears() if x.name in sizes]
-    kept = {kind: size // x.group_width for x, size in linears for kind in x.kinds}
-    counts = [LayerCounts(own | kept) for own in one.counts]
-    fits = one.layers != () and one.resized(counts).parameters() == left.parameters()
-    is_cut = fits and all(counts[0][kind] <= n for kind, n in one.counts[0].items())
-    require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned model")
-    outer = tuple(
-        TensorSpec(name, shape=x)
-        for name, (x, *_) in headers.items()
-        if not name.startswith(IN_FILE)
-    )
-    own = replace(one.only([0] * count), outer=outer)
+    layer = _one_attention_layer(dense.shape)
+    counts = _counts_after(layer, _one_attention_layer(pruned))
+    if counts is None:
+        raise UserError(f"{folder} is not the dense model: its sizes do not fit the pruned model")
+    outer: list[TensorSpec] = []
+    for name, (tensor_shape, *_) in headers.items():
+        if not name.startswith(IN_FILE):
+            outer.append(TensorSpec(name, shape=tensor_shape))
+    shape = replace(layer.only([0] * layer_count), outer=tuple(outer))
+    # The layers are checked under the names of decoder layers. Errors must show those in the file.
+    names = {name.replace(IN_FILE, LAYERS): name for name in headers}
     try:
-        names = {name.replace(IN_FILE, LAYERS): name for name in headers}
-        weights = check_weights(folder, headers, names, own)
+        weights = check_weights(folder, headers, names, shape)
     except UserError as error:
         raise UserError(str(error).replace(LAYERS, IN_FILE)) from None
-    return weights.cut(_largest(weights, counts[0]))
+    return weights.cut(_largest(weights, counts))
 
 
-def _one_of_their_sort(shape: ModelShape) -> ModelShape:
+def _one_attention_layer(shape: ModelShape) -> ModelShape:
     """Returns the shape of a model with only the first attention layer, if any."""
-    layers = (
-        i for i, x in enumerate(shape.layers) if x.key_value_heads and shape.kinds[-1] in x.counts
-    )
-    return shape.only(list(layers)[:1])
+    for i, layer in enumerate(shape.layers):
+        if layer.key_value_heads and shape.kinds[-1] in layer.counts:
+            return shape.only([i])
+    return shape.only([])
+
+
+def _counts_after(layer: ModelShape, pruned: ModelShape) -> LayerCounts | None:
+    """Returns the counts of groups that turn a dense layer into the pruned one. None if no cut does."""
+    if not layer.layers:
+        return None
+    # from the sizes of tensors, because the groups of the pruned layer may be of another kind
+    pruned_shapes = {tensor.name: tensor.shape for _, tensor in pruned.tensors()}
+    dense_counts = layer.counts[0]
+    counts = dict(dense_counts)
+    for _, linear in layer.linears():
+        if linear.name in pruned_shapes:
+            size = pruned_shapes[linear.name][linear.axis]
+            for kind in linear.kinds:
+                counts[kind] = size // linear.group_width
+    result = LayerCounts(counts)
+    if layer.resized([result]).parameters() != pruned.parameters():
+        return None
+    is_cut = all(result[kind] <= count for kind, count in dense_counts.items())
+    return result if is_cut else None
 
 
 def _largest(weights: ModelWeights, counts: LayerCounts) -> list[LayerKeep]:
     """Keeps these counts of groups in each layer, those with the largest sums of squared weights."""
-    shape, sums = weights.shape, list[Tensor]()
-    linears = [(i, linear) for i, linear in shape.linears() if linear.spans]
-    for i, linear in linears:
-        weight = weights.read_full(f"{LAYERS}{i}.{linear.name}", torch.float32)
+    shape = weights.shape
+    sums: list[Tensor] = []
+    linears = [(layer, linear) for layer, linear in shape.linears() if linear.spans]
+    for layer, linear in linears:
+        weight = weights.read_full(f"{LAYERS}{layer}.{linear.name}", torch.float32)
         squares = weight.square_().sum(1 - linear.axis, dtype=torch.float64)
         sums += sums_of_spans(linear, squares)
     scores = GroupSums(shape, linears, sums, step=0).by_layer("none")
@@ -97,7 +112,8 @@ def add_mtp(weights: ModelWeights, folder: Path) -> str:
         tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE)
     )
     weight_files.write_weight_file(folder / MTP_FILE, on_disk)
-    weight_files.write_index(folder, [*weight_files.weight_file_names(folder), MTP_FILE])
+    file_names = weight_files.weight_file_names(folder)
+    weight_files.write_index(folder, [*file_names, MTP_FILE])
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     if NEXT_TOKENS in text:
