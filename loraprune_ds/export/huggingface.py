@@ -51,8 +51,10 @@ class LayerSource(Protocol):
     @property
     def exported(self) -> ExportedConfig: ...
     @property
-    # config.json, tokenizer and settings of the dense model, at least on rank 0
-    def dense_folder(self) -> Path: ...
+    def dense_folder(self) -> Path:
+        """Returns the folder of config.json, tokenizer and settings of the dense model, at least on rank 0."""
+        ...
+
     @property
     def tower(self) -> Tower | None: ...
 
@@ -88,19 +90,21 @@ def write_model(
     Raises:
         RunError: a rank cannot write. Or UserError: a weight cannot be read.
     """
-    shape, tower = card.pruned, source.tower
-    own = len(shape.layers) + 1
-    count = own + (tower is not None)
+    shape = card.pruned
+    tower = source.tower
+    tower_index = len(shape.layers) + 1  # its file follows the one of embedding, norm and head
+    count = tower_index + (tower is not None)
     # transformers' names
     paths = [folder / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
-    writes, files = LocalWrites(ranks, folder), source.files(ranks, merge=merge)
+    writes = LocalWrites(ranks, folder)
+    files = source.files(ranks, merge=merge)
 
     def write_files() -> None:
         for k, tensors in files:
             weight_files.write_weight_file(paths[k], in_files(tensors, shape, tower))
             del tensors  # before the next layer
-        if tower and own % ranks.world_size == ranks.rank:
-            weight_files.copy_tensors(tower.files, paths[own])
+        if tower and tower_index % ranks.world_size == ranks.rank:
+            weight_files.copy_tensors(tower.files, paths[tower_index])
 
     def complete() -> None:
         weight_files.write_index(folder, [path.name for path in paths])
@@ -121,9 +125,8 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         weight_files.copy_named(dense, folder, weight_files.PROCESSOR_FILES)
         weight_files.drop_auto_maps(folder)
     elif has_tokenizer(folder):
-        is_text_part = (
-            read_json(dense / "config.json", missing_ok=True).get("model_type") in MULTIMODAL
-        )
+        config = read_json(dense / "config.json", missing_ok=True)
+        is_text_part = config.get("model_type") in MULTIMODAL
         if exported.renamed or is_text_part:  # the class has another model type
             _pin_tokenizer(dense, folder)
     write_json(folder / "config.json", exported.config)
@@ -135,16 +138,17 @@ def copy_model(model: PretrainedModel, out: Path) -> None:
     """Fills the folder `out` with a model's files of known names. Our modelling file is the only code in the copy."""
     for name in weight_files.weight_file_names(model.folder):
         shutil.copyfile(model.folder / name, out / name)
-    named = (
+    names = (
         "config.json",
         weight_files.INDEX_FILE,
         *weight_files.PROCESSOR_FILES,
         *weight_files.DOCUMENTS,
     )
-    weight_files.copy_named(model.folder, out, named)
+    weight_files.copy_named(model.folder, out, names)
     copy_tokenizer(model.folder, out)
     config = read_json(out / "config.json")
-    if (renamed := name_our_code(config)) != config:
+    renamed = name_our_code(config)
+    if renamed != config:
         write_json(out / "config.json", renamed)
     _write_modelling_file(out, model.shape.model_type)
 
@@ -153,9 +157,8 @@ def _write_modelling_file(folder: Path, model_type: str) -> None:
     """Writes our modelling file with the name of the family, for a model that needs it."""
     if not model_type.startswith(PRUNED):
         return
-    code = (
-        resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
-    )
+    file = resources.files("loraprune_ds.model") / MODELLING_FILE
+    code = file.read_text(encoding="utf-8")
     code = code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family_name(model_type)}"')
     (folder / MODELLING_FILE).write_text(code, encoding="utf-8")
 
@@ -174,10 +177,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     alone, so the files that the run derived from it are written, too.
     """
     weight_files.copy_named(source, out, weight_files.TOKENIZER_FILES)
-    sentencepiece = any(
-        (source / name).is_file() for name in (SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE)
-    )
-    is_alone = sentencepiece and not (source / "tokenizer.json").is_file()
+    has_sentencepiece = _has_any(source, SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE)
+    is_alone = has_sentencepiece and not _has_any(source, "tokenizer.json")
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
     path = out / weight_files.TOKENIZER_CONFIG
@@ -197,9 +198,11 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
-    )
+    return _has_any(folder, "tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
+
+
+def _has_any(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:
