@@ -73,10 +73,12 @@ def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
     Args:
         answers: the dense model's (optional), then the pruned model's, as in `--json`. Older files lack some measures.
     """
-    keys = [key for key in ANSWER_MEASURES if answers[0].get(key) is not None]
+    first = answers[0]
+    keys = [key for key in ANSWER_MEASURES if first.get(key) is not None]
     head = [key.replace("_", " ") for key in keys]
-    rows = [["", *head], _answers_row("all", keys, answers)]
-    for kind in answers[0].get("by_kind", ()):
+    rows = [["", *head]]
+    rows.append(_answers_row("all", keys, answers))
+    for kind in first.get("by_kind", ()):
         of_kind = [model["by_kind"][kind] for model in answers]
         rows.append(_answers_row(kind, keys, of_kind))
     yield f"{title}, dense -> pruned" if len(answers) > 1 else title

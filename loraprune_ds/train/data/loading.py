@@ -312,11 +312,12 @@ def _hold_out(
     chosen = _spread(sizes, fraction)
     if chosen:
         left_out = {i + 1 for i in chosen}
-        return Split(
-            (numbered for numbered in enumerate(rows, start=1) if numbered[0] not in left_out),
-            (number for number in all_numbers if number not in left_out),
-            ((i + 1, rows[i]) for i in chosen),
+        numbers = [number for number in all_numbers if number not in left_out]
+        tuning = (
+            (number, row) for number, row in enumerate(rows, start=1) if number not in left_out
         )
+        held_out = ((i + 1, rows[i]) for i in chosen)
+        return Split(tuning, numbers, held_out)
     require(
         are_documents,
         f"data.held_out_fraction {fraction} of the {count} rows in {source.path} is none; "

@@ -1,7 +1,7 @@
 """Holds the tuning samples of a run in memory, packs several into a window, and orders them.
 
-The order depends only on the seed, the step and the micro-batch. So ranks agree without communication, and a run
-resumes on any number of ranks.
+The order depends only on the seed, the step and the micro-batch. Ranks agree without communication, and a run resumes
+on any number of ranks.
 """
 
 import hashlib
@@ -126,13 +126,10 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
     columns: dict[str, Tensor] = {}
     for name in parts[0].columns:
         columns[name] = torch.cat([part.columns[name] for part in parts])
-    return Samples(
-        columns,
-        starts_of(torch.cat([part.lengths() for part in parts])),
-        parts[0].window,
-        sum(part.left_out for part in parts),
-        next((part.first_left_out for part in parts if part.left_out), ""),
-    )
+    starts = starts_of(torch.cat([part.lengths() for part in parts]))
+    left_out = sum(part.left_out for part in parts)
+    first_left_out = next((part.first_left_out for part in parts if part.left_out), "")
+    return Samples(columns, starts, parts[0].window, left_out, first_left_out)
 
 
 def _with_positions(samples: Samples) -> Samples:

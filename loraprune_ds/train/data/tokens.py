@@ -1,4 +1,4 @@
-"""Makes tokens and labels from text. Documents fill windows. Of instructions and chats only the answers are learnt."""
+"""Makes tokens and labels from text. Documents fill windows. Only the answers in instructions and chats are learnt."""
 
 import json
 import re
