@@ -58,8 +58,9 @@ def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
     source_mask = window[: int(starts.max())] < starts
     source = input_ids[:, : source_mask.shape[1]] * source_mask
 
-    steps = window[: int((ends - starts).max())]
-    target_mask = steps < ends - starts
+    lengths = ends - starts
+    steps = window[: int(lengths.max())]
+    target_mask = steps < lengths
     target = input_ids.gather(1, (starts + steps).clamp(max=window[-1])) * target_mask
 
     rows = torch.arange(batch).to(starts)[:, None]
