@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 NamedModel = tuple[str, dict[str, Any]]  # its column, and its part of the result
 KINDS = ("greedy", "sampled")
+FACTS = ("kind", "method", "model_type", "dtype")  # of a model, in the first lines
 # its columns become rows if two do not fit, as on a phone
 PAGE = Path(__file__).with_name("answers.html")
 
@@ -142,13 +143,16 @@ def _models(result: dict[str, Any]) -> list[NamedModel]:
 
 def _heading(result: dict[str, Any]) -> Iterator[str]:
     for name, model in _models(result):
-        facts = [model[key] for key in ("kind", "method", "model_type", "dtype") if model[key]]
+        facts = [model[key] for key in FACTS if model[key]]
         yield f"{name:<6} {model['path']} ({', '.join(facts)})"
     text = result["text"]
     if text:
-        split = f", split {text['split']}" if text["split"] else ""
-        windows = f"{result['windows']:,} windows of {result['protocol']['window']} tokens"
-        yield f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions"
+        text_name = text["name"]
+        if text["split"]:
+            text_name += f", split {text['split']}"
+        window = result["protocol"]["window"]
+        windows = f"{result['windows']:,} windows of {window} tokens"
+        yield f"text   {text_name}: {windows}, {result['tokens']:,} predictions"
 
 
 def _answer_lines(result: dict[str, Any]) -> Iterator[str]:

@@ -350,7 +350,12 @@ def _draw_bytes(
 ) -> None:
     """Draws the fullest rank as a line, and the others as a band below it."""
     most = max(map(max, per_rank), default=0)
-    scale, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    if most >= 1e9:
+        scale = 1e9
+        unit = "GB"
+    else:
+        scale = 1e6
+        unit = "MB"
     top = [max(ranks) / scale for ranks in per_rank]
     bottom = [min(ranks) / scale for ranks in per_rank]
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
