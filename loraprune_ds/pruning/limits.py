@@ -1,4 +1,4 @@
-"""The two values that decide the counts of groups: the limits, which are fixed, and the budget, which is asked for."""
+"""`Limits`: what may leave at all. `Budget`: how much shall leave, and of which kind."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,16 +29,17 @@ class Limits:
     uniform: bool  # all open layers keep equal counts
 
     def leaving(self, ratio: float) -> float:
-        """Counts the linear parameters that leave until this ratio is gone."""
+        """Returns how many linear parameters the cuts must remove to reach this ratio."""
         return ratio * self.dense.linear_numel()
 
     def gone(self, shape: ModelShape) -> float:
-        """Returns the ratio that is gone from a shape."""
+        """Returns the ratio that the cuts to a shape have removed."""
         return 1 - shape.linear_numel() / self.dense.linear_numel()
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns the groups of each chunk from `count` down to the floor."""
-        multiple, floor = self.multiples[kind], self.floor[layer][kind]
+        multiple = self.multiples[kind]
+        floor = self.floor[layer][kind]
         if count <= floor:
             return []
         first = count % multiple or multiple
@@ -46,11 +47,11 @@ class Limits:
 
     def numel(self, layers: Sequence[LayerCounts]) -> dict[Kind, int]:
         """Counts the linear parameters of each kind in the open layers, from the counts of all layers."""
-        group_numel, kinds = self.dense.group_numel, self.dense.kinds
-        return {
-            kind: group_numel[kind] * sum(layers[i][kind] for i in self.open_layers)
-            for kind in kinds
-        }
+        numel = dict[Kind, int]()
+        for kind in self.dense.kinds:
+            groups = sum(layers[i][kind] for i in self.open_layers)
+            numel[kind] = groups * self.dense.group_numel[kind]
+        return numel
 
     @cached_property
     def removable(self) -> dict[Kind, int]:
@@ -60,52 +61,55 @@ class Limits:
 
     def step_numel(self, kind: Kind) -> int:
         """Counts the linear parameters of one multiple of a kind: in one layer, or with `uniform` in all open ones."""
-        return self.multiples[kind] * (
-            self.equal_numel[kind] if self.uniform else self.dense.group_numel[kind]
-        )
+        group_numel = self.equal_numel if self.uniform else self.dense.group_numel
+        return self.multiples[kind] * group_numel[kind]
 
     # Equal counts in all open layers, as config.json counts groups. A layer with twice as many loses twice as many.
 
     @cached_property
     def bounds(self) -> Bounds:
-        """The fewest and the most groups that they may have."""
-        times, layers, kinds = self.dense.times, self.open_layers, self.dense.kinds
-        both = (self.floor, self.dense.counts)
-        least, most = (
-            LayerCounts((x, max(own[i][x] // times(i, x) for i in layers)) for x in kinds)
-            for own in both
-        )
-        return least, most
+        """The fewest and the most groups that an open layer may have."""
+        return self._equal_counts(self.floor), self._equal_counts(self.dense.counts)
+
+    def _equal_counts(self, layers: Sequence[LayerCounts]) -> LayerCounts:
+        counts = dict[Kind, int]()
+        for (
+            kind
+        ) in self.dense.kinds:  # some layers lack a kind, so the largest count is the common one
+            counts[kind] = max(
+                layers[i][kind] // self.dense.times(i, kind) for i in self.open_layers
+            )
+        return LayerCounts(counts)
 
     @cached_property
     def equal_numel(self) -> dict[Kind, int]:
         """The linear parameters of one group in every open layer that has such groups."""
-        times, counts, layers = self.dense.times, self.dense.counts, self.open_layers
-        groups = {
-            kind: sum(times(i, kind) for i in layers if counts[i][kind])
-            for kind in self.dense.kinds
-        }
-        return {kind: count * self.dense.group_numel[kind] for kind, count in groups.items()}
+        dense = self.dense
+        numel = dict[Kind, int]()
+        for kind in dense.kinds:
+            layers = [i for i in self.open_layers if dense.counts[i][kind]]
+            numel[kind] = sum(dense.times(i, kind) for i in layers) * dense.group_numel[kind]
+        return numel
 
     def narrowest(self, bounds: Bounds) -> Iterator[LayerCounts]:
         """Yields for each count of heads the equal counts with the fewest channels (or experts)."""
-        (least, most), as_many = bounds, self.dense.family.as_many
+        least, most = bounds
+        as_many = self.dense.family.as_many
         coarse = [kind for kind in self.dense.kinds[:-1] if kind not in as_many]
-        for counts in product(
-            *(range(least[kind], most[kind] + 1, self.multiples[kind]) for kind in coarse)
-        ):
-            found = {**least, **dict(zip(coarse, counts, strict=True))}
-            yield LayerCounts(
-                found | {kind: min(found[other], most[kind]) for kind, other in as_many.items()}
-            )
+        choices = [range(least[kind], most[kind] + 1, self.multiples[kind]) for kind in coarse]
+        for chosen in product(*choices):
+            counts = {**least, **dict(zip(coarse, chosen, strict=True))}
+            for kind, twin in as_many.items():
+                counts[kind] = min(counts[twin], most[kind])
+            yield LayerCounts(counts)
 
     def with_equal(self, counts: Mapping[Kind, int], shape: ModelShape) -> ModelShape:
         """Returns the shape with equal counts in every open layer. Layers with delta nets and with attention differ."""
-        layers, times = list(shape.counts), self.dense.times
+        layers = list(shape.counts)
         for i in self.open_layers:
-            own = self.dense.counts[i].items()
             layers[i] = LayerCounts(
-                (kind, counts[kind] * times(i, kind) if n else 0) for kind, n in own
+                (kind, counts[kind] * self.dense.times(i, kind) if dense_count else 0)
+                for kind, dense_count in self.dense.counts[i].items()
             )
         return shape.resized(layers)
 
@@ -121,33 +125,28 @@ class Budget:
 def protected_layers(config: PruneConfig, dense: ModelShape) -> set[int]:
     protected = set[int]()
     for layers in dense.layer_lists:
-        first = -(-len(layers) // 10) if config.protected_first is None else config.protected_first
-        protected |= {*layers[:first], *layers[max(0, len(layers) - config.protected_last) :]}
+        first = config.protected_first
+        if first is None:
+            first = math.ceil(len(layers) / 10)
+        protected.update(layers[:first])
+        protected.update(layers[max(0, len(layers) - config.protected_last) :])
     return protected
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits of a run. Raises UserError if settings conflict, or do not fit the model."""
-    count, protected = len(dense.layers), protected_layers(config, dense)
+    count = len(dense.layers)
+    protected = protected_layers(config, dense)
     if len(protected) == count:
         raise UserError(
             f"prune.protected_first and prune.protected_last protect all {count} layers"
         )
-    multiples = _multiples(config, dense, protected)
-    least, floor = dict(multiples), list[LayerCounts]()
-    if dense.mixture:
-        least["experts"] *= math.ceil(dense.mixture.least_experts / least["experts"])
-    for i, layer in enumerate(dense.counts):
-        fixed = layer.keys() if i in protected else dense.family.fixed
-        few = {
-            kind: min(least[kind] * dense.times(i, kind), n)
-            for kind, n in layer.items()
-            if kind not in fixed
-        }
-        floor.append(LayerCounts(layer | few))
+    _check_servers(config.tensor_parallel, dense)
+    multiples = _multiples(config, dense)
     open_layers = [i for i in range(count) if i not in protected]
+    _check_widths(config, dense, open_layers, multiples)
     uniform = config.ranking == "uniform"
-    limits = Limits(dense, tuple(floor), open_layers, multiples, uniform)
+    limits = Limits(dense, _floor(dense, open_layers, multiples), open_layers, multiples, uniform)
     if uniform and limits.with_equal(limits.bounds[1], dense).counts != dense.counts:
         raise UserError(
             "prune.ranking: uniform needs equal layers, but the layers of this model differ; use global"
@@ -155,73 +154,108 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     return limits
 
 
-def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
-    """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers, too."""
-    servers, multiple = (
-        config.tensor_parallel,
-        math.lcm(config.channel_multiple, config.tensor_parallel),
-    )
-    odd = f"prune.tensor_parallel {servers} does not divide the"
+def _check_servers(servers: int, dense: ModelShape) -> None:
+    """Raises UserError if the GPUs of a server cannot divide what the model has before any cut."""
+    key = f"prune.tensor_parallel {servers} does not divide the"
     if dense.mixture and dense.mixture.expert_size % servers:
-        raise UserError(f"{odd} {dense.mixture.expert_size} channels of an expert")
-    require(dense.has_heads_for(servers), f"{odd} key-value heads")
+        raise UserError(f"{key} {dense.mixture.expert_size} channels of an expert")
+    require(dense.has_heads_for(servers), f"{key} key-value heads")
     for i, layer in enumerate(dense.counts):
         for kind, count in layer.items():
-            if kind != "experts" and count % servers:
-                raise UserError(f"{odd} {count} {kind} of layer {i}")
-        if i not in protected and 0 < layer.get("channels", 0) < multiple:
-            keys = f"prune.channel_multiple {config.channel_multiple}"
-            keys += (
-                f" with prune.tensor_parallel {servers}"
-                if multiple > config.channel_multiple
-                else ""
-            )
-            raise UserError(
-                f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}"
-            )
-    multiples = {"heads": servers, "cross_heads": servers, "delta": servers, "channels": multiple}
-    multiples |= {QUERY_HEADS: math.lcm(dense.ranges(QUERY_HEADS), servers)}
+            divided = kind == "experts" or count % servers == 0
+            require(divided, f"{key} {count} {kind} of layer {i}")
+
+
+def _multiples(config: PruneConfig, dense: ModelShape) -> dict[Kind, int]:
+    """Returns the divisor of the kept counts of each kind."""
+    servers = config.tensor_parallel
+    multiples = {
+        "heads": servers,
+        "cross_heads": servers,
+        "delta": servers,
+        "channels": math.lcm(config.channel_multiple, servers),
+        QUERY_HEADS: math.lcm(dense.ranges(QUERY_HEADS), servers),
+    }
     return {kind: multiples.get(kind, dense.ranges(kind)) for kind in dense.kinds}
 
 
-def make_budget(config: PruneConfig, limits: Limits, ratio: float) -> Budget:
-    """Divides a ratio among the kinds. Raises UserError if it conflicts with `prune.head_ratio`.
+def _check_widths(
+    config: PruneConfig, dense: ModelShape, open_layers: list[int], multiples: dict[Kind, int]
+) -> None:
+    """Raises UserError if an open layer has fewer channels than one multiple."""
+    multiple = multiples.get("channels", 0)
+    key = f"prune.channel_multiple {config.channel_multiple}"
+    if multiple > config.channel_multiple:
+        key += f" with prune.tensor_parallel {config.tensor_parallel}"
+    for i in open_layers:
+        channels = dense.counts[i].get("channels", 0)
+        fits = channels == 0 or channels >= multiple
+        require(fits, f"{key} needs at least {multiple} channels, and layer {i} has {channels}")
 
-    Without that setting all kinds lose the same fraction of their parameters. Of a mixture only experts leave.
-    """
-    dense, head_ratio, numel = limits.dense, config.head_ratio, limits.numel(limits.dense.counts)
+
+def _floor(
+    dense: ModelShape, open_layers: list[int], multiples: dict[Kind, int]
+) -> tuple[LayerCounts, ...]:
+    """Returns the fewest groups that each layer keeps: one multiple, or all that it has."""
+    least = dict(multiples)
+    if dense.mixture:
+        least["experts"] *= math.ceil(dense.mixture.least_experts / least["experts"])
+    floor = list(dense.counts)
+    for i in open_layers:
+        counts = dict(floor[i])
+        for kind in counts.keys() - dense.family.fixed:
+            counts[kind] = min(least[kind] * dense.times(i, kind), counts[kind])
+        floor[i] = LayerCounts(counts)
+    return tuple(floor)
+
+
+def make_budget(config: PruneConfig, limits: Limits, ratio: float) -> Budget:
+    """Divides a ratio among the kinds. Raises UserError if it conflicts with `prune.head_ratio`."""
+    if config.head_ratio is None:
+        return Budget(ratio, _shares_by_size(limits))
+    return Budget(ratio, _shares_by_head_ratio(config.head_ratio, limits, ratio))
+
+
+def _shares_by_size(limits: Limits) -> dict[Kind, float]:
+    """Lets all kinds lose the same fraction of their parameters. Of a mixture only experts leave."""
+    dense = limits.dense
+    numel = limits.numel(dense.counts)
+    if dense.mixture:  # such models have few heads, which stay
+        numel |= dict.fromkeys(dense.kinds[:-1], 0)
+    total = max(1, sum(numel.values()))
+    return {kind: part / total for kind, part in numel.items()}
+
+
+def _shares_by_head_ratio(head_ratio: float, limits: Limits, ratio: float) -> dict[Kind, float]:
+    """Lets heads (and delta nets) lose this fraction of their parameters, and the finest kind the rest."""
+    dense = limits.dense
     *coarse, fine = dense.kinds
-    if head_ratio is None:
-        if dense.mixture:  # such models have few heads, which stay
-            numel |= dict.fromkeys(coarse, 0)
-        return Budget(
-            ratio, {kind: part / max(1, sum(numel.values())) for kind, part in numel.items()}
-        )
-    keeps = (
-        f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; remove the setting"
+    key = f"prune.head_ratio {head_ratio}"
+    prunes_heads = "heads" in coarse or QUERY_HEADS in coarse
+    require(
+        prunes_heads or head_ratio == 0,
+        f"{key}: a {dense.model_type} keeps its heads; remove the setting",
     )
-    require(not {"heads", QUERY_HEADS}.isdisjoint(dense.kinds) or head_ratio == 0, keeps)
-    # of delta nets, too
-    heads, most_heads = (sum(x[kind] for kind in coarse) for x in (numel, limits.removable))
-    others, most_others = max(1, numel[fine]), limits.removable[fine]
-    leaving, of_heads = max(1, limits.leaving(ratio)), head_ratio * heads
-    # only full heads go
-    half_a_step = sum(limits.equal_numel[kind] * limits.multiples[kind] for kind in coarse) / 2
-    if of_heads > most_heads + half_a_step:
+    numel = limits.numel(dense.counts)
+    heads = sum(numel[kind] for kind in coarse)
+    removable_heads = sum(limits.removable[kind] for kind in coarse)
+    leaving_heads = head_ratio * heads
+    half_a_step = (
+        sum(limits.equal_numel[kind] * limits.multiples[kind] for kind in coarse) / 2
+    )  # only full heads go
+    if leaving_heads > removable_heads + half_a_step:
+        raise UserError(f"{key}: at most {removable_heads / heads:.1%} of the heads may leave")
+    leaving = max(1, limits.leaving(ratio))
+    removable = limits.removable[fine]
+    if not leaving_heads <= leaving <= leaving_heads + removable + half_a_step:
+        total = max(1, numel[fine])
+        asked = (leaving - leaving_heads) / total
         raise UserError(
-            f"prune.head_ratio {head_ratio}: at most {most_heads / heads:.1%} of the heads may leave"
+            f"{key} with prune.ratio {ratio} would remove {asked:.1%} of the {fine}, "
+            f"but only {removable / total:.1%} may leave"
         )
-    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
-        both, asked = (
-            f"prune.head_ratio {head_ratio} with prune.ratio {ratio}",
-            (leaving - of_heads) / others,
-        )
-        reason = (
-            f"would remove {asked:.1%} of the {fine}, but only {most_others / others:.1%} may leave"
-        )
-        raise UserError(f"{both} {reason}")
     shares = {kind: head_ratio * numel[kind] / leaving for kind in coarse}
-    return Budget(ratio, shares | {fine: 1 - of_heads / leaving})
+    return shares | {fine: 1 - leaving_heads / leaving}
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
@@ -231,34 +265,35 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     if config.head_ratio is None:
         return 0, most
     numel = limits.numel(limits.dense.counts)
-    of_heads = config.head_ratio * sum(numel[kind] for kind in coarse)
-    return of_heads, min(most, of_heads + limits.removable[fine])
+    leaving_heads = config.head_ratio * sum(numel[kind] for kind in coarse)
+    return leaving_heads, min(most, leaving_heads + limits.removable[fine])
 
 
 def check_reachable(config: PruneConfig, limits: Limits, ratio: float) -> None:
     """Raises UserError if the ratio is out of reach. The message names the largest ratio."""
     *coarse, fine = limits.dense.kinds
     _, most = reachable(config, limits)
-    key, numel = (
-        f"prune.{'sizes' if config.sizes else 'ratio'} {ratio}",
-        limits.dense.linear_numel(),
-    )
     # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
-    near = max(map(limits.step_numel, coarse), default=0)
+    tolerance = max(map(limits.step_numel, coarse), default=0)
     if limits.uniform:
-        least, widest = (counts[fine] for counts in limits.bounds)
-        near = min(limits.step_numel(fine), (widest - least) * limits.equal_numel[fine]) / 2
-    if most == 0 or limits.leaving(ratio) > most + near:
-        largest = math.floor(1e4 * most / numel) / 1e4
-        cause = f"with the protected layers and minimum widths at most {largest} can leave"
-        raise UserError(f"{key} is out of reach: {cause}")
+        least, widest = limits.bounds
+        channels = (widest[fine] - least[fine]) * limits.equal_numel[fine]
+        tolerance = min(limits.step_numel(fine), channels) / 2
+    if most == 0 or limits.leaving(ratio) > most + tolerance:
+        key = "sizes" if config.sizes else "ratio"
+        largest = math.floor(1e4 * most / limits.dense.linear_numel()) / 1e4
+        raise UserError(
+            f"prune.{key} {ratio} is out of reach: with the protected layers and minimum widths "
+            f"at most {largest} can leave"
+        )
 
 
 def shortfall(limits: Limits, asked: float, reached: float) -> str | None:
     """Says how far a run ends below the ratio that it was asked for. None within the largest step of its ranking."""
-    if (asked - reached) * limits.dense.linear_numel() <= max(
-        map(limits.step_numel, limits.dense.kinds)
-    ):
+    largest_step = max(map(limits.step_numel, limits.dense.kinds))
+    if (asked - reached) * limits.dense.linear_numel() <= largest_step:
         return None
-    ends, asks = format_percent(reached), format_percent(asked)
-    return f"the run ends with {ends} of the linear parameters removed; its last cut was to reach {asks}"
+    return (
+        f"the run ends with {format_percent(reached)} of the linear parameters removed; "
+        f"its last cut was to reach {format_percent(asked)}"
+    )

@@ -60,25 +60,30 @@ class Section:
     def cut_steps(self) -> list[int]:
         """Every `every`-th step after the warm-up and the last step before the cool-down, if a width changes.
 
-        With multiples `global` waits until each open layer could lose one more on average. Its last step always cuts.
+        Under `global` a step is kept once every open layer could lose one multiple on average. The last is always kept.
         """
-        steps, limits = (
-            [*range(self.start + self.every, self.end, self.every), self.end],
-            self.limits,
-        )
-        fine = limits.dense.kinds[-1]
-        if not limits.uniform and limits.multiples[fine] == 1:
+        steps = [*range(self.start + self.every, self.end, self.every), self.end]
+        fine = self.limits.dense.kinds[-1]
+        if not self.limits.uniform and self.limits.multiples[fine] == 1:
             return steps
-        chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
-        always = set[int]() if limits.uniform else {self.end}
-        widths = pairwise(
-            self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps)
-        )
-        return [
-            step
-            for step, (old, new) in zip(steps, widths, strict=True)
-            if old != new or step in always
-        ]
+        changed = list[int]()
+        width = self._width(self.start)
+        for step in steps:
+            before, width = width, self._width(step)
+            if width != before:
+                changed.append(step)
+        if not self.limits.uniform and self.end not in changed:
+            changed.append(self.end)
+        return changed
+
+    def _width(self, step: int) -> LayerCounts | int:
+        """Returns the equal counts after `step`. For `global`, the multiples that each open layer loses on average."""
+        counts = self.counts(step)
+        if counts is not None:
+            return counts
+        limits = self.limits
+        one_each = len(limits.open_layers) * limits.step_numel(limits.dense.kinds[-1])
+        return round(self.target(step) / (one_each / limits.dense.linear_numel()))
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,10 @@ class Schedule:
 
     def section(self, step: int) -> Section:
         """Returns the section of a step. Steps after the last section belong to it."""
-        return next(
-            (section for section in self.sections if step <= section.last), self.sections[-1]
-        )
+        for section in self.sections:
+            if step <= section.last:
+                return section
+        return self.sections[-1]
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
@@ -136,8 +142,10 @@ class Schedule:
 
     def cycles(self) -> list[int]:
         """Lists the lengths of the learning rate's cycles: the cuts and the recovery of each section."""
-        parts = [n for x in self.sections for n in (x.recovery - x.first, x.last - x.recovery)]
-        return [steps for steps in parts if steps]
+        borders = [0]
+        for section in self.sections:
+            borders += [section.recovery, section.last]
+        return [end - start for start, end in pairwise(borders) if end > start]
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
@@ -162,22 +170,43 @@ def plan_pruning(
     Raises:
         UserError: a size has no step left to cut, or none that changes a width.
     """
-    sections, shared, before, first = list[Section](), 0, 0.0, 0
+    sections = list[Section]()
+    shared = 0  # the steps with cuts that earlier sizes take
+    before = 0.0
+    first = 0
     for size in sizes:
         until = round(steps * size.budget.ratio / sizes[-1].budget.ratio)
-        own, shared = until - shared, until
+        count = until - shared
         # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
-        start = first + math.floor(config.warmup_fraction * own + 1e-6)
-        end = first + own - math.floor(config.cooldown_fraction * own + 1e-6)
-        to = f" for prune.sizes {size.name}" if size.name else ""
-        few = f"train.steps {own}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
-        require(end > start, few)
-        last = first + own + (recovery[size.place] if recovery else 0)
+        start = first + math.floor(config.warmup_fraction * count + 1e-6)
+        end = first + count - math.floor(config.cooldown_fraction * count + 1e-6)
+        recovery_start = first + count
+        last = recovery_start + (recovery[size.place] if recovery else 0)
         section = Section(
-            limits, size, before, first, start, end, first + own, last, config.prune_every
+            limits, size, before, first, start, end, recovery_start, last, config.prune_every
         )
-        small = f"prune.ratio {section.ratio:.6g}{to} is too small to change a width with prune.channel_multiple"
-        require(bool(section.cut_steps), f"{small} {config.channel_multiple}")
+        _check_cuts(config, section, steps)
         sections.append(section)
-        before, first = section.ratio, last
+        shared = until
+        before = section.ratio
+        first = last
     return Schedule(config, limits, sections)
+
+
+def _check_cuts(config: PruneConfig, section: Section, steps: int) -> None:
+    """Raises UserError if a section has no step left to cut, or none that changes a width."""
+    key = f"prune.ratio {section.ratio:.6g}"
+    if section.size.name is not None:
+        key = f"prune.sizes {section.size.name}"
+    elif config.target is not None:
+        key = f"prune.target {config.target}"
+    require(
+        section.end > section.start,
+        f"{key} gets {section.recovery - section.first} of {steps} train.steps, which leaves no step between "
+        "prune.warmup_fraction and prune.cooldown_fraction; raise train.steps",
+    )
+    require(
+        bool(section.cut_steps),
+        f"{key} is too small to change a width with prune.channel_multiple {config.channel_multiple}; "
+        "lower prune.channel_multiple",
+    )

@@ -1,7 +1,9 @@
 """The sizes that a run makes, from `prune.ratio`, `prune.target` or `prune.sizes`."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from loraprune_ds.config import PruneConfig
@@ -20,6 +22,7 @@ from loraprune_ds.pruning.limits import (
 )
 from loraprune_ds.pruning.ranking import uniform_goal
 
+BudgetAt = Callable[[float], Budget]  # divides a ratio among the kinds
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
 
 
@@ -45,25 +48,24 @@ def resolve(
         UserError: settings conflict or do not fit the model, or a ratio or target is out of reach. The message names
             the largest ratio or the smallest size.
     """
-    equal = dense.family.equal_layers
+    needs_equal = dense.family.equal_layers
     if config.ranking is None:
-        config = replace(config, ranking="uniform" if tower or equal else "global")
+        config = replace(config, ranking="uniform" if tower or needs_equal else "global")
     limits = make_limits(config, dense)
     sizes = make_sizes(config, limits)
-    final = final_shape(limits, sizes)
-    fits = not equal or (final is not None and final.is_uniform)
-    require(fits, f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}")
+    if needs_equal:
+        final = final_shape(limits, sizes)
+        fits = final is not None and final.is_uniform
+        require(fits, f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}")
     refits = any(share > 0 for kind, share in sizes[-1].budget.shares.items() if kind != "experts")
-    useless = f"prune.compensate: {config.compensate} makes up for heads and channels, but here only experts leave; "
+    if config.compensate is None:
+        config = replace(config, compensate="least_squares" if refits else "none")
     require(
-        refits or config.compensate in (None, "none"),
-        useless + "set prune.head_ratio, or remove prune.compensate",
+        refits or config.compensate == "none",
+        f"prune.compensate: {config.compensate} makes up for heads and channels, but here only experts leave; "
+        "set prune.head_ratio, or remove prune.compensate",
     )
-    return (
-        replace(config, compensate=config.compensate or ("least_squares" if refits else "none")),
-        limits,
-        sizes,
-    )
+    return config, limits, sizes
 
 
 def final_shape(limits: Limits, sizes: list[Size]) -> ModelShape | None:
@@ -75,47 +77,76 @@ def final_shape(limits: Limits, sizes: list[Size]) -> ModelShape | None:
 def make_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     """Decides the sizes of a run, ordered by what they remove. Raises the errors of `resolve`.
 
-    With `uniform` the counts of each lie between those of the size before and of the last, so no count grows.
+    Under `uniform` the counts only fall from size to size.
     """
-    last = _last_budget(config, limits)
+    if config.sizes is not None:
+        return _several_sizes(config, limits, config.sizes)
+    budget_at = partial(make_budget, config, limits)
+    ratio = config.ratio
+    if config.target is not None:
+        ratio = _find_ratio(config, limits, config.target, budget_at)
+    assert ratio is not None, "the config has a ratio or a target"
+    budget = budget_at(ratio)
+    check_reachable(config, limits, ratio)
+    return [Size(None, 0, budget, _bounds_of(limits, budget))]
+
+
+def _several_sizes(config: PruneConfig, limits: Limits, names: list[str]) -> list[Size]:
+    """Decides the sizes of `prune.sizes`. All have the shares of the last, which removes most."""
+    any_heads = replace(config, head_ratio=None)
+
+    def ratio_of(name: str, budget_at: BudgetAt, bounds: Bounds | None = None) -> float:
+        return _fraction(name) or _find_ratio(any_heads, limits, name, budget_at, bounds)
+
+    budget_at = partial(make_budget, any_heads, limits)
+    largest = max(names, key=lambda name: ratio_of(name, budget_at))
+    _check_largest(config, largest)
+    budget_at = partial(make_budget, config, limits)
+    last = budget_at(_fraction(largest) or _find_ratio(config, limits, largest, budget_at))
     check_reachable(config, limits, last.ratio)
-    bounds: Bounds | None = (
-        (uniform_goal(limits, last), limits.bounds[1]) if limits.uniform else None
-    )
-    names, sizes, before = config.sizes, list[Size](), 0.0
-    if names is None:
-        return [Size(None, 0, last, bounds)]
-    for place in sorted(range(len(names)), key=lambda i: _ratio_of(config, limits, names[i], last)):
-        is_last = len(sizes) + 1 == len(names)
-        budget = (
-            last
-            if is_last
-            else Budget(_ratio_of(config, limits, names[place], last, bounds), last.shares)
-        )
-        own = bounds and (uniform_goal(limits, budget, bounds), bounds[1])
-        removes = budget.ratio > before and (own is None or own[0] != own[1])
-        least = (
-            f"removes no more than {sizes[-1].name}" if sizes else "is too small to change a width"
-        )
-        require(removes, f"prune.sizes: {names[place]} {least}")
-        sizes.append(Size(names[place], place, budget, own))
-        before, bounds = budget.ratio, bounds and own and (bounds[0], own[0])
+    with_shares = partial(Budget, shares=last.shares)
+    ratios = [ratio_of(name, with_shares) for name in names]
+    bounds = _bounds_of(limits, last)
+    sizes = list[Size]()
+    for place in sorted(range(len(names)), key=ratios.__getitem__):
+        budget = last
+        if len(sizes) + 1 < len(names):
+            budget = with_shares(ratio_of(names[place], with_shares, bounds))
+        size = Size(names[place], place, budget, _bounds_of(limits, budget, bounds))
+        _check_removes(size, sizes[-1] if sizes else None)
+        sizes.append(size)
+        if bounds and size.bounds:
+            bounds = bounds[0], size.bounds[0]
     return sizes
 
 
-def _last_budget(config: PruneConfig, limits: Limits) -> Budget:
-    """Returns the budget of a run's only size, or of the one that removes most."""
-    asked = config.ratio or config.target
-    if config.sizes is not None:
-        largest = max(config.sizes, key=lambda size: _ratio_of(config, limits, size))
-        asked = _fraction(largest) or largest
-        for key, given in (("ratio", config.ratio), ("target", config.target)):
-            other = f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; remove it"
-            require(given in (None, asked), other)
-    assert asked is not None, "the config has a ratio or a target"
-    return make_budget(
-        config, limits, _find_ratio(config, limits, asked) if isinstance(asked, str) else asked
-    )
+def _bounds_of(limits: Limits, budget: Budget, bounds: Bounds | None = None) -> Bounds | None:
+    """Returns the bounds of a size, within those of all later sizes. None unless the ranking is `uniform`."""
+    if not limits.uniform:
+        return None
+    _, start = bounds or limits.bounds
+    return uniform_goal(limits, budget, bounds), start
+
+
+def _check_removes(size: Size, before: Size | None) -> None:
+    """Raises UserError if a size removes nothing from the size before, or from the dense model."""
+    removes = before is None or size.budget.ratio > before.budget.ratio
+    if size.bounds is not None:
+        goal, start = size.bounds
+        removes = removes and goal != start
+    reason = "is too small to change a width; lower prune.channel_multiple"
+    if before is not None:
+        reason = f"removes no more than {before.name}; remove one of them"
+    require(removes, f"prune.sizes: {size.name} {reason}")
+
+
+def _check_largest(config: PruneConfig, largest: str) -> None:
+    """Raises UserError if `prune.ratio` or `prune.target` is not the size that removes most."""
+    for key, value in (("ratio", config.ratio), ("target", config.target)):
+        require(
+            value in (None, _fraction(largest) or largest),
+            f"prune.{key} {value} is not the largest cut of prune.sizes, which is {largest}; remove it",
+        )
 
 
 def _fraction(size: str) -> float | None:
@@ -124,58 +155,50 @@ def _fraction(size: str) -> float | None:
     return amount.value if amount.unit == "parameters" and amount.value < 1 else None
 
 
-def _ratio_of(
-    config: PruneConfig,
-    limits: Limits,
-    size: str,
-    last: Budget | None = None,
-    bounds: Bounds | None = None,
-) -> float:
-    """Returns the ratio that one of `prune.sizes` removes. All have the shares of the last."""
-    return _fraction(size) or _find_ratio(
-        replace(config, head_ratio=None), limits, size, last, bounds
-    )
-
-
 def _find_ratio(
     config: PruneConfig,
     limits: Limits,
     asked: str,
-    last: Budget | None = None,
+    budget_at: BudgetAt,
     bounds: Bounds | None = None,
 ) -> float:
     """Finds the ratio that reaches a number of parameters or the memory of a server.
 
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of the target.
     """
-    key = "prune.sizes" if config.sizes else "prune.target"
-    amount, numel = read_amount(asked, key), limits.dense.linear_numel()
-    size = measure(config, limits.dense, amount)
-    if size <= amount.value:
-        raise UserError(f"{key} {asked} removes nothing from a model of {amount.format(size)}")
+    key = f"prune.{'sizes' if config.sizes else 'target'}"
+    amount = read_amount(asked, key)
+    dense_size = measure(config, limits.dense, amount)
+    if dense_size <= amount.value:
+        raise UserError(
+            f"{key} {asked} removes nothing from a model of {amount.format(dense_size)}"
+        )
 
     def size_at(ratio: float) -> float:
-        budget = Budget(ratio, last.shares) if last else make_budget(config, limits, ratio)
-        if limits.uniform:
-            return measure(
-                config,
-                limits.with_equal(uniform_goal(limits, budget, bounds), limits.dense),
-                amount,
-            )
-        return _size_of_global(config, limits, budget, amount)
+        budget = budget_at(ratio)
+        if not limits.uniform:
+            return _size_of_global(config, limits, budget, amount)
+        goal = uniform_goal(limits, budget, bounds)
+        return measure(config, limits.with_equal(goal, limits.dense), amount)
 
-    least, most = (gone / numel for gone in reachable(config, limits))
-    narrowest = size_at(most) if most > 0 else size
-    if narrowest > amount.value:
-        keeps = f"protected layers and minimum widths at least {amount.format(narrowest)} stay"
-        raise UserError(f"{key} {asked} is out of reach: with the {keeps}")
+    numel = limits.dense.linear_numel()
+    least, most = (leaving / numel for leaving in reachable(config, limits))
+    smallest = size_at(most) if most > 0 else dense_size
+    if smallest > amount.value:
+        raise UserError(
+            f"{key} {asked} is out of reach: with the protected layers and minimum widths "
+            f"at least {amount.format(smallest)} stay"
+        )
     low, high = least, most
     while high - low > 0.5 / numel:  # `high` fits
         middle = (low + high) / 2
-        low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
+        if size_at(middle) > amount.value:
+            low = middle
+        else:
+            high = middle
     if config.head_ratio and high - least < 1 / numel:
         raise UserError(
-            f"prune.head_ratio {config.head_ratio} alone removes more than {key} {asked} asks for"
+            f"prune.head_ratio {config.head_ratio} alone removes more than {key} {asked} asks for; lower it"
         )
     return high
 
@@ -189,8 +212,8 @@ def _size_of_global(config: PruneConfig, limits: Limits, budget: Budget, amount:
         index = max(range(len(dense.layers)), key=lambda i: dense.counts[i][kind])
         layers = list(dense.counts)
         layers[index] = LayerCounts({**layers[index], kind: layers[index][kind] - 1})
-        of_a_group = dense_size - measure(config, dense.resized(layers), amount)
-        size -= of_a_group * limits.leaving(budget.ratio) * share / dense.group_numel[kind]
+        group_size = dense_size - measure(config, dense.resized(layers), amount)
+        size -= group_size * limits.leaving(budget.ratio) * share / dense.group_numel[kind]
     return size
 
 
@@ -208,19 +231,16 @@ def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
     """Returns the bytes of weights, and how many tokens of KV cache fit into the rest of `memory` bytes."""
     weights = server_memory(config, shape)["weights"]
-    tokens = max(
-        0, math.floor((memory - weights - 4 * state_numel(shape)) / (BYTES * cached_numel(shape)))
-    )
+    rest = memory - weights - 4 * state_numel(shape)
+    tokens = max(0, math.floor(rest / (BYTES * cached_numel(shape))))
     return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
 
 
 def measure(config: PruneConfig, shape: ModelShape, amount: Amount) -> float:
     """Returns the size of a model in the unit of an amount."""
-    return (
-        sum(server_memory(config, shape).values())
-        if amount.unit == "bytes"
-        else shape.total_numel()
-    )
+    if amount.unit == "bytes":
+        return sum(server_memory(config, shape).values())
+    return shape.total_numel()
 
 
 def describe_target(
@@ -230,6 +250,13 @@ def describe_target(
     amount = config.target_amount
     if amount is None:
         return None
-    entry = {"asked": config.target, "unit": amount.unit, "value": amount.value}
-    entry |= {"dense": measure(config, dense, amount), "reached": measure(config, pruned, amount)}
-    return entry | (server_memory(config, pruned) if amount.unit == "bytes" else {})
+    entry = {
+        "asked": config.target,
+        "unit": amount.unit,
+        "value": amount.value,
+        "dense": measure(config, dense, amount),
+        "reached": measure(config, pruned, amount),
+    }
+    if amount.unit == "bytes":
+        entry |= server_memory(config, pruned)
+    return entry
