@@ -1,5 +1,6 @@
 """Bytes sent (at most) and seconds (estimates) of a step, a cut and the whole run. README.md has the formulas."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from loraprune_ds.pruning.compensate import numel_sent
 
 IN_GROUP = "weights_in_group"  # sent inside a group of hpZ. Other bytes go to all ranks
 StepKind = tuple[bool, bool]  # (the step scores, the step measures inputs for `prune.compensate`)
+STEP_KINDS: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
 
 
 @dataclass(frozen=True)
@@ -36,125 +38,128 @@ class Total(NamedTuple):
     at_most: float
     bytes_sent: float
 
+    def plus(self, more: "Total", times: float) -> "Total":
+        """Adds another total, so many times."""
+        return Total(*(value + times * other for value, other in zip(self, more, strict=True)))
+
 
 def step_cost(request: Request, shape: ModelShape, kind: StepKind) -> Cost:
     """Returns the cost of one optimizer step."""
-    tokens = (
-        request.config.train.global_batch_size * request.config.data.window / request.world_size
-    )
-    return _cost(
-        request, step_sent(request, shape, kind), tokens * _flops_per_token(request, shape, kind)
-    )
+    train = request.config.train
+    tokens = train.global_batch_size * request.config.data.window / request.world_size
+    sent = step_sent(request, shape, kind)
+    return _cost(request, sent, tokens * _flops_per_token(request, shape, kind))
 
 
 def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, int]:
     """Returns the bytes that a rank sends in one optimizer step, by term."""
-    others, micro, criterion = (
-        request.world_size - 1,
-        request.micro_batches,
-        request.config.prune.criterion,
-    )
-    lora, scoring, moments, (scores, measures) = request.lora_shards(shape), 0, 0, kind
-    if scores and others and criterion != "random":
-        linears = shape.input_linears() if criterion == "fisher" else shape.linears()
-        scoring = 8 * sum(
-            run.scores if criterion == "fisher" else run.groups
-            for _, x in linears
-            for run in x.spans
-        )
-        scoring += 0 if criterion == "fisher" else 8 * lora * others
-    if measures and others and (measured := request.measured(shape)):
-        moments = 8 + 4 * micro * sum(numel_sent(x.matrix[1]) for _, x in measured)
-    weights = _gathers(
-        request, request.stored(shape), passes_of_weights(request, shape) * micro, lora
-    )
-    # the decoder reads it after the encoder
-    embedding = request.stored(shape)[:1] if shape.family.has_encoder else []
-    for again, passes in ((request.taught, micro), (embedding, (1 + bool(request.taught)) * micro)):
-        for term, sent in _gathers(request, again, passes).items():
-            weights[term] += sent
-    return {
-        **weights,
-        "lora_gradients": 4 * micro * lora * others,
-        "scoring": scoring,
-        "input_moments": moments,
-    }
+    scores, measures = kind
+    micro = request.micro_batches
+    others = request.world_size - 1
+    stored = request.stored(shape)
+    lora = request.lora_shards(shape)
+    sent = _gathers(request, stored, passes_of_weights(request, shape) * micro, lora)
+    sent.update(_gathers(request, request.taught, micro))
+    if shape.family.has_encoder:  # the decoder reads the embedding again, and the teacher's, too
+        sent.update(_gathers(request, stored[:1], (1 + bool(request.taught)) * micro))
+    sent["lora_gradients"] = 4 * micro * lora * others
+    sent["scoring"] = _scores_sent(request, shape) if scores else 0
+    measured = request.measured(shape) if measures and others else []
+    moments = sum(numel_sent(linear.matrix[1]) for _, linear in measured)
+    sent["input_moments"] = 8 + 4 * micro * moments if measured else 0
+    return dict(sent)
+
+
+def _scores_sent(request: Request, shape: ModelShape) -> int:
+    criterion = request.config.prune.criterion
+    others = request.world_size - 1
+    if others == 0 or criterion == "random":
+        return 0
+    if criterion == "fisher":
+        linears = shape.input_linears()
+        return 8 * sum(run.scores for _, linear in linears for run in linear.spans)
+    groups = sum(run.groups for _, linear in shape.linears() for run in linear.spans)
+    return 8 * groups + 8 * request.lora_shards(shape) * others
 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of smaller layers with LoRA's state, and refitted linears."""
+    if request.world_size == 1:
+        return _cost(request, {"cut": 0}, 0)
     cut = [i for i in range(len(after.layers)) if before.counts[i] != after.counts[i]]
-    lora = sum(request.shard_numel(before.layers[i].lora_numel(request.config.lora.r)) for i in cut)
-    frozen = sum(request.shard_bytes(request.stored_as(*before.layers[i].tensors)) for i in cut)
-    refitted = full_bytes(
-        request.stored_as(*(linear for i, linear in request.measured(before) if i in cut))
-    )
+    lora = 0
+    frozen = 0
+    for i in cut:
+        layer = before.layers[i]
+        lora += request.shard_numel(layer.lora_numel(request.config.lora.r))
+        frozen += request.shard_bytes(request.stored_as(*layer.tensors))
+    linears = [linear for i, linear in request.measured(before) if i in cut]
+    refitted = full_bytes(request.stored_as(*linears))
     sent = frozen + (12 + request.element_size) * lora + 2 * refitted  # to the owner and back
-    return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
+    return _cost(request, {"cut": sent}, 0)
 
 
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Costs fall linearly with the parameters from the dense to the final shape."""
-    prune, schedule, total = request.config.prune, request.schedule, Total(0, 0, 0)
-    kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
-    known = {
-        kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds
-    }
-    for n in range(1, request.schedule.steps + 1):
+    prune = request.config.prune
+    schedule = request.schedule
+    first = {kind: step_cost(request, request.shape, kind).total for kind in STEP_KINDS}
+    last = {kind: step_cost(request, final, kind).total for kind in STEP_KINDS}
+    total = Total(0, 0, 0)
+    for n in range(1, schedule.steps + 1):
         measures = prune.compensate != "none" and schedule.precedes_cut(n, prune.compensate_steps)
-        gone = schedule.target(n - 1) / schedule.ratio
-        first, last = known[schedule.is_scored(n), measures]
-        total = Total(
-            *(t + x * (1 - gone) + y * gone for t, x, y in zip(total, first, last, strict=True))
-        )
+        kind = (schedule.is_scored(n), measures)
+        removed = schedule.target(n - 1) / schedule.ratio
+        total = total.plus(first[kind], 1 - removed).plus(last[kind], removed)
     return total
 
 
 def _gathers(
     request: Request, weights: list[StoredTensor], passes: int, lora_shards: int = 0
-) -> dict[str, int]:
+) -> Counter[str]:
     """Returns the bytes sent by passes that gather all weights. hpZ copies LoRA again in every step."""
-    others, group = request.world_size - 1, request.fetch.zero_hpz_partition_size
+    others = request.world_size - 1
+    group = request.fetch.zero_hpz_partition_size
     factors = request.element_size * lora_shards
     shards = request.shard_bytes(weights) + factors
     if group == 1:
-        return {"weights": passes * shards * others, IN_GROUP: 0}
+        return Counter({"weights": passes * shards * others, IN_GROUP: 0})
     in_group = (passes * shards - factors) * (group - 1) * (request.world_size // group)
-    return {"weights": factors * others, IN_GROUP: in_group}
+    return Counter({"weights": factors * others, IN_GROUP: in_group})
 
 
 def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
-    cluster, size, group = (
-        request.cluster,
-        request.world_size,
-        request.fetch.zero_hpz_partition_size,
-    )
+    cluster = request.cluster
+    ranks = request.world_size
+    group = request.fetch.zero_hpz_partition_size
     in_group = sent.get(IN_GROUP, 0)
     to_all = sum(sent.values()) - in_group
-    shards = sent.get("weights", 0) / max(1, size - 1) + in_group / max(1, group - 1)
+    host_copies = 0
+    if request.offloads("param"):
+        shards = sent.get("weights", 0) / max(1, ranks - 1) + in_group / max(1, group - 1)
+        host_copies = shards / (cluster.host_bandwidth * 1e9)
+    seconds = cluster.seconds_to_receive(to_all, ranks)
+    seconds += cluster.seconds_to_receive(in_group, group)
     return Cost(
         sent,
-        between_nodes=cluster.between_nodes(to_all, size) + cluster.between_nodes(in_group, group),
+        between_nodes=cluster.between_nodes(to_all, ranks) + cluster.between_nodes(in_group, group),
         compute=operations / (cluster.flops * cluster.utilisation * 1e12),
-        communication=cluster.seconds_to_receive(to_all, size)
-        + cluster.seconds_to_receive(in_group, group),
-        host_copies=shards / (cluster.host_bandwidth * 1e9) if request.offloads("param") else 0,
+        communication=seconds,
+        host_copies=host_copies,
     )
 
 
 def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
     """Returns the operations of a step per token. A multiply-add is two."""
     again = request.config.train.gradient_checkpointing
-    # eager attends to all of it
-    window, part = request.config.data.window, 1 if request.batch(1, 1).eager else 2
-    per_token = (4 + 2 * again) * active_numel(shape)  # LoRA's own products are below 1 %
-    per_token += (7 + 2 * again) * attention_product(
-        shape, window
-    ) / part + 4 * shape.vocab_size * shape.hidden_size
+    window = request.config.data.window
+    part = 1 if request.batch(1, 1).eager else 2  # eager attends to all of the window
+    flops = (4 + 2 * again) * active_numel(shape)  # LoRA's own products are below 1 %
+    flops += (7 + 2 * again) * attention_product(shape, window) / part
+    flops += 4 * shape.vocab_size * shape.hidden_size
     if kind[1]:
-        per_token += sum(2 * numel_sent(x.matrix[1]) for _, x in request.measured(shape))
+        flops += sum(2 * numel_sent(linear.matrix[1]) for _, linear in request.measured(shape))
     if request.taught:
-        per_token += (
-            2 * active_numel(request.shape) + 2 * attention_product(request.shape, window) / part
-        )
-    return per_token / len(shape.layer_lists)  # a token passes either the encoder or the decoder
+        flops += 2 * active_numel(request.shape)
+        flops += 2 * attention_product(request.shape, window) / part
+    return flops / len(shape.layer_lists)  # a token passes either the encoder or the decoder

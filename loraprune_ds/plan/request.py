@@ -101,10 +101,12 @@ class Request:
         return measured_linears(shape, layers)
 
     def batch(self, samples: int, window: int) -> PlannedBatch:
-        eager = (
-            attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
-        )
-        return PlannedBatch(samples, window, self.element_size, eager)
+        attention = attn_implementation(self.config.model.attn_implementation, self.shape.family)
+        return PlannedBatch(samples, window, self.element_size, eager=attention == "eager")
+
+    @property
+    def training_batch(self) -> PlannedBatch:
+        return self.batch(self.config.train.micro_batch_size, self.config.data.window)
 
     def stored(self, shape: ModelShape) -> list[StoredTensor]:
         """Lists the frozen tensors that ZeRO-3 shards."""
@@ -112,9 +114,10 @@ class Request:
 
     def stored_as(self, *tensors: TensorSpec) -> list[StoredTensor]:
         """As `stored`, of some tensors of a layer."""
-        return [
-            stored for x in tensors for stored in x.stored(self.element_size, self.int8).values()
-        ]
+        stored: list[StoredTensor] = []
+        for tensor in tensors:
+            stored += tensor.stored(self.element_size, self.int8).values()
+        return stored
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
@@ -130,9 +133,11 @@ class Request:
 
     def shard_bytes(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's shards."""
-        return sum(
-            x.element_size * partition_numel(math.prod(x.shape), self.world_size) for x in tensors
-        )
+        total = 0
+        for tensor in tensors:
+            numel = partition_numel(math.prod(tensor.shape), self.world_size)
+            total += tensor.element_size * numel
+        return total
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of LoRA."""
@@ -150,14 +155,18 @@ class Request:
 
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. `global` is planned with equal losses."""
-        limits, section, dense = self.schedule.limits, self.schedule.section(step), self.shape
+        limits = self.schedule.limits
+        section = self.schedule.section(step)
+        dense = self.shape
         if counts := section.counts(step):
             return limits.with_equal(counts, dense)
-        layers, numel, budget = list(dense.counts), limits.numel(dense.counts), section.budget(step)
+        budget = section.budget(step)
         leaving = limits.leaving(budget.ratio)
+        numel = limits.numel(dense.counts)
         stays = {
             kind: 1 - leaving * share / max(1, numel[kind]) for kind, share in budget.shares.items()
         }
+        layers = list(dense.counts)
         for i in limits.open_layers:
             layers[i] = LayerCounts(
                 (kind, max(min(1, n), round(n * stays[kind]))) for kind, n in layers[i].items()
@@ -177,19 +186,16 @@ def make_request(
     if model in LLAMA_SIZES:
         config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
     require(model is not None or config_path is not None, "give a model or --config")
-    raw = (
-        {"output_dir": "unused", "train": {"steps": 100}}
-        if config_path is None
-        else read_config(config_path)
-    )
+    raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
+    if config_path is not None:
+        raw = read_config(config_path)
     for override in overrides:
         apply_override(raw, override)
     config = config_from_dict(raw)
     name = model or config.model.path
     source = read_model_config(name, config.model.revision)
-    return build_request(
-        name, source, shape_from_config(source, name), config, cluster, samples=samples
-    )
+    shape = shape_from_config(source, name)
+    return build_request(name, source, shape, config, cluster, samples=samples)
 
 
 def build_request(
@@ -206,19 +212,22 @@ def build_request(
     text = text_config(source, name)
     check_family(shape.family, text, name, config.model.dtype, packing=config.data.packs_rows)
     train.gradient_accumulation_steps(cluster.world_size)
-    few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
-    require(samples is None or samples >= train.global_batch_size, few)
+    require(
+        samples is None or samples >= train.global_batch_size,
+        f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}",
+    )
     if samples is None and isinstance(config.data.path, str):
         samples = config.data.max_samples
-    of_epochs = samples and steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    steps = train.steps or of_epochs or ASSUMED_STEPS
+    steps = train.steps
+    if steps is None and samples:
+        steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     tower = source.get("model_type") in MULTIMODAL and not config.model.text_only
     prune, limits, sizes = resolve(config.prune, shape, tower=tower)
     if tower:
         check_tower(source, final_shape(limits, sizes), name)
     config = replace(config, prune=prune)
-    schedule = plan_pruning(prune, limits, sizes, steps, config.recovery)
-    if train.steps or of_epochs:  # an assumed number of steps refuses nothing
+    schedule = plan_pruning(prune, limits, sizes, steps or ASSUMED_STEPS, config.recovery)
+    if steps:  # an assumed number of steps refuses nothing
         train.check_warmup(schedule.cycles()[0])
     per_node = cluster.gpus_per_node
     require(
@@ -227,8 +236,10 @@ def build_request(
     )
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
-    bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
-    require(size % per_node == 0 or per_node % size == 0, bad)
+    require(
+        size % per_node == 0 or per_node % size == 0,
+        f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs",
+    )
     return Request(name, text, shape, config, cluster, schedule, ds_config, samples)
 
 
@@ -239,13 +250,18 @@ def changed(
 
     `deepspeed={...}` are keys of zero_optimization. hpZ's "auto" depends on the cluster and is resolved again.
     """
-    zero, where = sections.pop("deepspeed", {}), cluster or request.cluster
+    zero = sections.pop("deepspeed", {})
     config = config_from_dict(merge(request.config.to_dict(), sections))
     new = build_request(
-        request.model, request.source, request.shape, config, where, samples=request.samples
+        request.model,
+        request.source,
+        request.shape,
+        config,
+        cluster or request.cluster,
+        samples=request.samples,
     )
-    kept = {
-        key: value for key, value in request.ds_config["zero_optimization"].items() if key != HPZ
-    }
-    new.ds_config["zero_optimization"].update(kept | zero)
+    settings = request.ds_config["zero_optimization"] | zero
+    if HPZ not in zero:
+        settings.pop(HPZ, None)
+    new.ds_config["zero_optimization"] |= settings
     return new

@@ -33,20 +33,24 @@ class Stage:
 
     @property
     def peak(self) -> int:
-        return self.resident + sum(self.phases[self.peak_phase].values())
+        return self.resident + max(self._phase_bytes.values())
 
     @property
     def peak_phase(self) -> str:
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+        return max(self._phase_bytes, key=self._phase_bytes.__getitem__)
+
+    @property
+    def _phase_bytes(self) -> dict[str, int]:
+        return {name: sum(terms.values()) for name, terms in self.phases.items()}
 
 
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
     """Plans the memory of the run. The first cut is the largest; `after` is the shape after it."""
-    dense, cut = (
+    stages = [
         training_stage("dense", request, request.shape),
         _cut(request, request.shape, after),
-    )
-    stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
+        training_stage("after the last cut", request, final, scores=False),
+    ]
     if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.schedule.steps)
@@ -58,25 +62,24 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
     """Builds the stage of steps, evaluations and the export at a shape. Its steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
-    factors = [
-        StoredTensor((n,), request.element_size) for n in shape.lora_numel(request.config.lora.r)
-    ]
-    embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
-    passes = {
-        "training": _training(request, shape) | (_observing(request, shape) if scores else {}),
+    phases = {
+        "training": _training(request, shape),
         "optimizer step": {"optimizer_temporaries": stepping},
         "scoring": _scoring(request, shape) if scores else {},
         "evaluation": _evaluation(request, shape),
     }
+    if scores:
+        phases["training"] |= _observing(request, shape)
     if request.taught:
-        batch = request.batch(request.config.train.micro_batch_size, request.config.data.window)
-        targets = batch.tokens * request.shape.hidden_size * request.element_size
-        dense_pass = _forward_pass(request, request.shape, batch, prefetches=True)
-        passes["teacher's pass"] = dense_pass | {"targets": targets}
-    copies = {"second_copy_of_lora": request.second_copies(factors)}
-    phases = {phase: terms | copies for phase, terms in passes.items()}
+        phases["teacher's pass"] = _teaching(request)
+    factors = [
+        StoredTensor((n,), request.element_size) for n in shape.lora_numel(request.config.lora.r)
+    ]
+    for terms in phases.values():
+        terms["second_copy_of_lora"] = request.second_copies(factors)
+    embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
     phases["export"] = {"layer_on_its_writer": 2 * written}
     phases = {phase: {term: n for term, n in terms.items() if n} for phase, terms in phases.items()}
     return Stage(name, state, phases, host | {"export": written})
@@ -86,12 +89,13 @@ def split_state(
     request: Request, shape: ModelShape, *, measures: bool = False
 ) -> tuple[Terms, Terms]:
     """Returns the terms (on the GPU, in host memory)."""
-    lora, e = request.lora_shards(shape), request.element_size
-    frozen = [*(stored := request.stored(shape)), *(taught := request.taught)]
+    lora = request.lora_shards(shape)
+    stored = request.stored(shape)
+    frozen = [*stored, *request.taught]
     terms = {
         "weights": request.shard_bytes(stored),
-        "teacher": request.shard_bytes(taught),
-        "lora": e * lora,
+        "teacher": request.shard_bytes(request.taught),
+        "lora": request.element_size * lora,
         "lora_masters": 4 * lora,  # fp32, like moments, gradients and the bucket
         "lora_moments": 8 * lora,  # from the first step on
         "lora_gradients": 4 * lora,
@@ -99,33 +103,42 @@ def split_state(
     }
     if copies := request.second_copies(frozen):
         terms["second_copy"] = copies
-    away = ["weights", "teacher", "lora", "second_copy"] if request.offloads("param") else []
-    away += (
-        ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
-    )
-    host = {name: terms.pop(name) for name in list(terms) if name in away}
-    blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
+    on_host: list[str] = []
+    if request.offloads("param"):
+        on_host += ["weights", "teacher", "lora", "second_copy"]
+    if request.offloads("optimizer"):
+        on_host += ["lora_masters", "lora_moments", "lora_gradients"]
+    host = {name: terms.pop(name) for name in list(terms) if name in on_host}
     if request.offloads("optimizer"):
         # DeepSpeed's CPU optimizer has a separate copy
         host["lora_gradients_for_the_step"] = host["lora_gradients"]
-        blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
-    # each frozen shard is a block, and LoRA's share a buffer
-    if request.offloads("param", pinned=True):
-        second = [request.second_copies([x]) for x in frozen] if copies else []
-        blocks += [host["lora"], *(request.shard_bytes([x]) for x in frozen), *second]
-    if blocks:
+    if blocks := _pinned_blocks(request, frozen, host):
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
     if measures and (linears := request.measured(shape)):
         terms["input_moments"] = max(moment_bytes(linears, request.world_size))
     return terms, host
 
 
+def _pinned_blocks(request: Request, frozen: list[StoredTensor], host: Terms) -> list[int]:
+    """Lists the bytes of blocks of page-locked memory, which torch rounds up to powers of two."""
+    blocks: list[int] = []
+    if request.offloads("optimizer", pinned=True):
+        blocks += 2 * [host["lora_gradients"]]
+    # each frozen shard is a block, and LoRA's share a buffer
+    if request.offloads("param", pinned=True):
+        blocks.append(host["lora"])
+        blocks += [request.shard_bytes([tensor]) for tensor in frozen]
+        if "second_copy" in host:
+            blocks += [request.second_copies([tensor]) for tensor in frozen]
+    return blocks
+
+
 def moment_bytes(linears: Iterable[tuple[int, TensorSpec]], world_size: int) -> list[int]:
     """Returns the bytes of these linears' fp32 input moments on each rank, which has those of its own layers."""
-    of_ranks = [0] * world_size
+    by_rank = [0] * world_size
     for i, linear in linears:
-        of_ranks[layer_owner(i, world_size)] += 4 * linear.matrix[1] ** 2
-    return of_ranks
+        by_rank[layer_owner(i, world_size)] += 4 * linear.matrix[1] ** 2
+    return by_rank
 
 
 def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
@@ -134,8 +147,10 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
     numel, model = _model_size(request, shape)
-    limits = request.fetch.max_live_parameters, request.fetch.prefetch_bucket_size
-    live, prefetched = (round(count * trains * model / numel) for count in limits)
+    live = prefetched = 0
+    if trains:
+        live = round(request.fetch.max_live_parameters * model / numel)
+        prefetched = round(request.fetch.prefetch_bucket_size * model / numel)
     if module > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
     stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
@@ -156,80 +171,101 @@ def passes_of_weights(request: Request, shape: ModelShape) -> int:
 
 def full_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Counts the bytes of unsharded tensors."""
-    return sum(x.element_size * math.prod(x.shape) for x in tensors)
+    return sum(tensor.element_size * math.prod(tensor.shape) for tensor in tensors)
 
 
 def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
     """Returns (elements, bytes) of the unsharded model with LoRA."""
-    stored, lora = request.stored(shape), sum(shape.lora_numel(request.config.lora.r))
-    return sum(math.prod(x.shape) for x in stored) + lora, full_bytes(
-        stored
-    ) + lora * request.element_size
+    stored = request.stored(shape)
+    lora = sum(shape.lora_numel(request.config.lora.r))
+    numel = sum(math.prod(tensor.shape) for tensor in stored) + lora
+    return numel, full_bytes(stored) + lora * request.element_size
 
 
 def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
     that is dequantised (0 without int8; one expert of a stack at a time).
     """
-    e, r = request.element_size, request.config.lora.r
-    one_of_each = set(shape.layers)
-    layer = max(
-        full_bytes(request.stored_as(*x.tensors)) + e * sum(x.lora_numel(r)) for x in one_of_each
-    )
-    module, dequantised = e * max(tensor.numel for tensor in shape.outer), 0
+    r = request.config.lora.r
+    layer = 0
+    module = request.element_size * max(tensor.numel for tensor in shape.outer)
+    dequantised = 0
+    for spec in set(shape.layers):
+        frozen = full_bytes(request.stored_as(*spec.tensors))
+        layer = max(layer, frozen + request.element_size * sum(spec.lora_numel(r)))
+        for linear in spec.linears:
+            lora = sum(math.prod(factor) for factor in linear.lora_shapes(r))
+            frozen = full_bytes(request.stored_as(linear))
+            module = max(module, frozen + request.element_size * lora)
+            if request.int8:
+                numel = linear.numel // linear.matrices
+                dequantised = max(dequantised, request.element_size * numel)
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         module = max(module, layer)
-    for x in (linear for layer_spec in one_of_each for linear in layer_spec.linears):
-        module = max(
-            module, full_bytes(request.stored_as(x)) + e * sum(map(math.prod, x.lora_shapes(r)))
-        )
-        dequantised = max(dequantised, request.int8 * e * x.numel // x.matrices)
     return layer, module, dequantised
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
-    refit, e, r = 0, request.element_size, request.config.lora.r
-    for (_, linear), (_, left) in zip(
-        request.measured(before), request.measured(after), strict=True
-    ):
-        (m, n), k = linear.matrix, left.matrix[1]
+    refit = 0
+    r = request.config.lora.r
+    linears = zip(request.measured(before), request.measured(after), strict=True)
+    for (_, linear), (_, smaller) in linears:
+        m, n = linear.matrix
+        k = smaller.matrix[1]
         system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
-        refit = max(refit, 2 * e * m * (n + k) + 4 * r * (n + m) + system)
+        matrices = 2 * request.element_size * m * (n + k) + 4 * r * (n + m)
+        refit = max(refit, matrices + system)
     shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
-    moving = {"repartition": 3 * shards}  # one leaves, one arrives, one is new
-    return Stage("the first cut", state, {"refit": {"refit": refit}, "moving": moving}, host)
+    phases = {
+        "refit": {"refit": refit},
+        "moving": {"repartition": 3 * shards},  # one leaves, one arrives, one is new
+    }
+    return Stage("the first cut", state, phases, host)
 
 
 def _training(request: Request, shape: ModelShape) -> Terms:
     """Returns the terms of a micro-batch. `distill_weight` adds the teacher's logits and the target."""
-    train, e = request.config.train, request.element_size
-    batch = request.batch(train.micro_batch_size, request.config.data.window)
+    train = request.config.train
+    batch = request.training_batch
     head = logits(shape, batch)
     if train.distill_weight:
-        per_logit = 12 + (4 if train.distill_temperature != 1 else 0)
+        per_logit = 12 if train.distill_temperature == 1 else 16
         head = min(batch.tokens, chunk_size(shape.vocab_size)) * shape.vocab_size * per_logit
-        head += 3 * batch.tokens * shape.hidden_size * e
-    gathered, saved = gathered_weights(request, shape), activations(request, shape, batch)
-    return {"gathered_weights": gathered, "activations": saved, "logits": head}
+        head += 3 * batch.tokens * shape.hidden_size * request.element_size
+    return {
+        "gathered_weights": gathered_weights(request, shape),
+        "activations": activations(request, shape, batch),
+        "logits": head,
+    }
+
+
+def _teaching(request: Request) -> Terms:
+    batch = request.training_batch
+    terms = _forward_pass(request, request.shape, batch, prefetches=True)
+    targets = batch.tokens * request.shape.hidden_size * request.element_size
+    return terms | {"targets": targets}
 
 
 def _observing(request: Request, shape: ModelShape) -> Terms:
     """Returns the terms of scoring and measuring in the passes of a step."""
-    config, terms = request.config, Terms()
-    tokens = config.train.micro_batch_size * config.data.window
-    if config.prune.criterion == "fisher":
-        chosen = shape.mixture.experts_per_token if shape.mixture else 1
-        widths = [
-            (x.stack, x.inputs * (chosen if x.stack else 1)) for _, x in shape.input_linears()
-        ]
-        # Dropout replaces the inputs of expert stacks, so the originals are kept.
-        kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
-        blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
+    terms: Terms = {}
+    tokens = request.training_batch.tokens
+    if request.config.prune.criterion == "fisher":
+        widest = 0
+        kept = 0
+        for _, linear in shape.input_linears():
+            width = linear.inputs
+            if linear.stack:
+                width *= shape.mixture.experts_per_token if shape.mixture else 1
+                # Dropout replaces the inputs of expert stacks, so the originals are kept.
+                kept += width if request.config.lora.lora_dropout else 0
+            widest = max(widest, width)
+        blocks = 12 * min(tokens * widest, DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
     if request.measured(shape):
-        widest = max(x.matrix[1] for _, x in measured_linears(shape))
+        widest = max(linear.matrix[1] for _, linear in measured_linears(shape))
         terms["measured_inputs"] = 4 * (tokens * widest + numel_sent(widest))
     return terms
 
@@ -257,7 +293,9 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         return {}
     layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
-    sizes = {x.matrix for _, x in shape.linears() if x.spans}
-    # whole rows
-    block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)
+    block = 0
+    for _, linear in shape.linears():
+        if linear.spans:  # a rank scores whole rows
+            rows, columns = linear.matrix
+            block = max(block, request.shard_numel([rows * columns]) + 2 * columns)
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}
