@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,13 +26,14 @@ from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import MTP, check_processor, check_tower
 from loraprune_ds.pretrained.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pretrained.windows import split_batches
+from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import final_shape, resolve
+from loraprune_ds.pruning.target import Size, final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
-from loraprune_ds.train.data.samples import SampleOrder, Samples
+from loraprune_ds.train.data.samples import LoadedData, SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -70,29 +70,28 @@ def prepare(
         check_tokenizer: a further check, before the data is read.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    commits = earlier.data.commits if earlier else None
+    recorded = earlier.data.commits if earlier else None
     query_heads = earlier is None or earlier.query_heads
     # From rank 0, since the hub may change from rank to rank.
-    found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
-    own = partial(
-        _prepare,
-        config,
-        found or {},
-        query_heads,
-        comm.world_size,
-        comm.ranks_per_node(),
-        check_tokenizer,
-    )
+    resolved = comm.on_rank_0(lambda: recorded or resolve_commits(config.data))
+    commits = comm.gather_objects(resolved)[0] or {}
+    ranks_per_node = comm.ranks_per_node()
+
+    def prepare_here() -> Prepared:
+        pretrained = _open_model(config, query_heads)
+        ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size, ranks_per_node)
+        return _prepare(config, pretrained, ds_config, commits, check_tokenizer)
+
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     with comm.patient() as waiting:
-        first = waiting.all_or_raise(
-            lambda: own() if os.environ.get("LOCAL_RANK", "0") == "0" else None
-        )
-        prepared = waiting.all_or_raise(lambda: first or own())
+        first = waiting.all_or_raise(lambda: prepare_here() if is_first else None)
+        prepared = waiting.all_or_raise(lambda: first or prepare_here())
     rank = comm.differing_rank(prepared.data)
-    same = "model.path and data.path must be the same everywhere"
     require(
-        rank is None, f"rank {rank} reads another model or other training data than rank 0; {same}"
+        rank is None,
+        f"rank {rank} reads another model or other training data than rank 0; "
+        "model.path and data.path must be the same everywhere",
     )
     return prepared
 
@@ -114,56 +113,53 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_installed(config.logging.report_to or ())
 
 
-def _prepare(
-    config: RunConfig,
-    commits: dict[str, str],
-    query_heads: bool,
-    world_size: int,
-    ranks_per_node: int,
-    check_tokenizer: CheckTokenizer,
-) -> Prepared:
-    model, train = config.model, config.train
+def _open_model(config: RunConfig, query_heads: bool) -> PretrainedModel:
+    model = config.model
     pretrained = open_for_pruning(
         locate_model(model), model, packing=config.data.packs_rows, query_heads=query_heads
     )
-    shape = pretrained.shape
     if model.adapter:
-        check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
-    ds_config = resolve_ds_config(config, shape, world_size, ranks_per_node)
-    tower = pretrained.tower
-    # Its errors come before the data, which may take long to read.
-    prune, limits, sizes = resolve(config.prune, shape, tower=tower is not None)
-    if tower:
-        check_tower(tower.config, final_shape(limits, sizes), str(pretrained.folder))
-        check_processor(pretrained.folder)
-    no_class = f"{pretrained.folder}: AutoModelForCausalLM lacks the class of a {shape.model_type}; keep its tower"
-    require(tower is not None or not shape.family.lm_class(), no_class)
+        check_adapter(Path(model.adapter).expanduser(), config.lora, pretrained.shape)
+    return pretrained
+
+
+def _prepare(
+    config: RunConfig,
+    pretrained: PretrainedModel,
+    ds_config: dict[str, Any],
+    commits: dict[str, str],
+    check_tokenizer: CheckTokenizer,
+) -> Prepared:
+    """Checks the model first, because the data may take long to read."""
+    shape = pretrained.shape
+    has_tower = pretrained.tower is not None
+    prune, limits, sizes = resolve(config.prune, shape, tower=has_tower)
     config = replace(config, prune=prune)
+    _check_tower(pretrained, limits, sizes)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
-    positions, vocab_size = pretrained.config.get("max_position_embeddings"), shape.vocab_size
     if check_tokenizer:
-        check_tokenizer(config, tokenizer, positions, vocab_size)
+        check_tokenizer(config, tokenizer, _positions(pretrained), shape.vocab_size)
     starts = text_starts(tokenizer, shape.family, pretrained.config)
-    global_batch_size = train.global_batch_size
-    data = at_commits(config.data, commits)
     loaded = load_samples(
-        data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts
+        at_commits(config.data, commits),
+        tokenizer,
+        minimum=config.train.global_batch_size,
+        vocab_size=shape.vocab_size,
+        starts=starts,
     )
-    lengths = loaded.samples.lengths() if train.group_by_length else None
-    order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
-    pruning_steps = train.steps or steps_for_epochs(
-        train.epochs or 1, loaded.epoch_length, global_batch_size
-    )
-    schedule = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
-    train.check_warmup(schedule.cycles()[0])
-    window, most, size = (
+    order = _order_samples(config, loaded)
+    schedule = plan_pruning(prune, limits, sizes, _pruning_steps(config, loaded), config.recovery)
+    config.train.check_warmup(schedule.cycles()[0])
+    held_out = split_batches(
+        loaded.held_out,
+        tokenizer,
         config.evaluate.window,
         config.evaluate.max_windows,
+        starts,
         config.evaluate.batch_size,
+        shape.vocab_size,
     )
-    held_out = split_batches(loaded.held_out, tokenizer, window, most, starts, size, vocab_size)
-    digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
     return Prepared(
         config=config,
         pretrained=pretrained,
@@ -173,35 +169,75 @@ def _prepare(
         schedule=schedule,
         engines=find_engines(config.deepspeed is not None),
         ds_config=ds_config,
-        data=RunData(schedule.steps, *digests, commits),
+        data=RunData(
+            steps=schedule.steps,
+            samples=loaded.samples.digest(),
+            held_out=loaded.held_out_digest(),
+            source=source_digest(pretrained.folder),
+            commits=commits,
+        ),
+    )
+
+
+def _check_tower(pretrained: PretrainedModel, limits: Limits, sizes: list[Size]) -> None:
+    """Checks that the vision tower fits the final model, or that the model can be built without one."""
+    folder = pretrained.folder
+    if pretrained.tower:
+        check_tower(pretrained.tower.config, final_shape(limits, sizes), str(folder))
+        check_processor(folder)
+        return
+    shape = pretrained.shape
+    require(
+        not shape.family.lm_class(),
+        f"{folder}: AutoModelForCausalLM lacks the class of a {shape.model_type}; keep its tower",
     )
 
 
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
-    shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
     build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will build it
-    hidden = shape.hidden_size
+    hidden = pretrained.shape.hidden_size
     require(
         config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}"
     )
-    for key, window in (
-        ("data.window", config.data.window),
-        ("evaluate.window", config.evaluate.window),
-    ):
-        fits = positions is None or window <= positions
-        require(fits, f"{key} {window} is longer than the model's {positions} positions")
+    positions = _positions(pretrained)
+    windows = {"data.window": config.data.window, "evaluate.window": config.evaluate.window}
+    for key, window in windows.items():
+        require(
+            positions is None or window <= positions,
+            f"{key} {window} is longer than the model's {positions} positions",
+        )
+
+
+def _positions(pretrained: PretrainedModel) -> int | None:
+    return pretrained.config.get("max_position_embeddings")
+
+
+def _order_samples(config: RunConfig, loaded: LoadedData) -> SampleOrder:
+    train = config.train
+    lengths = loaded.samples.lengths() if train.group_by_length else None
+    return SampleOrder(
+        loaded.epoch_length, train.global_batch_size, config.seed, loaded.epoch, lengths
+    )
+
+
+def _pruning_steps(config: RunConfig, loaded: LoadedData) -> int:
+    train = config.train
+    return train.steps or steps_for_epochs(
+        train.epochs or 1, loaded.epoch_length, train.global_batch_size
+    )
 
 
 def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     """Yields lines about the model, the ranks and the cuts of a run, and what a user may not expect."""
-    config, dense, schedule = prepared.config, prepared.pretrained.shape, prepared.schedule
-    where = (
-        "in one process"
-        if config.deepspeed is None
-        else f"on {world_size} rank{'s' * (world_size > 1)}"
-    )
-    count, dtype = format_count(dense.total_numel()), describe_dtype(config.model)
+    config = prepared.config
+    dense = prepared.pretrained.shape
+    schedule = prepared.schedule
+    where = f"on {world_size} rank{'s' * (world_size > 1)}"
+    if config.deepspeed is None:
+        where = "in one process"
+    count = format_count(dense.total_numel())
+    dtype = describe_dtype(config.model)
     yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"
     steps = (
         f"{schedule.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
@@ -217,9 +253,12 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
         yield f"prune.compensate: {config.prune.compensate} refits o_proj. Removed experts cannot be compensated"
     if config.train.distill_weight and config.model.adapter:
         yield "the teacher is model.path without model.adapter; merge the adapter first to keep it"
-    if left_out := prepared.samples.left_out:
-        such = f"such as {prepared.samples.first_left_out}"
-        yield f"{left_out:,} rows have no answer in data.window {config.data.window}, {such}; they are left out"
+    samples = prepared.samples
+    if samples.left_out:
+        yield (
+            f"{samples.left_out:,} rows have no answer in data.window {config.data.window}, "
+            f"such as {samples.first_left_out}; they are left out"
+        )
     if world_size == 1 and config.deepspeed is not None:
         yield "world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)"
 
@@ -235,5 +274,7 @@ def _describe_model(attn_implementation: str, pretrained: PretrainedModel) -> It
     if pretrained.tower:
         yield "only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size"
     if pretrained.config.get(NEXT_TOKENS):
-        gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
-        yield f"{gone}. launch/export.py --mtp keeps them, cut to fit"
+        yield (
+            f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0. "
+            "launch/export.py --mtp keeps them, cut to fit"
+        )

@@ -54,16 +54,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
 
     def open_output() -> None:
         output.create(prepared.config)
-        warnings.extend(drop_stale_requests(output.path))
-        first, history = 0, records.History()
-        if checkpoint:  # it may be in another folder, and later records may be damaged
-            first = checkpoint.state.step
-            history = records.read_history(
-                checkpoint.folder.parents[1] / records.METRICS_FILE, first
-            )
-        records.write_history(output.path / records.METRICS_FILE, history)
-        sizes = prepared.schedule.ends()
-        warnings.extend(drop_later_models(output.path, sizes, prepared.schedule.steps, first))
+        warnings.extend(_clear_earlier(output.path, prepared, checkpoint))
 
     comm.write_on_rank_0(output.path, open_output)
     output.check_shared(comm)
@@ -79,19 +70,39 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     return finished
 
 
+def _clear_earlier(
+    folder: Path, prepared: Prepared, checkpoint: TrainingCheckpoint | None
+) -> list[str]:
+    """Removes requests, records and models from after the checkpoint. Returns a line for each request and model."""
+    lines = drop_stale_requests(folder)
+    first = 0
+    history = records.History()
+    if checkpoint:  # it may be in another folder, and later records may be damaged
+        first = checkpoint.state.step
+        history = records.read_history(checkpoint.folder.parents[1] / records.METRICS_FILE, first)
+    records.write_history(folder / records.METRICS_FILE, history)
+    schedule = prepared.schedule
+    return lines + drop_later_models(folder, schedule.ends(), schedule.steps, first)
+
+
 @contextmanager
 def _open_context(
     prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Iterator[RunContext]:
-    config, steps, is_rank_0 = prepared.config, prepared.schedule.steps, comm.rank == 0
-    folder, mark = Path(config.output_dir), comm.draw_mark()
-    first = checkpoint and checkpoint.state.step
+    config = prepared.config
+    steps = prepared.schedule.steps
+    rank = comm.rank
+    folder = Path(config.output_dir)
+    mark = comm.draw_mark()
+    resumed_from = checkpoint.state.step if checkpoint else None
+    first = resumed_from or 0
+    is_rank_0 = rank == 0
     with (
         fast_half_products(config.model.dtype),
         RunStatus(
-            folder, steps, first=first or 0, mark=mark, rank=comm.rank, ranks=comm.world_size
+            folder, steps, first=first, mark=mark, rank=rank, ranks=comm.world_size
         ) as status,
-        closing(RunRecorder(config, steps, first, active=is_rank_0)) as recorder,
+        closing(RunRecorder(config, steps, resumed_from, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
     ):
         yield RunContext(prepared, checkpoint, comm, requests, recorder, status)
@@ -110,32 +121,33 @@ def drop_later_models(folder: Path, sizes: Mapping[int, str], last: int, first: 
     """Removes models that an earlier start made of steps after `first`, and returns a line for each."""
     lines = list[str]()
     for step, names in _targets(sizes, last).items():
-        for path in (folder / name for name in names if step > first and (folder / name).exists()):
-            remove_folder(path)
+        for name in names:
+            if step <= first or not (folder / name).exists():
+                continue
+            remove_folder(folder / name)
             lines.append(
-                f"{path.name}/ of an earlier start is removed; this one makes it from step {step}"
+                f"{name}/ of an earlier start is removed; this one makes it from step {step}"
             )
     return lines
 
 
 def _targets(sizes: Mapping[int, str], last: int) -> dict[int, list[str]]:
     """Returns the folder of the model of each step. That of the last step gets another name once it was read back."""
-    return {step: [records.export_folder(sizes, step)] for step in sizes} | {
-        last: [EXPORTED, records.MODEL_FOLDER]
-    }
+    targets = {step: [records.export_folder(sizes, step)] for step in sizes}
+    targets[last] = [EXPORTED, records.MODEL_FOLDER]
+    return targets
 
 
 def export_models(context: RunContext) -> bool:
     """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
-    for number, names in _targets(
-        context.prepared.schedule.ends(), context.prepared.schedule.steps
-    ).items():
+    schedule = context.prepared.schedule
+    for step, names in _targets(schedule.ends(), schedule.steps).items():
         if any(context.comm.gather_objects((context.folder / name).exists())[0] for name in names):
             continue
-        checkpoint = _open_step(context, number)
+        checkpoint = _open_step(context, step)
         if checkpoint is None:
             context.recorder.show(
-                f"{names[0]}/ is not made: the checkpoint of step {number} is not there"
+                f"{names[0]}/ is not made: the checkpoint of step {step} is not there"
             )
             continue
         _export(context, checkpoint, context.folder / names[0])
@@ -146,30 +158,32 @@ def export_models(context: RunContext) -> bool:
 
 def _open_step(context: RunContext, step: int) -> TrainingCheckpoint | None:
     """Verifies a step and its source. Looks where the run was resumed from, too. None without the step. Collective."""
-    resumed, comm = context.checkpoint, context.comm
-    roots = [context.folder / CHECKPOINTS_FOLDER, *([resumed.folder.parent] if resumed else [])]
-    folders = [step_folder(root, step) for root in roots if step_folder(root, step).is_dir()]
-    folder = comm.gather_objects(next(iter(folders), None))[0]
+    comm = context.comm
+    candidates = [step_folder(context.folder / CHECKPOINTS_FOLDER, step)]
+    if context.checkpoint:
+        candidates.append(step_folder(context.checkpoint.folder.parent, step))
+    folder = next(filter(Path.is_dir, candidates), None)
+    folder = comm.gather_objects(folder)[0]
     return None if folder is None else open_checkpoint(folder, comm, context.prepared.pretrained)
 
 
 def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -> None:
     """Writes the model of a step. Collective."""
-    comm, mark = context.comm, context.status.mark
-    context.recorder.show(
-        f"writing {'the merged model' if target.name == EXPORTED else f'{target.name}/'}"
-    )
+    comm = context.comm
+    mark = context.status.mark
+    model = "the merged model" if target.name == EXPORTED else f"{target.name}/"
+    context.recorder.show(f"writing {model}")
     comm.write_on_rank_0(context.folder, lambda: begin(target, mark))
     windows = sum(len(ids) for ids, _ in context.prepared.held_out)
     write_model(checkpoint, staging_of(target, mark), card_of_step(checkpoint, windows), comm)
     context.check_owner()
 
-    def name() -> None:
+    def publish_target() -> None:
         fail_point("export.before_rename")
         publish(target, mark)
         fail_point("export.after_rename")
 
-    comm.write_on_rank_0(context.folder, name)
+    comm.write_on_rank_0(context.folder, publish_target)
 
 
 def measure_model(context: RunContext) -> str | None:
@@ -177,16 +191,14 @@ def measure_model(context: RunContext) -> str | None:
 
     Returns how far the run ends below its ratio, if it does.
     """
-    config, pruning, folder, recorder = (
-        context.config,
-        context.prepared.schedule,
-        context.folder,
-        context.recorder,
-    )
+    schedule = context.prepared.schedule
+    limits = schedule.limits
+    folder = context.folder
     comm = context.comm
-    checkpoint = _open_step(context, pruning.steps)
+    checkpoint = _open_step(context, schedule.steps)
     assert checkpoint is not None, "the model was exported from it"
-    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.dense
+    exported = folder / EXPORTED
+    target = folder / records.MODEL_FOLDER
     # An earlier start may have been killed right after it had named the folder.
     is_named = comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
@@ -196,43 +208,46 @@ def measure_model(context: RunContext) -> str | None:
         if comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
+    state = checkpoint.state
     outcome = Outcome(
-        config=config.to_dict(),
-        history=recorder.history,
-        schedule=pruning,
+        config=context.config.to_dict(),
+        history=context.recorder.history,
+        schedule=schedule,
         pruned=checkpoint.shape,
-        kept_of_dense=keep_from_lists(checkpoint.state.kept, dense.kinds),
-        resumed_from=checkpoint.state.resumed_from,
-        accelerator=checkpoint.state.accelerator,
-        peak_bytes=checkpoint.state.peak_bytes,
+        kept_of_dense=keep_from_lists(state.kept, limits.dense.kinds),
+        resumed_from=state.resumed_from,
+        accelerator=state.accelerator,
+        peak_bytes=state.peak_bytes,
     )
     context.check_owner()
 
-    def name() -> None:
-        write_model_card(
-            exported,
-            card_of_step(checkpoint, measured.windows, measured.perplexity),
-            checkpoint.exported,
-        )
+    def publish_model() -> None:
+        card = card_of_step(checkpoint, measured.windows, measured.perplexity)
+        write_model_card(exported, card, checkpoint.exported)
         fail_point("finish.before_rename")
         exported.rename(target)
         flush(folder)
         fail_point("finish.after_rename")
 
-    comm.write_on_rank_0(folder, lambda: recorder.show_pictures(write_results(folder, outcome)))
+    comm.write_on_rank_0(
+        folder, lambda: context.recorder.show_pictures(write_results(folder, outcome))
+    )
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
-        comm.write_on_rank_0(folder, name)
-    return shortfall(pruning.limits, pruning.ratio, pruning.limits.gone(checkpoint.shape))
+        comm.write_on_rank_0(folder, publish_model)
+    return shortfall(limits, schedule.ratio, limits.gone(checkpoint.shape))
 
 
 def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:
     """Measures the exported model, read back from disk. Collective."""
-    model, prepared = context.config.model, context.prepared
+    model = context.config.model
+    prepared = context.prepared
+    engines = prepared.engines
     # Every rank opens it. A rank that cannot shows that output_dir is not shared.
     pretrained = context.comm.all_or_raise(lambda: open_pretrained(folder))
-    engines, stored = prepared.engines, (model.attn_implementation, model.dtype, prepared.ds_config)
-    engine = engines.build_inference_engine(pretrained, *stored)
+    engine = engines.build_inference_engine(
+        pretrained, model.attn_implementation, model.dtype, prepared.ds_config
+    )
     record = evaluate(context, engine, prepared.schedule.steps, "pruned")
     engines.release(engine)  # `evaluate.after` needs the memory
     return record

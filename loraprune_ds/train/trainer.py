@@ -47,7 +47,8 @@ class Trainer:
     teacher: Any = None
 
     def __post_init__(self) -> None:
-        self.model, dtype = self.engine.model, self.config.model.dtype
+        dtype = self.config.model.dtype
+        self.model = self.engine.model
         self.requested = NOTHING  # the largest request of any rank at the last step
         self.pruning_steps = PruningSteps(self.model, self.pruner, dtype)
         self._peak_flops = peak_flops(device_name(), dtype)
@@ -57,13 +58,14 @@ class Trainer:
         began = time.perf_counter()
         self.pruning_steps.peak.begin()
         batch = self.order.batch(step - 1)
-        texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
-        tokens = sum(texts)
+        supervised = self.samples.count_supervised(batch)
+        lengths = self.samples.text_lengths(batch)
+        tokens = sum(lengths)
+        mean_context = sum(length**2 for length in lengths) / tokens
+        flops = tokens * needed_flops_per_token(self.model.shape, mean_context)
         # before the step changes them
-        rate, sparsity = self.engine.schedule.get_last_lr()[0], self.pruner.reached()
-        flops = tokens * needed_flops_per_token(
-            self.model.shape, sum(length**2 for length in texts) / tokens
-        )
+        rate = self.engine.schedule.get_last_lr()[0]
+        sparsity = self.pruner.reached()
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
             numbers = self.pruning_steps.exchange(loss, self.current_request())
@@ -72,6 +74,9 @@ class Trainer:
         grad_norm = self.engine.update(skipped=skipped)
         self.requested = max(numbers.requests)
         seconds = time.perf_counter() - began
+        mfu = None
+        if self._peak_flops is not None:
+            mfu = flops / seconds / self._peak_flops / self.model.world_size
         return StepRecord(
             step=step,
             loss=sum(numbers.own) / supervised,
@@ -86,20 +91,22 @@ class Trainer:
             skipped=skipped,
             peak_bytes=numbers.peak_bytes,
             reserved_bytes=[] if is_cpu() else numbers.reserved_bytes,
-            mfu=self._peak_flops and flops / seconds / self._peak_flops / self.model.world_size,
+            mfu=mfu,
         )
 
     def cut(self, step: int) -> CutRecord | None:
         """Cuts the model if the schedule says so."""
         cut = self.pruning_steps.cut(step)
-        return cut and record_cut(cut, self.pruning_steps)
+        return None if cut is None else record_cut(cut, self.pruning_steps)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""
-        engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
+        engine = self.engine
+        world_size = self.model.world_size
         micro_batches = rank_micro_batches(
-            batch, self.config.train.micro_batch_size, rank, world_size
+            batch, self.config.train.micro_batch_size, self.model.rank, world_size
         )
+        last = micro_batches[-1][0]
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for number, indices in micro_batches:
             seed_dropout(self.config.seed, step, number)
@@ -109,7 +116,7 @@ class Trainer:
             fail_point("forward")
             total += loss.detach()
             # Gradients are averaged over the ranks.
-            engine.backward(loss * (world_size / supervised), last=number == micro_batches[-1][0])
+            engine.backward(loss * (world_size / supervised), last=number == last)
             fail_point("backward")
             del loss  # frees its graph before the next micro-batch
         return total
@@ -117,15 +124,16 @@ class Trainer:
     def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:
         """Copies these samples to the device without waiting for it. Also returns the masks, an encoder's first."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
-        rows = split_rows(**inputs) if self.model.shape.family.has_encoder else None
+        masks = [self.samples.attention_mask(indices)]
+        rows = None
+        if self.model.shape.family.has_encoder:
+            host_rows = split_rows(**inputs)
+            masks = [host_rows.source_mask, host_rows.target_mask]
+            rows = host_rows._make(map(to_device, host_rows))
         inputs["supervised"] = supervised_positions(inputs["labels"])
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
-        masks = [self.samples.attention_mask(indices)]
         if rows is not None:
-            inputs["rows"], masks = (
-                rows._make(map(to_device, rows)),
-                [rows.source_mask, rows.target_mask],
-            )
+            inputs["rows"] = rows
         if self.teacher is not None:
             inputs["distillation"] = self._distillation(inputs)
         return inputs, masks
@@ -141,9 +149,11 @@ class Trainer:
 
 def train(context: RunContext) -> bool:
     """Makes all remaining steps, then frees the model. False after a request to stop, which saves. Collective."""
-    prepared, recorder, schedule = context.prepared, context.recorder, context.prepared.schedule
+    recorder = context.recorder
+    schedule = context.prepared.schedule
     trainer = _build_trainer(context)
-    engine, every = trainer.engine, context.config.checkpoint.every or schedule.steps
+    engine = trainer.engine
+    every = context.config.checkpoint.every or schedule.steps
     if not context.checkpoint:
         evaluate(context, engine.infer, 0, "dense")
     for step in range(context.status.step + 1, schedule.steps + 1):
@@ -159,27 +169,34 @@ def train(context: RunContext) -> bool:
             return False
     engine.release()  # frees memory for the exported model, which is measured next
     if trainer.teacher is not None:
-        prepared.engines.release(trainer.teacher)
+        context.prepared.engines.release(trainer.teacher)
     return True
 
 
 def _build_trainer(context: RunContext) -> Trainer:
     """Builds the trainer, fresh or from the checkpoint. Collective."""
-    config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-    engine, teacher = build_engine(prepared, checkpoint), None
+    config = context.config
+    prepared = context.prepared
+    engine = build_engine(prepared, context.checkpoint)
+    teacher = None
     if config.train.distill_weight:
-        stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
-        teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
+        teacher = prepared.engines.build_inference_engine(
+            prepared.pretrained,
+            config.model.attn_implementation,
+            config.model.dtype,
+            prepared.ds_config,
+            head=False,
+        )
     pruner = Pruner(engine.model, prepared.schedule, config.seed)
-    if checkpoint:
-        checkpoint.restore_pruner(pruner)
+    if context.checkpoint:
+        context.checkpoint.restore_pruner(pruner)
     return Trainer(
         engine, pruner, prepared.samples, prepared.order, config, context.requests.current, teacher
     )
 
 
 def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> EvaluationName | None:
-    """Names the evaluation after a step, if there is one."""
+    """Names the evaluation after a step. None if the step has none."""
     if step == schedule.last_cut:
         return "after_last_cut"
     # the export of the last is measured
@@ -192,9 +209,10 @@ def evaluate(
     context: RunContext, infer: Callable[..., Any], step: int, name: EvaluationName
 ) -> EvaluationRecord:
     """Records held-out perplexity. Draws no random numbers and changes no training state. Collective."""
-    batches, comm = context.prepared.held_out, context.comm
     result = measure_perplexity(
-        lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm
+        lambda ids, labels: infer(input_ids=ids, labels=labels),
+        context.prepared.held_out,
+        context.comm,
     )
     record = EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
     context.recorder.write(record)
