@@ -17,7 +17,7 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
-from loraprune_ds.report.records import METRICS_FILE
+from loraprune_ds.report.records import METRICS_FILE, History
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
@@ -69,54 +69,59 @@ def find_checkpoint(
 
     `warnings` gets a line for each unusable checkpoint. Raises UserError if a given path has no usable one of this run.
     """
-    config, path = output.config, output.resume_path
+    path = output.resume_path
     open_step = partial(open_checkpoint, ranks=comm, dense=dense, resume=True)
-    # A step's folder, even if it lost its state. A run may have any name, even step-1.
-    if path is not None and (
-        (path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER
-    ):
+    if path is not None and _is_step(path):
         checkpoint = open_step(path)
     else:
         root = path or output.path
-        root = (
-            root
-            if root.resolve().name == layout.CHECKPOINTS_FOLDER
-            else root / layout.CHECKPOINTS_FOLDER
-        )
+        if root.resolve().name != layout.CHECKPOINTS_FOLDER:
+            root /= layout.CHECKPOINTS_FOLDER
         # This comes before full reads, and before another run's checkpoints are called damaged.
-        comm.all_or_raise(lambda: _check_settings(layout.newest_state(root), root, config))
+        comm.all_or_raise(lambda: _check_settings(layout.newest_state(root), root, output.config))
         steps = comm.gather_objects(layout.numbered(root, "step"))[0]
         checkpoint = layout.newest_usable(root, steps, open_step, warnings.append)
-        if checkpoint is None and path is not None:
-            because = f" ({warnings[-1]})" if warnings else ""
-            raise UserError(f"--resume {path}: no usable checkpoint there{because}")
-    if checkpoint is None:
-        warnings.append("no usable checkpoint: starting at step 0")
-        return None
-    _check_settings(checkpoint.state, checkpoint.folder, config)
-    return checkpoint
+    if checkpoint is not None:
+        _check_settings(checkpoint.state, checkpoint.folder, output.config)
+        return checkpoint
+    if path is not None:
+        because = f" ({warnings[-1]})" if warnings else ""
+        raise UserError(f"--resume {path}: no usable checkpoint there{because}")
+    warnings.append("no usable checkpoint: starting at step 0")
+    return None
+
+
+def _is_step(path: Path) -> bool:
+    """Returns True for a step's folder, even if it lost its state. A run may have any name, even step-1."""
+    return (path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER
 
 
 def _check_settings(state: layout.RunState | None, folder: Path, config: RunConfig) -> None:
     if state is not None:
-        different = ", ".join(
-            differences(layout.recorded_config(state.config, folder), config, MAY_DIFFER)
-        )
+        recorded = layout.recorded_config(state.config, folder)
+        different = ", ".join(differences(recorded, config, MAY_DIFFER))
         require(not different, f"{folder} belongs to a run with other settings: {different}")
 
 
 def check_data(checkpoint: TrainingCheckpoint, prepared: Prepared) -> None:
     """Raises UserError if a run would go on with other samples, or another held-out text, than it began with."""
-    before, now, data = checkpoint.state.data, prepared.data, prepared.config.data
-    held_out = "data.path" if data.held_out is None else "data.held_out"
-    parts = (("data.path", "samples"), (held_out, "held_out"), ("train.epochs", "steps"))
-    other = dict.fromkeys(key for key, part in parts if getattr(before, part) != getattr(now, part))
-    require(not other, f"{checkpoint.folder} belongs to a run with other data: {', '.join(other)}")
+    before = checkpoint.state.data
+    now = prepared.data
+    keys: list[str] = []
+    if before.samples != now.samples:
+        keys.append("data.path")
+    if before.held_out != now.held_out:
+        keys.append("data.path" if prepared.config.data.held_out is None else "data.held_out")
+    if before.steps != now.steps:
+        keys.append("train.epochs")
+    different = ", ".join(dict.fromkeys(keys))
+    require(not different, f"{checkpoint.folder} belongs to a run with other data: {different}")
 
 
 def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
     """Builds the training engine, fresh or from a checkpoint. Collective."""
-    config, frozen = prepared.config, prepared.pretrained
+    config = prepared.config
+    frozen = prepared.pretrained
     if checkpoint is not None:
         # the checkpoint has its LoRA
         config = replace(config, model=replace(config.model, adapter=None))
@@ -140,30 +145,10 @@ def save_checkpoint(
     context: RunContext, engine: TrainingEngine, steps: PruningSteps, step: int
 ) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
-    root, config, prepared = (
-        context.folder / layout.CHECKPOINTS_FOLDER,
-        context.config,
-        context.prepared,
-    )
-    model, pruner, history = engine.model, steps.pruner, context.recorder.history
-    earlier = context.checkpoint and context.checkpoint.state
-    here = [e.perplexity for e in history.evaluations if e.step == step and e.name != "dense"]
-    state = layout.RunState(
-        step=step,
-        # On rank 0, which writes them. Only its history has the records from before a resume.
-        totals=layout.RunTotals(
-            sum(s.tokens for s in history.steps), history.perplexity("dense"), *here[-1:]
-        ),
-        kept=keep_to_lists(pruner.kept_of_dense, model.shape.kinds),
-        query_heads=QUERY_HEADS in model.shape.kinds,
-        source=str(prepared.pretrained.folder.resolve()),
-        config=config.to_dict(),
-        data=prepared.data,
-        asked=prepared.schedule.section(step).ratio,
-        resumed_from=[*earlier.resumed_from, earlier.step] if earlier else [],
-        accelerator=device_name(),
-        peak_bytes=model.comm.gather_objects(steps.peak.of_process()),
-    )
+    root = context.folder / layout.CHECKPOINTS_FOLDER
+    comm = context.comm
+    pruner = steps.pruner
+    state = _run_state(context, steps, step)
     resume = layout.ResumeState(
         adam_step=engine.optimizer_state.adam_step,
         schedule=engine.schedule.state_dict(),
@@ -173,8 +158,46 @@ def save_checkpoint(
     )
     context.check_owner()
     # A checkpoint must not outlive the records of the steps before it.
-    model.comm.write_on_rank_0(context.folder, lambda: flush(context.folder / METRICS_FILE))
+    comm.write_on_rank_0(context.folder, lambda: flush(context.folder / METRICS_FILE))
     save_step(pruner, engine.optimizer_state, root, state, resume)
     context.check_owner()
-    keep_last, sizes = config.checkpoint.keep_last, prepared.schedule.ends()
-    model.comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last, sizes))
+    keep_last = context.config.checkpoint.keep_last
+    sizes = context.prepared.schedule.ends()
+    comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last, sizes))
+
+
+def _run_state(context: RunContext, steps: PruningSteps, step: int) -> layout.RunState:
+    """Describes the run after a step. Collective."""
+    prepared = context.prepared
+    pruner = steps.pruner
+    kinds = pruner.model.shape.kinds
+    resumed_from: list[int] = []
+    if context.checkpoint:
+        earlier = context.checkpoint.state
+        resumed_from = [*earlier.resumed_from, earlier.step]
+    return layout.RunState(
+        step=step,
+        totals=_totals(context.recorder.history, step),
+        kept=keep_to_lists(pruner.kept_of_dense, kinds),
+        query_heads=QUERY_HEADS in kinds,
+        source=str(prepared.pretrained.folder.resolve()),
+        config=context.config.to_dict(),
+        data=prepared.data,
+        asked=prepared.schedule.section(step).ratio,
+        resumed_from=resumed_from,
+        accelerator=device_name(),
+        peak_bytes=context.comm.gather_objects(steps.peak.of_process()),
+    )
+
+
+def _totals(history: History, step: int) -> layout.RunTotals:
+    """Sums up a history. Only that of rank 0, which writes the state, has the records from before a resume."""
+    perplexity = None
+    for evaluation in history.evaluations:
+        if evaluation.step == step and evaluation.name != "dense":
+            perplexity = evaluation.perplexity
+    return layout.RunTotals(
+        tokens=sum(record.tokens for record in history.steps),
+        perplexity_dense=history.perplexity("dense"),
+        perplexity=perplexity,
+    )

@@ -69,26 +69,26 @@ class OutputFolder:
     """
 
     def __init__(self, given: dict[str, Any], resume: str | None = None) -> None:
-        self._resume, output_dir = resume, given.get("output_dir")
+        output_dir = given.get("output_dir")
+        self._resume = resume
+        self.resume_path: Path | None = None
+        folders: list[Path] = []
         with _unreadable_in_one_line(output_dir):
-            self.resume_path = (
-                None if resume is None or resume == "auto" else Path(resume).resolve()
-            )
-            own = [Path(output_dir).expanduser()] if isinstance(output_dir, str) else []
-            # A run, its folder of checkpoints, or one checkpoint.
-            named = [self.resume_path, *self.resume_path.parents[:2]] if self.resume_path else []
-            earlier = [EarlierRun(folder) for folder in (*own, *named)]
-            saved = next(filter(None, (run.config for run in earlier)), None)
-            # a crash may have lost the file, but every checkpoint holds the config
-            if saved is None:
-                saved = next((run.newest_state.config for run in earlier if run.newest_state), {})
+            if isinstance(output_dir, str):
+                folders.append(Path(output_dir).expanduser())
+            if resume is not None and resume != "auto":
+                self.resume_path = Path(resume).resolve()
+                # A run, its folder of checkpoints, or one checkpoint.
+                folders += [self.resume_path, *self.resume_path.parents[:2]]
+            earlier = [EarlierRun(folder) for folder in folders]
+            recorded = _recorded_config(earlier)
         try:
-            config = config_from_dict(merge(without_removed(saved), given))
+            config = config_from_dict(merge(without_removed(recorded), given))
         except UserError:  # settings that do not fit belong to another run, which `start` refuses
             config = config_from_dict(given)
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         self.path = Path(self.config.output_dir)
-        self._earlier = earlier[0] if own else EarlierRun(self.path)
+        self._earlier = earlier[0] if isinstance(output_dir, str) else EarlierRun(self.path)
         self._continued = [] if resume is None else earlier
 
     @cached_property
@@ -126,7 +126,8 @@ class OutputFolder:
 
     def create(self, config: RunConfig) -> None:
         """Makes the folder and writes the run's `config` into it. UserError if it cannot be made."""
-        config_file, is_new = self.path / CONFIG_FILE, self.start == "fresh"
+        config_file = self.path / CONFIG_FILE
+        is_new = self.start == "fresh"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if is_new:  # only one of two simultaneous starts can make the file
@@ -146,12 +147,14 @@ class OutputFolder:
     def check_shared(self, comm: "Communicator") -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
         token = self.path / f".shared-{comm.draw_mark()}"
-        unseen = f"output_dir {self.path} is not the folder of rank 0; it must be on a shared file system"
 
         def wait() -> None:
             deadline = time.monotonic() + SHARED_WAIT
             while not token.exists():
-                require(time.monotonic() <= deadline, unseen)
+                require(
+                    time.monotonic() <= deadline,
+                    f"output_dir {self.path} is not the folder of rank 0; it must be on a shared file system",
+                )
                 time.sleep(0.1)
 
         comm.write_on_rank_0(self.path, token.touch)
@@ -172,12 +175,12 @@ class OutputFolder:
                 raise UserError(f"{error}; {GO_ON}") from None
             return None
 
-    def _check_access(self, mode: int, what: str) -> None:
-        there = next(
-            path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path)
-        )
-        require(there.is_dir(), f"output_dir {self.path}: {there} is not a folder")
-        require(os.access(there, mode), f"output_dir {self.path}: {there} is not {what}")
+    def _check_access(self, mode: int, described: str) -> None:
+        """Checks the folder, or the nearest parent that exists."""
+        path = self.path
+        nearest = next(filter(os.path.exists, (path, *path.absolute().parents)))
+        require(nearest.is_dir(), f"output_dir {path}: {nearest} is not a folder")
+        require(os.access(nearest, mode), f"output_dir {path}: {nearest} is not {described}")
 
     def _refuse_foreign(self) -> None:
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -196,17 +199,27 @@ class OutputFolder:
             self._check_same_run(MAY_DIFFER)
 
     def _check_same_run(self, ignored: Sequence[str]) -> None:
-        saved, folder = self._earlier.config, self.path
-        if saved is None:
-            raise UserError(
-                f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or {CHOOSE}"
-            )
-        different = ", ".join(
-            differences(layout.recorded_config(saved, folder / CONFIG_FILE), self.config, ignored)
-        )
+        folder = self.path
+        path = folder / CONFIG_FILE
+        if self._earlier.config is None:
+            raise UserError(f"{path} is missing or damaged; remove {folder} or {CHOOSE}")
+        recorded = layout.recorded_config(self._earlier.config, path)
+        different = ", ".join(differences(recorded, self.config, ignored))
         require(
             not different, f"output_dir {folder} holds another run ({different} differs); {CHOOSE}"
         )
+
+
+def _recorded_config(runs: Sequence[EarlierRun]) -> dict[str, Any]:
+    """Returns the config of the first run that has one. Empty if no run has."""
+    for run in runs:
+        if run.config:
+            return run.config
+    # a crash may have lost the file, but every checkpoint holds the config
+    for run in runs:
+        if run.newest_state:
+            return run.newest_state.config
+    return {}
 
 
 @contextmanager
@@ -231,9 +244,12 @@ class RunStatus:
     def __init__(
         self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1
     ) -> None:
-        self.folder, self.steps = folder, steps
-        self.step, self.mark = first, mark
-        self._rank, self._ranks = rank, ranks
+        self.folder = folder
+        self.steps = steps
+        self.step = first
+        self.mark = mark
+        self._rank = rank
+        self._ranks = ranks
 
     def __enter__(self) -> "RunStatus":
         if self._rank == 0:
