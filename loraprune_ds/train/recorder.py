@@ -45,20 +45,24 @@ class ProgressDisplay(records.Sink):
         stream: TextIO | None = None,
         every_seconds: float = 5.0,
     ) -> None:
-        self.steps, self._first, self._stream = (
-            steps,
-            first,
-            sys.stderr if stream is None else stream,
-        )
-        self._every_seconds, self._started = every_seconds, time.monotonic()
+        self.steps = steps
+        self._first = first
+        self._stream = sys.stderr if stream is None else stream
+        self._every_seconds = every_seconds
+        self._started = time.monotonic()
         self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
         self._bar: tqdm | None = None
         if _can_show_live_line(self._stream):
-            shape = "{desc}  {bar:10}"  # a narrow terminal loses the bar before the numbers
-            look = {"bar_format": shape, "dynamic_ncols": True, "miniters": 1}
-            # A bar that a library left open would otherwise push ours down.
-            self._bar = tqdm(total=steps, initial=first, file=self._stream, position=0, **look)
+            self._bar = tqdm(
+                total=steps,
+                initial=first,
+                file=self._stream,
+                position=0,  # a bar that a library left open would otherwise push ours down
+                bar_format="{desc}  {bar:10}",  # a narrow terminal loses the bar before the numbers
+                dynamic_ncols=True,
+                miniters=1,
+            )
             self._bar.set_description_str(f"step {first}/{steps}")
 
     def write(self, record: records.Record) -> None:
@@ -70,9 +74,9 @@ class ProgressDisplay(records.Sink):
                     self._latest[-1] += record.seconds
                 self.show(records.cut_line(record))
             case records.EvaluationRecord():
-                measured = f"{EVALUATED[record.name]}, {record.windows} windows"
                 self.show(
-                    f"step {record.step}  perplexity {format_perplexity(record.perplexity)} ({measured})"
+                    f"step {record.step}  perplexity {format_perplexity(record.perplexity)} "
+                    f"({EVALUATED[record.name]}, {record.windows} windows)"
                 )
 
     def show(self, line: str) -> None:
@@ -103,26 +107,24 @@ class ProgressDisplay(records.Sink):
             self.show(self._step_line(record))
 
     def _step_line(self, record: records.StepRecord) -> str:
+        width = len(str(self.steps))
         clock = tqdm.format_interval(time.monotonic() - self._started)
         if self._latest:
-            clock += (
-                f", {tqdm.format_interval((self.steps - record.step) * fmean(self._latest))} left"
-            )
+            seconds_left = (self.steps - record.step) * fmean(self._latest)
+            clock += f", {tqdm.format_interval(seconds_left)} left"
         parts = [
-            f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
+            f"step {record.step:>{width}}/{self.steps}",
             clock,
             f"loss {record.loss:.3f}",
             f"sparsity {format_percent(record.sparsity)}",
             f"{record.tokens_per_second:,.0f} tok/s",
-            None if record.mfu is None else f"MFU {format_percent(record.mfu)}",
-            f"mem {format_bytes(max(record.resident_bytes))}"
-            + (
-                f" of {format_bytes(max(record.reserved_bytes))} reserved"
-                if record.reserved_bytes
-                else ""
-            ),
         ]
-        return "  ".join(filter(None, parts))
+        if record.mfu is not None:
+            parts.append(f"MFU {format_percent(record.mfu)}")
+        memory = f"mem {format_bytes(max(record.resident_bytes))}"
+        if record.reserved_bytes:
+            memory += f" of {format_bytes(max(record.reserved_bytes))} reserved"
+        return "  ".join([*parts, memory])
 
 
 def _can_show_live_line(stream: TextIO) -> bool:
@@ -144,16 +146,19 @@ class RunRecorder(records.Recorder):
         super().__init__(records.History(), [])
         if not active:
             return
-        folder, report_to = Path(config.output_dir), config.logging.report_to
-        report_to = ["tensorboard"] if report_to is None else report_to
+        folder = Path(config.output_dir)
+        report_to = config.logging.report_to
+        if report_to is None:
+            report_to = ["tensorboard"]
         metrics = records.MetricsLog(folder / records.METRICS_FILE)
         self.history = records.read_history(metrics.path)
         self.sinks.append(metrics)
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoardLog(folder / records.TENSORBOARD_FOLDER, resumed_from))
         self.sinks.append(ProgressDisplay(steps, first=resumed_from or 0))
-        services = [name for name in SERVICES if name in report_to]
-        self.sinks += [ReportedRun(name, folder, config.to_dict(), self.show) for name in services]
+        for name in SERVICES:
+            if name in report_to:
+                self.sinks.append(ReportedRun(name, folder, config.to_dict(), self.show))
 
     def show(self, line: str) -> None:
         """Shows a line next to the progress."""

@@ -37,27 +37,28 @@ class RequestListener:
     """Keeps the request that this rank has received. A step uses the largest request of all ranks."""
 
     def __init__(self, folder: Path, *, watches_files: bool) -> None:
-        self._folder, self._watches_files = folder, watches_files
-        self._signalled, self._interrupted_at = False, 0.0
+        self._folder = folder
+        self._watches_files = watches_files
+        self._signalled = False
+        self._interrupted_at = 0.0
         numbers = [signal.SIGTERM, signal.SIGINT]
+        has_launcher = not os.environ.keys().isdisjoint({"CROSS_RANK", "TORCHELASTIC_RUN_ID"})
         # Only if srun itself started this rank. A launcher in between would die of the signal, with its ranks.
-        if (
-            "SLURM_PROCID" in os.environ
-            and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-        ):
+        if "SLURM_PROCID" in os.environ and not has_launcher:
             numbers.append(signal.SIGUSR1)
-        self._before: dict[signal.Signals, Any] = {
-            n: signal.signal(n, self._on_signal) for n in numbers
+        self._handlers_before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._on_signal) for number in numbers
         }
 
     def current(self) -> int:
         """Returns NOTHING, SAVE or STOP."""
         if self._signalled:
             return STOP
-        files = FILES if self._watches_files else {}
-        return next(
-            (request for request, name in files.items() if (self._folder / name).exists()), NOTHING
-        )
+        if self._watches_files:
+            for request, name in FILES.items():
+                if (self._folder / name).exists():
+                    return request
+        return NOTHING
 
     def clear(self, honoured: int) -> None:
         """Removes the files of an honoured request: to stop also saves. A larger request stays for the next step."""
@@ -67,7 +68,7 @@ class RequestListener:
 
     def close(self) -> None:
         """Restores the earlier signal handlers."""
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -93,8 +94,9 @@ def find_launchers() -> list[int]:
     """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
     pids: list[int] = []
     with contextlib.suppress(psutil.Error):  # the process has just ended
-        for known, process in zip((LAUNCHERS, RUNNERS), psutil.Process().parents(), strict=False):
-            if program_of(process.cmdline()) not in known:
+        parents = psutil.Process().parents()
+        for programs, process in zip((LAUNCHERS, RUNNERS), parents, strict=False):
+            if program_of(process.cmdline()) not in programs:
                 break
             pids.append(process.pid)
     return pids

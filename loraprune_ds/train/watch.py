@@ -36,19 +36,24 @@ class Watch(threading.Thread):
 
     def __init__(self, comm: Communicator, silence: float, launchers: Sequence[int]) -> None:
         super().__init__(name="watch", daemon=True)
-        self._rank, self._silence, self._launchers = comm.rank, silence, launchers
-        self._silent_for, self._contacts = 0.0, 0
-        here = _pid_namespace()
-        everyone = comm.gather_objects((here, os.getpid()))
-        self._others = {
-            r: pid for r, (where, pid) in enumerate(everyone) if where == here and r != comm.rank
-        }
+        self._rank = comm.rank
+        self._silence = silence
+        self._launchers = launchers
+        self._silent_for = 0.0
+        self._contacts = 0
+        namespace = _pid_namespace()
+        # of the other ranks on this machine
+        self._pids: dict[int, int] = {}
+        for rank, (its_namespace, pid) in enumerate(comm.gather_objects((namespace, os.getpid()))):
+            if its_namespace == namespace and rank != comm.rank:
+                self._pids[rank] = pid
         self._closed = threading.Event()
-        self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
-        if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
-            self._say(
-                f"no heartbeat, because {self._heartbeat.problem}; a lost node will be noticed late"
-            )
+        self._heartbeat = None
+        if comm.world_size > 1:
+            self._heartbeat = Heartbeat(comm, silence)
+            problem = self._heartbeat.problem
+            if problem and comm.rank == 0:
+                self._say(f"no heartbeat, because {problem}; a lost node will be noticed late")
         self.start()
 
     def close(self) -> None:
@@ -59,26 +64,31 @@ class Watch(threading.Thread):
     def run(self) -> None:
         has_asked = False
         while not self._closed.wait(INTERVAL):
-            if lost := self._lost_elsewhere():
-                self._leave(lost)
+            reason = self._lost_elsewhere()
+            if reason is not None:
+                self._leave(reason)
             if not has_asked and not all(map(is_alive, self._launchers)):
                 has_asked = True
                 self._say("the launcher is gone, so the run will stop")
                 os.kill(os.getpid(), signal.SIGTERM)
-            if gone := [rank for rank, pid in self._others.items() if not is_alive(pid)]:
-                self._leave(f"rank {gone[0]} is gone")
+            for rank, pid in self._pids.items():
+                if not is_alive(pid):
+                    self._leave(f"rank {rank} is gone")
+                    break
 
     def _lost_elsewhere(self) -> str | None:
         """Names a rank that has gone silent. Each call counts as one interval, even a late call."""
         heartbeat = self._heartbeat
         if heartbeat is None or heartbeat.problem:
             return None
-        self._silent_for = (
-            0.0 if heartbeat.contacts > self._contacts else self._silent_for + INTERVAL
-        )
+        self._silent_for += INTERVAL
+        if heartbeat.contacts > self._contacts:
+            self._silent_for = 0.0
         self._contacts = heartbeat.contacts
-        lost = heartbeat.lost or ("rank 0" if self._silent_for >= self._silence else None)
-        return lost and f"{lost} gave no sign for {self._silence:g} s"
+        lost = heartbeat.lost
+        if lost is None and self._silent_for >= self._silence:
+            lost = "rank 0"
+        return None if lost is None else f"{lost} gave no sign for {self._silence:g} s"
 
     def _leave(self, reason: str) -> None:
         if not self._closed.wait(min(GRACE, self._silence)):
@@ -91,9 +101,9 @@ class Watch(threading.Thread):
             os.write(sys.stderr.fileno(), f"rank {self._rank}: {text}\n".encode())
         # the reader of the output is gone, too. A rank must not die of that before it has saved
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.dup2(nowhere, sys.stderr.fileno())
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.dup2(null, sys.stderr.fileno())
 
 
 def _pid_namespace() -> str:
@@ -116,9 +126,13 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self.contacts = 0  # beats that the store has answered
         self.lost: str | None = None  # the lost rank, once rank 0 has named it
-        self._interval, self._rank, self._closed = silence / LOOKS, comm.rank, threading.Event()
+        self.problem: str | None = None  # why there is no heartbeat. The same on all ranks
+        self._interval = silence / LOOKS
+        self._rank = comm.rank
+        self._closed = threading.Event()
         self._nodes = comm.gather_objects(os.uname().nodename)
-        self._counts, self._still = [0] * len(self._nodes), [0] * len(self._nodes)
+        self._counts = [0] * len(self._nodes)
+        self._looks_without_beat = [0] * len(self._nodes)
         host = os.environ["MASTER_ADDR"]
         self._store = _open_store(host, 0, is_master=True) if comm.rank == 0 else None
         port = comm.gather_objects(0 if self._store is None else self._store.port)[0]
@@ -126,15 +140,11 @@ class Heartbeat(threading.Thread):
             self._store = _open_store(host, port, is_master=False)
         if self._store is not None:
             self._beat(self._store)
-        missing = [
-            rank for rank, contacts in enumerate(comm.gather_objects(self.contacts)) if not contacts
-        ]
-        # Why there is no heartbeat. The same on all ranks.
-        self.problem = (
-            f"rank {missing[0]} does not reach a store at {host}:{port}" if missing else None
-        )
-        if not missing:
+        contacts = comm.gather_objects(self.contacts)
+        if all(contacts):
             self.start()
+        else:
+            self.problem = f"rank {contacts.index(0)} does not reach a store at {host}:{port}"
 
     def close(self) -> None:
         self._closed.set()
@@ -147,10 +157,14 @@ class Heartbeat(threading.Thread):
     def look(self, counts: Sequence[int]) -> str | None:
         """Compares the counts with the last look. Returns the first lost rank and its node."""
         for rank, (before, now) in enumerate(zip(self._counts, counts, strict=True)):
-            self._still[rank] = self._still[rank] + 1 if now == before else 0
+            self._looks_without_beat[rank] += 1
+            if now != before:
+                self._looks_without_beat[rank] = 0
         self._counts = list(counts)
-        lost = (rank for rank, still in enumerate(self._still) if still >= LOOKS)
-        return next((f"rank {rank} on {self._nodes[rank]}" for rank in lost), None)
+        for rank, looks in enumerate(self._looks_without_beat):
+            if looks >= LOOKS:
+                return f"rank {rank} on {self._nodes[rank]}"
+        return None
 
     def _beat(self, store: TCPStore) -> None:
         try:
