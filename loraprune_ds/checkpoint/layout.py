@@ -70,10 +70,12 @@ def layer_file(part: str, layer: int) -> str:
 
 def numbered(root: Path, kind: str) -> list[int]:
     """Returns the numbers of the folders `{kind}-{number}`, ascending."""
-    numbers = [
-        path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()
-    ]
-    return sorted(int(number) for number in numbers if number.isdigit())
+    numbers: list[int] = []
+    for path in root.glob(f"{kind}-*"):
+        number = path.name.removeprefix(f"{kind}-")
+        if path.is_dir() and number.isdigit():
+            numbers.append(int(number))
+    return sorted(numbers)
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,11 @@ def read_record(path: Path, kind: type[T]) -> T:
     """
     with _damage_in_one_line(path):
         text = path.read_text(encoding="utf-8")
-        if (version := int(json.loads(text).get("format", 4))) != FORMAT:
-            reads = f"{_reader(version)}; this version reads format {FORMAT}"
-            raise CheckpointMismatch(f"{path} has format {version}, {reads}")
+        version = int(json.loads(text).get("format", 4))
+        if version != FORMAT:
+            raise CheckpointMismatch(
+                f"{path} has format {version}, {_reader(version)}; this version reads format {FORMAT}"
+            )
         return TypeAdapter(kind).validate_json(text, strict=True)
 
 
@@ -186,9 +190,8 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is missing or cannot be read") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        ) from None
+        field_name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {field_name}: {first['msg']}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
@@ -238,11 +241,12 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th file of a folder against its manifest, so ranks can share the reading."""
     with _damage_in_one_line(folder / MANIFEST):
         entries = json.loads((folder / MANIFEST).read_text())["files"]
-        files = sorted(
-            (name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()
-        )
-    for i, (name, size, digest) in enumerate(files):
-        path = folder / name
+        files: list[tuple[Path, int, str]] = []
+        for name, entry in sorted(entries.items()):
+            files.append((folder / name, int(entry["bytes"]), str(entry["sha256"])))
+    for i, (path, size, digest) in enumerate(files):
         require(path.is_file(), f"{path} is missing")
-        if i % parts == part and (path.stat().st_size != size or sha256(path) != digest):
+        if i % parts != part:
+            continue
+        if path.stat().st_size != size or sha256(path) != digest:
             raise UserError(f"{path} is damaged: its checksum differs from {MANIFEST}")

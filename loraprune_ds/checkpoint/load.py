@@ -57,7 +57,8 @@ class TrainingCheckpoint:
                 self.source, self.config.model, query_heads=self.state.query_heads
             )
         weights = dense.weights.cut(keep_from_lists(self.state.kept, dense.shape.kinds))
-        return replace(dense, weights=weights.overlaid(open_refits(weights.shape, self.folder)))
+        refits = open_refits(weights.shape, self.folder)
+        return replace(dense, weights=weights.overlaid(refits))
 
     @property
     def shape(self) -> ModelShape:
@@ -65,8 +66,8 @@ class TrainingCheckpoint:
 
     @property
     def exported(self) -> ExportedConfig:
-        dtype, tower = self.config.model.dtype, self.tower
-        return export_config(self.dense.config, self.shape, dtype, tower and tower.config)
+        tower_config = self.tower.config if self.tower else None
+        return export_config(self.dense.config, self.shape, self.config.model.dtype, tower_config)
 
     @property
     def dense_folder(self) -> Path:
@@ -80,13 +81,11 @@ class TrainingCheckpoint:
         self, ranks: Communicator, *, merge: bool = True
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         layers = len(self.shape.layers)
-        for k in range(ranks.rank, layers + 1, ranks.world_size):
-            yield (
-                k,
-                self._layer(k, merge)
-                if k < layers
-                else self._read(tensor.name for tensor in self.shape.outer),
-            )
+        for number in range(ranks.rank, layers + 1, ranks.world_size):
+            if number < layers:
+                yield number, self._layer(number, merge)
+            else:
+                yield number, self._read(tensor.name for tensor in self.shape.outer)
 
     def lora(self, layer: int) -> dict[str, Tensor]:
         """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
@@ -107,19 +106,23 @@ class TrainingCheckpoint:
         )
 
     def _layer(self, layer: int, merge: bool) -> dict[str, Tensor]:
-        prefix, spec = self.shape.prefix(layer), self.shape.layers[layer]
+        prefix = self.shape.prefix(layer)
+        spec = self.shape.layers[layer]
         tensors = self._read(prefix + tensor.name for tensor in spec.tensors)
-        if merge:
-            lora, scaling = self.lora(layer), self.config.lora.lora_alpha / self.config.lora.r
-            for linear in spec.linears:
-                name, (a, b) = prefix + linear.name, (f"{linear.linear}.lora_{x}" for x in "AB")
-                tensors[name] = merge_lora(
-                    tensors[name], lora[a], lora[b], scaling, tensors[name].dtype
-                )
+        if not merge:
+            return tensors
+        lora = self.lora(layer)
+        scaling = self.config.lora.lora_alpha / self.config.lora.r
+        for linear in spec.linears:
+            a = lora[f"{linear.linear}.lora_A"]
+            b = lora[f"{linear.linear}.lora_B"]
+            weight = tensors[prefix + linear.name]
+            tensors[prefix + linear.name] = merge_lora(weight, a, b, scaling, weight.dtype)
         return tensors
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        weights, dtype = self.frozen_model.weights, DTYPES[self.config.model.dtype]
+        weights = self.frozen_model.weights
+        dtype = DTYPES[self.config.model.dtype]
         return {name: weights.read_full(name, dtype) for name in names}
 
 
@@ -136,16 +139,20 @@ def open_checkpoint(
     """
 
     def check() -> TrainingCheckpoint:
-        state = layout.read_record(folder / layout.STATE_FILE, RunState)
+        state_file = folder / layout.STATE_FILE
+        state = layout.read_record(state_file, RunState)
+        verified = [folder]
         if resume:
             layout.read_resume_state(folder)
-        for files in (folder, folder / layout.RESUME_FOLDER) if resume else (folder,):
+            verified.append(folder / layout.RESUME_FOLDER)
+        for files in verified:
             layout.verify(files, part=ranks.rank, parts=ranks.world_size)
-        config = recorded_config(state.config, folder / layout.STATE_FILE)
+        config = recorded_config(state.config, state_file)
         source = _find_source(folder, state, config)
-        model, query_heads = config.model, state.query_heads
-        opened = dense or open_for_pruning(locate_model(model), model, query_heads=query_heads)
-        return TrainingCheckpoint(folder, state, config, source, opened)
+        model = dense or open_for_pruning(
+            locate_model(config.model), config.model, query_heads=state.query_heads
+        )
+        return TrainingCheckpoint(folder, state, config, source, model)
 
     return ranks.all_or_raise(check)
 
@@ -157,7 +164,8 @@ def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:
     """
     try:
         source = Path(state.source)
-        source = source if source.is_dir() else locate_model(config.model)
+        if not source.is_dir():
+            source = locate_model(config.model)
         digest = source_digest if state.data.source.startswith(SAMPLES) else _digest_of_beginnings
         is_same = digest(source) == state.data.source
     except (UserError, OSError) as error:
@@ -178,7 +186,8 @@ def source_digest(folder: Path) -> str:
     miss a change of a few rows, for example of single tokens in the embedding.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in (folder / name for name in sorted(weight_file_names(folder))):
+    for name in sorted(weight_file_names(folder)):
+        path = folder / name
         digest.update(path.name.encode())
         for part in read_samples(path):
             digest.update(part)
@@ -188,7 +197,8 @@ def source_digest(folder: Path) -> str:
 def _digest_of_beginnings(folder: Path) -> str:
     """Identifies a source model like the first steps of format 7: by the first MiB of each weight file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in (folder / name for name in sorted(weight_file_names(folder))):
+    for name in sorted(weight_file_names(folder)):
+        path = folder / name
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(file.read(1 << 20))
@@ -205,11 +215,12 @@ def read_flat(
     lora: Path, adam: Path, layer: int, name: str, key: str, start: int, end: int
 ) -> Tensor:
     """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
-    path, own = lora / layout.layer_file("lora", layer), name
+    path = lora / layout.layer_file("lora", layer)
     if key != "master":
-        path, own = adam / layout.layer_file("adam", layer), f"{name}.{key}"
+        path = adam / layout.layer_file("adam", layer)
+        name = f"{name}.{key}"
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(own).view(-1)[start:end].clone()
+        return file.get_tensor(name).view(-1)[start:end].clone()
 
 
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
@@ -232,12 +243,11 @@ def restore_pruner(
 
     `folder` has its moving averages and input moments, if any.
     """
-    kinds, path = pruner.limits.dense.kinds, folder / layout.SCORES_FILE
-    tensors = load_file(path) if path.exists() else {}
-    layers = range(len(tensors) // len(kinds))
-    scores = [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]
+    kinds = pruner.limits.dense.kinds
+    path = folder / layout.SCORES_FILE
     pruner.kept_of_dense = keep_from_lists(kept, kinds)
-    pruner.average.scores, pruner.average.updates_since_cut = scores or None, updates_since_cut
+    pruner.average.scores = _read_scores(path, kinds) if path.exists() else None
+    pruner.average.updates_since_cut = updates_since_cut
 
     def read_moments(layer: int) -> dict[str, Tensor]:
         path = folder / layout.layer_file("inputs", layer)
@@ -245,3 +255,9 @@ def restore_pruner(
 
     if pruner.moments is not None:
         pruner.moments.restore(read_moments, moment_tokens)
+
+
+def _read_scores(path: Path, kinds: tuple[Kind, ...]) -> list[LayerScores]:
+    tensors = load_file(path)
+    layers = range(len(tensors) // len(kinds))
+    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]

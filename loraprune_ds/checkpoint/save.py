@@ -32,8 +32,10 @@ class Staging(AbstractContextManager["Staging"]):
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
         self._mark = comm.draw_mark()
-        self.target, self.folder = target, files.staging_of(target, self._mark)
-        self._comm, self._kind = comm, kind
+        self.target = target
+        self.folder = files.staging_of(target, self._mark)
+        self._comm = comm
+        self._kind = kind
         self._writes = LocalWrites(comm, self.folder)
         self._sealed: dict[str, dict[str, Any]] = {}
         empty_cache()  # torch may hold memory that NCCL needs for the gathers
@@ -46,34 +48,30 @@ class Staging(AbstractContextManager["Staging"]):
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Writes and seals one file on this rank, because only the writer's fsync surely flushes its cache.
 
-        The name may begin with a subfolder, which then has a manifest of its own.
+        The name may begin with a subfolder, which then gets a separate manifest.
         """
+        path = self.folder / name
 
         def write_and_seal() -> None:
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            write(self.folder / name)
-            self._sealed[name] = layout.seal(self.folder / name)
+            path.parent.mkdir(exist_ok=True)
+            write(path)
+            self._sealed[name] = layout.seal(path)
 
         self._writes.do(write_and_seal)
 
     def publish(self) -> None:
         """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
         self._writes.agree()
-        sealed = {
-            name: entry
-            for part in self._comm.gather_objects(self._sealed)
-            for name, entry in part.items()
-        }
-        self._writes.do_on_rank_0(lambda: self._rename(sealed))
+        manifests: dict[str, dict[str, Any]] = {}  # folder -> file -> entry
+        for sealed in self._comm.gather_objects(self._sealed):
+            for path, entry in sealed.items():
+                folder, name = os.path.split(path)
+                manifests.setdefault(folder, {})[name] = entry
+        self._writes.do_on_rank_0(lambda: self._rename(manifests))
 
-    def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
-        for folder in {os.path.dirname(name) for name in sealed}:
-            own = {
-                os.path.basename(name): x
-                for name, x in sealed.items()
-                if os.path.dirname(name) == folder
-            }
-            layout.write_manifest(self.folder / folder, own)
+    def _rename(self, manifests: dict[str, dict[str, Any]]) -> None:
+        for folder, entries in manifests.items():
+            layout.write_manifest(self.folder / folder, entries)
             files.flush(self.folder / folder)
         if self.target.exists():
             files.remove_folder(self.target)
@@ -128,26 +126,29 @@ def _write_lora(
 
 def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> None:
     """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
-    model, collected = (
-        pruner.model,
-        {layer: dict[str, Tensor]() for layer in layers if pruner.moments},
-    )
-    for layer, tensors in collected.items():
+    if not pruner.moments:
+        return
+    model = pruner.model
+    collected: dict[int, dict[str, Tensor]] = {}
+    for layer in layers:
+        prefix = model.shape.prefix(layer)
+        collected[layer] = {}
         for name in refitted_linears(pruner.limits.dense, model.shape, layer):
             stored = model.collect_stored(LinearId(layer, name))
-            tensors |= {
-                f"{model.shape.prefix(layer)}{name}.{part}": tensor
-                for part, tensor in stored.items()
-            }
+            for part, tensor in stored.items():
+                collected[layer][f"{prefix}{name}.{part}"] = tensor
     for layer, tensors in collected.items():  # all owners write in parallel
         _write_layer(staging, "refit", layer, tensors)
 
 
 def _write_pruner(staging: Staging, pruner: Pruner, folder: str) -> None:
     """Writes the moving averages in float64, on rank 0, and half of the input moments of each layer, on its owner."""
-    layers = enumerate((pruner.average.on_host() if pruner.model.rank == 0 else None) or [])
-    tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
-    if tensors:
+    scores = pruner.average.on_host() if pruner.model.rank == 0 else None
+    if scores:
+        tensors: dict[str, Tensor] = {}
+        for i, layer in enumerate(scores):
+            for kind, groups in layer.items():
+                tensors[f"{i}.{kind}"] = groups
         staging.write(folder + layout.SCORES_FILE, lambda path: write_weight_file(path, tensors))
     if pruner.moments is not None:
         for layer in range(len(pruner.model.layers)):
@@ -167,14 +168,17 @@ def drop_old(root: Path, step: int, keep_last: int, pinned: Container[int] = ())
     """
     files.remove_leftovers(root)
     folders = {number: layout.step_folder(root, number) for number in layout.numbered(root, "step")}
-    whole = [n for n, folder in folders.items() if n <= step and (folder / RESUME_FOLDER).is_dir()]
+    resumable: list[int] = []
     for number, folder in folders.items():
-        if number in whole[-keep_last:]:
+        if number <= step and (folder / RESUME_FOLDER).is_dir():
+            resumable.append(number)
+    for number, folder in folders.items():
+        if number in resumable[-keep_last:]:
             continue
         if number > step or number not in pinned:
             files.remove_folder(folder)
         else:
             files.remove_leftovers(folder)
-            if number in whole:
+            if number in resumable:
                 files.remove_folder(folder / RESUME_FOLDER)
         fail_point("save.dropped")
