@@ -14,8 +14,15 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
-from loraprune_ds.pretrained.text_part import MTP, MULTIMODAL, Tower, find_prefixes, text_config
-from loraprune_ds.pretrained.weight_files import have_equal_values, read_headers
+from loraprune_ds.pretrained.text_part import (
+    MTP,
+    MULTIMODAL,
+    Prefixes,
+    Tower,
+    find_prefixes,
+    text_config,
+)
+from loraprune_ds.pretrained.weight_files import Headers, have_equal_values, read_headers
 from loraprune_ds.pretrained.weights import HEAD, ModelWeights, check_weights
 
 ERNIE_MTP = "model.mtp_"  # an Ernie 4.5 has this prefix for the layers under `MTP`
@@ -55,44 +62,57 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
     """
     where = str(folder)
     full = read_json(folder / "config.json")
-    config = text_config(full, where) | ({} if query_heads else {QUERY_HEADS_LEAVE: False})
-    family, headers = read_family(config, where), read_headers(folder)
-    names, tower = {family.prefixes.name_in_class(name): name for name in headers}, None
+    config = text_config(full, where)
+    if not query_heads:
+        config = config | {QUERY_HEADS_LEAVE: False}
+    family = read_family(config, where)
+    headers = read_headers(folder)
+    tower = None
+    prefixes = family.prefixes
+    text_tensors = list(headers)
     if full.get("model_type") in MULTIMODAL:
         prefixes = find_prefixes(headers, where)
-        names = {
-            prefixes.name_in_class(name): name for name in headers if name.startswith(prefixes)
-        }
-        others = {
-            name: file
-            for name, (_, _, file) in headers.items()
-            if not name.startswith((*prefixes, MTP))
-        }
-        tower = Tower(full, prefixes, others)
+        text_tensors = [name for name in headers if name.startswith(prefixes)]
+        tower = Tower(full, prefixes, _tower_files(headers, prefixes))
+    names = {prefixes.name_in_class(name): name for name in text_tensors}
     check_depth(config, family, names, where)
     shape, modules = read_model(config, where)
-    embedding = shape.outer[0].name
-    # transformers ties every T5
-    tied = shape.tie_word_embeddings or config.get("scale_decoder_outputs") is False
-    tied = tied and (
-        not names.keys() >= {embedding, HEAD}
-        or have_equal_values(names[embedding], names[HEAD], headers)
-    )
+    tied = _is_tied(config, shape, names, headers)
     if tied and HEAD in names:
-        names.setdefault(embedding, names[HEAD])
+        names.setdefault(shape.outer[0].name, names[HEAD])
     if tied != shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": tied}
         shape, modules = read_model(config, where)
-    names |= {
-        copy: first
-        for copy, first in shape.shared_tensors.items()
-        if first in names and copy not in names
+    for copy, first in shape.shared_tensors.items():
+        if first in names:
+            names.setdefault(copy, names[first])
+    count = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
+    unused = [f"model.layers.{len(shape.layers) + i}." for i in range(count)]
+    in_model = {
+        name: in_file
+        for name, in_file in names.items()
+        if not name.startswith((MTP, ERNIE_MTP, *unused))
     }
-    extra = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
-    beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
-    names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
-    weights = check_weights(folder, headers, names, shape)
+    weights = check_weights(folder, headers, in_model, shape)
     return PretrainedModel(folder, config, modules, weights, tower)
+
+
+def _tower_files(headers: Headers, prefixes: Prefixes) -> dict[str, Path]:
+    """Returns tensor name -> weight file of a tower."""
+    text = (*prefixes, MTP)
+    return {name: file for name, (_, _, file) in headers.items() if not name.startswith(text)}
+
+
+def _is_tied(
+    config: dict[str, Any], shape: ModelShape, names: dict[str, str], headers: Headers
+) -> bool:
+    """Returns True if the embedding is also the head. Files may have both all the same."""
+    # transformers ties every T5
+    if not shape.tie_word_embeddings and config.get("scale_decoder_outputs") is not False:
+        return False
+    embedding = names.get(shape.outer[0].name)
+    head = names.get(HEAD)
+    return embedding is None or head is None or have_equal_values(embedding, head, headers)
 
 
 def open_for_pruning(

@@ -52,13 +52,10 @@ def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]
         model: a folder, a hub id, or a name of LLAMA_SIZES.
     """
     if model in LLAMA_SIZES:
-        return {"model_type": "llama", "vocab_size": 32_000} | dict(
-            zip(SIZES, LLAMA_SIZES[model], strict=True)
-        )
-    return read_json(
-        locate_model(ModelConfig(model, revision=revision), "model: ", ["config.json"])
-        / "config.json"
-    )
+        sizes = zip(SIZES, LLAMA_SIZES[model], strict=True)
+        return {"model_type": "llama", "vocab_size": 32_000, **dict(sizes)}
+    folder = locate_model(ModelConfig(model, revision=revision), "model: ", ["config.json"])
+    return read_json(folder / "config.json")
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
@@ -80,35 +77,27 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     family = read_family(config, where)
     config, counts, queries_leave = _checked(config, family, where)
     with refused_in_one_line(where):
-        made, modules = (
-            config_object(config | {QUERY_HEADS_LEAVE: queries_leave}),
-            build_on_meta(config),
-        )
-    configs = [_layer_config(made, family, i) for i in range(sum(counts))]
-    shapes: dict[str, Shape] = {
-        name: tuple(parameter.shape) for name, parameter in modules.named_parameters()
-    }
-    layers, marks = list[LayerSpec](), [list(family.layer(c, i)) for i, c in enumerate(configs)]
-    equal = dict[LayerSpec, LayerSpec]()
+        settings = config_object(config | {QUERY_HEADS_LEAVE: queries_leave})
+        modules = build_on_meta(config)
+    configs = [_layer_config(settings, family, i) for i in range(sum(counts))]
+    marks = [list(family.layer(layer, i)) for i, layer in enumerate(configs)]
+    outer: dict[str, Shape] = {}
+    for name, parameter in modules.named_parameters():
+        outer[name] = tuple(parameter.shape)
+    layers: list[LayerSpec] = []
+    equal: dict[LayerSpec, LayerSpec] = {}
     for number, (names, count) in enumerate(zip(family.layer_lists, counts, strict=True)):
-        for prefix in (f"{names.path}.{i}." for i in range(count)):
-            inside = {
-                name.removeprefix(prefix): shape
-                for name, shape in shapes.items()
-                if name.startswith(prefix)
-            }
-            layer = _layer(number, marks[len(layers)], inside, f"{where}: {prefix}")
+        for i in range(count):
+            prefix = f"{names.path}.{i}."
+            inside = [name for name in outer if name.startswith(prefix)]
+            shapes = {name.removeprefix(prefix): outer.pop(name) for name in inside}
+            layer = _layer(number, marks[len(layers)], shapes, f"{where}: {prefix}")
             layers.append(equal.setdefault(layer, layer))
-    paths = tuple(f"{names.path}." for names in family.layer_lists)
-    outer = tuple(
-        TensorSpec(name, shape=shape)
-        for name, shape in shapes.items()
-        if not name.startswith(paths)
-    )
+    tensors = tuple(TensorSpec(name, shape=shape) for name, shape in outer.items())
     kinds = _kinds(marks[0], layers)
     if isinstance(family, Moe) and not family.optional and "experts" not in kinds:
         raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
-    return ModelShape(config["model_type"], kinds, tuple(layers), outer, configs[0]), modules
+    return ModelShape(config["model_type"], kinds, tuple(layers), tensors, configs[0]), modules
 
 
 def check_depth(config: dict[str, Any], family: Family, names: Collection[str], where: str) -> None:
@@ -117,10 +106,10 @@ def check_depth(config: dict[str, Any], family: Family, names: Collection[str], 
         count = config.get(layers.count)
         if isinstance(count, int) and count > 0:
             last = f"{layers.path}.{count - 1}."
-            lacks = (
-                f"{where}: tensor {last}* is missing, but config.json says {layers.count} {count}"
+            require(
+                any(name.startswith(last) for name in names),
+                f"{where}: tensor {last}* is missing, but config.json says {layers.count} {count}",
             )
-            require(any(name.startswith(last) for name in names), lacks)
 
 
 def check_family(
@@ -146,58 +135,69 @@ def check_family(
 
 
 def _layer(
-    number: int, marks: Sequence[TensorSpec | Attribute], inside: Mapping[str, Shape], where: str
+    number: int, marks: Sequence[TensorSpec | Attribute], shapes: Mapping[str, Shape], where: str
 ) -> LayerSpec:
     """Describes a layer by the marks of its family, of which it may lack tensors, and the shapes of its modules."""
-    tensors = [mark for mark in marks if isinstance(mark, TensorSpec) and mark.name in inside]
-    named = dict[str, TensorSpec]()
+    tensors = [mark for mark in marks if isinstance(mark, TensorSpec) and mark.name in shapes]
+    specs: dict[str, TensorSpec] = {}
+    unchanged: dict[str, TensorSpec] = {}
     # Linears come first, starting with those that lose groups. Then come other tensors that lose groups.
-    for mark in sorted(tensors, key=lambda x: (not x.lora, not x.spans)):
-        named[mark.name] = mark
-        if mark.lora and (bias := f"{mark.linear}.bias") in inside:
-            named[bias] = TensorSpec(bias, mark.spans if mark.axis == 0 else ())
-    first = [
-        name for name, mark in named.items() if mark.lora or mark.spans or name.endswith(".bias")
-    ]
-    every = dict.fromkeys((*first, *inside))
-    specs = tuple(replace(named.get(name, TensorSpec(name)), shape=inside[name]) for name in every)
-    for spec in specs:
-        along, axis = sum(run.size for run in spec.spans), spec.axis
-        is_unmarked = len(spec.shape) == 2 and spec.name not in named
-        if is_unmarked or (spec.spans and along != spec.shape[axis]):
-            explained = (
-                [*spec.shape[:axis], along, *spec.shape[axis + 1 :]] if spec.spans else "nothing"
-            )
-            raise UserError(
-                f"{where}{spec.name} has shape {[*spec.shape]}, but its family has {explained}"
-            )
-    kinds = {kind for spec in specs for kind in spec.kinds}
+    for mark in sorted(tensors, key=lambda mark: (not mark.lora, not mark.spans)):
+        if mark.lora or mark.spans or mark.name.endswith(".bias"):
+            specs[mark.name] = mark
+        else:  # also a linear that is marked twice, such as out_proj of a Mamba layer
+            specs.pop(mark.name, None)
+            unchanged[mark.name] = mark
+        bias = f"{mark.linear}.bias"
+        if mark.lora and bias in shapes:
+            specs[bias] = TensorSpec(bias, mark.spans if mark.axis == 0 else ())
+    # The others follow in the order of the modules.
+    for name, shape in shapes.items():
+        if name not in specs:
+            if len(shape) == 2 and name not in unchanged:
+                raise UserError(f"{where}{name} has shape {[*shape]}, but its family has nothing")
+            specs[name] = unchanged.get(name, TensorSpec(name))
+    layer = tuple(replace(spec, shape=shapes[name]) for name, spec in specs.items())
+    for spec in layer:
+        _check_spans(spec, where)
+    kinds = {kind for spec in layer for kind in spec.kinds}
     attributes = (mark for mark in marks if isinstance(mark, Attribute) and mark.span.kind in kinds)
-    return LayerSpec(number, specs, tuple(attributes))
+    return LayerSpec(number, layer, tuple(attributes))
+
+
+def _check_spans(spec: TensorSpec, where: str) -> None:
+    """Checks that the groups of a tensor fill its axis."""
+    size = sum(span.size for span in spec.spans)
+    if spec.spans and size != spec.shape[spec.axis]:
+        expected = list(spec.shape)
+        expected[spec.axis] = size
+        raise UserError(
+            f"{where}{spec.name} has shape {[*spec.shape]}, but its family has {expected}"
+        )
 
 
 def _kinds(marks: Marks, layers: Sequence[LayerSpec]) -> tuple[Kind, ...]:
     """Returns the kinds of the model in the order of the forward. The last makes up for what whole groups cannot."""
-    found = {kind for layer in layers for kind in layer.counts}
-    spans = (
-        run for mark in marks if isinstance(mark, TensorSpec) and mark.lora for run in mark.spans
-    )
-    return tuple(dict.fromkeys(span.kind for span in spans if span.kind in found))
+    present = {kind for layer in layers for kind in layer.counts}
+    kinds: dict[Kind, None] = {}
+    for mark in marks:
+        if isinstance(mark, TensorSpec) and mark.lora:
+            kinds |= dict.fromkeys(span.kind for span in mark.spans if span.kind in present)
+    return tuple(kinds)
 
 
 def read_family(config: dict[str, Any], where: str) -> Family:
     """Returns the family of config.json. Raises UserError if the family, or a sort of layer in it, is not supported."""
-    others = f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
-    family = find_family(config.get("model_type"), where, others)
+    text_parts = f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
+    family = find_family(config.get("model_type"), where, text_parts)
     if "EncoderModel" in str(config.get("architectures")):
         raise UserError(
             f"{where}: config.json names an encoder without its decoder; only both together can be tuned"
         )
-    known = {*dir(config_class(config["model_type"])), *_aliases(config)}
-    if field := next(
-        (field for field in OTHER_LAYERS if config.get(field) and field not in known), None
-    ):
-        raise UserError(f"{where}: config.json has {field}: such layers are not supported")
+    supported = {*dir(config_class(config["model_type"])), *_aliases(config)}
+    for field in OTHER_LAYERS:
+        if config.get(field) and field not in supported:
+            raise UserError(f"{where}: config.json has {field}: such layers are not supported")
     return family
 
 
@@ -207,25 +207,28 @@ def _aliases(config: dict[str, Any]) -> dict[str, str]:
     return {**names, **{name: alias for alias, name in names.items()}}
 
 
-def _layer_config(made: PreTrainedConfig, family: Family, layer: int) -> Any:
+def _layer_config(config: PreTrainedConfig, family: Family, layer: int) -> Any:
     """Returns transformers' object of one layer."""
     if family.per_layer == "per_layer_config":
-        return layer_config(made, layer)
-    own = copy.copy(made)
-    own.__dict__.update((getattr(made, family.per_layer, None) or {}).get(str(layer), {}))
-    return own
+        return layer_config(config, layer)
+    sizes = getattr(config, family.per_layer, None) or {}
+    of_layer = copy.copy(config)
+    vars(of_layer).update(sizes.get(str(layer), {}))
+    return of_layer
 
 
 def _checked(
     config: dict[str, Any], family: Family, where: str
 ) -> tuple[dict[str, Any], list[int], bool]:
     """Checks sizes. Returns config.json with explicit ones, the counts of layers, and if single query heads leave."""
-    aliases, queries_leave = _aliases(config), False
+    aliases = _aliases(config)
+    queries_leave = False
     try:
         config = family.explicit(config)
-        per_layer = {int(i): own for i, own in (config.get(family.per_layer) or {}).items()}
-        sizes = [int(config[x if x in config else aliases.get(x, x)]) for x in family.required]
-        counts = [int(config[names.count]) for names in family.layer_lists]
+        per_layer = {int(i): sizes for i, sizes in (config.get(family.per_layer) or {}).items()}
+        required = (name if name in config else aliases.get(name, name) for name in family.required)
+        sizes = [int(config[name]) for name in required]
+        counts = [int(config[layers.count]) for layers in family.layer_lists]
         if min(*counts, *sizes) < 1:
             raise UserError(f"{where}: config.json holds a size below 1")
         if "num_attention_heads" in family.required:
@@ -248,21 +251,19 @@ def _check_heads(
     They are if no layer has more than FEW_HEADS key-value heads, and if a query head is the finer step: each key-value
     head has more of them than a layer has key-value heads. They remain so once layers differ in that.
     """
-    hidden, queries = (
-        int(config.get(field) or 1) for field in ("hidden_size", "num_attention_heads")
-    )
-    head_dim, most = (
-        int(config.get("head_dim") or hidden // queries),
-        int(config.get("num_key_value_heads") or queries),
-    )
+    hidden = int(config.get("hidden_size") or 1)
+    queries = int(config.get("num_attention_heads") or 1)
+    head_dim = int(config.get("head_dim") or hidden // queries)
+    most_heads = int(config.get("num_key_value_heads") or queries)
     if head_dim < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
-    each = set[float]()
-    for i, own in {0: dict[str, Any](), **per_layer}.items():
-        queries = int((config | own)["num_attention_heads"])
-        heads = int((config | own).get("num_key_value_heads") or queries)
-        each.add(queries / heads)
-        if queries % heads or (most > FEW_HEADS and len(each) > 1):
+    ratios: set[float] = set()
+    for i, sizes in {0: {}, **per_layer}.items():
+        layer = config | sizes
+        queries = int(layer["num_attention_heads"])
+        heads = int(layer.get("num_key_value_heads") or queries)
+        ratios.add(queries / heads)
+        if queries % heads or (most_heads > FEW_HEADS and len(ratios) > 1):
             raise UserError(
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"
@@ -271,4 +272,4 @@ def _check_heads(
         raise UserError(
             f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even number"
         )
-    return most <= FEW_HEADS and (len(each) > 1 or max(each) > most)
+    return most_heads <= FEW_HEADS and (len(ratios) > 1 or max(ratios) > most_heads)

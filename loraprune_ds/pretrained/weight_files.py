@@ -37,14 +37,15 @@ TOKENIZER_FILES = (
     "tokenizer.model.v*",
     "tekken.json",
     TOKENIZER_CONFIG,
-)
-TOKENIZER_FILES += (
     "chat_template.*",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
 )
-TOKENIZER_FILES += ("vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -66,21 +67,23 @@ def read_headers(folder: Path) -> Headers:
             if name in headers:
                 raise UserError(f"{path}: {name} is also in {headers[name][2].name}")
             headers[name] = shape, dtype, path
-    if surplus := sorted(path for path in folder.glob(WEIGHT_FILES) if path.name not in names):
-        raise UserError(f"{surplus[0]} is not named by {INDEX_FILE}; remove it or repair the index")
+    for path in sorted(folder.glob(WEIGHT_FILES)):
+        if path.name not in names:
+            raise UserError(f"{path} is not named by {INDEX_FILE}; remove it or repair the index")
     return headers
 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Reads shape and dtype of each tensor in a safetensors file, and checks its length."""
+    header: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            views = {name: file.get_slice(name) for name in file.keys()}
-            return {
-                name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()
-            }
+            for name in file.keys():
+                view = file.get_slice(name)
+                header[name] = tuple(view.get_shape()), view.get_dtype()
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    return header
 
 
 def read_samples(path: Path) -> Iterator[bytes]:
@@ -89,11 +92,12 @@ def read_samples(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file, ThreadPoolExecutor(SAMPLERS) as pool:
         header = file.read(int.from_bytes(file.read(8), "little"))
         yield header
-        begin, entries = file.tell(), json.loads(header)
-        spans = sorted(
-            entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"
-        )
-        samples = [(size, begin + start) for span in spans for size, start in _samples(*span)]
+        begin = file.tell()
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        samples: list[tuple[int, int]] = []
+        for span in sorted(entry["data_offsets"] for entry in entries.values()):
+            samples += [(size, begin + start) for size, start in _samples(*span)]
         yield from pool.map(lambda sample: os.pread(file.fileno(), *sample), samples)
 
 
@@ -108,29 +112,28 @@ def _samples(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 def have_equal_values(name: str, other: str, headers: Headers) -> bool:
     """Returns True if two tensors have the same values. Only then embedding and head are tied, as in transformers."""
-    (size, _, file), (other_size, _, other_file) = headers[name], headers[other]
-    if size != other_size:
+    shape, _, file = headers[name]
+    other_shape, _, other_file = headers[other]
+    if shape != other_shape:
         return False
-    rows = max(1, READ_CHUNK // math.prod(size[1:]))
-    with safe_open(file, framework="pt") as one, safe_open(other_file, framework="pt") as two:
-        chunks = zip(
-            one.get_tensor(name).split(rows), two.get_tensor(other).split(rows), strict=True
-        )
-        return all(torch.equal(a.float(), b.float()) for a, b in chunks)
+    rows = max(1, READ_CHUNK // math.prod(shape[1:]))
+    with safe_open(file, framework="pt") as first, safe_open(other_file, framework="pt") as second:
+        chunks = first.get_tensor(name).split(rows)
+        other_chunks = second.get_tensor(other).split(rows)
+        pairs = zip(chunks, other_chunks, strict=True)
+        return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
 def weight_file_names(folder: Path) -> list[str]:
     """Lists the weight files of a folder, from its index if there is one, which may name only files next to it."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        names = sorted(
-            path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS
-        )
+        names = {path.name for path in folder.glob("*.safetensors")} - {ADAPTER_WEIGHTS}
         require(
             bool(names),
             f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}",
         )
-        return names
+        return sorted(names)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
@@ -166,22 +169,25 @@ def as_on_disk(
     for name, tensor in tensors.items():
         names, shape, transposed = pieces.get(name, Pieces((name,), tensor.shape))
         parts = tensor.reshape(len(names), *shape)
-        on_disk |= zip(map(name_on_disk, names), parts.mT if transposed else parts, strict=True)
+        if transposed:
+            parts = parts.mT
+        on_disk |= zip(map(name_on_disk, names), parts, strict=True)
     return on_disk
 
 
 def write_index(folder: Path, names: Sequence[str]) -> None:
     """Writes model.safetensors.index.json of these weight files, by their headers."""
-    weight_map, total_size = dict[str, str](), 0
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for path in (folder / name for name in names):
         tensors = read_header(path)
         assert not weight_map.keys() & tensors.keys(), "a tensor is in two files"
         weight_map |= dict.fromkeys(tensors, path.name)
         with path.open("rb") as file:  # it begins with the length of its header
-            total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    write_json(
-        folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    )
+            header_size = int.from_bytes(file.read(8), "little")
+        total_size += path.stat().st_size - 8 - header_size
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_json(folder / INDEX_FILE, index)
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

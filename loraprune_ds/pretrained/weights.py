@@ -65,26 +65,26 @@ class ModelWeights:
 
     def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
         """Returns the weights that these groups of each layer leave."""
-        left = self.shape.after(keep)
-        if left.layers == self.shape.layers:
+        smaller = self.shape.after(keep)
+        if smaller.layers == self.shape.layers:
             return self
-        slices = {
-            f"{self.shape.prefix(i)}{name}": kept
-            for i, (layer, layer_keep) in enumerate(zip(self.shape.layers, keep, strict=True))
-            for name, kept, _ in layer.cuts(layer_keep, int8=self.int8)
-        }
-        pieces = {
-            name: stack.keep_rows(slices.pop(name).keep) if name in slices else stack
-            for name, stack in self.pieces.items()
-        }
-        return replace(self, shape=left, slices=slices, pieces=pieces)
+        slices: dict[str, Slice] = {}
+        for i, (layer, layer_keep) in enumerate(zip(self.shape.layers, keep, strict=True)):
+            prefix = self.shape.prefix(i)
+            for name, part, _ in layer.cuts(layer_keep, int8=self.int8):
+                slices[prefix + name] = part
+        pieces = dict(self.pieces)
+        for name in self.pieces.keys() & slices.keys():
+            pieces[name] = pieces[name].keep_rows(slices.pop(name).keep)
+        return replace(self, shape=smaller, slices=slices, pieces=pieces)
 
     def overlaid(self, others: "ModelWeights") -> "ModelWeights":
-        """Returns the weights with the tensors of `others`, which has them whole, in place of its own."""
-        slices = {name: kept for name, kept in self.slices.items() if name not in others.files}
-        names = {**self.names_on_disk, **others.names_on_disk}
+        """Returns these weights, with the tensors of `others` in place of their own. `others` has them whole."""
         return replace(
-            self, files={**self.files, **others.files}, names_on_disk=names, slices=slices
+            self,
+            files={**self.files, **others.files},
+            names_on_disk={**self.names_on_disk, **others.names_on_disk},
+            slices={name: part for name, part in self.slices.items() if name not in others.files},
         )
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -96,29 +96,22 @@ class ModelWeights:
             return self._read_pieces(self.pieces[name], start, end, dtype)
         with safe_open(self.files[name], framework="pt") as file:
             stored = file.get_tensor(self.names_on_disk[name])
-            transposed = self.transposed and stored.ndim == 3
-            if name not in self.slices and not transposed:
-                return stored.view(-1)[start:end].to(dtype, copy=True)
-            if transposed:
+            if self.transposed and stored.ndim == 3:
                 stored = stored.mT
-            elif stored.ndim == 1:  # a row for each element
+            elif name not in self.slices:
+                return stored.view(-1)[start:end].to(dtype, copy=True)
+            if stored.ndim == 1:  # a row for each element
                 stored = stored.unsqueeze(1)
-            *heights, width = stored.shape
-            kept = self.slices.get(name, Slice(0, torch.arange(math.prod(heights))))
-            columns = len(kept.keep) if kept.axis == 1 else width
-            first, last = start // columns, -(-end // columns)
-            rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
-            shard, at_once = torch.empty(end - start, dtype=dtype), max(1, READ_CHUNK // width)
-            for i, part in enumerate(rows.split(at_once)):
-                values = stored[torch.unravel_index(part, heights)]
-                values = values[:, kept.keep] if kept.axis == 1 else values
-                fill(shard, start, values.reshape(-1), (first + i * at_once) * columns)
-        return shard
+            *heights, _ = stored.shape
+            part = self.slices.get(name, Slice(0, torch.arange(math.prod(heights))))
+            return _read_part(stored, part, start, end, dtype)
 
     def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        numel, parts = math.prod(pieces.shape), [torch.empty(0, dtype=dtype)]
+        numel = math.prod(pieces.shape)
+        parts = [torch.empty(0, dtype=dtype)]
         for i in range(start // numel, -(-end // numel) if end > start else 0):
-            low, high = max(start - i * numel, 0), min(end - i * numel, numel)
+            low = max(start - i * numel, 0)
+            high = min(end - i * numel, numel)
             parts.append(self.read_flat(pieces.names[i], low, high, dtype))
         return torch.cat(parts)
 
@@ -133,25 +126,27 @@ class ModelWeights:
             return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
-        shape, read_weight = spec.matrix, partial(self.read_flat, weight, dtype=torch.float32)
+        read_weight = partial(self.read_flat, weight, dtype=torch.float32)
         try:
-            return stored_as.read(tensor, shape, start, end, read_weight, dtype)
+            return stored_as.read(tensor, spec.matrix, start, end, read_weight, dtype)
         except NotFinite:
-            names, size, _ = self.pieces.get(weight, Pieces((weight,), shape))
-            parts = ((x, self.read_flat(x, 0, math.prod(size), torch.float32)) for x in names)
-            bad = next(x for x, values in parts if not torch.isfinite(values).all())
-            raise UserError(
-                f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold"
-            ) from None
+            pieces = self.pieces.get(weight, Pieces((weight,), spec.matrix))
+            for piece in pieces.names:
+                values = self.read_flat(piece, 0, math.prod(pieces.shape), torch.float32)
+                if not torch.isfinite(values).all():
+                    raise UserError(
+                        f"{self.files[piece]}: {piece} has an inf or NaN, which int8 cannot hold"
+                    ) from None
+            raise
 
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
         tensor = self._tensors[name]
-        prefix, stored = name.removesuffix(tensor.name), tensor.stored(1, self.int8)
-        parts = (
-            self.read_stored(prefix + x, 0, math.prod(n), dtype).view(n)
-            for x, (n, _) in stored.items()
-        )
+        prefix = name.removesuffix(tensor.name)
+        parts: list[Tensor] = []
+        for part, stored in tensor.stored(1, self.int8).items():
+            values = self.read_stored(prefix + part, 0, math.prod(stored.shape), dtype)
+            parts.append(values.view(stored.shape))
         return tensor.format(self.int8).join(parts)
 
     @cached_property
@@ -171,32 +166,41 @@ def check_weights(
         UserError: a tensor is missing, surplus or quantized, or has another shape.
     """
     experts = next((name for name in names if name.endswith(FUSED_EXPERTS)), None)
-    pieces = shape.pieces(fused=experts is not None)
-    transposed = any(
-        experts in x.names and headers[names[experts]][0] != x.shape
-        for x in pieces.values()
-        if experts
-    )
-    renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
-    names = {renamed.get(name, name): in_file for name, in_file in names.items()}
-    headers = {name: headers[in_file] for name, in_file in names.items()}
-    expected = shape.stored(2, int8=False)
-    for name, (parts, size, _) in pieces.items():
-        size = (size[0], size[2], size[1]) if transposed and len(size) == 3 else size
-        expected |= dict.fromkeys(
-            [renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size)
+    stacks = shape.pieces(fused=experts is not None)
+    transposed = False
+    if experts is not None:
+        on_disk = headers[names[experts]][0]
+        transposed = any(
+            experts in stack.names and on_disk != stack.shape for stack in stacks.values()
         )
-    _check_tensors(folder, headers, expected)
-    files = {name: headers[name][2] for name in expected}
-    several = {name: stack for name, stack in pieces.items() if len(stack.names) > 1}
-    return ModelWeights(shape, files, names, several, transposed=transposed)
+    # A stack that is one tensor on disk needs no pieces.
+    whole = {stack.names[0]: name for name, stack in stacks.items() if len(stack.names) == 1}
+    names_on_disk = {whole.get(name, name): in_file for name, in_file in names.items()}
+    found = {name: headers[in_file] for name, in_file in names_on_disk.items()}
+    expected = shape.stored(2, int8=False)
+    for name, stack in stacks.items():
+        size = stack.shape
+        if transposed and len(size) == 3:
+            size = (size[0], size[2], size[1])
+        stored = expected.pop(name)._replace(shape=size)
+        for piece in stack.names:
+            expected[whole.get(piece, piece)] = stored
+    _check_tensors(folder, found, expected)
+    return ModelWeights(
+        shape,
+        files={name: found[name][2] for name in expected},
+        names_on_disk=names_on_disk,
+        pieces={name: stack for name, stack in stacks.items() if len(stack.names) > 1},
+        transposed=transposed,
+    )
 
 
 def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor]) -> None:
-    if packed := next((name for name in headers if name.endswith(MXFP4)), None):
-        raise UserError(
-            f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}"
-        )
+    for name, (_, _, path) in headers.items():
+        if name.endswith(MXFP4):
+            raise UserError(
+                f"{path}: {name} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}"
+            )
     for name, (size, _) in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
@@ -212,3 +216,20 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Stored
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
+
+
+def _read_part(stored: Tensor, part: Slice, start: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Reads the elements [start, end) of the flat view of the rows or columns that a cut leaves."""
+    *heights, width = stored.shape
+    columns = len(part.keep) if part.axis == 1 else width
+    first = start // columns
+    last = -(-end // columns)
+    rows = part.keep[first:last] if part.axis == 0 else torch.arange(first, last)
+    elements = torch.empty(end - start, dtype=dtype)
+    step = max(1, READ_CHUNK // width)
+    for i, chunk in enumerate(rows.split(step)):
+        values = stored[torch.unravel_index(chunk, heights)]
+        if part.axis == 1:
+            values = values[:, part.keep]
+        fill(elements, start, values.reshape(-1), (first + i * step) * columns)
+    return elements
