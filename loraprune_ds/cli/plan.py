@@ -52,8 +52,11 @@ def parse_arguments() -> argparse.Namespace:
         "--explain", action="store_true", help="print the formula of every term and exit"
     )
     for name, field in CLUSTER.items():
-        default, about = field.default, field.metadata["help"]
-        kind, about = (float, about) if default is None else (type(default), f"{about} ({default})")
+        kind = float
+        about = field.metadata["help"]
+        if field.default is not None:
+            kind = type(field.default)
+            about += f" ({field.default})"
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="N", help=about)
     return parser.parse_args()
@@ -75,26 +78,29 @@ def plan(arguments: argparse.Namespace) -> int:
     )
     silence_libraries()
     # These imports take seconds, so they come after the check of arguments.
-    from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, plan_table, search, verdict
+    from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, search
     from loraprune_ds.plan.request import make_request
+    from loraprune_ds.plan.table import plan_table, verdict
 
+    one_gpu = dataclasses.replace(cluster, nodes=1, gpus_per_node=1)
     request = make_request(
         arguments.model,
-        dataclasses.replace(cluster, nodes=1, gpus_per_node=1) if arguments.smallest else cluster,
+        one_gpu if arguments.smallest else cluster,
         config_path=arguments.config,
         overrides=arguments.set,
         samples=arguments.samples,
     )
+    reason = ""
     if arguments.smallest:
         planned, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
     else:
-        planned, reason = make_plan(request), ""
+        planned = make_plan(request)
     facts = plan_json(planned, gib)
-    print(
-        json.dumps(facts, indent=2, allow_nan=False)
-        if arguments.json
-        else plan_table(planned, facts)
-    )
-    if not planned.fits:
-        tell(UserError(reason or verdict(planned)))
-    return 0 if planned.fits else DOES_NOT_FIT_EXIT_CODE
+    if arguments.json:
+        print(json.dumps(facts, indent=2, allow_nan=False))
+    else:
+        print(plan_table(planned, facts))
+    if planned.fits:
+        return 0
+    tell(UserError(reason or verdict(planned)))
+    return DOES_NOT_FIT_EXIT_CODE

@@ -48,16 +48,20 @@ class Cluster:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             may_be_zero = name in ("reserve", "nccl", "host_reserve")
-            good = value is None or (
-                math.isfinite(value) and value >= 0 and (value > 0 or may_be_zero)
+            require(
+                value is None or 0 < value < math.inf or (value == 0 and may_be_zero),
+                f"--{name.replace('_', '-')} must be a number above 0; got {value}",
             )
-            require(good, f"--{name.replace('_', '-')} must be a number above 0; got {value}")
-        gpus = f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}"
-        require(self.world_size <= MOST_GPUS, f"{gpus} is more than {MOST_GPUS} GPUs")
-        taken = f"--reserve {self.reserve}" + (
-            f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else ""
+        require(
+            self.world_size <= MOST_GPUS,
+            f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node} is more than {MOST_GPUS} GPUs",
         )
-        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing after {taken}")
+        reserved = f"--reserve {self.reserve}"
+        if self.nccl_bytes:
+            reserved += f" and --nccl {self.nccl_bytes / GIB:.1f}"
+        require(
+            self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing after {reserved}"
+        )
 
     @property
     def world_size(self) -> int:
@@ -72,7 +76,8 @@ class Cluster:
         """The GPU memory that NCCL takes for its rings and for every other rank."""
         if self.nccl is not None or self.world_size == 1:
             return int((self.nccl or 0) * GIB)
-        near, far = self.gpus_per_node - 1, self.world_size - self.gpus_per_node
+        near = self.gpus_per_node - 1
+        far = self.world_size - self.gpus_per_node
         return NCCL_RINGS + near * NCCL_PER_NEAR_RANK + far * NCCL_PER_FAR_RANK
 
     @property

@@ -1,0 +1,129 @@
+"""The plan of a run as a table, and in one line."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from loraprune_ds.model.frozen import describe_dtype
+from loraprune_ds.plan.cluster import GIB
+from loraprune_ds.plan.plan import Plan
+from loraprune_ds.plan.stages import Terms
+
+
+def verdict(plan: Plan) -> str:
+    """Says in one line whether the run fits."""
+    cluster = plan.request.cluster
+    fits = "fits" if plan.fits else "does not fit"
+    device = f"{_gib(plan.device_bytes)} of {_gib(cluster.gpu_bytes)} GiB per GPU ({plan.peak_stage.name})"
+    host = f"{_gib(plan.host_bytes)} of {_gib(cluster.host_bytes)} GiB of host memory per node"
+    return f"{plan.request.model} {fits} on {cluster.world_size} GPUs of {cluster.gpu_memory:g} GiB: {device}, {host}"
+
+
+def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
+    """Lays out the `facts` of `plan_json`."""
+    lines = _head_lines(plan, facts)
+    lines += ["", *_memory_rows(facts["stages"])]
+    lines += ["", *_cost_rows(facts, steps_known=plan.request.steps_known)]
+    lines += ["", verdict(plan)]
+    lines += [f"note: {note}" for note in facts["notes"]]
+    for served in facts["serving"]:
+        room = f"{served['tokens']:,} tokens of KV cache" if served["tokens"] else "they do not fit"
+        weights = _gib(served["weights"])
+        lines.append(f"on the server, {served['model']}: {weights} GiB of weights, {room}")
+    for row in facts["suggestions"]:
+        fits = "fits" if row["fits"] else "does not fit"
+        device = _gib(row["device_bytes"])
+        lines.append(f"  {fits:<13}{device:>8} GiB  {row['change']}: {row['setting']}")
+    if most := facts["largest_micro_batch"]:
+        lines.append(
+            f"the largest micro-batch that fits, with the same result: --set train.micro_batch_size={most}"
+        )
+    return "\n".join(lines)
+
+
+def _head_lines(plan: Plan, facts: dict[str, Any]) -> list[str]:
+    """Describes the model, the cluster, the batches and the sizes."""
+    request = plan.request
+    cluster = request.cluster
+    train = request.config.train
+    recomputes = "on" if train.gradient_checkpointing else "off"
+    tokens = train.micro_batch_size * request.config.data.window
+    lines = [
+        f"{request.model}: {facts['parameters']:,} parameters, {facts['parameters_after']:,} after the last cut",
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, less {cluster.reserve:g} for "
+        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {describe_dtype(request.config.model)}, "
+        f"activation checkpointing {recomputes}",
+        f"a pass has {tokens:,} tokens, a step {request.micro_batches} of them",
+    ]
+    target = facts["target"]
+    amount = request.config.prune.target_amount
+    if target and amount:
+        reached = f"{amount.format(target['reached'])} reached by prune.ratio {facts['ratio']:.4f}"
+        lines.append(f"prune.target {target['asked']}: {reached}")
+    for row in facts["sizes"]:
+        lines.append(
+            f"prune.sizes {row['size']}: {row['parameters']:,} parameters at step {row['step']:,}"
+        )
+    return lines
+
+
+def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
+    """Returns a column per stage, with its state and its worst phase."""
+    worst = [stage["phases"][stage["peak_phase"]] for stage in stages]
+    return [
+        _row("GiB per GPU", (stage["name"] for stage in stages)),
+        *_term_rows("", [stage["state"] for stage in stages]),
+        *_term_rows("+ ", worst),
+        _row("peak", (_gib(stage["peak"]) for stage in stages)),
+        _row("  while", (stage["peak_phase"] for stage in stages)),
+        _row("host, per rank", (_gib(sum(stage["host"].values())) for stage in stages)),
+    ]
+
+
+def _term_rows(sign: str, columns: list[Terms]) -> list[str]:
+    """Returns a row for each term that is above 0 in some column."""
+    return [
+        _row(sign + term, (_gib(terms[term]) if term in terms else "" for terms in columns))
+        for term in _terms(columns)
+    ]
+
+
+def _terms(columns: Iterable[Terms]) -> list[str]:
+    """Lists the terms above 0 in the order of the columns."""
+    terms: list[str] = []
+    for column in columns:
+        terms += [term for term, count in column.items() if count and term not in terms]
+    return terms
+
+
+def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
+    """Returns a column per kind of step and for the cut, and rows for the whole run."""
+    costs = facts["costs"].values()
+
+    def row(name: str, key: str, unit: float = 1, digits: int = 3) -> str:
+        return _row(name, (f"{cost[key] / unit:.{digits}f}" for cost in costs))
+
+    rows = [_row("", facts["costs"])]
+    for term in _terms(cost["sent"] for cost in costs):
+        cells = (f"{cost['sent'].get(term, 0) / 1e9:.3f}" for cost in costs)
+        rows.append(_row(f"GB sent: {term}", cells))
+    rows.append(row("GB of it to other nodes", "between_nodes", 1e9))
+    for name in ("compute", "communication", "host_copies"):
+        rows.append(row(f"seconds: {name}", name))
+    for name in ("at_least", "at_most"):
+        rows.append(row(f"seconds {name}", name, digits=2))
+    total = facts["in_all"]
+    hours = f"{total['at_least'] / 3600:.1f} to {total['at_most'] / 3600:.1f} hours"
+    steps = f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts"
+    rows.append(f"in all: {hours}, {total['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}")
+    checkpoint = facts["disk_bytes"]["checkpoint"] / 1e9
+    rows.append(f"on the shared disk: a checkpoint {checkpoint:.1f} GB")
+    return rows
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    columns = "".join(f"{cell.replace('_', ' '):>20}" for cell in cells)
+    return f"{name.replace('_', ' '):<28}{columns}"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f}"
