@@ -26,7 +26,7 @@ PATIENCE = timedelta(days=7)
 
 
 def stop_ranks() -> None:
-    """Leaves the process group, if there is one, which joins gloo's threads before the interpreter exits."""
+    """Leaves the process group, if any. This joins gloo's threads before the interpreter exits."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -80,43 +80,41 @@ class Communicator:
         """Gathers (n,) from every rank. Returns (world_size, n) on `owner` only."""
         if self.world_size == 1:
             return local[None]
-        into = (
-            [torch.empty_like(local) for _ in range(self.world_size)]
-            if self.rank == owner
-            else None
-        )
-        dist.gather(local.contiguous(), into, dst=owner, group=self.group)
-        self._count(0 if self.rank == owner else local.numel(), local.element_size())
-        return torch.stack(into) if into is not None else None
+        if self.rank == owner:
+            gathered = [torch.empty_like(local) for _ in range(self.world_size)]
+            dist.gather(local.contiguous(), gathered, dst=owner, group=self.group)
+            return torch.stack(gathered)
+        dist.gather(local.contiguous(), dst=owner, group=self.group)
+        self._count(local.numel(), local.element_size())
+        return None
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         """Sums over ranks, on `owner` only. Overwrites `values`."""
         if self.world_size > 1:
             dist.reduce(values, owner, group=self.group)
-            self._count(0 if self.rank == owner else values.numel(), values.element_size())
-        return values if self.rank == owner else None
+        if self.rank == owner:
+            return values
+        self._count(values.numel(), values.element_size())
+        return None
 
     def broadcast_from(self, owner: int, tensor: Tensor) -> None:
-        """Overwrites the tensor of every rank by that of `owner`."""
+        """Overwrites the tensor of every rank by the tensor of `owner`."""
         if self.world_size > 1:
             dist.broadcast(tensor, owner, group=self.group)
-            self._count(
-                tensor.numel() * (self.world_size - 1) if self.rank == owner else 0,
-                tensor.element_size(),
-            )
+        if self.rank == owner:
+            self._count(tensor.numel() * (self.world_size - 1), tensor.element_size())
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
-        parts = (
-            None
-            if flat is None
-            else list(pad(flat, len(shard) * self.world_size).split(len(shard)))
-        )
-        if self.world_size == 1:
-            shard.copy_(cast(list[Tensor], parts)[0])
+        if flat is None:
+            dist.scatter(shard, src=owner, group=self.group)
             return
-        dist.scatter(shard, parts, src=owner, group=self.group)
-        self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
+        padded = pad(flat, len(shard) * self.world_size)
+        if self.world_size == 1:
+            shard.copy_(padded)
+            return
+        dist.scatter(shard, list(padded.split(len(shard))), src=owner, group=self.group)
+        self._count(len(shard) * (self.world_size - 1), shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
         """Gathers a small picklable value from every rank, in rank order."""
@@ -128,7 +126,10 @@ class Communicator:
     def differing_rank(self, value: object) -> int | None:
         """Returns the first rank whose value differs from rank 0's. None if all ranks have the same. Collective."""
         values = self.gather_objects(value)
-        return next((rank for rank, other in enumerate(values) if other != values[0]), None)
+        for rank, its_value in enumerate(values):
+            if its_value != values[0]:
+                return rank
+        return None
 
     def draw_mark(self) -> str:
         """Returns eight random hexadecimal digits, the same on all ranks. Collective."""
@@ -144,16 +145,17 @@ class Communicator:
             UserError: raised by `action`, or in place of its OSError, which counts as an error of input unless the
                 disk is full or fails. The error of another rank names that rank.
         """
-        result, error = None, None
+        result = None
+        own_error = None
         try:
             result = action()
         except UserError as caught:
-            error = caught
+            own_error = caught
         except OSError as caught:
-            error = failed_read(caught)
-        for rank, first in enumerate(self.gather_objects(error)):
-            if first is not None:
-                raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
+            own_error = failed_read(caught)
+        for rank, error in enumerate(self.gather_objects(own_error)):
+            if error is not None:
+                raise error if rank == 0 else type(error)(f"rank {rank}: {error}")
         return cast(T, result)
 
     def on_rank_0(self, action: Callable[[], T]) -> T | None:
@@ -189,14 +191,15 @@ class Communicator:
         """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective."""
         # NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
         # (NVIDIA/nccl #1685). So a lack of memory or a broken network shows before the run, not at the first cut.
-        ones, before = torch.ones(self.world_size, device=self.device), self.bytes_sent
+        ones = torch.ones(self.world_size, device=self.device)
+        bytes_before = self.bytes_sent
         self.all_reduce(ones.clone())
         self.all_gather(ones)
         if self.world_size > 1:  # DeepSpeed makes these
             dist.reduce_scatter_tensor(ones[:1].clone(), ones, group=self.group)
         self.all_to_all(ones, [1] * self.world_size, [1] * self.world_size)
         self.gather_to(0, ones)
-        self.bytes_sent = before
+        self.bytes_sent = bytes_before
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -210,7 +213,8 @@ class LocalWrites:
     """Makes this rank's writes into `folder` between collectives. After a failure it stops, until `agree` raises."""
 
     def __init__(self, comm: Communicator, folder: Path) -> None:
-        self._comm, self._folder = comm, folder
+        self._comm = comm
+        self._folder = folder
         self._error: UserError | None = None
 
     def do(self, write: Callable[[], object]) -> None:

@@ -42,15 +42,17 @@ def current_device() -> torch.device:
 
 def device_name() -> str:
     """Returns the GPU's product name, or the type of the device."""
-    return (
-        torch.cuda.get_device_name() if current_device().type == "cuda" else current_device().type
-    )
+    kind = current_device().type
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
 def peak_flops(device: str, dtype: Dtype) -> float | None:
     """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32."""
-    known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
-    return None if known is None or dtype == "float32" else known * 1e12
+    if dtype != "float32":
+        for name, teraflops in PEAK_TERAFLOPS.items():
+            if name in device:
+                return teraflops * 1e12
+    return None
 
 
 def to_device(tensor: Tensor) -> Tensor:
@@ -73,18 +75,17 @@ def limit_kernels() -> None:
 
 def trim_heap() -> None:
     """Returns the unused heap of a CPU rank to the system. glibc would keep what lies between used blocks."""
-    # other C libraries lack it
-    if is_cpu() and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    if is_cpu():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # other C libraries lack it
+            libc.malloc_trim(0)
 
 
 def resident_bytes() -> int:
     """Returns the allocated device memory, or the anonymous and shared pages of a CPU process."""
-    return (
-        _process_bytes("RssAnon", "RssShmem")
-        if is_cpu()
-        else int(torch.get_device_module().memory_allocated())
-    )
+    if is_cpu():
+        return _process_bytes("RssAnon", "RssShmem")
+    return int(torch.get_device_module().memory_allocated())
 
 
 def reserved_bytes() -> int:
@@ -94,11 +95,9 @@ def reserved_bytes() -> int:
 
 def peak_bytes() -> int:
     """Returns this rank's peak since `reset_peak`: of the device allocator, or the resident peak of a CPU process."""
-    return (
-        _process_bytes("VmHWM")
-        if is_cpu()
-        else int(torch.get_device_module().max_memory_allocated())
-    )
+    if is_cpu():
+        return _process_bytes("VmHWM")
+    return int(torch.get_device_module().max_memory_allocated())
 
 
 def reset_peak() -> bool:
@@ -116,7 +115,7 @@ def reset_peak() -> bool:
 class StepPeak:
     """Measures the peak memory of each step.
 
-    Only for processes of our own: whoever else reads the peak of the process then sees that of the last step.
+    Only for our own processes, because it resets the peak of the process at each step.
     """
 
     def __init__(self) -> None:
@@ -131,7 +130,8 @@ class StepPeak:
         """Returns the peak since `begin`, without mapped files. 0 if it was not measured."""
         if not self._measures:
             return 0
-        return peak_bytes() - (_process_bytes("RssFile") if is_cpu() else 0)
+        mapped_bytes = _process_bytes("RssFile") if is_cpu() else 0
+        return peak_bytes() - mapped_bytes
 
     def of_process(self) -> int:
         return max(self._earlier, peak_bytes())
@@ -145,22 +145,24 @@ def _process_bytes(*keys: str) -> int:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Returns the bytes of the storages of some tensors. Views and aliases count once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()
-    }
-    return sum(storages.values())
+    sizes: dict[int, int] = {}  # address -> bytes
+    for tensor in tensors:
+        if tensor.numel():
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
     """Computes this thread's products in `dtype` through fp32 while open, but only if that is faster."""
     if not is_cpu():
         return nullcontext()
-    mkldnn = torch.ops.mkldnn
-    native = {
-        "bfloat16": mkldnn._is_mkldnn_bf16_supported,
-        "float16": mkldnn._is_mkldnn_fp16_supported,
-    }
-    return nullcontext() if dtype not in native or native[dtype]() else ThroughFloat32()
+    is_native = True
+    if dtype == "bfloat16":
+        is_native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif dtype == "float16":
+        is_native = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return nullcontext() if is_native else ThroughFloat32()
 
 
 class ThroughFloat32(TorchDispatchMode):
@@ -175,17 +177,21 @@ class ThroughFloat32(TorchDispatchMode):
         if func not in PRODUCTS or args[0].dtype not in HALF or args[0].device.type != "cpu":
             return func(*args, **kwargs)
         first: Tensor = args[0]
-        wide = func(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
-        if isinstance(wide, Tensor):
-            return wide.to(first.dtype)
-        # Attention's log-sum-exp stays fp32.
-        return tuple(
-            result.to(first.dtype) if result.dim() == first.dim() else result for result in wide
-        )
+        wide_args = map(_widen, args)
+        wide_kwargs = {name: _widen(value) for name, value in kwargs.items()}
+        output = func(*wide_args, **wide_kwargs)
+        if isinstance(output, Tensor):
+            return output.to(first.dtype)
+        # Attention's log-sum-exp has fewer dimensions and stays fp32.
+        return tuple(_narrow(part, first.dtype, first.dim()) for part in output)
 
 
 def _widen(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+def _narrow(value: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    return value.to(dtype) if value.dim() == dim else value
 
 
 PRODUCTS = {

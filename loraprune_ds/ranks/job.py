@@ -72,7 +72,8 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])
     # -> gpu01, which has task 0. scontrol may be missing
     first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])
-    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
+    job_and_step = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    port = 20_000 + job_and_step % 12_000
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
@@ -95,7 +96,8 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     for name in NUMBERS:
         value = environment.get(name, "0")
         require(value.isdecimal(), f"{name} must be a whole number; got {value!r}")
-    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    rank = int(environment["RANK"])
+    size = int(environment["WORLD_SIZE"])
     require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
 
 
@@ -106,20 +108,22 @@ def several_ranks(environment: Mapping[str, str]) -> bool:
 
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
     """Checks that this rank sees its device. DeepSpeed takes the one with the number LOCAL_RANK."""
-    rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
-    sees = f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}"
-    advice = "start no more ranks on a node than it has, and let each see all of them"
-    options = "srun: --gpus-per-node and --gpu-bind=none, not --gpus-per-task"
-    require(int(local_rank) < devices, f"{sees}; {advice} ({options})")
+    local_rank = environment["LOCAL_RANK"]
+    require(
+        int(local_rank) < devices,
+        f"rank {environment['RANK']} has LOCAL_RANK {local_rank} and sees {devices} "
+        f"accelerator{'s' * (devices != 1)}; start no more ranks on a node than it has, and let each see all of "
+        "them (srun: --gpus-per-node and --gpu-bind=none, not --gpus-per-task)",
+    )
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT minutes. DeepSpeed reads it on import."""
     text = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
     minutes = int(text) if text.isdecimal() else 0
-    in_range = 1 <= minutes <= MOST_MINUTES
     require(
-        in_range, f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {text!r}"
+        1 <= minutes <= MOST_MINUTES,
+        f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {text!r}",
     )
     return timedelta(minutes=minutes)
 
@@ -145,5 +149,7 @@ def gloo_interface(environment: Mapping[str, str]) -> dict[str, str]:
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
         return {}
     interfaces = [name for _, name in socket.if_nameindex()]
-    existing = [name for name in names.split(",") if name in interfaces]
-    return {"GLOO_SOCKET_IFNAME": existing[0]} if existing else {}
+    for name in names.split(","):
+        if name in interfaces:
+            return {"GLOO_SOCKET_IFNAME": name}
+    return {}
