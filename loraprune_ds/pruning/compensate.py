@@ -35,10 +35,9 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
     factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
     """
-    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(
-        0, kept, False
-    )
-    removed = leaves.nonzero().flatten()
+    is_removed = torch.ones(len(moment), dtype=torch.bool, device=kept.device)
+    is_removed[kept] = False
+    removed = is_removed.nonzero().flatten()
     system = moment.index_select(0, kept).index_select(1, kept).double()
     system.diagonal().add_(ridge * moment.diagonal().double().mean())
     factor, info = cast(Any, torch.linalg).cholesky_ex(system)
@@ -51,7 +50,10 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     del effective
     delta = torch.cholesky_solve(right, factor).T
     if info.item() != 0 or not torch.isfinite(delta).all():
-        raise RunError("the second moment of its inputs cannot be inverted")
+        raise RunError(
+            "the second moment of its inputs cannot be inverted; "
+            "set prune.compensate: none, or train on more tokens a step"
+        )
     del factor
     old = linear.weight.index_select(1, kept)
     new = (old.double() + delta).to(old.dtype)
@@ -76,8 +78,12 @@ def measured_linears(
 
 def refitted_linears(dense: ModelShape, shape: ModelShape, layer: int) -> list[str]:
     """Lists the linears of a layer that refits have changed by now: all that have lost inputs."""
-    pairs = zip(measured_linears(dense, [layer]), measured_linears(shape, [layer]), strict=True)
-    return [left.linear for (_, linear), (_, left) in pairs if left.shape != linear.shape]
+    dense_shapes = {linear.linear: linear.shape for _, linear in measured_linears(dense, [layer])}
+    names = list[str]()
+    for _, linear in measured_linears(shape, [layer]):
+        if linear.shape != dense_shapes[linear.linear]:
+            names.append(linear.linear)
+    return names
 
 
 class InputMoments:
@@ -108,7 +114,8 @@ class InputMoments:
     def record_step(self) -> Generator[None]:
         """Records the forward passes of a step inside `record_forward`. Collective at its end."""
         decay = self._decay if self.tokens else 0.0
-        self._weight, self._own_tokens = 1 - decay, 0
+        self._weight = 1 - decay
+        self._own_tokens = 0
         for value in self.sums.values():
             value.mul_(decay)
         yield
@@ -129,12 +136,14 @@ class InputMoments:
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
-        measured = measured_linears(self._model.shape)
-        shrinking = {LinearId(i, x.linear): x for i, x in measured if x.shrinks(keep[i])}
+        shrinking = dict[LinearId, TensorSpec]()
+        for i, linear in measured_linears(self._model.shape):
+            if linear.shrinks(keep[i]):
+                shrinking[LinearId(i, linear.linear)] = linear
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
-            moment = self.sums[linear_id]
             _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
+            moment = self.sums[linear_id]
             try:
                 return refit(linear, moment, kept.to(moment.device))
             except RunError as error:
@@ -146,14 +155,14 @@ class InputMoments:
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it before the model is cut."""
-        for (layer, name), moment in self.sums.items():
-            linear = self._model.shape.linear(LinearId(layer, name))
-            if linear.shrinks(keep[layer]):
-                kept = cut(linear, keep[layer])[1].to(self._model.device)
+        for linear_id, moment in self.sums.items():
+            linear = self._model.shape.linear(linear_id)
+            layer_keep = keep[linear_id.layer]
+            if linear.shrinks(layer_keep):
+                _, kept = cut(linear, layer_keep)
+                kept = kept.to(self._model.device)
                 half = take_half(moment.index_select(0, kept).index_select(1, kept))
-                self.sums[LinearId(layer, name)] = add_half(
-                    half.new_zeros(len(kept), len(kept)), half
-                )
+                self.sums[linear_id] = from_half(half, len(kept))
 
     def halves(self, layer: int) -> dict[str, Tensor]:
         """Returns half of one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
@@ -170,11 +179,8 @@ class InputMoments:
             if self._model.owner(layer) == self._model.rank:
                 for name, half in read(layer).items():
                     linear_id = LinearId(layer, name)
-                    n, half = (
-                        self._model.shape.linear(linear_id).inputs,
-                        half.to(self._model.device),
-                    )
-                    self.sums[linear_id] = add_half(half.new_zeros(n, n), half)
+                    inputs = self._model.shape.linear(linear_id).inputs
+                    self.sums[linear_id] = from_half(half.to(self._model.device), inputs)
 
     def clear(self) -> None:
         self.sums.clear()
@@ -184,18 +190,21 @@ class InputMoments:
     def _record(self, linear_id: LinearId, inputs: Tensor) -> None:
         if self._masks is None:
             return
-        x, mask = inputs.detach(), self._masks[self._model.shape.layers[linear_id.layer].layer_list]
+        layer = linear_id.layer
+        mask = self._masks[self._model.shape.layers[layer].layer_list]
+        x = inputs.detach()
         # (tokens, n), without padding
         rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()
         if linear_id == self._first:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):
             part = half_of_product(rows)
-        total = self._model.comm.reduce_to(self._model.owner(linear_id.layer), part)
-        if total is not None:
-            if linear_id not in self.sums:
-                self.sums[linear_id] = total.new_zeros(x.shape[-1], x.shape[-1])
-            add_half(self.sums[linear_id], total, self._weight)
+        total = self._model.comm.reduce_to(self._model.owner(layer), part)
+        if total is None:
+            return
+        if linear_id not in self.sums:
+            self.sums[linear_id] = total.new_zeros(x.shape[-1], x.shape[-1])
+        add_half(self.sums[linear_id], total, self._weight)
 
 
 @contextmanager
@@ -240,6 +249,11 @@ def half_of_product(x: Tensor) -> Tensor:
 def take_half(total: Tensor) -> Tensor:
     """Returns the tiles of a symmetric matrix, flat, like `half_of_product`."""
     return torch.cat([total[tile].reshape(-1) for tile in _tiles(len(total))])
+
+
+def from_half(half: Tensor, n: int) -> Tensor:
+    """Returns the symmetric matrix, (n, n), with this half."""
+    return add_half(half.new_zeros(n, n), half)
 
 
 def add_half(total: Tensor, half: Tensor, weight: float = 1.0) -> Tensor:

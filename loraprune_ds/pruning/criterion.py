@@ -67,24 +67,26 @@ def score_shard(
     expert, because each expert of a stack has separate factors.
     """
     experts = len(factors.A) // factors.B.shape[1]  # a linear that is not a stack counts as one
-    rows, columns = shard.shape[0] // experts, shard.shape[1]
+    rows = shard.shape[0] // experts
+    columns = shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
-    start, end = shard.start, shard.start + len(shard.flat)
+    start = shard.start
+    end = start + len(shard.flat)
     if start == end:
         return total
     block_numel = CPU_BLOCK_NUMEL if shard.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     of_experts = list(zip(factors.A.chunk(experts), factors.grad_A.chunk(experts), strict=True))
-    row, last_row, block_rows = (
-        start // columns,
-        (end - 1) // columns + 1,
-        max(1, block_numel // columns),
-    )
+    block_rows = max(1, block_numel // columns)
+    row = start // columns
+    last_row = (end - 1) // columns + 1
     while row < last_row:
         expert = row // rows
         stop = min(row + block_rows, last_row, (expert + 1) * rows)
         # the owned part of these rows
-        low, high = max(start, row * columns), min(end, stop * columns)
-        head, tail = low - row * columns, stop * columns - high
+        low = max(start, row * columns)
+        high = min(end, stop * columns)
+        head = low - row * columns
+        tail = stop * columns - high
         owned = shard.flat[low - start : high - start]
         # Zeros fill the first and the last row.
         stored = (pad(owned, (head, tail)) if head or tail else owned).view(-1, columns)
@@ -188,20 +190,22 @@ class MaskGradients:
         if counts is None:
             span = self._spans[linear_id]
             s = mask_gradients(inputs, gradient, span.width)
-            squares = (
-                second_moments(s, span.ranges) if span.kind == QUERY_HEADS else sum_of_squares(s)
-            )
+            if span.kind == QUERY_HEADS:
+                squares = second_moments(s, span.ranges)
+            else:
+                squares = sum_of_squares(s)
         else:
-            of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
-            squares = torch.cat(
-                [sum_of_squares(mask_gradients(x, g, x.shape[1])) for x, g in of_experts]
-            )
+            parts = list[Tensor]()
+            for x, g in zip(inputs.split(counts), gradient.split(counts), strict=True):
+                parts.append(sum_of_squares(mask_gradients(x, g, x.shape[1])))
+            squares = torch.cat(parts)
         self._squares[linear_id] = self._squares.get(linear_id, 0.0) + squares.double()
 
 
 def mask_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Iterator[Tensor]:
     """Yields s, (tokens, groups) fp32, for one block of tokens after another. x and ∂L/∂x are (..., groups · width)."""
-    inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
+    inputs = inputs.flatten(0, -2)
+    gradient = gradient.flatten(0, -2)
     block_numel = CPU_INPUTS if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     tokens = max(1, block_numel // inputs.shape[1])
     for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,12 @@ class PrunableModel(ABC):
     skips_updates = False
 
     def __init__(self, module: nn.Module, shape: ModelShape, comm: Communicator) -> None:
-        self.module, self.shape, self.comm = module, shape, comm
-        self.world_size, self.rank, self.device = comm.world_size, comm.rank, comm.device
+        self.module = module
+        self.shape = shape
+        self.comm = comm
+        self.world_size = comm.world_size
+        self.rank = comm.rank
+        self.device = comm.device
         self.layers = decoder_layers(module)
 
     def held(self, parameter: nn.Parameter) -> Tensor:
@@ -106,10 +110,10 @@ class PrunableModel(ABC):
     ) -> dict[str, LoraFactors]:
         """Names the factors of a layer. The iterators give A and B of each linear, in turn. Not collective."""
         factors = dict[str, LoraFactors]()
-        for name in (linear.linear for linear in self.shape.layers[layer].linears):
-            a_and_b = (next(weights), next(weights), next(grads), next(grads))
-            factors[name] = LoraFactors(
-                *a_and_b, scaling=self._module(LinearId(layer, name)).scaling[ADAPTER]
+        for linear in self.shape.layers[layer].linears:
+            scaling = self._module(LinearId(layer, linear.linear)).scaling[ADAPTER]
+            factors[linear.linear] = LoraFactors(
+                next(weights), next(weights), next(grads), next(grads), scaling
             )
         return factors
 
@@ -137,29 +141,31 @@ class PrunableModel(ABC):
         """
         grouped: dict[tuple[int, str], list[LinearId]] = {}
         for linear_id in linear_ids:
-            grouped.setdefault((linear_id.layer // self.world_size, linear_id.name), []).append(
-                linear_id
-            )
+            key = linear_id.layer // self.world_size, linear_id.name
+            grouped.setdefault(key, []).append(linear_id)
         for ids_of_round in grouped.values():
-            collected = {each: self.collect_linear(each) for each in ids_of_round}
-            results = self.comm.all_or_raise(
-                lambda collected=collected: {
-                    each: compute(each, x) for each, x in collected.items() if x is not None
-                }
-            )
+            collected = {linear_id: self.collect_linear(linear_id) for linear_id in ids_of_round}
+
+            def compute_owned(
+                collected: dict[LinearId, CollectedLinear | None] = collected,
+            ) -> dict[LinearId, Tensor]:
+                return {key: compute(key, x) for key, x in collected.items() if x is not None}
+
+            results = self.comm.all_or_raise(compute_owned)
             collected.clear()
             for linear_id in ids_of_round:
                 self._replace(linear_id, results.pop(linear_id, None))
 
     def _replace(self, linear_id: LinearId, weight: Tensor | None) -> None:
         """Overwrites a weight on all ranks by that of its owner, in its storage format."""
-        base, owner = self._module(linear_id).base_layer, self.owner(linear_id.layer)
+        base = self._module(linear_id).base_layer
         stored_as = storage_format(base)
-        tensors: dict[str, Tensor] = (
-            {} if weight is None else {**stored_as.split(weight, weight.dtype)}
-        )
+        tensors: dict[str, Tensor] = {}
+        if weight is not None:
+            tensors |= stored_as.split(weight, weight.dtype)
         del weight
         for name in stored_as.tensors:
+            owner = self.owner(linear_id.layer)
             self.overwrite(getattr(base, name), owner, tensors.pop(name, None))
 
     @abstractmethod
@@ -194,14 +200,13 @@ class PrunableModel(ABC):
 
     def collect_linear(self, linear_id: LinearId) -> CollectedLinear | None:
         """Returns a full linear on the owner of its layer. None elsewhere."""
-        module, owner = self._module(linear_id), self.owner(linear_id.layer)
-        stored, base = self.collect_stored(linear_id), module.base_layer
+        owner = self.owner(linear_id.layer)
+        module = self._module(linear_id)
+        base = module.base_layer
+        stored = self.collect_stored(linear_id)
         bias = None if base.bias is None else self.collect(base.bias, owner)
-        a, b = (
-            cast(Tensor, self.collect(factor, owner, master=True))
-            for factor in lora_weights(module)
-        )
-        if self.rank != owner:
+        a, b = (self.collect(factor, owner, master=True) for factor in lora_weights(module))
+        if a is None or b is None:
             return None
         return CollectedLinear(stored, bias, a, b, module.scaling[ADAPTER], storage_format(base))
 
@@ -225,7 +230,8 @@ class PrunableModel(ABC):
 
     def unscaled_gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns `gradient` of the unscaled loss. The criterion is not linear in it (gB·gA). Not collective."""
-        gradient, scale = self.gradient(parameter), self.loss_scale
+        gradient = self.gradient(parameter)
+        scale = self.loss_scale
         return gradient if scale == 1 else gradient / scale
 
     @abstractmethod
@@ -251,14 +257,10 @@ class PrunableModel(ABC):
     @staticmethod
     def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
         """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
-        return next(
-            (
-                i
-                for i, layer in enumerate(layers)
-                if not all(torch.isfinite(x).all() for x in layer)
-            ),
-            None,
-        )
+        for i, layer in enumerate(layers):
+            if not all(torch.isfinite(x).all() for x in layer):
+                return i
+        return None
 
     # Inside another trainer
 
@@ -298,8 +300,8 @@ def parameter_cuts(
             # the reference model of DPO or GRPO may be a second adapter
             for adapter in module.lora_A:
                 factors = lora_weights(module, adapter)
-                for which, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
-                    yield factors[which], factor_kept
+                for index, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
+                    yield factors[index], factor_kept
 
 
 def hook_inputs(
@@ -325,7 +327,6 @@ def hook_inputs(
 
     for i, linear in linears:
         module = lora_linear(model.layers[i], linear.linear)
-        hooks.enter_context(
-            module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear)))
-        )
+        hook_of_linear = partial(hook, LinearId(i, linear.linear))
+        hooks.enter_context(module.register_forward_pre_hook(hook_of_linear))
     return hooks.close

@@ -66,16 +66,17 @@ class Pruner:
     """Scores groups while the model trains, and removes the least important ones on a schedule."""
 
     def __init__(self, model: PrunableModel, schedule: Schedule, seed: int) -> None:
-        self.model, self.schedule = model, schedule
-        self.config, self.limits = config, limits = schedule.config, schedule.limits
+        config = schedule.config
+        limits = schedule.limits
+        self.model = model
+        self.schedule = schedule
+        self.config = config
+        self.limits = limits
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
-        compensates = config.compensate != "none"
-        self.moments = (
-            InputMoments(model, limits.open_layers, config.compensate_decay)
-            if compensates
-            else None
-        )
+        self.moments: InputMoments | None = None
+        if config.compensate != "none":
+            self.moments = InputMoments(model, limits.open_layers, config.compensate_decay)
         self._measures = False  # the moments record this step
         self.mask_gradients = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
@@ -94,11 +95,9 @@ class Pruner:
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
         """Records one micro-batch, around its forward pass alone. `masks` as in `InputMoments.record_forward`."""
-        return (
-            self.moments.record_forward(*masks)
-            if self.moments is not None and self._measures
-            else nullcontext()
-        )
+        if self.moments is None or not self._measures:
+            return nullcontext()
+        return self.moments.record_forward(*masks)
 
     def score(self, step: int) -> None:
         """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
@@ -107,10 +106,8 @@ class Pruner:
         fail_point("scoring")
         criterion = self.config.criterion
         if criterion == "random":
-            scores = [
-                drawn.select(keep)
-                for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)
-            ]
+            pairs = zip(self._random, self.kept_of_dense, strict=True)
+            scores = [layer_scores.select(kept) for layer_scores, kept in pairs]
         else:
             self._unchecked = score_groups(self.model, criterion, step, self.mask_gradients)
             scores = self._unchecked.by_layer(self.config.normalize)
@@ -130,9 +127,9 @@ class Pruner:
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
-        if not self.schedule.is_cut(step) or not (
-            scored or step == self.schedule.section(step).cut_steps[-1]
-        ):
+        if not self.schedule.is_cut(step):
+            return None
+        if not scored and step != self.schedule.section(step).cut_steps[-1]:
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
@@ -150,9 +147,8 @@ class Pruner:
             fail_point("cut.compensated")
         sent = self.model.cut(keep)
         self.average.cut(keep)
-        self.kept_of_dense = [
-            kept.select(k) for kept, k in zip(self.kept_of_dense, keep, strict=True)
-        ]
+        pairs = zip(self.kept_of_dense, keep, strict=True)
+        self.kept_of_dense = [kept.select(layer_keep) for kept, layer_keep in pairs]
         return Cut(step, target, self.reached(), keep, sent, time.perf_counter() - began)
 
     def detach(self) -> None:
@@ -177,7 +173,10 @@ class Pruner:
     def _average(self, step: int, scored: bool) -> list[LayerScores]:
         scores = self.average.on_host()
         if scores is None or (scored and self.average.updates_since_cut == 0):
-            raise RunError(f"step {step}: a cut is due but no score was updated since the last cut")
+            raise RunError(
+                f"step {step}: a cut is due but no score was updated since the last cut, as in fp16 if the "
+                "gradients of every step overflow; lower train.learning_rate, or use bfloat16"
+            )
         if not any(values.any() for layer in scores for values in layer.values()):
             raise RunError(
                 f"step {step}: a cut is due but all scores are zero; is the model identical to its teacher?"
@@ -185,10 +184,11 @@ class Pruner:
         return [layer.of_groups() for layer in scores]
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        section, shape = self.schedule.section(step), self.model.shape
-        if counts := section.counts(step):
-            return rank_uniform(scores, shape, self.limits, counts)
-        return rank_global(scores, shape, self.limits, section.budget(step))
+        section = self.schedule.section(step)
+        counts = section.counts(step)
+        if counts is not None:
+            return rank_uniform(scores, self.model.shape, self.limits, counts)
+        return rank_global(scores, self.model.shape, self.limits, section.budget(step))
 
 
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
@@ -196,7 +196,10 @@ def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> N
     kept = [cast(Any, groups).tolist() for layer in keep for groups in layer.values()]
     rank = model.comm.differing_rank(hashlib.sha256(str(kept).encode()).digest())
     if rank is not None:
-        raise RunError(f"step {step}: rank {rank} computed another mask than rank 0")
+        raise RunError(
+            f"step {step}: rank {rank} computed another mask than rank 0; check the hardware of that "
+            "rank, then resume from the last checkpoint"
+        )
 
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:

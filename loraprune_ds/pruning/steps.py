@@ -34,7 +34,8 @@ class PruningSteps:
     def __init__(self, model: PrunableModel, pruner: Pruner, dtype: Dtype) -> None:
         # (world_size,), before the last cut
         self.weight_bytes = self.weight_bytes_before = model.weight_bytes()
-        self.model, self.pruner = model, pruner
+        self.model = model
+        self.pruner = pruner
         self._dtype: Dtype = dtype
         self.peak = StepPeak()  # of a trainer that begins it at each step
         self.scored = False  # whether the last step's gradients were finite
@@ -52,16 +53,14 @@ class PruningSteps:
             [resident_bytes(), reserved_bytes(), peak, request], dtype=torch.float64
         )
         gathered = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
-        own_numbers, gradient_sums, *counts = cast(
-            list[list[float]], cast(Any, gathered).T.tolist()
-        )
-        return RankNumbers(own_numbers, gradient_sums, *([int(x) for x in row] for row in counts))
+        table = cast(list[list[float]], cast(Any, gathered).T.tolist())  # a row for each number
+        own_numbers, gradient_sums, *integers = table
+        return RankNumbers(own_numbers, gradient_sums, *(list(map(int, row)) for row in integers))
 
     def score(self, step: int, numbers: RankNumbers, losses: Sequence[float] = ()) -> None:
         """Scores the groups, unless the step must be skipped. `numbers` come from `exchange`."""
-        self.scored = can_update(
-            self._find_bad_layers(numbers), losses, dtype=self._dtype, step=step
-        )
+        bad_layers = self._find_bad_layers(numbers)
+        self.scored = can_update(bad_layers, losses, dtype=self._dtype, step=step)
         if self.scored:
             self.pruner.score(step)
 
@@ -69,10 +68,8 @@ class PruningSteps:
         """Cuts the model if the schedule says so."""
         cut = self.pruner.cut(step, scored=self.scored)
         if cut is not None:
-            self.weight_bytes_before, self.weight_bytes = (
-                self.weight_bytes,
-                self.model.weight_bytes(),
-            )
+            self.weight_bytes_before = self.weight_bytes
+            self.weight_bytes = self.model.weight_bytes()
             trim_heap()
         return cut
 
@@ -97,11 +94,18 @@ def can_update(
     Raises:
         RunError: a loss is not finite, or a gradient is not finite in a dtype without a loss scale.
     """
-    if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
-        weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
-        where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
-        raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
+    advice = "lower train.learning_rate, or look at the data of this step"
+    bad_ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad_ranks:
+        first = bad_ranks[0]
+        message = f"step {step}: the loss is {losses[first]} on rank {first}"
+        layers = [bad_layers[rank] for rank in bad_ranks]
+        bad_weights = [layer for layer in layers if layer is not None]
+        if bad_weights:
+            message += f"; the weights of layer {min(bad_weights)} are not finite"
+        raise RunError(f"{message}; {advice}")
     overflowed = [layer for layer in bad_layers if layer is not None]
     if overflowed and dtype != "float16":
-        raise RunError(f"step {step}: the LoRA gradient of layer {min(overflowed)} is not finite")
+        layer = min(overflowed)
+        raise RunError(f"step {step}: the LoRA gradient of layer {layer} is not finite; {advice}")
     return not overflowed
