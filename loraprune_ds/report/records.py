@@ -80,7 +80,9 @@ class CutRecord:
 
 def record_cut(cut: "Cut", steps: "PruningSteps") -> CutRecord:
     """Makes the record of the cut that `steps` has just made."""
-    dense, pruned = steps.pruner.limits.dense, steps.model.shape
+    dense = steps.pruner.limits.dense
+    pruned = steps.model.shape
+    kept = {kind: [layer[kind] for layer in pruned.counts] for kind in pruned.kinds}
     return CutRecord(
         step=cut.step,
         target=cut.target,
@@ -90,18 +92,21 @@ def record_cut(cut: "Cut", steps: "PruningSteps") -> CutRecord:
         bytes_sent=cut.bytes_sent,
         weight_bytes_before=steps.weight_bytes_before,
         weight_bytes_after=steps.weight_bytes,
-        **{kind: [layer[kind] for layer in pruned.counts] for kind in pruned.kinds},
+        **kept,
     )
 
 
 def cut_line(cut: CutRecord) -> str:
     """Describes a cut in one line, with the weights of the fullest rank."""
-    before, after = (
-        format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after)
-    )
+    reached = format_percent(cut.reached)
+    target = format_percent(cut.target)
+    duration = format_duration(cut.seconds)
+    sent = format_bytes(cut.bytes_sent)
+    before = format_bytes(max(cut.weight_bytes_before))
+    after = format_bytes(max(cut.weight_bytes_after))
     return (
-        f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
-        f"in {format_duration(cut.seconds)}, {format_bytes(cut.bytes_sent)} sent, weights per rank {before} → {after}"
+        f"step {cut.step}  cut to {reached} (target {target}) in {duration}, {sent} sent, "
+        f"weights per rank {before} → {after}"
     )
 
 
@@ -146,23 +151,28 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        of: dict[type, list[Any]] = {
-            StepRecord: self.steps,
-            CutRecord: self.cuts,
-            EvaluationRecord: self.evaluations,
-        }
-        of[type(record)].append(record)
+        match record:
+            case StepRecord():
+                self.steps.append(record)
+            case CutRecord():
+                self.cuts.append(record)
+            case EvaluationRecord():
+                self.evaluations.append(record)
 
-    def perplexity(self, name: EvaluationName) -> float | None:
-        """Returns the latest measurement with this name."""
-        return next((e.perplexity for e in reversed(self.evaluations) if e.name == name), None)
+    def perplexity(self, name: EvaluationName, step: int | None = None) -> float | None:
+        """Returns the latest measurement with this name, or the latest after this step."""
+        for evaluation in reversed(self.evaluations):
+            if evaluation.name == name and step in (None, evaluation.step):
+                return evaluation.perplexity
+        return None
 
 
 class Recorder:
     """Adds records to a history and passes them to the sinks, which only rank 0 has."""
 
     def __init__(self, history: History, sinks: Sequence[Sink]) -> None:
-        self.history, self.sinks = history, list(sinks)
+        self.history = history
+        self.sinks = list(sinks)
 
     def write(self, record: Record) -> None:
         self.history.add(record)
@@ -199,9 +209,8 @@ class MetricsLog(Sink):
 
 
 def write_history(path: Path, history: History) -> None:
-    records = sorted(
-        (*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step
-    )
+    records = [*history.steps, *history.cuts, *history.evaluations]
+    records.sort(key=lambda record: record.step)
     write_text(path, "".join(map(_line, records)))
 
 
@@ -217,27 +226,35 @@ def read_history(path: Path, last_step: int | None = None) -> History:
     Raises:
         UserError: the file does not exist, a line is damaged, or a step is missing. The message names file and line.
     """
+    history = History()
+    for record in _read_lines(path, last_step):
+        if last_step is None or record.step <= last_step:
+            history.add(record)
+    steps = {record.step for record in history.steps}
+    last = max(steps, default=0) if last_step is None else last_step
+    missing = set(range(1, last + 1)) - steps
+    if missing:
+        raise UserError(f"{path} is damaged: the line of step {min(missing)} is missing")
+    return history
+
+
+def _read_lines(path: Path, last_step: int | None) -> list[Record]:
+    """Reads the records of all complete lines, or at least of those up to `last_step`."""
     require(path.is_file(), f"{path} does not exist")
     text = path.read_text(encoding="utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]  # a killed process may have left half a line after it
     records: list[Record] = []
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
-            records.append(READERS[json.loads(line)["kind"]].validate_json(line))
+            kind = json.loads(line)["kind"]
+            records.append(READERS[kind].validate_json(line))
         except (ValueError, KeyError, TypeError):
-            if last_step is None or not records or records[-1].step < last_step:
-                lacking = "it must hold a step, cut or evaluation with all values"
-                raise UserError(f"{path} line {number} is damaged: {lacking}") from None
-            break
-    history = History()
-    for record in records:
-        if last_step is None or record.step <= last_step:
-            history.add(record)
-    steps = {record.step for record in history.steps}
-    last = max(steps, default=0) if last_step is None else last_step
-    if missing := set(range(1, last + 1)) - steps:
-        raise UserError(f"{path} is damaged: the line of step {min(missing)} is missing")
-    return history
+            if last_step is not None and records and records[-1].step >= last_step:
+                break
+            raise UserError(
+                f"{path} line {number} is damaged: it must hold a step, cut or evaluation with all values"
+            ) from None
+    return records
 
 
 def export_folder(sizes: Mapping[int, str], step: int) -> str:

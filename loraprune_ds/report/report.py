@@ -48,75 +48,101 @@ class Outcome:
 
 def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     """Writes report, kept groups and pictures, and returns the pictures."""
-    pictures = [folder / records.TRAINING_PICTURE, folder / records.KEPT_GROUPS_PICTURE]
-    dense, ends = outcome.schedule.limits.dense, outcome.schedule.ends()
+    training_picture = folder / records.TRAINING_PICTURE
+    groups_picture = folder / records.KEPT_GROUPS_PICTURE
+    shelf_picture = folder / records.SHELF_PICTURE
+    dense = outcome.schedule.limits.dense
     write_kept_groups(folder, outcome.kept_of_dense, dense)
-    # The last size is the run's own model.
-    made = {
-        n: size
-        for n, size in ends.items()
-        if n == max(ends) or (folder / records.export_folder(ends, n)).is_dir()
-    }
-    report = make_report(outcome, made)
+    report = make_report(outcome, _exported_sizes(folder, outcome.schedule.ends()))
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
-    draw_training(pictures[0], outcome.history)
-    draw_kept_groups(pictures[1], dense, outcome.kept_of_dense)
-    shelf = folder / records.SHELF_PICTURE
-    if draw_shelf(shelf, report["shelf"], report["perplexity"]["dense"]):
-        pictures.append(shelf)
+    draw_training(training_picture, outcome.history)
+    draw_kept_groups(groups_picture, dense, outcome.kept_of_dense)
+    pictures = [training_picture, groups_picture]
+    if draw_shelf(shelf_picture, report["shelf"], report["perplexity"]["dense"]):
+        pictures.append(shelf_picture)
     return pictures
+
+
+def _exported_sizes(folder: Path, sizes: dict[int, str]) -> dict[int, str]:
+    """Leaves out sizes without a folder. The last size is the run's own model, which is not published yet."""
+    exported: dict[int, str] = {}
+    for step, size in sizes.items():
+        if step == max(sizes) or (folder / records.export_folder(sizes, step)).is_dir():
+            exported[step] = size
+    return exported
 
 
 def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
-    dense, pruned, resumed_from = (
-        outcome.schedule.limits.dense,
-        outcome.pruned,
-        outcome.resumed_from,
-    )
-    history, steps, cuts = outcome.history, outcome.history.steps, outcome.history.cuts
-    steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
-    steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
-    before, after = next(reversed(steps_before), None), steps[-1] if steps and cuts else None
+    dense = outcome.schedule.limits.dense
+    history = outcome.history
     return {
-        "params": {  # without LoRA. A tied tensor counts once
-            "dense": dense.total_numel(),
-            "pruned": pruned.total_numel(),
-            "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
-            "linear_dense": dense.linear_numel(),
-            "linear_pruned": pruned.linear_numel(),
-            "linear_asked_fraction": outcome.schedule.ratio,
-        },
-        "target": describe_target(outcome.schedule.config, dense, pruned),
-        "shelf": [*_shelf(dense, history, sizes)],
-        "serving": _serving(pruned),
+        "params": _parameters(dense, outcome.pruned, outcome.schedule.ratio),
+        "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
+        "shelf": list(_shelf(dense, history, sizes)),
+        "serving": _serving(outcome.pruned),
         "perplexity": {
             name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")
         },
         "world_size": len(outcome.peak_bytes),
-        "steps": steps[-1].step if steps else 0,
-        "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in cuts],
+        "steps": history.steps[-1].step if history.steps else 0,
+        "prune_steps": [_without_counts(cut) for cut in history.cuts],
+        **_speed_and_memory(history, outcome.schedule, outcome.resumed_from),
+        "peak_memory_bytes": outcome.peak_bytes,
+        "seed": outcome.config["seed"],
+        "resumed_from": outcome.resumed_from,
+        "versions": versions(),
+        "hardware": hardware(outcome.accelerator),
+        "config": outcome.config,
+    }
+
+
+def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str, float]:
+    """Counts parameters without LoRA. A tied tensor counts once."""
+    return {
+        "dense": dense.total_numel(),
+        "pruned": pruned.total_numel(),
+        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
+        "linear_dense": dense.linear_numel(),
+        "linear_pruned": pruned.linear_numel(),
+        "linear_asked_fraction": ratio,
+    }
+
+
+def _without_counts(cut: records.CutRecord) -> dict[str, Any]:
+    """Returns a cut without the lists that have an entry per layer."""
+    return {name: value for name, value in asdict(cut).items() if name not in KINDS}
+
+
+def _speed_and_memory(
+    history: records.History, schedule: Schedule, resumed_from: Sequence[int]
+) -> dict[str, Any]:
+    """Compares the steps up to the first cut with the steps after the last cut."""
+    steps = history.steps
+    last = steps[-1] if steps else None
+    steps_before = steps
+    steps_after: list[records.StepRecord] = []
+    if history.cuts:
+        steps_before = [s for s in steps if s.step <= history.cuts[0].step]
+        steps_after = [s for s in steps if s.step > history.cuts[-1].step]
+    before = steps_before[-1] if steps_before else None
+    after = last if history.cuts else None
+    return {
         "seconds_per_step": {
             "before": _seconds_per_step(steps_before, resumed_from),
             "after": _seconds_per_step(steps_after, resumed_from),
         },
         "resident_bytes": {
-            "before": before and before.resident_bytes,
-            "after": after and after.resident_bytes,
+            "before": before.resident_bytes if before else None,
+            "after": after.resident_bytes if after else None,
         },
         "step_peak_bytes": {
-            "before": _step_peak(_without_refit(steps_before, outcome.schedule), resumed_from),
+            "before": _step_peak(_without_refit(steps_before, schedule), resumed_from),
             "after": _step_peak(steps_after, resumed_from),
         },
-        "reserved_bytes": steps[-1].reserved_bytes if steps else [],
-        "mfu": {"before": before and before.mfu, "after": after and after.mfu},
-        "peak_memory_bytes": outcome.peak_bytes,
-        "seed": outcome.config["seed"],
-        "resumed_from": resumed_from,
-        "versions": versions(),
-        "hardware": hardware(outcome.accelerator),
-        "config": outcome.config,
+        "reserved_bytes": last.reserved_bytes if last else [],
+        "mfu": {"before": before.mfu if before else None, "after": after.mfu if after else None},
     }
 
 
@@ -126,14 +152,9 @@ def _shelf(
     """Yields a row per size, in order. KV bytes are per token, in 16 bits."""
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
-        shape = dense  # there is no cut if no group could leave
-        if cuts:
-            layers = zip(*(getattr(cuts[-1], kind) for kind in dense.kinds), strict=True)
-            shape = dense.resized(
-                [LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers]
-            )
+        # there is no cut if no group could leave
+        shape = _cut_shape(dense, cuts[-1]) if cuts else dense
         name = "pruned" if step == max(sizes) else "size"
-        measured = [e for e in history.evaluations if e.step == step and e.name == name]
         yield {
             "size": size,
             "folder": records.export_folder(sizes, step),
@@ -142,22 +163,28 @@ def _shelf(
             "parameters": shape.total_numel(),
             "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
             "kv_bytes_per_token": 2 * cached_numel(shape),
-            "perplexity": measured[-1].perplexity if measured else None,
+            "perplexity": history.perplexity(name, step),
         }
+
+
+def _cut_shape(dense: ModelShape, cut: records.CutRecord) -> ModelShape:
+    # heads [4, 2] and channels [8, 6] of two layers -> (4, 8), (2, 6)
+    layers = zip(*(getattr(cut, kind) for kind in dense.kinds), strict=True)
+    return dense.resized([LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers])
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     """Returns the tensor-parallel sizes and the quantisation groups that divide every layer."""
-    divided = [
-        count for layer in pruned.counts for kind, count in layer.items() if kind != "experts"
-    ]
-    expert_size = pruned.mixture.expert_size if pruned.mixture else 0
-    together = math.gcd(expert_size, *divided)  # a server splits an expert by channels
+    # a server splits an expert by channels
+    divisor = pruned.mixture.expert_size if pruned.mixture else 0
+    for layer in pruned.counts:
+        for kind, count in layer.items():
+            if kind != "experts":
+                divisor = math.gcd(divisor, count)
     inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
+    parts = [n for n in range(1, divisor + 1) if divisor % n == 0]
     return {
-        "tensor_parallel": [
-            n for n in range(1, together + 1) if together % n == 0 and pruned.has_heads_for(n)
-        ],
+        "tensor_parallel": [n for n in parts if pruned.has_heads_for(n)],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
 
@@ -167,17 +194,18 @@ def _without_refit(
 ) -> Sequence[records.StepRecord]:
     """Leaves out steps that record inputs for a refit, which takes memory. If all do, all stay."""
     prune = schedule.config
+    if prune.compensate == "none":
+        return steps
     plain = [s for s in steps if not schedule.precedes_cut(s.step, prune.compensate_steps)]
-    return steps if prune.compensate == "none" else plain or steps
+    return plain or steps
 
 
 def _step_peak(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> int | None:
     """Returns the median peak of the fullest rank, excluding the first step of every process."""
-    peaks = [
-        max(s.peak_bytes)
-        for s in _after_warm_up(steps, resumed_from)
-        if s.peak_bytes and all(s.peak_bytes)
-    ]
+    peaks: list[int] = []
+    for step in _after_warm_up(steps, resumed_from):
+        if step.peak_bytes and all(step.peak_bytes):
+            peaks.append(max(step.peak_bytes))
     return int(statistics.median(peaks)) if peaks else None
 
 
@@ -201,21 +229,26 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
 
     `heads` are key-value heads, with all query heads that read them.
     """
-    layers = [
-        {kind: groups.tolist() for kind, groups in keep.items()}
-        | {f"{kind}_dense": n for kind, n in layer.items()}
-        for keep, layer in zip(kept_of_dense, dense.counts, strict=True)
-    ]
-    lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
-    write_text(folder / records.KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')
+    lines: list[str] = []
+    for keep, counts in zip(kept_of_dense, dense.counts, strict=True):
+        layer: dict[str, Any] = {}
+        for kind, groups in keep.items():
+            layer[kind] = groups.tolist()
+            layer[f"{kind}_dense"] = counts[kind]
+        lines.append(json.dumps(layer, sort_keys=True))
+    layers = ",\n".join(lines)
+    write_text(folder / records.KEPT_GROUPS_FILE, f'{{"layers": [\n{layers}\n]}}\n')
 
 
 def versions() -> dict[str, str | None]:
     """Returns the installed versions, and the commit if this is a git checkout."""
-    installed = {
-        name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES
-    }
-    return installed | {"python": platform.python_version(), "commit": commit(CHECKOUT)}
+    installed: dict[str, str | None] = {}
+    for name in PACKAGES:
+        package = next(iter(distributions(name=name)), None)
+        installed[name] = package.version if package else None
+    installed["python"] = platform.python_version()
+    installed["commit"] = commit(CHECKOUT)
+    return installed
 
 
 def commit(checkout: Path) -> str | None:
@@ -239,13 +272,13 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 def hardware(accelerator: str) -> dict[str, Any]:
     """Describes this machine. `instructions` are the widest ones that torch uses, for example "AVX2"."""
-    fields = (
-        line.partition(":")
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    )
-    models = (value.strip() for key, _, value in fields if key.startswith("model name"))
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
     return {
-        "cpu": next(models, platform.processor() or platform.machine()),
+        "cpu": cpu,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "accelerator": accelerator,

@@ -28,27 +28,7 @@ def scalars(record: Record) -> dict[str, float]:
     """Returns the record's value for each of its curves."""
     match record:
         case StepRecord():
-            scalars: dict[str, float | None] = {
-                "train/loss": record.loss,
-                "train/learning_rate": record.learning_rate,
-                "train/sparsity": record.sparsity,
-                "speed/tokens_per_second": record.tokens_per_second,
-                "speed/tokens_per_second_per_rank": record.tokens_per_second
-                / len(record.weight_bytes),
-                "speed/seconds_per_step": record.seconds,
-                "speed/mfu": record.mfu,
-                "train/grad_norm": record.grad_norm,
-            }
-            for name in ("weight_bytes", "resident_bytes", "peak_bytes", "reserved_bytes"):
-                values: list[int] = getattr(record, name)
-                ranks = {f"rank_{rank}": value for rank, value in enumerate(values)}
-                shown = (
-                    ranks
-                    if len(values) <= MOST_CURVES
-                    else {"min": min(values), "max": max(values)}
-                )
-                scalars |= {f"{name}/{which}": value for which, value in shown.items()}
-            return {curve: value for curve, value in scalars.items() if value is not None}
+            return _step_scalars(record)
         case CutRecord():
             curves = ("target", "reached", "removed_fraction", "seconds", "bytes_sent")
             return {f"cut/{name}": getattr(record, name) for name in curves}
@@ -56,8 +36,32 @@ def scalars(record: Record) -> dict[str, float]:
             return {f"perplexity/{record.name}": record.perplexity}
 
 
+def _step_scalars(record: StepRecord) -> dict[str, float]:
+    scalars = {
+        "train/loss": record.loss,
+        "train/learning_rate": record.learning_rate,
+        "train/sparsity": record.sparsity,
+        "speed/tokens_per_second": record.tokens_per_second,
+        "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
+        "speed/seconds_per_step": record.seconds,
+    }
+    if record.mfu is not None:
+        scalars["speed/mfu"] = record.mfu
+    if record.grad_norm is not None:
+        scalars["train/grad_norm"] = record.grad_norm
+    for name in ("weight_bytes", "resident_bytes", "peak_bytes", "reserved_bytes"):
+        values: list[int] = getattr(record, name)
+        if len(values) > MOST_CURVES:
+            scalars[f"{name}/min"] = min(values)
+            scalars[f"{name}/max"] = max(values)
+        else:
+            for rank, value in enumerate(values):
+                scalars[f"{name}/rank_{rank}"] = value
+    return scalars
+
+
 class TensorBoardLog(Sink):
-    """Writes the same records as TensorBoard scalars, in a run of its own: two writers hide each other's points."""
+    """Writes the same records as TensorBoard scalars, in a separate run: two writers hide each other's points."""
 
     def __init__(
         self, folder: Path, resumed_from: int | None = None, curves: Curves = scalars
@@ -66,7 +70,8 @@ class TensorBoardLog(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = None if resumed_from is None else resumed_from + 1
-        self._folder, self._curves = folder, curves
+        self._folder = folder
+        self._curves = curves
         with writes_into(folder, RankError):
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
@@ -153,17 +158,20 @@ SERVICES = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
 def check_installed(report_to: Iterable[str]) -> None:
     """Checks that the packages of all services are installed."""
     for name in report_to:
-        there = name not in SERVICES or importlib.util.find_spec(name) is not None
-        require(
-            there, f"logging.report_to names {name}, which is not installed; pip install {name}"
-        )
+        if name in SERVICES:
+            require(
+                importlib.util.find_spec(name) is not None,
+                f"logging.report_to names {name}, which is not installed; pip install {name}",
+            )
 
 
 class ModuleLog(Sink):
     """Logs to a run that other code has opened. An error ends the reports, not the run."""
 
     def __init__(self, name: str, warn: Callable[[str], None], curves: Curves = scalars) -> None:
-        self._name, self._warn, self._curves = name, warn, curves
+        self._name = name
+        self._warn = warn
+        self._curves = curves
         self._run: Any = None
         self._works = True
 
@@ -180,12 +188,18 @@ class ModuleLog(Sink):
         return SERVICES[self._name](sys.modules[self._name])
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        if self._name in sys.modules and (run := self._service().open_run()) is not None:
+        if self._name not in sys.modules:
+            return
+        run = self._service().open_run()
+        if run is not None:
             self._run = run
             self._service().log(values, step)
 
     def _try(self, send: Callable[[], object]) -> None:
-        if self._works and (failure := _failure(send)):
+        if not self._works:
+            return
+        failure = _failure(send)
+        if failure is not None:
             self._works = False
             self._warn(f"stopped reporting to {self._name}: {failure}")
 
@@ -203,7 +217,8 @@ class ReportedRun(ModuleLog):
             self._service().start(folder, settings)
             self._run = self._service().open_run()
 
-        if failure := _failure(start):
+        failure = _failure(start)
+        if failure is not None:
             raise RankError(f"logging.report_to {name}: {failure}")
 
     def close(self) -> None:
