@@ -239,14 +239,15 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th file of a folder against its manifest, so ranks can share the reading."""
-    with _damage_in_one_line(folder / MANIFEST):
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-        files: list[tuple[Path, int, str]] = []
-        for name, entry in sorted(entries.items()):
-            files.append((folder / name, int(entry["bytes"]), str(entry["sha256"])))
-    for i, (path, size, digest) in enumerate(files):
+    manifest = folder / MANIFEST
+    with _damage_in_one_line(manifest):
+        entries = json.loads(manifest.read_text())["files"]
+        sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
+        digests = {name: str(entry["sha256"]) for name, entry in entries.items()}
+    for i, name in enumerate(sorted(sizes)):
+        path = folder / name
         require(path.is_file(), f"{path} is missing")
         if i % parts != part:
             continue
-        if path.stat().st_size != size or sha256(path) != digest:
+        if path.stat().st_size != sizes[name] or sha256(path) != digests[name]:
             raise UserError(f"{path} is damaged: its checksum differs from {MANIFEST}")
