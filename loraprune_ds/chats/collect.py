@@ -44,16 +44,16 @@ def collect(options: Namespace, ranks: Communicator) -> Selection:
     display = _Display(selection, drawer)
     with display.bar:
         while selection.done < selection.total:
-            count, reasons = len(selection.draws), ", ".join(selection.refused)
+            count = len(selection.draws)
             require(
-                bool(selection.kept) or count < HOPELESS, f"none of {count} draws is fit: {reasons}"
+                bool(selection.kept) or count < HOPELESS,
+                f"none of {count} draws is fit: {', '.join(selection.refused)}",
             )
             missing = selection.missing(options.batch_size * ranks.world_size)
-            numbers = (number for number in missing if number % ranks.world_size == ranks.rank)
+            numbers = [number for number in missing if number % ranks.world_size == ranks.rank]
             with fast_half_products(half):
-                shares = ranks.gather_objects(
-                    ranks.all_or_raise(partial(drawer.draw, numbers, display.tick))
-                )
+                share = ranks.all_or_raise(partial(drawer.draw, numbers, display.tick))
+                shares = ranks.gather_objects(share)
             draws = sorted(chain(*shares), key=lambda draw: draw.number)
             ranks.write_on_rank_0(journal, partial(_append, journal, draws))
             for draw in draws:
@@ -67,7 +67,8 @@ class _Display:
     """A bar of what is kept. It also shows what this rank has in work, so that each token is a sign of life."""
 
     def __init__(self, selection: Selection, drawer: Drawer) -> None:
-        self._selection, self._drawer = selection, drawer
+        self._selection = selection
+        self._drawer = drawer
         self._written = 0
         self.bar = tqdm(
             total=selection.total,
@@ -99,8 +100,8 @@ def _open_journal(journal: Path, out: Path, settings: dict[str, Any]) -> list[Dr
         )
         write_text(journal, _lines(settings))
     *lines, unfinished = journal.read_bytes().split(b"\n")
-    saved, *draws = _parse(lines or [b""], journal, out)
-    differ = ", ".join(key for key in settings if settings[key] != saved.get(key))
+    earlier, *draws = _parse(lines or [b""], journal, out)
+    differ = ", ".join(key for key in settings if settings[key] != earlier.get(key))
     require(not differ, f"{journal} is of another request ({differ} differs); give another --out")
     if unfinished:
         os.truncate(journal, journal.stat().st_size - len(unfinished))
@@ -109,20 +110,18 @@ def _open_journal(journal: Path, out: Path, settings: dict[str, Any]) -> list[Dr
 
 def _parse(lines: list[bytes], journal: Path, out: Path) -> list[Any]:
     """Returns the settings in the first line of a journal, and the draws in the others."""
-    parsed = list[Any]()
+    parsed: list[Any] = []
+    kind: TypeAdapter[Any] = SETTINGS
+    remedy = f"the file and any {out.name} to start over"
     for number, line in enumerate(lines, 1):
-        kind = DRAW if parsed else SETTINGS
         try:
             parsed.append(kind.validate_json(line))
         except ValidationError:
-            redo = (
-                "the line, which is then drawn again"
-                if parsed
-                else f"the file and any {out.name} to start over"
-            )
             raise UserError(
-                f"{journal}, line {number} is damaged; delete {redo}, or give another --out"
+                f"{journal}, line {number} is damaged; delete {remedy}, or give another --out"
             ) from None
+        kind = DRAW
+        remedy = "the line, which is then drawn again"
     return parsed
 
 
@@ -132,14 +131,15 @@ def _append(journal: Path, draws: Sequence[Draw]) -> None:
 
 
 def _write(selection: Selection, out: Path, settings: dict[str, Any]) -> None:
-    counts = {
+    write_text(out, _lines(*(draw.row for draw in selection.kept)))
+    facts = {
+        **settings,
         "rows": len(selection.kept),
         "tokens": selection.tokens,
         "draws": len(selection.draws),
+        "refused": dict(selection.refused.most_common()),
     }
-    refused = {"refused": dict(selection.refused.most_common())}
-    write_text(out, _lines(*(draw.row for draw in selection.kept)))
-    write_json(out.with_suffix(".settings.json"), settings | counts | refused)
+    write_json(out.with_suffix(".settings.json"), facts)
 
 
 def _lines(*rows: object) -> str:

@@ -83,46 +83,49 @@ class Drawer:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the draws. Raises UserError if the model cannot make them."""
-        options, folder, shape = (
-            self.options,
-            self.source.pretrained.folder,
-            self.source.pretrained.shape,
-        )
-        require(
-            not shape.family.has_encoder, f"{options.model} has an encoder, which writes no chats"
-        )
+        options = self.options
+        folder = self.source.pretrained.folder
         templated = bool(self.tokenizer.chat_template)
+        require(
+            not self.source.pretrained.shape.family.has_encoder,
+            f"{options.model} has an encoder, which writes no chats",
+        )
         if options.prompts:  # a row that does not fit is named before the first is answered
             require(templated, f"{options.model} has no chat template, which --prompts needs")
             self._encode(options.prompts, "--prompts")
-        stock = not (self.source.adapter or shape.model_type.startswith(PRUNED))
-        fits = find_spec("vllm") is not None and stock and self.ranks.world_size == 1
-        require(
-            fits or options.engine != "vllm",
-            "--engine vllm needs that package, a stock model and one process",
-        )
         return {
             "model": options.model,
             "seed": options.seed,
-            "engine": options.engine or ("vllm" if fits else "transformers"),
+            "engine": self._choose_engine(),
             "max_new_tokens": options.max_new_tokens,
             **ANSWER,
             "message": MESSAGE,
-            "prompts": options.prompts and options.prompts.sha256,
-            "text": options.text and options.text.sha256,
+            "prompts": options.prompts.sha256 if options.prompts else None,
+            "text": options.text.sha256 if options.text else None,
             "chats": templated and not options.text,
             # in the hub's cache
             "revision": folder.name if folder.parent.name == "snapshots" else None,
             "dtype": choose_dtype(self.source, None),
         }
 
+    def _choose_engine(self) -> str:
+        is_pruned = self.source.pretrained.shape.model_type.startswith(PRUNED)
+        is_stock = not self.source.adapter and not is_pruned
+        fits = find_spec("vllm") is not None and is_stock and self.ranks.world_size == 1
+        require(
+            fits or self.options.engine != "vllm",
+            "--engine vllm needs that package, a stock model and one process",
+        )
+        return self.options.engine or ("vllm" if fits else "transformers")
+
     @cached_property
     def extend(self) -> Callable[[Sequence[Text], Tick], None]:
         """Writes some tokens after each text. Loads the model first."""
-        folder, dtype = self.source.pretrained.folder, self.settings["dtype"]
+        dtype = self.settings["dtype"]
         if self.settings["engine"] == "vllm":
+            vllm: Any = importlib.import_module("vllm")
             return partial(
-                extend_by_vllm, importlib.import_module("vllm").LLM(str(folder), dtype=dtype)
+                extend_by_vllm, vllm.LLM(str(self.source.pretrained.folder), dtype=dtype)
             )
         model = load_model(self.source, dtype, self.ranks.device)
         return partial(extend, Writer(model, self.tokenizer), self.options.batch_size)
@@ -133,20 +136,21 @@ class Drawer:
         Args:
             numbers: draws to begin in this order, as far as there is room, unless they are in work.
         """
-        begun = {turn.draw.number for turn in self.in_work}
-        room = BATCHES * self.options.batch_size - len(begun)
-        missing = (number for number in numbers if number not in begun)
+        in_work = {turn.draw.number for turn in self.in_work}
+        room = BATCHES * self.options.batch_size - len(in_work)
+        missing = (number for number in numbers if number not in in_work)
         self.in_work += [self._begin(number) for number in islice(missing, room)]
         self.extend([turn.text for turn in self.in_work], tick)
-        ended = [turn for turn in self.in_work if turn.text.ended]
-        self.in_work = [turn for turn in self.in_work if not turn.text.ended]
-        draws = list[Draw]()
-        for turn in ended:
-            draw = self._read(turn)
-            if turn.part == "message" and not draw.refused:
-                self.in_work.append(self._answer(draw))
-            else:
-                draws.append(draw)
+        turns = self.in_work
+        self.in_work = [turn for turn in turns if not turn.text.ended]
+        draws: list[Draw] = []
+        for turn in turns:
+            if turn.text.ended:
+                draw = self._read(turn)
+                if turn.part == "message" and not draw.refused:
+                    self.in_work.append(self._answer(draw))
+                else:
+                    draws.append(draw)
         return draws
 
     def _begin(self, number: int) -> Turn:
@@ -164,47 +168,49 @@ class Drawer:
 
     def _answer(self, draw: Draw) -> Turn:
         prompts = (Prompt(draw.number, draw.messages),)
-        (ids,) = self._encode(
-            AnswerSettings("draws", "", prompts, self.options.max_new_tokens), "chats"
-        )
+        settings = AnswerSettings("draws", "", prompts, self.options.max_new_tokens)
+        (ids,) = self._encode(settings, "chats")
         return self._turn("answer", draw, ids)
 
     def _turn(self, part: Part, draw: Draw, prompt: Ids, *ends: int) -> Turn:
-        how: Any = (
-            MESSAGE
-            if part == "message"
-            else {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
-        )
-        sampling = Sampling(**how, eos_token_id=[*self._ends, *ends])
+        values: dict[str, Any] = {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
+        if part == "message":
+            values = MESSAGE
+        sampling = Sampling(**values, eos_token_id=[*self._ends, *ends])
         return Turn(part, draw, Text(prompt, self._hash(draw.number, part), sampling))
 
     @cached_property
     def _user_turn(self) -> tuple[Ids, int]:
         """The ids before the user's message in the template, and the special token after it."""
-        path, chat = self.options.model, [{"role": "user", "content": MARK}]
+        path = self.options.model
+        chat = [{"role": "user", "content": MARK}]
         with rendering("chats", path, chat):
-            text = str(
-                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text: Any = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
             )
-        before, after = token_ids(list(text.partition(MARK)[::2]), self.tokenizer, special=False)
-        no_end = (
-            f"the chat template of {path} ends no message with a special token; give --prompts FILE"
+        before, _, after = text.partition(MARK)
+        before_ids, after_ids = token_ids([before, after], self.tokenizer, special=False)
+        require(
+            bool(self._special & {*after_ids[:1]}),
+            f"the chat template of {path} ends no message with a special token; give --prompts FILE",
         )
-        require(bool(self._special & {*after[:1]}), no_end)
-        return before, after[0]
+        return before_ids, after_ids[0]
 
     def _encode(self, settings: AnswerSettings, option: str) -> list[Ids]:
         """Returns the ids of prompts, without thinking where the template has that."""
-        config, vocab_size = self.source.pretrained.config, self.source.pretrained.shape.vocab_size
-        limits = self.options.model, config.get("max_position_embeddings"), vocab_size
+        pretrained = self.source.pretrained
+        most = pretrained.config.get("max_position_embeddings")
+        limits = self.options.model, most, pretrained.shape.vocab_size
         return encode_prompts(settings, self.tokenizer, limits, option, enable_thinking=False)
 
     def _prefix(self, number: int) -> Ids:
         """Returns the first ids of a line of the user's text, or BOS or EOS without a text."""
         line = self._choose(self._lines, number)
         (ids,) = token_ids([line], self.tokenizer, special=bool(self.options.text))
-        no_start = f"the tokenizer of {self.options.model} has no token that begins a text; give --text FILE"
-        require(bool(ids), no_start)
+        require(
+            bool(ids),
+            f"the tokenizer of {self.options.model} has no token that begins a text; give --text FILE",
+        )
         return ids[:PREFIX]
 
     @cached_property
@@ -215,12 +221,12 @@ class Drawer:
 
     def _read(self, turn: Turn) -> Draw:
         """Returns the draw with the text of this turn, and says what is wrong with it."""
-        draw, ids = turn.draw, turn.text.ids
-        ended = ids[-1] in turn.text.how.eos_token_id
+        ids = turn.text.ids
+        ended = ids[-1] in turn.text.sampling.eos_token_id
         words = ids[:-1] if ended else ids
         plain = turn.part == "text"  # all of which is learnt
         whole = turn.text.prompt + words if plain else words
-        text = draw.answer + str(self.tokenizer.decode(whole, skip_special_tokens=True))
+        text = turn.draw.answer + str(self.tokenizer.decode(whole, skip_special_tokens=True))
         faults = {
             "special token": bool(self._special & {*words}),
             "unfinished": not ended and not plain,  # which may stop anywhere
@@ -228,29 +234,26 @@ class Drawer:
             "repetition": repetition(words) > MOST_REPETITION,
             "short": turn.part == "message" and len(text.split()) < FEWEST_WORDS,
         }
-        refused = next((f"{turn.part}: {fault}" for fault, found in faults.items() if found), None)
+        reasons = [f"{turn.part}: {fault}" for fault, applies in faults.items() if applies]
+        draw = replace(turn.draw, refused=reasons[0] if reasons else None)
         if turn.part == "message":
             message = {"role": "user", "content": text.strip()}
-            return replace(draw, messages=[message], answer="", refused=refused)
+            return replace(draw, messages=[message], answer="")
         return replace(
             draw,
             answer=text.strip(),
             prompt_tokens=0 if plain else len(turn.text.prompt),
             answer_tokens=len(whole),
             repetition=repetition(whole),
-            refused=refused,
         )
 
     @cached_property
     def _ends(self) -> set[int]:
         """The ids that end a text, named by the model's settings or by its tokenizer."""
-        own, config = (
-            self.source.pretrained.folder / "generation_config.json",
-            self.source.pretrained.config,
-        )
-        return end_ids(
-            (read_json(own) if own.is_file() else config).get("eos_token_id"), self.tokenizer
-        )
+        pretrained = self.source.pretrained
+        path = pretrained.folder / "generation_config.json"
+        settings = read_json(path) if path.is_file() else pretrained.config
+        return end_ids(settings.get("eos_token_id"), self.tokenizer)
 
     @cached_property
     def _special(self) -> set[int]:
@@ -261,6 +264,5 @@ class Drawer:
 
     def _hash(self, number: int, name: str) -> int:
         """Returns a seed of 32 bits. A CPU's generator ignores more."""
-        return int.from_bytes(
-            sha256(f"{self.options.seed}/{number}/{name}".encode()).digest()[:4], "big"
-        )
+        digest = sha256(f"{self.options.seed}/{number}/{name}".encode()).digest()
+        return int.from_bytes(digest[:4], "big")

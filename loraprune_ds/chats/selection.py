@@ -58,9 +58,9 @@ class Selection:
             # a long row more, as few draws say little
             mean = (self.tokens + self.options.max_new_tokens) / (count + 1)
             needed = max(least, ceil(needed / mean))
-        yield from (
-            number for number in range(count, count + needed) if number not in self._waiting
-        )
+        for number in range(count, count + needed):
+            if number not in self._waiting:
+                yield number
 
     def add(self, draw: Draw) -> None:
         """Takes this draw and those that waited for it, or lets it wait."""
@@ -81,9 +81,8 @@ class Selection:
         """Returns the first rule that a draw breaks. A draw that breaks none counts for the next ones."""
         message = draw.messages[-1]["content"] if draw.messages else draw.answer
         words = re.findall(r"\w+", message.lower()) or [message]
-        telling = frozenset(word for word in words if len(word) > 3 or word.isdigit()) or frozenset(
-            words
-        )
+        long_words = [word for word in words if len(word) > 3 or word.isdigit()]
+        telling = frozenset(long_words or words)
         opening = " ".join(words[:3])
         declines = bool(DECLINES.search(draw.answer[:160]))
         if not self.options.prompts:  # which may be alike
@@ -103,21 +102,28 @@ class Selection:
         rows = [("kind", "draws", "kept", "tokens of an answer", "repetition")]
         for kind, count in Counter(draw.kind for draw in self.draws).items():
             kept = [draw for draw in self.kept if draw.kind == kind]
-            tokens, repeated = (
-                sum(draw.answer_tokens for draw in kept),
-                sum(draw.repetition for draw in kept),
+            tokens = _mean([draw.answer_tokens for draw in kept])
+            repeated = _mean([draw.repetition for draw in kept])
+            rows.append(
+                (
+                    kind or "-",
+                    f"{count:,}",
+                    f"{len(kept):,}",
+                    f"{tokens:.0f}",
+                    format_percent(repeated),
+                )
             )
-            means = (
-                f"{tokens / max(1, len(kept)):.0f}",
-                format_percent(repeated / max(1, len(kept))),
-            )
-            rows.append((kind or "-", f"{count:,}", f"{len(kept):,}", *means))
         yield from aligned(rows, "<>>>>")
-        yield from (
-            f"{count:>7,} refused, {reason}" for reason, count in self.refused.most_common()
-        )
-        for draw in self.kept[:: max(1, len(self.kept) // EXAMPLES)][:EXAMPLES]:
+        for reason, count in self.refused.most_common():
+            yield f"{count:>7,} refused, {reason}"
+        step = max(1, len(self.kept) // EXAMPLES)
+        for draw in self.kept[::step][:EXAMPLES]:
             yield f"\n--- draw {draw.number}, {draw.kind}"
-            yield from (f"{message['role']}: {message['content']}" for message in draw.messages)
+            for message in draw.messages:
+                yield f"{message['role']}: {message['content']}"
             yield f"assistant: {draw.answer}" if draw.messages else draw.answer
         yield f"\n{len(self.kept):,} rows of {self.tokens:,} tokens are in {self.options.out}"
+
+
+def _mean(values: list[int] | list[float]) -> float:
+    return sum(values) / max(1, len(values))

@@ -26,21 +26,23 @@ def encode_prompts(
         UserError: the template refuses a prompt, or the model cannot read it. The line names `option`, file and row.
     """
     path, most, vocab_size = limits
+    new = settings.max_new_tokens
     encoded: list[Ids] = []
-    of_template |= {"add_generation_prompt": True, "return_dict": True}
     for prompt in settings.prompts:
         where = f"{option}: {settings.name}, row {prompt.row}"
         if tokenizer.chat_template:
             with rendering(where, path, prompt.messages):
-                made: Any = tokenizer.apply_chat_template(prompt.messages, **of_template)
+                encoding: Any = tokenizer.apply_chat_template(
+                    prompt.messages, add_generation_prompt=True, return_dict=True, **of_template
+                )
         else:
-            made = tokenizer("\n\n".join(message["content"] for message in prompt.messages))
-        encoded.append(list(made["input_ids"]))
-        check_ids(max(encoded[-1], default=0), vocab_size, tokenizer, where)
-        length, new = len(encoded[-1]), settings.max_new_tokens
-        asked = f"not a prompt of {length} tokens and {new} new ones"
-        fits = not most or length + new <= most
+            encoding = tokenizer("\n\n".join(message["content"] for message in prompt.messages))
+        ids = list(encoding["input_ids"])
+        check_ids(max(ids, default=0), vocab_size, tokenizer, where)
         require(
-            fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}"
+            not most or len(ids) + new <= most,
+            f"{where}: {path} reads at most {most} tokens (max_position_embeddings), "
+            f"not a prompt of {len(ids)} tokens and {new} new ones",
         )
+        encoded.append(ids)
     return encoded

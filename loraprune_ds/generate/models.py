@@ -49,10 +49,10 @@ class PruningResult:
 
     def load_model(self, **options: Any) -> PreTrainedModel:
         """Loads the model with its tower, with `options` for `from_pretrained`. No code in its folder runs."""
-        text_class, tower = causal_lm_class(self.pretrained.shape.model_type), self.pretrained.tower
-        return (AutoModelForImageTextToText if tower else text_class).from_pretrained(
-            self.folder, **options
-        )
+        model_class: Any = AutoModelForImageTextToText
+        if self.pretrained.tower is None:
+            model_class = causal_lm_class(self.pretrained.shape.model_type)
+        return model_class.from_pretrained(self.folder, **options)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)
@@ -148,22 +148,24 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
 
 def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
     """Loads the model on `device` for evaluation, without a tower. An adapter is merged in fp32 and rounded once."""
-    pretrained, weights = source.pretrained, source.pretrained.weights
-    options: dict[str, Any] = {
-        "attn_implementation": attn_implementation("sdpa", pretrained.shape.family)
-    }
-    if pretrained.tower:
-        options |= {
-            "config": config_object(pretrained.config),
-            "key_mapping": pretrained.tower.key_mapping,
-        }
+    pretrained = source.pretrained
+    weights = pretrained.weights
     read_dtype = torch.float32 if source.adapter else DTYPES[dtype]
+    folder = pretrained.folder
+    options: dict[str, Any] = {}
+    if pretrained.tower:
+        options["config"] = config_object(pretrained.config)
+        options["key_mapping"] = pretrained.tower.key_mapping
     if weights.transposed:  # the text class does not read these
         tensors = {name: weights.read_full(name, read_dtype) for name in weights.shape.parameters()}
-        options |= {"state_dict": in_files(tensors, weights.shape, None), "key_mapping": None}
-    folder = None if weights.transposed else pretrained.folder
+        folder = None
+        options["state_dict"] = in_files(tensors, weights.shape, None)
+        options["key_mapping"] = None
     model = causal_lm_class(pretrained.shape.model_type).from_pretrained(
-        folder, dtype=read_dtype, **options
+        folder,
+        dtype=read_dtype,
+        attn_implementation=attn_implementation("sdpa", pretrained.shape.family),
+        **options,
     )
     if source.adapter:
         model = _merge(model, source.adapter)

@@ -46,11 +46,12 @@ class AnswerSettings:
 
     def __post_init__(self) -> None:
         count = len(self.targets)
-        some = f"--answers: {self.name} has {count} targets; give each row one, or none"
-        require(count in (0, len(self.prompts)), some)
-        installed = importlib.util.find_spec("rouge_score") is not None
         require(
-            not count or installed,
+            count in (0, len(self.prompts)),
+            f"--answers: {self.name} has {count} targets; give each row one, or none",
+        )
+        require(
+            not count or importlib.util.find_spec("rouge_score") is not None,
             "--answers with targets needs the package rouge-score: pip install rouge-score",
         )
 
@@ -59,12 +60,14 @@ def read_prompts(name: str, option: str = "--answers", **settings: Any) -> Answe
     """Reads the file `name`, or the shipped prompts if the name is `default`. An error names option, file and row."""
     path = PROMPTS_FILE if name == DEFAULT_PROMPTS else Path(name)
     text = read_text(path, option)
-    lines = enumerate(text.split("\n"), 1)  # other ends of lines may stand within a JSON text
-    prompts = tuple(
-        _read_row(f"{option}: {path}, row {i}", i, line) for i, line in lines if line.strip()
-    )
+    prompts: list[Prompt] = []
+    # other ends of lines may stand within a JSON text
+    for row, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            prompts.append(_read_row(f"{option}: {path}, row {row}", row, line))
     name = name if name == DEFAULT_PROMPTS else path.name
-    return AnswerSettings(name, hashlib.sha256(text.encode()).hexdigest(), prompts, **settings)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return AnswerSettings(name, digest, tuple(prompts), **settings)
 
 
 def _read_row(where: str, row: int, line: str) -> Prompt:
@@ -77,13 +80,13 @@ def _read_row(where: str, row: int, line: str) -> Prompt:
     value: Any = value if isinstance(value, dict) else {}
     prompt = value.get("prompt", value.get("source"))  # the second as in data.format seq2seq
     require(prompt is not None, f"{where}: not an object with the key prompt")
-    notes = {key: value.get(key) for key in ("kind", "expected", "target")}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    wrong = f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty"
     require(
-        isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)), wrong
+        isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)),
+        f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty",
     )
     require(messages[-1]["role"] == "user", f"{where}: the last message must be the user's")
+    notes = {key: value.get(key) for key in ("kind", "expected", "target")}
     for key, note in notes.items():
         require(
             note is None or isinstance(note, str),
@@ -93,5 +96,5 @@ def _read_row(where: str, row: int, line: str) -> Prompt:
 
 
 def _is_message(value: Any) -> bool:
-    parts = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None,)
+    parts = [value.get("role"), value.get("content")] if isinstance(value, dict) else [None]
     return all(isinstance(part, str) and part.strip() for part in parts)

@@ -8,4 +8,5 @@ GRAM = 4
 def repetition(ids: Ids) -> float:
     """Returns the share of 4-grams that occurred before. A text of fewer tokens repeats nothing."""
     grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+    repeated = len(grams) - len(set(grams))
+    return repeated / max(1, len(grams))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
 from loraprune_ds.generate.models import Ids
-from loraprune_ds.generate.writer import Writer
+from loraprune_ds.generate.writer import Writer, first_end
 
 Tick = Callable[[int], None]  # is told how many tokens are being written
 CHUNK = 48  # tokens after which finished texts leave their batch, and others take their place
@@ -35,7 +35,7 @@ class Text:
 
     prompt: Ids
     seed: int
-    how: Sampling
+    sampling: Sampling
     ids: Ids = field(default_factory=list)  # with the id that ended it
     ended: bool = False
 
@@ -46,17 +46,17 @@ class Text:
     @property
     def room(self) -> int:
         """The most tokens that may follow."""
-        return self.how.max_new_tokens - len(self.ids)
+        return self.sampling.max_new_tokens - len(self.ids)
 
     @cached_property
     def numbers(self) -> Tensor:
         """One number in [0, 1) for each token, which chooses it. And a chunk more, for a batch with longer texts."""
-        count = self.how.max_new_tokens + CHUNK
+        count = self.sampling.max_new_tokens + CHUNK
         return torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
 
     def add(self, ids: Ids) -> None:
         """Adds ids up to the first that ends the text."""
-        end = next((i + 1 for i, token in enumerate(ids) if token in self.how.eos_token_id), None)
+        end = first_end(ids, self.sampling.eos_token_id)
         self.ids += ids[:end][: self.room]
         self.ended = end is not None or not self.room
 
@@ -70,21 +70,23 @@ def extend(writer: Writer, batch_size: int, texts: Sequence[Text], tick: Tick) -
 
 def _extend_batch(writer: Writer, batch: list[Text], tick: Tick) -> None:
     device = writer.model.device
-    begun = [text.whole for text in batch]
-    width = max(map(len, begun))
+    prompts = [text.whole for text in batch]
+    width = max(map(len, prompts))
     ends = torch.tensor(sorted(writer.ends), dtype=torch.int64, device=device)
     numbers = torch.stack([text.numbers[len(text.ids) :][:CHUNK] for text in batch]).to(device)
-    nucleus = torch.tensor(
-        [(text.how.temperature, text.how.top_p) for text in batch], device=device
-    )
+    nucleus = [(text.sampling.temperature, text.sampling.top_p) for text in batch]
+    limits = torch.tensor(nucleus, device=device)
 
     def choose(ids: Tensor, scores: Tensor) -> Tensor:
         new = ids[:, width:]
-        tick(len(batch) - int(torch.isin(new, ends).any(1).sum()))
-        return leave_one(nucleus, numbers[:, new.shape[1], None], scores)
+        ended = torch.isin(new, ends).any(1)
+        tick(len(batch) - int(ended.sum()))
+        return leave_one(limits, numbers[:, new.shape[1], None], scores)
 
     most = min(CHUNK, max(text.room for text in batch))
-    rows = writer.write(begun, LogitsProcessorList([choose]), max_new_tokens=most, do_sample=False)
+    rows = writer.write(
+        prompts, LogitsProcessorList([choose]), max_new_tokens=most, do_sample=False
+    )
     for text, ids in zip(batch, rows, strict=True):
         text.add(ids)
 
@@ -99,28 +101,29 @@ def leave_one(nucleus: Tensor, number: Tensor, scores: Tensor) -> Tensor:
     temperature, top_p = nucleus.split(1, dim=1)
     top = scores.topk(min(NUCLEUS, scores.shape[1]))
     p = (top.values / temperature).softmax(1)
-    p = torch.where(p.cumsum(1) - p < top_p, p, 0.0).cumsum(1)
-    at = torch.searchsorted(p, number * p[:, -1:], right=True).clamp(max=p.shape[1] - 1)
-    return torch.full_like(scores, -torch.inf).scatter(1, top.indices.gather(1, at), 0.0)
+    cumulative = torch.where(p.cumsum(1) - p < top_p, p, 0.0).cumsum(1)
+    place = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+    token = top.indices.gather(1, place.clamp(max=p.shape[1] - 1))
+    return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 def extend_by_vllm(engine: Any, texts: Sequence[Text], tick: Tick) -> None:
     """Writes each text to its end by `engine`, an LLM of vLLM."""
-    parameters = importlib.import_module("vllm").SamplingParams
-    settings = []
-    for text in texts:
-        given = {
-            "temperature": text.how.temperature,
-            "top_p": text.how.top_p,
-            "max_tokens": text.how.max_new_tokens,
-        }
-        settings.append(
-            parameters(
-                **given, stop_token_ids=text.how.eos_token_id, ignore_eos=True, seed=text.seed
-            )
+    vllm: Any = importlib.import_module("vllm")
+    settings = [
+        vllm.SamplingParams(
+            temperature=text.sampling.temperature,
+            top_p=text.sampling.top_p,
+            max_tokens=text.sampling.max_new_tokens,
+            stop_token_ids=text.sampling.eos_token_id,
+            ignore_eos=True,
+            seed=text.seed,
         )
+        for text in texts
+    ]
     prompts = [{"prompt_token_ids": text.prompt} for text in texts]
-    for text, made in zip(texts, engine.generate(prompts, settings, use_tqdm=False), strict=True):
-        text.add(list(made.outputs[0].token_ids))
+    requests = engine.generate(prompts, settings, use_tqdm=False)
+    for text, request in zip(texts, requests, strict=True):
+        text.add(list(request.outputs[0].token_ids))
         text.ended = True
         tick(len(text.ids))
