@@ -100,51 +100,54 @@ def write_answers(
     """
     size = batch_size or AT_ONCE
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
-    kinds = [
-        {"max_new_tokens": settings.max_new_tokens} | how
-        for how in ({"do_sample": False}, sampling)
-    ]
-    written = [
-        [_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers
-    ]
+    written: list[list[list[Ids]]] = []
+    for writer in writers:
+        greedy = _write(writer, {"do_sample": False}, settings, size, progress)
+        written.append([greedy, _write(writer, sampling, settings, size, progress)])
     dense = writers[1] if len(writers) > 1 else None
-    losses = dense and losses_of(dense.model)
+    losses = losses_of(dense.model) if dense else None
 
-    def read(writer: Writer, ids: list[Ids]) -> Tensor | None:
-        return losses and torch.cat(
-            [losses(*batch).double().sum(1).cpu() for batch in _labelled(writer, ids, size)]
-        )
+    def summarise(writer: Writer, answers: list[Ids]) -> Answers:
+        if losses is None:
+            return _summarise(writer, answers, None, settings)
+        batches = _labelled(writer, answers, size)
+        sums = [losses(ids, labels).double().sum(1).cpu() for ids, labels in batches]
+        return _summarise(writer, answers, torch.cat(sums), settings)
 
-    made: list[Generation] = []
+    generations: list[Generation] = []
     for writer, texts in zip(writers, written, strict=True):
-        greedy, sampled = (_summarise(writer, ids, read(writer, ids), settings) for ids in texts)
-        made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
+        greedy, sampled = (summarise(writer, answers) for answers in texts)
+        generations.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
     if dense is not None:
-        name, batches = text or (
-            "the dense model's greedy answers",
-            _labelled(dense, written[1][0], size),
-        )
-        made[0] = replace(
-            made[0], closeness=measure_closeness(dense.model, writers[0].model, batches, name)
-        )
-    return made
+        if text is None:
+            text = "the dense model's greedy answers", _labelled(dense, written[1][0], size)
+        name, batches = text
+        closeness = measure_closeness(dense.model, writers[0].model, batches, name)
+        generations[0] = replace(generations[0], closeness=closeness)
+    return generations
 
 
 @torch.no_grad()
 def write_greedily(writer: Writer, settings: AnswerSettings, batch_size: int = AT_ONCE) -> Answers:
     """Returns the greedy answers of one model alone, as `write_answers` does."""
-    how = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
-    written = _write(writer, how, settings.seed, batch_size, lambda rounds, _: rounds)
+    greedy = {"do_sample": False}
+    written = _write(writer, greedy, settings, batch_size, lambda rounds, _: rounds)
     return _summarise(writer, written, None, settings)
 
 
 def _write(
-    writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress
+    writer: Writer,
+    choice: dict[str, Any],
+    settings: AnswerSettings,
+    batch_size: int,
+    progress: Progress,
 ) -> list[Ids]:
-    torch.manual_seed(seed)
-    starts = progress(range(0, len(writer.prompts), batch_size), "answers")
-    batches = (writer.prompts[start : start + batch_size] for start in starts)
-    return [ids for batch in batches for ids in writer.write(batch, **how)]
+    torch.manual_seed(settings.seed)
+    written: list[Ids] = []
+    for start in progress(range(0, len(writer.prompts), batch_size), "answers"):
+        batch = writer.prompts[start : start + batch_size]
+        written += writer.write(batch, max_new_tokens=settings.max_new_tokens, **choice)
+    return written
 
 
 def _summarise(
@@ -163,37 +166,34 @@ def _summarise(
     def means(rows: list[int]) -> Means:
         names = ("tokens", "ended", "repetition", "empty")
         measured = {name: fmean(getattr(answers[i], name) for i in rows) for name in names}
-        perplexity = (
-            None
-            if losses is None
-            else (losses[rows].sum() / sum(len(written[i]) for i in rows)).exp().item()
-        )
+        perplexity = None
+        if losses is not None:
+            count = sum(len(written[i]) for i in rows)
+            perplexity = (losses[rows].sum() / count).exp().item()
         return Means(**measured, dense_perplexity=perplexity)
 
-    kinds = dict.fromkeys(prompt.kind for prompt in settings.prompts if prompt.kind)
-    pairs = (
-        list(zip(settings.targets, (one.text for one in answers), strict=True))
-        if settings.targets
-        else []
-    )
+    rows: dict[str, list[int]] = {}  # of each kind
+    for row, prompt in enumerate(settings.prompts):
+        if prompt.kind:
+            rows.setdefault(prompt.kind, []).append(row)
+    exact_match = rouge_l = None
+    if settings.targets:
+        texts = [answer.text for answer in answers]
+        pairs = list(zip(settings.targets, texts, strict=True))
+        exact_match = fmean(target.strip() == text.strip() for target, text in pairs)
+        rouge_l = _rouge_l(pairs)
     return Answers(
         **vars(means([*range(len(answers))])),
-        by_kind={
-            kind: means([i for i, one in enumerate(settings.prompts) if one.kind == kind])
-            for kind in kinds
-        },
-        exact_match=fmean(target.strip() == text.strip() for target, text in pairs)
-        if pairs
-        else None,
-        rouge_l=_rouge_l(pairs) if pairs else None,
+        by_kind={kind: means(of_kind) for kind, of_kind in rows.items()},
+        exact_match=exact_match,
+        rouge_l=rouge_l,
         texts=answers,
     )
 
 
 def _rouge_l(pairs: list[tuple[str, str]]) -> float:
-    scorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(
-        ["rougeL"], use_stemmer=True
-    )
+    rouge: Any = importlib.import_module("rouge_score.rouge_scorer")
+    scorer = rouge.RougeScorer(["rougeL"], use_stemmer=True)
     return fmean(scorer.score(target, text)["rougeL"].fmeasure for target, text in pairs)
 
 
@@ -216,24 +216,26 @@ def measure_closeness(
     dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Labelled], text: str
 ) -> Closeness:
     """Compares next-token probabilities on the labelled tokens of a text. Both models must tokenise it alike."""
-    heads = [frozen_head(model) for model in (dense, pruned)]
+    models = (dense, pruned)
+    heads = [frozen_head(model) for model in models]
     vocabulary = min(len(head.weight) for head in heads)  # an embedding may be padded
-    total, count = torch.zeros(3, dtype=torch.float64), 0
+    total = torch.zeros(3, dtype=torch.float64)
+    count = 0
     for input_ids, labels in batches:
         predicted = labels[:, 1:] != IGNORE_INDEX
-        hidden = [
-            final_hidden(model, input_ids, labels)[:, :-1][predicted] for model in (dense, pruned)
-        ]
-        for rows in zip(*(part.split(chunk_size(vocabulary)) for part in hidden), strict=True):
-            log_p, log_q = (
-                head.logits(part)[:, :vocabulary].float().log_softmax(1)
-                for head, part in zip(heads, rows, strict=True)
-            )
-            p, q = log_p.exp(), log_q.exp()
+        chunks: list[tuple[Tensor, ...]] = []
+        for model in models:
+            hidden = final_hidden(model, input_ids, labels)[:, :-1][predicted]
+            chunks.append(hidden.split(chunk_size(vocabulary)))
+        for rows in zip(*chunks, strict=True):
+            logits = [head.logits(part) for head, part in zip(heads, rows, strict=True)]
+            log_p, log_q = (part[:, :vocabulary].float().log_softmax(1) for part in logits)
+            p = log_p.exp()
+            q = log_q.exp()
             same = (p.argmax(1) == q.argmax(1)).sum()
-            total += (
-                torch.stack([same, p.minimum(q).sum(), (p * (log_p - log_q)).sum()]).double().cpu()
-            )
+            overlap = p.minimum(q).sum()
+            kl = (p * (log_p - log_q)).sum()
+            total += torch.stack([same, overlap, kl]).double().cpu()
             count += len(p)
     agreement, overlap, kl = (total / count).tolist()
     return Closeness(text, agreement, overlap, kl, count)

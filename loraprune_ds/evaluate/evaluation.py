@@ -29,7 +29,7 @@ from loraprune_ds.evaluate.answers import Generation, losses_of, write_answers
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.generate.encoding import encode_prompts
-from loraprune_ds.generate.models import ModelSource, choose_dtype, find_model, load_model
+from loraprune_ds.generate.models import Ids, ModelSource, choose_dtype, find_model, load_model
 from loraprune_ds.generate.writer import Writer
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.frozen import DTYPES
@@ -127,49 +127,48 @@ def evaluate(
     """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
-    measurements, writers = list[Measurement](), list[Writer]()
+    measurements: list[Measurement] = []
+    writers: list[Writer] = []
     for prepared in models:
         # speed is measured outside, by torch's own products
         with fast_half_products(prepared.dtype):
             measurement, writer = _measure(prepared, dense, settings, comm, progress)
         measurements.append(measurement)
-        writers += [writer] if writer else []
-    if plan := settings.answers:
-        on_device = (
-            (ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches
-        )
-        text = settings.text and (settings.text.name, on_device)
+        if writer is not None:
+            writers.append(writer)
+    if settings.answers:
+        text = None
+        if settings.text:
+            device = comm.device
+            batches = ((ids.to(device), labels.to(device)) for ids, labels in models[0].batches)
+            text = settings.text.name, batches
         with fast_half_products(models[0].dtype):
-            made = write_answers(writers, plan, settings.batch_size, text, progress)
-        measurements = [
-            replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)
-        ]
-    if speed := settings.speed:
-        speeds = comm.on_rank_0(lambda: measure_speed([x.model for x in writers], speed)) or [
-            None
-        ] * len(models)
-        measurements = [
-            replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)
-        ]
+            answers = write_answers(writers, settings.answers, settings.batch_size, text, progress)
+        for i, generation in enumerate(answers):
+            measurements[i] = replace(measurements[i], answers=generation)
+    plan = settings.speed
+    if plan:
+        speeds = comm.on_rank_0(lambda: measure_speed([x.model for x in writers], plan))
+        for i, speed in enumerate(speeds or []):
+            measurements[i] = replace(measurements[i], speed=speed)
     return measurements
 
 
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
     """Finds all models, checks the settings against them, and tokenises the text for each."""
     models = [_prepare(path, settings) for path in paths]
-    for other in models[1:]:
-        both, pairs = (
-            f"{paths[0]} and {other.source.path}",
-            zip_longest(models[0].batches, other.batches),
-        )
-        alike = all(a and b and all(map(torch.equal, a, b)) for a, b in pairs)
+    first = models[0]
+    for model in models[1:]:
+        names = f"{paths[0]} and {model.source.path}"
+        pairs = zip_longest(first.batches, model.batches)
         require(
-            alike, f"{both} tokenise the text differently, so their perplexities are not comparable"
+            all(a and b and all(map(torch.equal, a, b)) for a, b in pairs),
+            f"{names} tokenise the text differently, so their perplexities are not comparable",
         )
-        same = (
-            not settings.answers or models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        require(
+            not settings.answers or first.tokenizer.get_vocab() == model.tokenizer.get_vocab(),
+            f"{names} have different tokenizers; --answers cannot compare them",
         )
-        require(same, f"{both} have different tokenizers; --answers cannot compare them")
     return models
 
 
@@ -184,24 +183,34 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
             not source.adapter,
             f"{path}: --sharded cannot merge an adapter; merge it into its base model first",
         )
-    most, vocab_size = (
-        source.pretrained.config.get("max_position_embeddings"),
-        source.pretrained.shape.vocab_size,
-    )
+    config = source.pretrained.config
+    shape = source.pretrained.shape
+    most = config.get("max_position_embeddings")
     lengths = [settings.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
     for length in lengths:
-        fits = not most or length <= most
-        require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
+        require(
+            not most or length <= most,
+            f"{path} reads at most {most} tokens (max_position_embeddings), not {length}",
+        )
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
-    how = settings.window, settings.max_windows, starts, settings.actual_batch_size, vocab_size
-    batches = split_batches(settings.text.text, tokenizer, *how) if settings.text else []
-    limits = path, most, vocab_size
-    prompts = (
-        encode_prompts(settings.answers, tokenizer, limits, "--answers") if settings.answers else []
-    )
+    starts = text_starts(tokenizer, shape.family, config)
+    batches: list[Labelled] = []
+    if settings.text:
+        batches = split_batches(
+            settings.text.text,
+            tokenizer,
+            settings.window,
+            settings.max_windows,
+            starts,
+            settings.actual_batch_size,
+            shape.vocab_size,
+        )
+    prompts: list[Ids] = []
+    if settings.answers:
+        limits = path, most, shape.vocab_size
+        prompts = encode_prompts(settings.answers, tokenizer, limits, "--answers")
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
 
@@ -209,28 +218,16 @@ def count_cost(
     shape: ModelShape, config: dict[str, Any], window: int, element_size: int
 ) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `config` says which layers have sliding windows."""
-    made, (first, *decoder) = config_object(config), shape.layer_lists
-    narrow = _mean_context(window, sliding_window(made))
-    layers = DynamicCache(config=made).layers  # transformers finds the layers with a sliding window
-    sliding = [getattr(layer, "is_sliding", False) for layer in layers]
-    # Layers that share keys and values are absent.
-    sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][
-        len(layers) :
-    ]
-    contexts: list[float] = [
-        narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding
-    ]
+    parts = len(shape.layer_lists)
     heads = [attention.queries for attention in shape.attention]
-    if decoder:  # all heads see the whole window, except in the decoder's self-attention
-        contexts = [window] * len(first) + [_mean_context(window, None)] * len(*decoder) + [window]
+    if parts > 1:
         heads.append(sum(counts["cross_heads"] for counts in shape.counts))
+    contexts = _contexts(shape, config, window)
     context = sum(map(mul, contexts, heads)) / sum(heads)
-    linear, head = (
-        active_numel(shape) // len(shape.layer_lists),
-        shape.vocab_size * shape.hidden_size,
-    )
+    linear = active_numel(shape) // parts
     # two products of one multiply-add each
-    attention = attention_product(shape, context) / len(shape.layer_lists)
+    attention = attention_product(shape, context) / parts
+    head = shape.vocab_size * shape.hidden_size
     return ModelCost(
         parameters=shape.total_numel(),
         linear_parameters=shape.linear_numel(),
@@ -238,6 +235,23 @@ def count_cost(
         kv_bytes_per_token=cached_numel(shape) * element_size,
         macs_per_token=Macs(linear, attention, head, linear + attention + head, context),
     )
+
+
+def _contexts(shape: ModelShape, config: dict[str, Any], window: int) -> list[float]:
+    """Returns the mean context of each layer, and then of a decoder's cross-attention."""
+    whole = _mean_context(window, None)
+    first, *decoder = shape.layer_lists
+    if decoder:  # all heads see the whole window, except in the decoder's self-attention
+        return [window] * len(first) + [whole] * len(*decoder) + [window]
+    settings = config_object(config)
+    narrow = _mean_context(window, sliding_window(settings))
+    # transformers finds the layers with a sliding window
+    layers = DynamicCache(config=settings).layers
+    sliding = [getattr(layer, "is_sliding", False) for layer in layers]
+    # Layers that share keys and values are absent.
+    types = getattr(settings, "layer_types", None) or ()
+    sliding += [kind == "sliding_attention" for kind in types[len(layers) :]]
+    return [narrow if is_narrow else whole for is_narrow in sliding]
 
 
 def _mean_context(window: int, sliding_window: int | None) -> float:
@@ -254,7 +268,8 @@ def _measure(
     progress: Progress,
 ) -> tuple[Measurement, Writer | None]:
     """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
-    source, shape = prepared.source, prepared.source.pretrained.shape
+    source = prepared.source
+    shape = source.pretrained.shape
     perplexity = tasks = writer = None
     is_kept = settings.answers or settings.speed
     if settings.sharded and prepared.batches:
@@ -262,12 +277,12 @@ def _measure(
     elif prepared.batches or settings.tasks or is_kept:
         writer = comm.all_or_raise(lambda: prepared.load(comm.device))
         if prepared.batches:
-            perplexity = measure_perplexity(
-                losses_of(writer.model), prepared.batches, comm, progress
-            )
+            losses = losses_of(writer.model)
+            perplexity = measure_perplexity(losses, prepared.batches, comm, progress)
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
+    element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
         path=source.path,
         kind=source.kind,
@@ -275,9 +290,7 @@ def _measure(
         model_type=shape.model_type,
         dtype=prepared.dtype,
         removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
-        cost=count_cost(
-            shape, source.pretrained.config, settings.window, DTYPES[prepared.dtype].itemsize
-        ),
+        cost=count_cost(shape, source.pretrained.config, settings.window, element_size),
         perplexity=perplexity,
         tasks=tasks,
     )
@@ -305,23 +318,20 @@ def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Prog
 def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) -> list[Speed]:
     """Returns one result per model."""
     vocabulary = min(int(model.config.vocab_size) for model in models)
-    prompt = torch.randint(
-        vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0)
-    )
-    rounds = [
-        [_run(model, prompt, settings.generated) for model in models]
-        for _ in range(settings.rounds + 1)
-    ]
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (1, settings.prompt), generator=generator)
+    rounds: list[list[tuple[float, float, int | None]]] = []
+    for _ in range(settings.rounds + 1):
+        rounds.append([_run(model, prompt, settings.generated) for model in models])
     speeds: list[Speed] = []
     for of_model in zip(*rounds[1:], strict=True):  # the first is a warm-up
         prefill, decode, peaks = zip(*of_model, strict=True)
-        rates = (
+        speed = Speed(
             settings.prompt / statistics.median(prefill),
             settings.generated / statistics.median(decode),
+            max((peak for peak in peaks if peak is not None), default=None),
         )
-        speeds.append(
-            Speed(*rates, max((peak for peak in peaks if peak is not None), default=None))
-        )
+        speeds.append(speed)
     return speeds
 
 
@@ -334,14 +344,14 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> tuple[float,
     if model.device.type != "cpu":
         device.reset_peak_memory_stats()
         before = device.memory_allocated()
-    times = [_now(device)]
+    begin = _now(device)
     logits, read = _prefill(model, token_ids)
-    times.append(_now(device))
+    middle = _now(device)
     for _ in range(generated):
         logits = read(logits.argmax(-1))  # (1, 1, vocabulary)
-    times.append(_now(device))
+    end = _now(device)
     peak = None if before is None else device.max_memory_allocated() - before
-    return times[1] - times[0], times[2] - times[1], peak
+    return middle - begin, end - middle, peak
 
 
 def _prefill(
@@ -350,18 +360,14 @@ def _prefill(
     """Reads the prompt. Returns the last logits, and a function that reads further tokens into the same caches."""
     if not model.config.is_encoder_decoder:
         read = partial(model, use_cache=True, **{CACHE: DynamicCache(config=model.config)})
-        return read(
-            input_ids=token_ids, logits_to_keep=1
-        ).logits, lambda ids: read(input_ids=ids).logits
-    own, of_source = (DynamicCache(config=model.get_decoder().config) for _ in range(2))
-    given = {
-        "encoder_outputs": model.get_encoder()(input_ids=token_ids),
-        CACHE: EncoderDecoderCache(own, of_source),
-    }
-    read = partial(model, use_cache=True, **given)
-    return read(
-        decoder_input_ids=token_ids[:, :1]
-    ).logits, lambda ids: read(decoder_input_ids=ids).logits
+        output = read(input_ids=token_ids, logits_to_keep=1)
+        return output.logits, lambda ids: read(input_ids=ids).logits
+    config = model.get_decoder().config
+    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    encoder_outputs = model.get_encoder()(input_ids=token_ids)
+    read = partial(model, use_cache=True, encoder_outputs=encoder_outputs, **{CACHE: cache})
+    output = read(decoder_input_ids=token_ids[:, :1])
+    return output.logits, lambda ids: read(decoder_input_ids=ids).logits
 
 
 def _now(device: Any) -> float:
