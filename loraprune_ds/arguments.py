@@ -24,9 +24,8 @@ def main() -> NoReturn:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
-        sys.stdout.write(
-            f"loraprune-ds COMMAND ...      (for details: loraprune-ds COMMAND --help)\n\n{commands}\n"
-        )
+        usage = "loraprune-ds COMMAND ...      (for details: loraprune-ds COMMAND --help)"
+        sys.stdout.write(f"{usage}\n\n{commands}\n")
         leave(0)
     leave(run_command(lambda: _start(name, arguments)))
 
@@ -42,8 +41,12 @@ class Parser(argparse.ArgumentParser):
     """A parser that reports wrong arguments like other wrong input. Its help shows the command as typed."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(sys.argv[0], description=description, formatter_class=raw, **options)
+        super().__init__(
+            sys.argv[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -53,7 +56,8 @@ def at_least(least: int) -> Callable[[str], int]:
     """Returns a type of options: whole numbers from `least` on."""
 
     def number(text: str) -> int:
-        if (value := int(text)) < least:
+        value = int(text)
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
         return value
 
@@ -64,9 +68,12 @@ def require_option(arguments: argparse.Namespace, needed: str, *options: str) ->
     """Raises UserError if one of the `options` is given without the `needed` one, which alone reads them."""
     for option in options:
         value = getattr(arguments, option, None)
-        given = value or type(value) is int  # 0 is given, False is not
-        names = [f"--{name.replace('_', '-')}" for name in (option, needed)]
+        is_set = value or type(value) is int  # 0 is a value, False is not
         require(
-            bool(getattr(arguments, needed)) or not given,
-            "{} has no effect without {}".format(*names),
+            bool(getattr(arguments, needed)) or not is_set,
+            f"{_flag(option)} has no effect without {_flag(needed)}",
         )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

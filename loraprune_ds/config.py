@@ -133,12 +133,12 @@ class DataConfig(SourceKeys):
         require_one(
             self.held_out, self.held_out_fraction, "data.held_out and data.held_out_fraction"
         )
-        entries = [] if isinstance(self.path, str) else self.path
-        for i, entry in enumerate(entries):
-            other = f"data.path[0] has {'a' if entry.weight is None else 'no'} weight; give all entries one, or none"
+        first_weight = self.sources[0].weight
+        number = "no" if first_weight is None else "a"
+        for source in self.sources:
             require(
-                (entry.weight is None) == (entries[0].weight is None),
-                f"data.path[{i}].weight: {other}",
+                (source.weight is None) == (first_weight is None),
+                f"{source.section}.weight: data.path[0] has {number} weight; give all entries one, or none",
             )
 
     @property
@@ -154,11 +154,8 @@ class DataConfig(SourceKeys):
     def sources(self) -> list[DataSource]:
         """The sources that `path` names: one, or the entries of a mixture."""
         if isinstance(self.path, str):
-            return [
-                DataSource(
-                    **{f.name: getattr(self, f.name) for f in dataclasses.fields(SourceKeys)}
-                )
-            ]
+            names = [field.name for field in dataclasses.fields(SourceKeys)]
+            return [DataSource(**{name: getattr(self, name) for name in names})]
         return [
             DataSource(**vars(entry), section=f"data.path[{i}]")
             for i, entry in enumerate(self.path)
@@ -210,17 +207,15 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         # Other forms of a target or size are refused here.
-        amounts = [
-            self.target_amount,
-            *(read_amount(size, "prune.sizes") for size in self.sizes or ()),
-        ]
-        in_bytes = any(amount is not None and amount.unit == "bytes" for amount in amounts)
+        amounts = [] if self.target_amount is None else [self.target_amount]
+        amounts += [read_amount(size, "prune.sizes") for size in self.sizes or ()]
+        in_bytes = any(amount.unit == "bytes" for amount in amounts)
         if self.sizes is None:
             require_one(self.ratio, self.target, "prune.ratio and prune.target")
         for key in ("target_context", "target_weight_bits"):
-            is_read = in_bytes or getattr(self, key) == getattr(PruneConfig, key)
+            is_default = getattr(self, key) == getattr(PruneConfig, key)
             require(
-                is_read,
+                in_bytes or is_default,
                 f"prune.{key} has no effect without a target or size in bytes, such as 24GiB",
             )
         without_cuts = self.warmup_fraction + self.cooldown_fraction
@@ -264,28 +259,32 @@ class TrainConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        batch, micro = self.global_batch_size, self.micro_batch_size
-        uneven = f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro})"
-        require(batch % micro == 0, uneven)
+        batch = self.global_batch_size
+        micro = self.micro_batch_size
+        require(
+            batch % micro == 0,
+            f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro})",
+        )
         require_one(self.steps, self.epochs, "train.steps and train.epochs")
         if self.steps is not None:
             self.check_warmup(self.steps)
 
     def check_warmup(self, steps: int) -> None:
         """Checks the warmup against the steps without the recovery. With epochs these depend on the data."""
-        long = f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}"
-        require(self.warmup_steps < steps, long)
+        require(
+            self.warmup_steps < steps,
+            f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}",
+        )
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Returns the micro-batches of each rank per step. Raises UserError, which lists the world sizes that fit."""
         micro_batches = self.global_batch_size // self.micro_batch_size
         if micro_batches % world_size:
-            fit = ", ".join(
-                str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0
-            )
+            sizes = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
             batch = f"train.global_batch_size {self.global_batch_size} in micro-batches of {self.micro_batch_size}"
             raise UserError(
-                f"{batch} cannot be split over {world_size} ranks; world sizes that fit: {fit}"
+                f"{batch} cannot be split over {world_size} ranks; "
+                f"world sizes that fit: {', '.join(map(str, sizes))}"
             )
         return micro_batches // world_size
 
@@ -339,19 +338,26 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for key, value in (("dtype", "float16"), ("frozen", "int8")):
-            only_sharded = f"model.{key} {value} needs DeepSpeed's ZeRO-3, but deepspeed is null"
-            require(self.deepspeed is not None or getattr(self.model, key) != value, only_sharded)
+            require(
+                self.deepspeed is not None or getattr(self.model, key) != value,
+                f"model.{key} {value} needs DeepSpeed's ZeRO-3, but deepspeed is null",
+            )
         attention = self.model.attn_implementation
         packs_several = self.data.packs_rows and self.train.micro_batch_size > 1
         require(
             not (packs_several and attention.startswith("flash_attention")),
             f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1",
         )
-        models, numbers = self.prune.models, len(self.recovery)
-        differ = f"train.recovery_steps has {numbers} numbers for {models} of prune.sizes; give one number for all"
-        require(numbers == models, differ)
-        alike = "train.group_by_length has no effect on data.format text: all its samples have data.window tokens"
-        require(not (self.train.group_by_length and self.data.only_text), alike)
+        models = self.prune.models
+        numbers = len(self.recovery)
+        require(
+            numbers == models,
+            f"train.recovery_steps has {numbers} numbers for {models} of prune.sizes; give one number for all",
+        )
+        require(
+            not (self.train.group_by_length and self.data.only_text),
+            "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
+        )
 
     @property
     def recovery(self) -> list[int]:
@@ -362,12 +368,12 @@ class RunConfig:
     @property
     def recipe(self) -> str:
         """Describes how a run scores, ranks, refits and distils."""
-        prune, train = self.prune, self.train
+        prune = self.prune
         parts = [f"criterion {prune.criterion}", f"ranking {prune.ranking}"]
         if prune.compensate == "least_squares":
             parts.append(f"refit on the inputs of {prune.compensate_steps} steps before a cut")
-        if train.distill_weight:
-            parts.append(f"{train.distill_weight:.0%} distillation")
+        if self.train.distill_weight:
+            parts.append(f"{self.train.distill_weight:.0%} distillation")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} is given twice", key.start_mark
@@ -74,9 +76,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 def find_shipped(path: str | Path) -> Path:
     """Finds a file at its path, or else among the shipped files of the package."""
-    given = Path(path).expanduser()
-    shipped = SHIPPED / given
-    return shipped if shipped.is_file() and not given.exists() else given
+    path = Path(path).expanduser()
+    shipped = SHIPPED / path
+    return shipped if shipped.is_file() and not path.exists() else path
 
 
 def config_value(config: RunConfig, dotted: str) -> Any:
@@ -91,9 +93,8 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), list):
-        given["data"] = data | {
-            "path": [_complete(entry, i, data) for i, entry in enumerate(data["path"])]
-        }
+        entries = [_complete(entry, i, data) for i, entry in enumerate(data["path"])]
+        given["data"] = data | {"path": entries}
     try:
         # strict Python values would not be sections
         return RUN.validate_json(json.dumps(given, default=str))
@@ -108,17 +109,17 @@ def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError if one has another value than its default. The line names the commit that reads it.
     """
-    left = dict(saved)
+    config = dict(saved)
     for dotted, removed in REMOVED.items():
         section, key = dotted.split(".")
-        values = left.get(section)
+        values = config.get(section)
         if isinstance(values, dict) and key in values:
             require(
                 values[key] == removed.default,
                 f"{dotted} is {values[key]}; go on with commit {removed.reader}, the last that reads it",
             )
-            left[section] = {name: value for name, value in values.items() if name != key}
-    return left
+            config[section] = {name: value for name, value in values.items() if name != key}
+    return config
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -169,10 +170,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
     """Fills the missing or empty keys of a mixture's entry from `data`. A path alone has the format of its file."""
     if entry and isinstance(entry, str):
-        entry = {
-            "path": entry,
-            "format": format_of(DataSource(entry, section=f"data.path[{i}]"), data),
-        }
+        source = DataSource(entry, section=f"data.path[{i}]")
+        entry = {"path": entry, "format": format_of(source, data)}
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}
@@ -181,30 +180,35 @@ def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
 
 def _describe(error: ValidationError) -> str:
     """Describes the most likely cause in one line: an unknown key, then a wrong value, in outer sections first."""
-    unknown = "unexpected_keyword_argument"
-    first = min(
-        error.errors(), key=lambda problem: (problem["type"] != unknown, len(problem["loc"]))
-    )
-    path = [part for part in first["loc"] if part not in (ONE, LIST)]
-    key = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path
-    ).removeprefix(".")
-    match first["type"]:
-        case "unexpected_keyword_argument" if key in REMOVED:
-            return f"unknown key {key}; {REMOVED[key].instead}"
-        case "unexpected_keyword_argument":
-            section = (
-                MixtureEntry
-                if len(path) > 2
-                else SECTIONS[path[0]]
-                if len(path) == 2
-                else RunConfig
-            )
-            return f"unknown key {key}; known keys there: {', '.join(f.name for f in dataclasses.fields(section))}"
+    errors = error.errors()
+    unknown = [x for x in errors if x["type"] == "unexpected_keyword_argument"]
+    problem = min(unknown or errors, key=lambda problem: len(problem["loc"]))
+    path = [part for part in problem["loc"] if part not in (ONE, LIST)]
+    key = ""  # such as data.path[1].weight
+    for part in path:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}"
+    key = key.removeprefix(".")
+    if unknown:
+        return f"unknown key {key}; {_advice(key, path)}"
+    match problem["type"]:
         case "missing":
             return f"the key {key} is missing"
         case "dataclass_type":
-            return f"{key} must be a section of keys, got {first['input']!r}"
+            return f"{key} must be a section of keys, got {problem['input']!r}"
         case "json_invalid":
-            return f"a value is not Unicode text: {first['msg']}"
-    return f"{key} {first['msg'].replace('Input should', 'must').replace('array', 'list')}; got {first['input']!r}"
+            return f"a value is not Unicode text: {problem['msg']}"
+    message = problem["msg"].replace("Input should", "must").replace("array", "list")
+    return f"{key} {message}; got {problem['input']!r}"
+
+
+def _advice(key: str, path: list[str | int]) -> str:
+    """Says what to do in place of a removed key, or which keys exist there."""
+    if key in REMOVED:
+        return REMOVED[key].instead
+    section = RunConfig
+    if len(path) == 2:
+        section = SECTIONS[path[0]]
+    elif len(path) > 2:
+        section = MixtureEntry
+    names = [field.name for field in dataclasses.fields(section)]
+    return f"known keys there: {', '.join(names)}"

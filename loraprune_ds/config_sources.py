@@ -32,7 +32,8 @@ def files_of(source: DataSource) -> list[Path] | None:
     Raises:
         UserError: a path does not exist, or local files have `data_files` or a `revision`.
     """
-    path, key = source.path, f"{source.section}.path"
+    path = source.path
+    key = f"{source.section}.path"
     local = CHATS_FILE if path == EMBEDDED_CHATS else Path(path).expanduser()
     is_glob = any(wildcard in path for wildcard in "*?[")
     if not (local.is_file() or local.is_dir() or is_glob):
@@ -43,11 +44,9 @@ def files_of(source: DataSource) -> list[Path] | None:
     if local.is_file():
         require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
-    if local.is_dir():
-        where, candidates = f"folder {path}", local.rglob("*")
-    else:
-        where, candidates = path, map(Path, glob(str(local), recursive=True))
-    files = sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
+    paths = local.rglob("*") if local.is_dir() else map(Path, glob(str(local), recursive=True))
+    files = sorted(file for file in paths if file.suffix in SUFFIXES and file.is_file())
+    where = f"folder {path}" if local.is_dir() else path
     require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
     return files
 
@@ -55,10 +54,10 @@ def files_of(source: DataSource) -> list[Path] | None:
 def refuse_hub_settings(source: DataSource) -> None:
     """Raises UserError if a source that is no data set of the hub has `data_files` or a `revision`."""
     for key in ("data_files", "revision"):
-        no_effect = (
-            f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set"
+        require(
+            getattr(source, key) is None,
+            f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set",
         )
-        require(getattr(source, key) is None, no_effect)
 
 
 def format_of(source: DataSource, data: dict[str, Any]) -> object:
@@ -76,20 +75,24 @@ def format_of(source: DataSource, data: dict[str, Any]) -> object:
         first = (files_of(source) or [first])[0]
     if first.suffix in TEXT_SUFFIXES:
         return "text"
-    known, given = _first_fields(first), data.get("format")
-    # an instruction may have no input
-    forms = [(name, keys[:2]) for name, keys in FIELD_SETTINGS.items() if keys]
-    forms += [("chat", fields) for fields in CHAT_FIELDS]
-    names = {
-        name
-        for name, keys in forms
-        if all(data.get(key, getattr(DataSource, key, key)) in known for key in keys)
-    }
-    if given in names or not names:
-        return given or DataSource.format
-    several = f"{source.path} has the fields of {' and '.join(sorted(names))}; write {{path: ..., format: ...}}"
-    require(len(names) == 1, f"{source.section}: {several}")
-    return names.pop()
+    row = _first_fields(first)
+    formats: set[str] = set()
+    for name, settings in FIELD_SETTINGS.items():
+        # an instruction may have no input
+        fields = [data.get(key, getattr(DataSource, key)) for key in settings[:2]]
+        if fields and all(field in row for field in fields):
+            formats.add(name)
+    if any(all(field in row for field in fields) for fields in CHAT_FIELDS):
+        formats.add("chat")
+    default = data.get("format")
+    if default in formats or not formats:
+        return default or DataSource.format
+    require(
+        len(formats) == 1,
+        f"{source.section}: {source.path} has the fields of {' and '.join(sorted(formats))}; "
+        "write {path: ..., format: ...}",
+    )
+    return formats.pop()
 
 
 def _first_fields(path: Path) -> list[str]:

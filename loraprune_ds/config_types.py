@@ -28,16 +28,16 @@ class Amount:
 def read_amount(text: str, key: str) -> Amount:
     """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes. Raises UserError, which names the key, for other text."""
     match = re.fullmatch(r"(\d+\.?\d*)\s*([a-zA-Z]*)", text.strip())
-    number, suffix = match.groups() if match else ("", "")
-    scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None
-    if scale is None:
+    scales = {"": 1.0} | COUNTS | BYTES
+    if match is None or match[2] not in scales:
         raise UserError(
             f"{key} must be parameters, such as 4.5B, or memory, such as 24GiB; got {text!r}"
         )
-    require(float(number) > 0, f"{key} must be above 0; got {text!r}")
-    return Amount(
-        float(number) * scale, "bytes" if suffix in BYTES else "parameters", suffix, scale
-    )
+    number = float(match[1])
+    suffix = match[2]
+    require(number > 0, f"{key} must be above 0; got {text!r}")
+    unit = "bytes" if suffix in BYTES else "parameters"
+    return Amount(number * scales[suffix], unit, suffix, scales[suffix])
 
 
 def _number(value: Any) -> Any:
@@ -69,11 +69,8 @@ Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 DataFormat = Literal["text", "instruction", "seq2seq", "chat"]
 COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-BYTES = {
-    f"{prefix}{end}": base ** (i + 1)
-    for end, base in (("B", 1e3), ("iB", 2**10))
-    for i, prefix in enumerate("KMGT")
-}
+BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 ONE, LIST = "(one)", "(list)"  # the branches of a union, which errors name
 IS_LIST = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
@@ -88,13 +85,12 @@ def replaces_default(key: str, *others: str) -> Any:
     """Makes a validator, which drops the default of `key` if only one of the `others` is given."""
 
     def validate(given: Any) -> Any:
-        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-        if (
-            not isinstance(values, dict)
-            or key in values
-            or all(values.get(other) is None for other in others)
-        ):
-            return given
-        return ArgsKwargs((), values | {key: None})
+        values = given
+        if isinstance(given, ArgsKwargs):
+            values = given.kwargs or {}
+        if isinstance(values, dict) and key not in values:
+            if any(values.get(other) is not None for other in others):
+                return ArgsKwargs((), values | {key: None})
+        return given
 
     return model_validator(mode="before")(validate)

@@ -58,13 +58,16 @@ def require(ok: bool, message: str) -> None:
 def one_line(error: BaseException) -> str:
     """Returns the message of an error without line breaks, or its type if it has none."""
     if isinstance(error, OSError) and error.strerror:  # str() would begin with "[Errno 2]"
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        file = f"{error.filename}: " if error.filename else ""
+        return file + error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def blame(error: OSError, message: str) -> UserError:
     """Returns a RunError with this message if a disk is full or fails. Otherwise input is at fault."""
-    return RunError(f"{message}; {MAKE_ROOM}") if error.errno in OF_DISK else UserError(message)
+    if error.errno in OF_DISK:
+        return RunError(f"{message}; {MAKE_ROOM}")
+    return UserError(message)
 
 
 def failed_read(error: OSError) -> UserError:
@@ -88,14 +91,14 @@ def fail_point(phase: str) -> None:
     if FAULT is None:
         return
     _passed[phase] += 1
-    where, rank, how = FAULT.split(":")
-    if where != f"{phase}@{_passed[phase]}" or rank != os.environ.get("RANK", "0"):
+    place, rank, signal = FAULT.split(":")
+    if place != f"{phase}@{_passed[phase]}" or rank != os.environ.get("RANK", "0"):
         return
-    if how == "raise":
-        raise RuntimeError(f"fail-point {where}: raised")
-    sys.stderr.write(f"fail-point {where}: signal {how} to rank {rank}\n")
+    if signal == "raise":
+        raise RuntimeError(f"fail-point {place}: raised")
+    sys.stderr.write(f"fail-point {place}: signal {signal} to rank {rank}\n")
     sys.stderr.flush()
-    os.kill(os.getpid(), int(how))
+    os.kill(os.getpid(), int(signal))
 
 
 def tell(error: UserError, *, agreed: bool = True) -> None:
@@ -109,7 +112,8 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
         time.sleep(GRACE)
         if agreed and is_shared(error):
             return
-    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+    where = "" if rank == "0" else f" on rank {rank}"
+    sys.stderr.write(f"error{where}: {error}\n")
     sys.stderr.flush()
 
 

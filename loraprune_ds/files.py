@@ -44,7 +44,8 @@ def flush(path: Path) -> None:
 
 def staging_of(target: Path, mark: str = "") -> Path:
     """Returns the hidden sibling in which the folder `target` is built. `mark` names the process that builds it."""
-    return target.with_name(f".{target.name}{mark and '.'}{mark}.partial")
+    suffix = f".{mark}" if mark else ""
+    return target.with_name(f".{target.name}{suffix}.partial")
 
 
 def begin_folder(target: Path, mark: str = "") -> Path:
@@ -96,11 +97,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
         if folder.exists():
             return
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            make(made)
+            unfinished = Path(scratch) / "made"
+            unfinished.mkdir()
+            make(unfinished)
             try:
-                made.rename(folder)
+                unfinished.rename(folder)
             except OSError:
                 if not folder.exists():
                     raise
@@ -129,9 +130,8 @@ def open_text(path: Path, key: str) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{key}: {path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
+        reason = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{key}: {path} is not UTF-8 text: {reason}") from None
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
 
@@ -165,8 +165,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"{repeated[0]} is given twice")
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} is given twice")
     return dict(pairs)
 
 
@@ -182,9 +183,8 @@ def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False
         return {}
     require(path.is_file(), f"{path} does not exist")
     try:
-        value = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None
-        )
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON

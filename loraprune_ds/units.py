@@ -28,11 +28,9 @@ def format_duration(seconds: float) -> str:
 def format_change(before: float, after: float) -> str:
     """Writes a change from 4 to 3 as '25.0 % less'."""
     percent = format_percent(abs(after / before - 1))
-    return (
-        "unchanged"
-        if percent == format_percent(0)
-        else f"{percent} {'less' if after < before else 'more'}"
-    )
+    if percent == format_percent(0):
+        return "unchanged"
+    return f"{percent} {'less' if after < before else 'more'}"
 
 
 def format_percent(fraction: float) -> str:
@@ -42,8 +40,10 @@ def format_percent(fraction: float) -> str:
 
 def format_perplexity(perplexity: float | None, digits: int = 2) -> str:
     """Writes 12.3456 as '12.35', or the huge value of a broken model as '1.23e+07'."""
-    if perplexity is None or not math.isfinite(perplexity):
-        return "-" if perplexity is None else "not finite"
+    if perplexity is None:
+        return "-"
+    if not math.isfinite(perplexity):
+        return "not finite"
     return f"{perplexity:.{digits}f}" if perplexity < 1e5 else f"{perplexity:.2e}"
 
 
@@ -51,10 +51,8 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
     """Yields the rows of a table as lines. `sides` has one sign per column: "<" is flush left, ">" flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
-        )
-        yield "  ".join(cells).rstrip()
+        columns = zip(row, sides, widths, strict=True)
+        yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in columns).rstrip()
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
