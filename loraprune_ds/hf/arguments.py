@@ -1,7 +1,6 @@
 """Refuses arguments of a Trainer that do not allow cuts."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -61,7 +60,9 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
 def check_arguments(args: Any, model: nn.Module) -> None:
     """Raises UserError for an argument of a Trainer or a cache of the model that does not allow cuts."""
     for name, refused, reason in ARGUMENTS:
-        value = reduce(lambda found, key: getattr(found, key, None), name.split("."), args)
+        value = args
+        for key in name.split("."):
+            value = getattr(value, key, None)
         require(not refused(value), f"{name}={value}: {reason}")
     cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
     require(

@@ -59,7 +59,9 @@ class LoraPruneCallback(TrainerCallback):
     """
 
     def __init__(self, config: PruneConfig, steps: int | None = None, seed: int = 0) -> None:
-        self.config, self.steps, self.seed = config, steps, seed
+        self.config = config
+        self.steps = steps
+        self.seed = seed
         self._pruning: Pruning | None = None
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
@@ -104,7 +106,8 @@ class LoraPruneCallback(TrainerCallback):
         comm = Communicator()
         files = self._files
         folder = Path(folder or self._output_dir)
-        checkpoint = self._checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files)
+        checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files)
+        self._checkpoint = checkpoint
         if checkpoint is None:
             return None
         self.config = checkpoint.state.prune
@@ -113,9 +116,10 @@ class LoraPruneCallback(TrainerCallback):
             log.warning("%s cannot bring back %s", checkpoint.folder, " and ".join(lost))
         if not (checkpoint.restores_optimizer and files.ds_config):
             return str(checkpoint.folder)
-        own = " and ".join(files.of_deepspeed)
+        sections = " and ".join(files.of_deepspeed)
         require(
-            not own, f"{checkpoint.folder} goes on here only without {own} in the DeepSpeed config"
+            not sections,
+            f"{checkpoint.folder} goes on here only without {sections} in the DeepSpeed config",
         )
         self._stand_in = tempfile.TemporaryDirectory()
         checkpoint.write_stand_in(Path(self._stand_in.name), comm)
@@ -146,7 +150,8 @@ class LoraPruneCallback(TrainerCallback):
 
             # some settings fail at DeepSpeed's start
             check_reshardable("the DeepSpeed config", ds_config)
-        if isinstance(model := more.get("model"), nn.Module):
+        model = more.get("model")
+        if isinstance(model, nn.Module):
             check_one_dtype(model)
             check_arguments(args, model)  # before TRL starts an engine for generation
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
@@ -159,7 +164,8 @@ class LoraPruneCallback(TrainerCallback):
             self._pruning is None,
             "LoraPruneCallback serves one training; make a new one for the next",
         )
-        model, checkpoint = cast(nn.Module, more["model"]), self._checkpoint
+        model = cast(nn.Module, more["model"])
+        checkpoint = self._checkpoint
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()
@@ -169,7 +175,9 @@ class LoraPruneCallback(TrainerCallback):
                 f"training resumes at step {state.global_step}, but pruning does not: {RESUME}"
             )
         self._tokenizer = more.get("processing_class")
-        report_to, is_first = args.report_to or (), state.is_world_process_zero
+        sinks = list[Sink]()
+        if state.is_world_process_zero:
+            sinks = find_reporters(args.report_to or (), str(args.output_dir), resumed_from)
         self._pruning = Pruning(
             model,
             more["optimizer"],
@@ -178,7 +186,7 @@ class LoraPruneCallback(TrainerCallback):
             seed=self.seed,
             checkpoint=checkpoint,
             ds_config=_ds_config(args),
-            sinks=find_reporters(report_to, str(args.output_dir), resumed_from) if is_first else (),
+            sinks=sinks,
         )
         if checkpoint and checkpoint.restores_optimizer:
             _advance(more["lr_scheduler"], checkpoint.state.adam["step"])
@@ -238,12 +246,12 @@ class LoraPruneCallback(TrainerCallback):
             self._stand_in.cleanup()
 
     def _refuse_load(self, module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-        own = dict(module.named_parameters())
-        in_engine = all(map(is_sharded, own.values()))
-        of_smaller = any(
-            tensor.shape != own[name].shape for name, tensor in state.items() if name in own
-        )
-        if (in_engine or of_smaller) and self._checkpoint is None:
+        if self._checkpoint is not None:
+            return
+        parameters = dict(module.named_parameters())
+        in_engine = all(map(is_sharded, parameters.values()))
+        common = parameters.keys() & state.keys()
+        if in_engine or any(state[name].shape != parameters[name].shape for name in common):
             raise UserError(
                 f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}"
             )
@@ -296,8 +304,11 @@ def _warn(line: str) -> None:
 
 
 def curves(record: Record) -> dict[str, float]:
-    own = {tag: value for tag, value in scalars(record).items() if tag not in TRAINERS_OWN}
-    return {f"pruning/{tag.removeprefix('train/')}": value for tag, value in own.items()}
+    values = dict[str, float]()
+    for tag, value in scalars(record).items():
+        if tag not in TRAINERS_OWN:
+            values[f"pruning/{tag.removeprefix('train/')}"] = value
+    return values
 
 
 class CutPrinter(Sink):

@@ -25,16 +25,12 @@ def check_accelerate() -> None:
 
 def check_not_compiled(model: nn.Module) -> None:
     """Raises UserError if torch.compile has compiled a module in place, or wraps it."""
-    names = (
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if _is_compiled(module)
-    )
-    name = next(names, None)
-    require(
-        name is None,
-        f"{name} is compiled by torch.compile, and {COMPILED}; train without torch.compile",
-    )
+    for name, module in model.named_modules():
+        require(
+            not _is_compiled(module),
+            f"{name or type(module).__name__} is compiled by torch.compile, and {COMPILED}; "
+            "train without torch.compile",
+        )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -25,7 +25,8 @@ class ForwardWatch:
         self.active = False
         self._pruner = pruner
         self._tokens = torch.zeros((), dtype=torch.int64, device=pruner.model.device)
-        self._recording, self._hooks = ExitStack(), ExitStack()
+        self._recording = ExitStack()
+        self._hooks = ExitStack()
         self._layer_lists = pruner.model.shape.family.layer_lists
         base = cast(PeftModel, pruner.model.module).get_base_model()
         for layers in self._layer_lists:
@@ -49,12 +50,10 @@ class ForwardWatch:
             return
         if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
             refuse_compiled()  # pyright: ignore[reportCallIssue]
-        inputs = next(
-            x
-            for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            if x is not None
-        )
-        mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
+        candidates = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next(x for x in candidates if x is not None)
+        size = inputs.shape[:2]
+        mask = kwargs.get("attention_mask")
         # a target, whose last token predicts nothing
         if mask is None and "encoder_hidden_states" in kwargs:
             mask = ~torch.isin(inputs, inputs.new_tensor(_padding_and_ends(decoder.config)))

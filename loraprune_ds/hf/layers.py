@@ -1,15 +1,16 @@
 """Reads the layers of a model that another trainer trains, for an export."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.exported_config import ExportedConfig
@@ -36,45 +37,49 @@ class LiveModel:
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
         for indices in owner_rounds(len(self.model.layers) + 1, ranks.world_size):
-            gathered = ((k, self._gather(k, merge)) for k in indices)
-            own = [(k, tensors) for k, tensors in gathered if tensors]
+            owned = list[tuple[int, dict[str, Tensor]]]()
+            for k in indices:
+                tensors = self._gather(k, merge)
+                if tensors:
+                    owned.append((k, tensors))
+                del tensors
             # the owners of a round work in parallel. None keeps its layer until the next round
-            while own:
-                yield own.pop()
+            while owned:
+                yield owned.pop()
 
     def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
         """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
-        model, shape, owner, tensors = (
-            self.model,
-            self.model.shape,
-            self.model.owner(k),
-            dict[str, Tensor](),
-        )
-        parent, prefix, others = cast(Any, model.module).get_base_model(), "", shape.outer
-        if k < len(shape.layers):
-            parent, prefix, others = model.layers[k], shape.prefix(k), shape.layers[k].others
-            for linear in shape.layers[k].linears:
-                collected = model.collect_linear(LinearId(k, linear.linear))
-                if collected is not None:  # converted before the next linear arrives
-                    tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
-                del collected
-        found = model.collect_named(
-            {x.name: base_parameter(parent, x.name, trained=merge) for x in others}, owner
-        )
-        for tensor in others if found else ():
-            value = found[tensor.name]
-            tensors[prefix + tensor.name] = (
-                value if tensor.keep_fp32 else value.to(DTYPES[self.dtype])
-            )
+        shape = self.model.shape
+        tensors = dict[str, Tensor]()
+        if k == len(shape.layers):
+            base = cast(Any, self.model.module).get_base_model()
+            return self._gather_others(k, base, shape.outer, merge)
+        prefix = shape.prefix(k)
+        for linear in shape.layers[k].linears:
+            collected = self.model.collect_linear(LinearId(k, linear.linear))
+            if collected is not None:  # converted before the next linear arrives
+                tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
+            del collected
+        others = self._gather_others(k, self.model.layers[k], shape.layers[k].others, merge)
+        return tensors | {prefix + name: tensor for name, tensor in others.items()}
+
+    def _gather_others(
+        self, k: int, parent: nn.Module, others: Sequence[TensorSpec], merge: bool
+    ) -> dict[str, Tensor]:
+        parameters = {x.name: base_parameter(parent, x.name, trained=merge) for x in others}
+        tensors = self.model.collect_named(parameters, self.model.owner(k))
+        for tensor in others:
+            if tensor.name in tensors and not tensor.keep_fp32:
+                tensors[tensor.name] = tensors[tensor.name].to(DTYPES[self.dtype])
         return tensors
 
-    def _convert(self, name: str, x: CollectedLinear, merge: bool) -> dict[str, Tensor]:
+    def _convert(self, name: str, linear: CollectedLinear, merge: bool) -> dict[str, Tensor]:
         dtype = DTYPES[self.dtype]
-        weight = (
-            merge_lora(x.weight, x.lora_A, x.lora_B, x.scaling, dtype)
-            if merge
-            else x.weight.to(dtype)
-        )
-        return {f"{name}.weight": weight} | (
-            {} if x.bias is None else {f"{name}.bias": x.bias.to(dtype)}
-        )
+        if merge:
+            weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, dtype)
+        else:
+            weight = linear.weight.to(dtype)
+        tensors = {f"{name}.weight": weight}
+        if linear.bias is not None:
+            tensors[f"{name}.bias"] = linear.bias.to(dtype)
+        return tensors

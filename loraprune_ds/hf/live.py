@@ -13,7 +13,7 @@ from loraprune_ds.hf.compiled import check_not_compiled
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.groups import LayerCounts, LayerSpec
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.zero.shards import full_shape
@@ -41,8 +41,8 @@ def base_config(model: PeftModel) -> dict[str, Any]:
 
 def _tied(base: Any) -> dict[str, bool]:
     """Returns the setting for a head tied to the embedding. The config may claim it although the files have both."""
-    ends = base.get_output_embeddings(), base.get_input_embeddings()
-    head, embedding = (base_parameter(module, "weight") for module in ends)
+    head = base_parameter(base.get_output_embeddings(), "weight")
+    embedding = base_parameter(base.get_input_embeddings(), "weight")
     return {"tie_word_embeddings": head is embedding}
 
 
@@ -61,30 +61,30 @@ def base_shape(model: PeftModel) -> ModelShape:
 def live_shape(model: PeftModel) -> ModelShape:
     """Returns the shape of the weights."""
     shape = base_shape(model)
+    pairs = zip(decoder_layers(model), shape.layers, strict=True)
+    return shape.resized([_live_counts(layer, spec) for layer, spec in pairs])
 
-    def counts(layer: nn.Module, spec: LayerSpec) -> LayerCounts:
-        sizes = (
-            (x, full_shape(base_parameter(layer, x.name))[x.axis]) for x in spec.linears if x.spans
-        )
-        return LayerCounts((x.spans[0].kind, size // x.group_width) for x, size in sizes)
 
-    return shape.resized(
-        [counts(*pair) for pair in zip(decoder_layers(model), shape.layers, strict=True)]
-    )
+def _live_counts(layer: nn.Module, spec: LayerSpec) -> LayerCounts:
+    counts = dict[Kind, int]()
+    for linear in spec.linears:
+        if linear.spans:
+            size = full_shape(base_parameter(layer, linear.name))[linear.axis]
+            counts[linear.spans[0].kind] = size // linear.group_width
+    return LayerCounts(counts)
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     """Returns the dtype of the frozen weights. Raises UserError if no export can have that dtype."""
     name = shape.layers[0].linears[0].name
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
-    known = next((key for key, value in DTYPES.items() if value == dtype), None)
+    dtype_name = next((key for key, value in DTYPES.items() if value == dtype), None)
     require(
-        known is not None,
+        dtype_name is not None,
         f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned",
     )
-    overflows = known == "float16" and shape.family.has_encoder
     require(
-        not overflows,
+        dtype_name != "float16" or not shape.family.has_encoder,
         f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16",
     )
-    return cast(Dtype, known)
+    return cast(Dtype, dtype_name)

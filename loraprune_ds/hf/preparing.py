@@ -20,9 +20,11 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
         model: a model, or its folder or hub id. UserError if its type is not supported.
     """
     if isinstance(model, PreTrainedModel):
-        config, where = model.config.to_dict(), type(model).__name__
+        config = model.config.to_dict()
+        where = type(model).__name__
     else:  # AutoConfig would ask on the terminal whether to run code in the folder
-        config, where = PreTrainedConfig.get_config_dict(model)[0], str(model)
+        config, _ = PreTrainedConfig.get_config_dict(model)
+        where = str(model)
     refuse_mixture(find_family(config.get("model_type"), where), where)
     return last_names(linear.linear for _, linear in shape_from_config(config, where).linears())
 
@@ -37,11 +39,11 @@ def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
     require(
         not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments"
     )
-    shape, made = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
+    shape, umt5 = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
     tensors = model.state_dict()
-    made.load_state_dict(
-        tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True
-    )
-    made.tie_weights()
-    made.generation_config = model.generation_config
-    return made
+    for copy, name in shape.shared_tensors.items():
+        tensors[copy] = tensors[name]
+    umt5.load_state_dict(tensors, assign=True)
+    umt5.tie_weights()
+    umt5.generation_config = model.generation_config
+    return umt5

@@ -53,11 +53,13 @@ class TrainerFiles:
 
     def lost(self, folder: Path, ranks: int) -> list[str]:
         """Says what no other file can bring back. Names the file of the first rank that has none."""
-        names = (
-            ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-        )
+        names = [f"rng_state_{rank}.pth" for rank in range(ranks)]
+        if ranks == 1:
+            names = ["rng_state.pth"]
         missing = [name for name in names if not (folder / name).is_file()]
-        lost = [f"the random numbers of dropout (no {missing[0]})"] if missing else []
+        lost = list[str]()
+        if missing:
+            lost.append(f"the random numbers of dropout (no {missing[0]})")
         has_scaler = self.fp16 and not self.ds_config
         if has_scaler and not (folder / SCALER_NAME).is_file():
             lost.append(f"the loss scale of fp16 (no {SCALER_NAME})")
