@@ -19,19 +19,16 @@ def build_lora(
     base: Any, shape: ModelShape, config: RunConfig, cycles: Sequence[int]
 ) -> tuple[Any, AdamW, LambdaLR]:
     """Adds LoRA to the frozen model, fresh or from `model.adapter`, with its AdamW and learning-rate schedule."""
-    lora, train = config.lora, config.train
-    model = add_lora(base, shape, lora, config.seed)
+    train = config.train
+    model = add_lora(base, shape, config.lora, config.seed)
     if config.model.adapter:
-        load_adapter(model, Path(config.model.adapter).expanduser(), shape, lora.r)
+        load_adapter(model, Path(config.model.adapter).expanduser(), shape, config.lora.r)
     if train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=train.learning_rate, eps=train.adam_epsilon, weight_decay=0.0)
-    return (
-        model,
-        optimizer,
-        LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step)),
-    )
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step))
+    return model, optimizer, schedule
 
 
 def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) -> float:
@@ -48,4 +45,6 @@ def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) 
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     if config.lr_scheduler == "linear":
         return 1 - progress
-    return 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_scheduler == "cosine" else 1.0
+    if config.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0

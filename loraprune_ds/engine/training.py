@@ -17,12 +17,10 @@ class TrainingEngine(ABC):
     def __init__(
         self, module: Any, model: PrunableModel, state: OptimizerState, schedule: LambdaLR
     ) -> None:
-        self.module, self.model, self.optimizer_state, self.schedule = (
-            module,
-            model,
-            state,
-            schedule,
-        )
+        self.module = module
+        self.model = model
+        self.optimizer_state = state
+        self.schedule = schedule
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -49,9 +47,8 @@ class TrainingEngine(ABC):
     ) -> None:
         """Restores the schedule, the loss scale and the counts of steps."""
         self.schedule.load_state_dict(schedule)
-        for group, rate in zip(
-            self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
-        ):
+        groups = self.schedule.optimizer.param_groups
+        for group, rate in zip(groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
 
     @abstractmethod

@@ -35,12 +35,9 @@ def start_ranks() -> Communicator:
 
 def check_device(dtype: str) -> None:
     """Raises UserError if the GPU would only emulate bf16, slower than fp32."""
-    slow = (
-        dtype == "bfloat16"
-        and current_device().type == "cuda"
-        and not torch.cuda.is_bf16_supported(False)
-    )
-    require(not slow, f"model.dtype {dtype} is not supported by the cuda device")
+    if dtype == "bfloat16" and current_device().type == "cuda":
+        supported = torch.cuda.is_bf16_supported(False)
+        require(supported, f"model.dtype {dtype} is not supported by the cuda device")
 
 
 class LocalEngine(TrainingEngine):
@@ -51,16 +48,17 @@ class LocalEngine(TrainingEngine):
     ) -> None:
         model = LocalModel(module, shape, optimizer)
         super().__init__(module.train(), model, model.optimizer_state, schedule)
-        self._optimizer, self._max_norm = optimizer, max_norm or math.inf
+        self._optimizer = optimizer
+        self._max_norm = max_norm or math.inf
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def update(self, *, skipped: bool) -> float | None:
         trained = self.optimizer_state.masters()
-        # whose moments decay, as under ZeRO-3
-        for parameter in (p for p in trained if p.grad is None):
-            parameter.grad = torch.zeros_like(parameter)
+        for parameter in trained:
+            if parameter.grad is None:  # its moments decay, as under ZeRO-3
+                parameter.grad = torch.zeros_like(parameter)
         norm = clip_grad_norm_(trained, self._max_norm)
         self._optimizer.step()
         self.schedule.step()
@@ -96,7 +94,8 @@ def build_inference_engine(
     head: bool = True,
 ) -> nn.Module:
     """Builds the frozen model in evaluation mode. Without `head` it returns `final_hidden`."""
-    model, device = build_for_losses(pretrained, attn_implementation, head=head), current_device()
+    model = build_for_losses(pretrained, attn_implementation, head=head)
+    device = current_device()
 
     def read(name: str, like: Tensor) -> nn.Parameter:
         flat = pretrained.weights.read_stored(name, 0, like.numel(), DTYPES[dtype])
@@ -109,5 +108,6 @@ def build_inference_engine(
 def release(model: nn.Module) -> None:
     """Frees the weights, even if they are still referenced. The model is unusable then."""
     for parameter in model.parameters():
-        parameter.data, parameter.grad = parameter.data.new_empty(0), None
+        parameter.data = parameter.data.new_empty(0)
+        parameter.grad = None
     empty_cache()

@@ -55,7 +55,8 @@ class LocalModel(PrunableModel):
         scaler: Any = None,
     ) -> None:
         super().__init__(module, shape, Communicator(device=next(module.parameters()).device))
-        self.optimizer, self.optimizer_state = optimizer, optimizer and WholeState(optimizer)
+        self.optimizer = optimizer
+        self.optimizer_state = None if optimizer is None else WholeState(optimizer)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.skips_updates = self._scaler is not None
         self._ddp: Any = None  # found in the first forward pass
@@ -65,8 +66,10 @@ class LocalModel(PrunableModel):
         # Of the last backward pass, before the trainer clips: copies, if a criterion reads them, and the norm of each.
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._norms: Tensor | None = None
-        self._norm = self._zero = torch.zeros((), device=self.device)
-        self._copies = self._queued = False
+        self._zero = torch.zeros((), device=self.device)
+        self._norm = self._zero
+        self._copies = False
+        self._queued = False
 
     # Scoring
 
@@ -98,9 +101,8 @@ class LocalModel(PrunableModel):
         with _without_reducer(self._ddp):
             for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
                 for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                    if (
-                        parameter.numel()
-                    ):  # none is here of a base that is sharded, and cut, before there is an engine
+                    # A base that is sharded before there is an engine has no elements here, and is cut already.
+                    if parameter.numel():
                         self._select(parameter, kept)
                 set_sizes(layer, spec.resized(layer_keep.counts))
                 fail_point("cut.layer")
@@ -108,9 +110,9 @@ class LocalModel(PrunableModel):
         return 0
 
     def _select(self, parameter: nn.Parameter, kept: Slice) -> None:
-        state: dict[str, Any] = (
-            {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
-        )
+        state: dict[str, Any] = {}
+        if self.optimizer is not None:
+            state = self.optimizer.state.get(parameter, state)
         indices = kept.keep.to(parameter.device)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -134,19 +136,16 @@ class LocalModel(PrunableModel):
         return torch.zeros_like(parameter) if gradient is None else gradient.float()
 
     def gradient_sum(self) -> Tensor:
-        return vector_norm(self._gradient_norms() if self._norms is None else self._norms)
+        return vector_norm(self._last_norms())
 
     def nonfinite_layer(self) -> int | None:
-        norms = dict(
-            zip(
-                self._trained,
-                self._gradient_norms() if self._norms is None else self._norms,
-                strict=True,
-            )
-        )
+        norms = dict(zip(self._trained, self._last_norms(), strict=True))
         return self.first_nonfinite(
             map(norms.__getitem__, layer.values()) for layer in self.lora_parameters()
         )
+
+    def _last_norms(self) -> Tensor:
+        return self._gradient_norms() if self._norms is None else self._norms
 
     def gradient_norm(self) -> float:
         return float(self._norm)
@@ -161,30 +160,32 @@ class LocalModel(PrunableModel):
             self._norms = None
 
         self._copies = reads_gradients
-        undo, model = ExitStack(), cast(PeftModel, self.module)
-        undo.enter_context(cast(torch.optim.Optimizer, self.optimizer).register_step_pre_hook(act))
+        undo = ExitStack()
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        undo.enter_context(optimizer.register_step_pre_hook(act))
+        model = cast(PeftModel, self.module)
         undo.enter_context(model.register_forward_pre_hook(self._find_ddp))
-        decoder = model.get_base_model().get_submodule(
-            self.shape.family.layer_lists[-1].path.rpartition(".")[0]
-        )
+        path, _, _ = self.shape.family.layer_lists[-1].path.rpartition(".")
+        decoder = model.get_base_model().get_submodule(path)
         undo.enter_context(decoder.register_forward_hook(self._watch_backward))
         return undo.close
 
     def _find_ddp(self, module: nn.Module, args: Any) -> None:
         """Finds DDP in the first forward pass, because a trainer hands the model inside it to its callbacks."""
-        if self._ddp is None and module.training and torch.is_grad_enabled():
-            ddp = self._ddp = DistributedDataParallel._get_active_ddp_module()
-            if ddp is None:
-                require(
-                    self.world_size == 1,
-                    f"{self.world_size} processes train without DistributedDataParallel",
-                )
-                return
+        if self._ddp is not None or not module.training or not torch.is_grad_enabled():
+            return
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        self._ddp = ddp
+        if ddp is None:
             require(
-                not ddp.static_graph,
-                "static_graph=True: DDP would keep the sizes from before a cut",
+                self.world_size == 1,
+                f"{self.world_size} processes train without DistributedDataParallel",
             )
-            require(not ddp._comm_hooks, "a communication hook of DDP would be lost in a cut")
+            return
+        require(
+            not ddp.static_graph, "static_graph=True: DDP would keep the sizes from before a cut"
+        )
+        require(not ddp._comm_hooks, "a communication hook of DDP would be lost in a cut")
 
     def _watch_backward(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._queued = False  # in case a backward pass failed
@@ -194,12 +195,14 @@ class LocalModel(PrunableModel):
     def _await_gradients(self, _: Tensor) -> None:
         """Waits for the end of the backward pass, and of the averaging of DDP, which is queued meanwhile."""
         if not self._queued:  # several forward passes may share one backward pass
-            self._queued, queue = True, AUTOGRAD.queue_callback
+            self._queued = True
+            queue = AUTOGRAD.queue_callback
             queue(lambda: queue(self._note_gradients))
 
     @torch.no_grad()
     def _note_gradients(self) -> None:
-        self._queued, self._norms = False, self._gradient_norms()
+        self._queued = False
+        self._norms = self._gradient_norms()
         if self._copies:
             self._gradients = {p: p.grad.clone() for p in self._lora if p.grad is not None}
 
@@ -228,15 +231,18 @@ class WholeState(OptimizerState):
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
-        found = parameter.detach() if key == "master" else self.optimizer.state[parameter].get(key)
-        # None before its first gradient
-        return (torch.zeros_like(parameter) if found is None else found).view(-1)
+        if key == "master":
+            return parameter.detach().view(-1)
+        moment = self.optimizer.state[parameter].get(key)
+        if moment is None:  # before its first gradient
+            moment = torch.zeros_like(parameter)
+        return moment.view(-1)
 
     def part(self, numel: int, comm: Communicator) -> tuple[int, int]:
         return 0, numel
 
-    def restore(self, *given: Any) -> None:
-        super().restore(*given)
+    def restore(self, *arguments: Any) -> None:
+        super().restore(*arguments)
         # moves the counts to where a fused Adam has them
         self.optimizer.load_state_dict(self.optimizer.state_dict())
 
@@ -249,9 +255,10 @@ def check_optimizer(optimizer: Any) -> None:
             f"torch {torch.__version__} lacks {name}; install one of pyproject.toml",
         )
     kind = type(optimizer)
-    known = isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith(
-        "torch.optim"
+    is_torch = isinstance(optimizer, torch.optim.Optimizer)
+    is_torch = is_torch and kind.__module__.startswith("torch.optim")
+    require(
+        is_torch and kind.__name__ not in OTHER_STATE,
+        f"the optimizer state of {kind.__module__}.{kind.__name__} cannot be cut along with LoRA; "
+        "use torch's AdamW",
     )
-    state = f"the optimizer state of {kind.__module__}.{kind.__name__}"
-    can_be_cut = known and kind.__name__ not in OTHER_STATE
-    require(can_be_cut, f"{state} cannot be cut along with LoRA; use torch's AdamW")

@@ -4,10 +4,9 @@ It imports DeepSpeed only to check values, so a plan needs none.
 """
 
 from collections.abc import Collection
-from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -139,7 +138,8 @@ def resolve_ds_config(
     """
     if config.deepspeed is None:
         return {}
-    path, model = find_shipped(config.deepspeed), config.model
+    path = find_shipped(config.deepspeed)
+    model = config.model
     require(
         path.is_file(),
         f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}",
@@ -163,9 +163,9 @@ def resolve_ds_config(
     _validate(path, resolved)
     size = ZeroSettings(**zero).zero_hpz_partition_size
     if size < 1 or world_size % size:
-        where = f"{path}: zero_optimization.{HPZ} is {size}"
         raise UserError(
-            f"{where}, which does not divide {world_size} ranks; give the number of ranks per node"
+            f"{path}: zero_optimization.{HPZ} is {size}, which does not divide {world_size} ranks; "
+            "give the number of ranks per node"
         )
     return resolved
 
@@ -173,7 +173,8 @@ def resolve_ds_config(
 def _owned_values(
     config: RunConfig, shape: ModelShape, world_size: int
 ) -> dict[tuple[str, ...], Any]:
-    train, linear_sizes = config.train, [linear.numel for _, linear in shape.linears()]
+    train = config.train
+    linear_sizes = [linear.numel for _, linear in shape.linears()]
     return {
         ("train_batch_size",): train.global_batch_size,
         ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
@@ -203,9 +204,10 @@ def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
 
 
 def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return reduce(
-        lambda value, key: value.get(key) if isinstance(value, dict) else None, keys, cast(Any, raw)
-    )
+    value: Any = raw
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
@@ -280,8 +282,8 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
             "zero_optimization": DeepSpeedZeroConfig,
             "bf16": DeepSpeedBF16Config,
             "fp16": DeepSpeedFP16Config,
+            "timers.throughput": DeepSpeedThroughputTimerConfig,
         }
-        sections |= {"timers.throughput": DeepSpeedThroughputTimerConfig}
     for name, section in sections.items():
         try:
             section(**_look_up(resolved, tuple(name.split("."))))

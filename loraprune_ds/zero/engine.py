@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
-from itertools import chain
 from typing import Any, cast
 
 import deepspeed
@@ -55,9 +54,8 @@ def check_device(dtype: str) -> None:
     if accelerator().device_name() == "cuda":
         supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if dtype in supported and not supported[dtype]():
-        raise UserError(
-            f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device"
-        )
+        device = accelerator().device_name()
+        raise UserError(f"model.dtype {dtype} is not supported by the {device} device")
 
 
 def start_ranks() -> Communicator:
@@ -89,8 +87,10 @@ def start_ranks() -> Communicator:
             )
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        hint = "if another run uses that port, give the launcher another --master_port"
-        raise UserError(f"the ranks cannot meet at {where} ({hint}): {first_line(error)}") from None
+        raise UserError(
+            f"the ranks cannot meet at {where} (if another run uses that port, give the launcher "
+            f"another --master_port): {first_line(error)}"
+        ) from None
     comm = Communicator()
     comm.warm_up()
     return comm
@@ -158,8 +158,9 @@ def release(engine: Any) -> None:
     engine.destroy()  # removes the hooks and waits for the device
     free_shards(engine.module)
     zero = engine.optimizer
-    if inner := vars(zero).get("optimizer"):  # an engine for inference has none
-        inner.state.clear()
+    optimizer = vars(zero).get("optimizer")
+    if optimizer is not None:  # an engine for inference has none
+        optimizer.state.clear()
     vars(zero).clear()  # masters, gradients, buckets and flat copies, under any name
     accelerator().empty_cache()
     empty_host_cache()
@@ -176,8 +177,13 @@ def build_training_engine(
         _gather_as_one(peft_model, pretrained.shape)
         for layers in pretrained.shape.layer_lists:
             differentiate_input(decoder_layers(peft_model)[layers[0]])
-        given: Any = {"model": peft_model, "optimizer": optimizer, "lr_scheduler": schedule}
-        engine, *_ = deepspeed.initialize(**given, config=ds_config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=peft_model,
+            optimizer=optimizer,
+            lr_scheduler=cast(Any, schedule),
+            config=ds_config,
+            dist_init_required=False,
+        )
     return ShardedEngine(engine, pretrained.shape)
 
 
@@ -201,7 +207,8 @@ def build_inference_engine(
 
 
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
-    for module in chain.from_iterable(
-        leaf_modules(layer, shape) for layer in decoder_layers(model)
-    ):
-        set_z3_leaf_module(module, True)  # ZeRO-3's hooks then run once, not at every module inside
+    for layer in decoder_layers(model):
+        for module in leaf_modules(layer, shape):
+            set_z3_leaf_module(
+                module, True
+            )  # ZeRO-3's hooks then run once, not at every module inside

@@ -11,7 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
@@ -30,19 +30,25 @@ log = logging.getLogger(__name__)
 def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel:
     """Wraps a model that another trainer trains, for the pruner. Raises UserError if it cannot be cut."""
     check_private_attributes()
-    needed = f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(zero).__name__}"
-    require(isinstance(zero, DeepSpeedZeroOptimizer_Stage3), needed)
-    inner = zero.optimizer
-    if type(inner).__name__ not in ADAM or any(
-        group.get("amsgrad") for group in inner.param_groups
-    ):
-        name = f"{type(inner).__name__}{' with amsgrad' if type(inner).__name__ in ADAM else ''}"
-        raise UserError(
-            f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}"
-        )
-    shards, ranks = dist.get_world_size(zero.dp_process_group), dist.get_world_size()
-    split = f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut"
-    require(shards == ranks, split)
+    require(
+        isinstance(zero, DeepSpeedZeroOptimizer_Stage3),
+        f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(zero).__name__}",
+    )
+    name = type(zero.optimizer).__name__
+    is_adam = name in ADAM
+    if is_adam and any(group.get("amsgrad") for group in zero.optimizer.param_groups):
+        is_adam = False
+        name += " with amsgrad"
+    require(
+        is_adam,
+        f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}",
+    )
+    shards = dist.get_world_size(zero.dp_process_group)
+    ranks = dist.get_world_size()
+    require(
+        shards == ranks,
+        f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut",
+    )
     reduced = {zero.communication_data_type, zero.gradient_accumulation_dtype}
     if reduced != {torch.float32} and dist.get_rank() == 0:
         log.warning(
@@ -59,10 +65,11 @@ def can_load(folder: Path, rank: int) -> bool:
     if not latest.is_file():
         return False
     tag = folder / latest.read_text().strip()
-    return all(any(tag.glob(f"*{_own(rank)}_{kind}_states.pt")) for kind in ("model", "optim"))
+    name = _rank_name(rank)
+    return all(any(tag.glob(f"*{name}_{kind}_states.pt")) for kind in ("model", "optim"))
 
 
-def _own(rank: int) -> str:
+def _rank_name(rank: int) -> str:
     """Returns what the names of a rank's files have in common."""
     return f"zero_pp_rank_{rank}_mp_rank_00"
 
@@ -76,7 +83,7 @@ def write_stand_in(
         groups: Adam's, without parameters. DeepSpeed takes their numbers.
     """
     tag = folder / f"global_step{step}"
-    own = _own(comm.rank)
+    rank_name = _rank_name(comm.rank)
     tag.mkdir()
     (folder / LATEST).write_text(tag.name)
     counts = {
@@ -85,15 +92,20 @@ def write_stand_in(
         "dp_world_size": comm.world_size,
         "mp_world_size": 1,
     }
-    torch.save({"module": {}} | counts, tag / f"{own}_model_states.pt")
+    torch.save({"module": {}, **counts}, tag / f"{rank_name}_model_states.pt")
     adam = {
         "state": {},
         "param_groups": [group | {"params": [i]} for i, group in enumerate(groups)],
     }
-    scale = {LOSS_SCALER: LossScaler(1), "dynamic_loss_scale": False, "overflow": False}
-    zero = scale | {OPTIMIZER_STATE_DICT: adam, FP32_FLAT_GROUPS: []}
+    zero = {
+        LOSS_SCALER: LossScaler(1),
+        "dynamic_loss_scale": False,
+        "overflow": False,
+        OPTIMIZER_STATE_DICT: adam,
+        FP32_FLAT_GROUPS: [],
+    }
     for prefix in ("", "bf16_"):
-        torch.save({OPTIMIZER_STATE_DICT: zero}, tag / f"{prefix}{own}_optim_states.pt")
+        torch.save({OPTIMIZER_STATE_DICT: zero}, tag / f"{prefix}{rank_name}_optim_states.pt")
 
 
 @torch.no_grad()
@@ -103,6 +115,4 @@ def cut_shards(
     """Cuts those parameters of a PEFT model that are sharded, before an engine wraps it. Collective."""
     for layer, spec, layer_keep in zip(decoder_layers(module), shape.layers, keep, strict=True):
         cuts = shard_cuts(layer, spec, layer_keep, comm)
-        cut_parameters(
-            [(parameter, plan) for parameter, plan in cuts if is_sharded(parameter)], comm
-        )
+        cut_parameters([cut for cut in cuts if is_sharded(cut[0])], comm)
