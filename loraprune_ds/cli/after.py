@@ -19,7 +19,8 @@ from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FI
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANSWERS, TASKS = "answers", "tasks"
+ANSWERS = "answers"
+TASKS = "tasks"
 TEXTS = ("prompts", "texts")
 RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"}
 
@@ -47,34 +48,39 @@ def check_prompts(
     if ANSWERS in config.evaluate.after:
         from loraprune_ds.generate.encoding import encode_prompts
 
-        prompts, limits = read_prompts(DEFAULT_PROMPTS), (config.model.path, positions, vocab_size)
-        encode_prompts(prompts, tokenizer, limits, "evaluate.after")
+        limits = (config.model.path, positions, vocab_size)
+        encode_prompts(read_prompts(DEFAULT_PROMPTS), tokenizer, limits, "evaluate.after")
 
 
 def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:
     """Makes the measurements of `evaluate.after` that report.json lacks. On rank 0 only. Raises RunError."""
-    names, report = config.evaluate.after, read_json(folder / REPORT_FILE)
+    names = config.evaluate.after
+    report = read_json(folder / REPORT_FILE)
     if not names or report.get("after", {}).get("asked") == names:
         return
     from loraprune_ds.pretrained.sources import locate_model
 
     dense = config.model.adapter or str(locate_model(config.model))
     options = ["--dense", dense, "--json", "--dtype", config.model.dtype]
-    options += ["--answers"] if ANSWERS in names else []
+    page: list[str] = []
+    if ANSWERS in names:
+        options.append("--answers")
+        page = ["--page", str(folder / ANSWERS_PAGE)]
     if tasks := _tasks(names):
         options += ["--tasks", *tasks]
     shelf = [row for row in report["shelf"] if (folder / row["folder"]).is_dir()]
     for row in shelf[:-1]:
         say(f"measuring {', '.join(names)} of {row['folder']}/")
-        row["after"] = _measured(_evaluate(folder, [str(folder / row["folder"]), *options]))
+        row["after"] = _results(_evaluate(folder, [str(folder / row["folder"]), *options]))
     say(f"measuring {', '.join(names)} of the exported and the dense model")
-    page = ["--page", str(folder / ANSWERS_PAGE)] if ANSWERS in names else []
     text = _evaluate(folder, [str(folder), *page, *options])
-    after: dict[str, Any] = {"asked": names} | _measured(text)
+    report["after"] = {"asked": names} | _results(text)
     for row in shelf:  # the last one is the run's model
-        closeness = (row.get("after", after)["answers"] or {}).get("closeness")
-        row["agreement"] = closeness and closeness["agreement"]
-    report |= {"after": after} | ({"shelf": shelf} if shelf else {})
+        answers = row.get("after", report["after"])["answers"] or {}
+        closeness = answers.get("closeness")
+        row["agreement"] = closeness["agreement"] if closeness else None
+    if shelf:
+        report["shelf"] = shelf
     with writes_into(folder):
         write_text(folder / EVALUATION_FILE, text)
         write_json(folder / REPORT_FILE, report)
@@ -87,28 +93,35 @@ def _evaluate(folder: Path, arguments: list[str]) -> str:
     command = [sys.executable, "-m", "loraprune_ds.cli.evaluate", *arguments]
     # With torchrun's variables the process would wait for the store of other ranks.
     environment = {
-        k: v for k, v in os.environ.items() if k not in RANK and not k.startswith("TORCHELASTIC_")
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK and not name.startswith("TORCHELASTIC_")
     }
-    answer = subprocess.run(
+    process = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
-    if answer.returncode != 0:
-        failed = f"evaluate.after failed with code {answer.returncode}"
+    if process.returncode != 0:
         raise RunError(
-            f"{failed}; {folder} holds the finished run; start it again to measure again"
+            f"evaluate.after failed with code {process.returncode}; "
+            f"{folder} holds the finished run; start it again to measure again"
         )
-    return answer.stdout
+    return process.stdout
 
 
-def _measured(text: str) -> dict[str, Any]:
+def _without_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if key not in TEXTS}
+
+
+def _results(text: str) -> dict[str, Any]:
     """Returns the part of an evaluation for report.json, without texts, which evaluation.json keeps."""
-    result = json.loads(
-        text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in TEXTS}
-    )
-    pruned, dense = (
-        {key: model[key] for key in (TASKS, ANSWERS)} for model in (result, result["dense"])
-    )
-    return {"answers_plan": result["answers_plan"]} | pruned | {"dense": dense}
+    result = json.loads(text, object_pairs_hook=_without_texts)
+    dense = result["dense"]
+    return {
+        "answers_plan": result["answers_plan"],
+        TASKS: result[TASKS],
+        ANSWERS: result[ANSWERS],
+        "dense": {TASKS: dense[TASKS], ANSWERS: dense[ANSWERS]},
+    }
 
 
 def _tasks(names: list[str]) -> tuple[str, ...]:

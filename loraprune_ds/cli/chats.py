@@ -49,16 +49,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     options = parser.parse_args()
-    out, folder, prompts = options.out, options.out.absolute().parent, options.prompts
+    out = options.out
+    folder = out.absolute().parent
     require(out.suffix == ".jsonl", f"--out {out}: give it the name of a .jsonl file")
     require(os.access(folder, os.W_OK), f"--out {out}: {folder} is not a writable folder")
-    require(not (prompts and options.text), "--prompts and --text exclude each other")
-    options.prompts = prompts and read_prompts(
-        prompts, "--prompts", max_new_tokens=options.max_new_tokens
-    )
-    options.text = options.text and EvaluationText(
-        options.text.name, None, read_text(options.text, "--text")
-    )
+    require(not (options.prompts and options.text), "--prompts and --text exclude each other")
+    if options.prompts:
+        options.prompts = read_prompts(
+            options.prompts, "--prompts", max_new_tokens=options.max_new_tokens
+        )
+    if options.text:
+        text = read_text(options.text, "--text")
+        options.text = EvaluationText(options.text.name, None, text)
     return options
 
 
@@ -76,10 +78,12 @@ def write(options: argparse.Namespace) -> None:
     from loraprune_ds.generate.models import find_model
     from loraprune_ds.ranks.comm import stop_ranks
 
-    with comm.patient() as waiting:  # the first rank of each node downloads
-        waiting.all_or_raise(
-            lambda: find_model(options.model) if os.environ.get("LOCAL_RANK", "0") == "0" else None
-        )
+    def download() -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each node
+            find_model(options.model)
+
+    with comm.patient() as waiting:
+        waiting.all_or_raise(download)
     selection = collect(options, comm)
     stop_ranks()
     if comm.rank == 0:

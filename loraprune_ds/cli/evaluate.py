@@ -45,7 +45,8 @@ ROUND = fields(settings.SpeedSettings)  # one option each
 TASKS_HELP = (
     "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 )
-DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
+DEFAULT_DATASET = "wikitext2"
+DEFAULT_SPLIT = "test"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -133,21 +134,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
     require_option(arguments, "speed", *(field.name for field in ROUND))
     require_option(arguments, "answers", "max_new_tokens", "page")
-    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    how = arguments.include_path, arguments.num_fewshot, arguments.limit
-    tasks = settings.TaskSettings(names, *how) if names else None
-    rounds = {
-        field.name: getattr(arguments, field.name)
-        for field in ROUND
-        if hasattr(arguments, field.name)
-    }
-    speed = settings.SpeedSettings(**rounds) if arguments.speed else None
-    given = {
-        name: getattr(arguments, name)
-        for name in ("window", "max_windows", "dtype", "batch_size", "sharded")
-    }
     chosen = settings.EvaluationSettings(
-        **given, tasks=tasks, answers=answer_settings(arguments), speed=speed
+        window=arguments.window,
+        max_windows=arguments.max_windows,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        sharded=arguments.sharded,
+        tasks=task_settings(arguments),
+        speed=speed_settings(arguments),
+        answers=answer_settings(arguments),
     )
     if not arguments.verbose:  # progress bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -166,15 +161,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     # One rank per node downloads or converts. The others find the result in the node's cache.
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    models = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-    if tasks:
+    models = [arguments.model]
+    if arguments.dense:
+        models.append(arguments.dense)
+    if tasks := chosen.tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
+
+    def download() -> None:
+        if is_first:
+            for model in models:
+                find_model(model)
+            read_evaluation_text(arguments)
+
     with comm.patient() as waiting:
-        waiting.all_or_raise(
-            lambda: (
-                [*map(find_model, models), read_evaluation_text(arguments)] if is_first else None
-            )
-        )
+        waiting.all_or_raise(download)
     chosen = replace(chosen, text=comm.all_or_raise(lambda: read_evaluation_text(arguments)))
     # None: on a terminal
     bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)
@@ -183,6 +183,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result = make_result(measurements, chosen, comm.world_size, provenance)
     stop_ranks()  # not after an error, because NCCL would wait for ranks that wait for this one
     return result
+
+
+def task_settings(arguments: argparse.Namespace) -> settings.TaskSettings | None:
+    names = tuple(name for name in ",".join(arguments.tasks).split(",") if name)
+    if not names:
+        return None
+    return settings.TaskSettings(
+        names, arguments.include_path, arguments.num_fewshot, arguments.limit
+    )
+
+
+def speed_settings(arguments: argparse.Namespace) -> settings.SpeedSettings | None:
+    if not arguments.speed:
+        return None
+    names = [field.name for field in ROUND]
+    options = {name: value for name, value in vars(arguments).items() if name in names}
+    return settings.SpeedSettings(**options)
 
 
 def answer_settings(arguments: argparse.Namespace) -> prompts.AnswerSettings | None:
@@ -202,8 +219,9 @@ def answer_settings(arguments: argparse.Namespace) -> prompts.AnswerSettings | N
             os.access(page.parent, os.W_OK),
             f"--page {page}: {page.parent} is not a writable folder",
         )
-    given = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
-    return prompts.read_prompts(arguments.answers, **given)
+    if arguments.max_new_tokens is None:
+        return prompts.read_prompts(arguments.answers)
+    return prompts.read_prompts(arguments.answers, max_new_tokens=arguments.max_new_tokens)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationText | None:
@@ -213,9 +231,8 @@ def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationTe
         "--split needs --dataset; --text is always read completely",
     )
     if arguments.text:
-        return settings.EvaluationText(
-            arguments.text.name, None, read_text(arguments.text, "--text")
-        )
+        text = read_text(arguments.text, "--text")
+        return settings.EvaluationText(arguments.text.name, None, text)
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
         for option, value in (
             ("--split", arguments.split),

@@ -64,8 +64,9 @@ def convert(arguments: argparse.Namespace) -> None:
     repo: str | None = arguments.push_to_hub
     if repo is not None:
         check_push(repo, arguments.results)
-    mtp = arguments.mtp and locate_model(ModelConfig(arguments.mtp), "--mtp: ")
-    for remark in export(replace(find_source(source), mtp=mtp), arguments.format, out):
+    mtp = locate_model(ModelConfig(arguments.mtp), "--mtp: ") if arguments.mtp else None
+    model = replace(find_source(source), mtp=mtp)
+    for remark in export(model, arguments.format, out):
         print(f"note: {remark}")
     print(f"{arguments.format}: {out}")
     if repo is not None:

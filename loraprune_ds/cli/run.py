@@ -9,7 +9,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +91,7 @@ def main() -> int:
             if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
         if os.environ.get("RANK", "0") == "0":
-            if output.start == "finished":
-                print(f"{output.path} holds this run, finished:")
-            try:
-                measure_after(output.config, output.path, lambda line: print(line, flush=True))
-            finally:
-                print(
-                    summary_table(read_json(output.path / records.REPORT_FILE), output.path),
-                    flush=True,
-                )
-            if (status := layout.read_status(output.path)) and status.error:
-                raise ShortfallError(status.error)
+            show_result(output)
     except UserError as error:
         tell(error, agreed=joined)
         return error.exit_code
@@ -110,32 +100,43 @@ def main() -> int:
     return 0
 
 
+def show_result(output: OutputFolder) -> None:
+    """Measures and prints the result of a finished run. On rank 0 only. Raises ShortfallError if it is too large."""
+    if output.start == "finished":
+        print(f"{output.path} holds this run, finished:")
+    try:
+        measure_after(output.config, output.path, lambda line: print(line, flush=True))
+    finally:
+        report = read_json(output.path / records.REPORT_FILE)
+        print(summary_table(report, output.path), flush=True)
+    status = layout.read_status(output.path)
+    if status and status.error:
+        raise ShortfallError(status.error)
+
+
 def launch() -> int:
     """Checks the arguments, or raises UserError, and runs `main`, on all ranks unless `deepspeed` is null."""
-    own = Parser(None, add_help=False)
-    own.add_argument(
+    parser = Parser(None, add_help=False)
+    parser.add_argument(
         "--ranks",
         type=at_least(1),
         metavar="N",
         help="processes on this machine (default: one per GPU)",
     )
-    chosen, arguments = own.parse_known_args()
-    options = parse_arguments(own)
-    launcher = job.launcher_command(__name__, chosen.ranks, os.environ)
+    _, arguments = parser.parse_known_args()  # those of each rank
+    options = parse_arguments(parser)
+    ranks: int | None = options.ranks
+    launcher = job.launcher_command(__name__, ranks, os.environ)
     # before ranks print
     config = OutputFolder(read_config(options.config, options.set), options.resume).config
     alone = config.deepspeed is None
-    require(
-        not alone or chosen.ranks in (None, 1),
-        f"--ranks {chosen.ranks}: deepspeed: null has one rank",
-    )
+    require(not alone or ranks in (None, 1), f"--ranks {ranks}: deepspeed: null has one rank")
     if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()
-    if chosen.ranks is not None:  # otherwise each rank on a CPU would use all cores
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.ranks))
-        )
+    if ranks is not None:  # otherwise each rank on a CPU would use all cores
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.execv(launcher[0], [*launcher, *arguments])
 
 
@@ -181,143 +182,140 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
 
 def summary_table(report: dict[str, Any], folder: Path) -> str:
     """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
+    ranks = "one process"
+    if report["config"]["deepspeed"] is not None:
+        ranks = _plural(report["world_size"], "ZeRO-3 rank")
     head = ("", "dense", "pruned", "")
     rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
-    where = (
-        "one process"
-        if report["config"]["deepspeed"] is None
-        else _plural(report["world_size"], "ZeRO-3 rank")
-    )
-    title = f"{report['steps']} steps, {_plural(len(report['prune_steps']), 'cut')}, {where}"
-    table = aligned(rows, "<>><")
-    shelf = _shelf_rows(report.get("shelf") or [])
-    gpus, groups = (
-        ", ".join(map(str, report["serving"][key]))
-        for key in ("tensor_parallel", "quantisation_groups")
-    )
-    serving = (
-        f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups or 'none'}"
-    )
-    return (
-        "\n".join(
-            [title, "", *table, "", *_answer_lines(report), *shelf, serving, *_results(folder)]
-        )
-        + "\n"
-    )
+    gpus = ", ".join(map(str, report["serving"]["tensor_parallel"]))
+    groups = ", ".join(map(str, report["serving"]["quantisation_groups"])) or "none"
+    lines = [
+        f"{report['steps']} steps, {_plural(len(report['prune_steps']), 'cut')}, {ranks}",
+        "",
+        *aligned(rows, "<>><"),
+        "",
+        *_answer_lines(report),
+        *_shelf_lines(report.get("shelf") or []),
+        f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups}",
+        *_result_lines(folder),
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
+def _shelf_lines(shelf: list[dict[str, Any]]) -> Iterable[str]:
     """Yields a table with a line per size."""
     if not shelf:
         return
     rows = [("size", "parameters", "removed", "KV per token", "perplexity", "agreement", "model")]
     for row in shelf:
-        same = row.get("agreement")
-        cells = format_count(row["parameters"]), format_percent(row["removed_fraction"])
-        cells += format_bytes(row["kv_bytes_per_token"]), format_perplexity(row["perplexity"])
-        rows.append(
-            (
-                row["size"],
-                *cells,
-                "-" if same is None else format_percent(same),
-                f"{row['folder']}/",
-            )
+        agreement = row.get("agreement")
+        cells = (
+            row["size"],
+            format_count(row["parameters"]),
+            format_percent(row["removed_fraction"]),
+            format_bytes(row["kv_bytes_per_token"]),
+            format_perplexity(row["perplexity"]),
+            "-" if agreement is None else format_percent(agreement),
+            f"{row['folder']}/",
         )
-    yield from (*aligned(rows, "<>>>>><"), "")
+        rows.append(cells)
+    yield from aligned(rows, "<>>>>><")
+    yield ""
 
 
 def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    params, target, asked = (
-        report["params"],
-        report["target"],
-        report["params"]["linear_asked_fraction"],
-    )
-    aim = "" if asked is None else f" (asked {format_percent(asked)})"
-    linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
-    total, linear = (
-        [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")]
-        for prefix in ("", "linear_")
-    )
+    params = report["params"]
     yield (
         "parameters, whole model",
-        *total,
+        format_count(params["dense"]),
+        format_count(params["pruned"]),
         f"{format_percent(params['removed_fraction'])} removed",
     )
+    removed = format_percent(1 - params["linear_pruned"] / params["linear_dense"])
+    ratio = params["linear_asked_fraction"]
+    goal = "" if ratio is None else f" (asked {format_percent(ratio)})"
     yield (
         "  linear layers of the decoder",
-        *linear,
-        f"{format_percent(linear_removed)} removed{aim}",
+        format_count(params["linear_dense"]),
+        format_count(params["linear_pruned"]),
+        f"{removed} removed{goal}",
     )
-    if target is not None:
-        amount = read_amount(target["asked"], "target")
-        name = (
-            "  of prune.target"
-            if target["unit"] == "parameters"
-            else "weights and KV cache of a server"
-        )
-        yield (
-            name,
-            amount.format(target["dense"]),
-            amount.format(target["reached"]),
-            f"target {target['asked']}",
-        )
+    target = report["target"]
+    if target is None:
+        return
+    amount = read_amount(target["asked"], "target")
+    yield (
+        "  of prune.target" if amount.unit == "parameters" else "weights and KV cache of a server",
+        amount.format(target["dense"]),
+        amount.format(target["reached"]),
+        f"target {target['asked']}",
+    )
 
 
 def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
     """Yields perplexity and the measurements of `evaluate.after`."""
-    dense, after_cut, exported = (
-        report["perplexity"][name] for name in ("dense", "after_last_cut", "pruned")
+    perplexity = report["perplexity"]
+    after_cut = perplexity["after_last_cut"]
+    yield (
+        "perplexity, held-out text",
+        format_perplexity(perplexity["dense"]),
+        format_perplexity(perplexity["pruned"]),
+        "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
     )
-    remark = "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut"
-    yield "perplexity, held-out text", format_perplexity(dense), format_perplexity(exported), remark
     pruned = report.get("after", {})
-    models = [model for model in (pruned.get("dense"), pruned) if model]
     if pruned.get("tasks"):
         for metric, name in (
             ("acc", "accuracy"),
             ("exact_match", "exact match of written answers"),
         ):
-            means = [mean_metric(model["tasks"], metric) for model in models]
+            means = [mean_metric(model["tasks"], metric) for model in _measured_models(report)]
+            cells = [format_percent(mean) for mean in means if mean is not None]
             if count := len(tasks_with(pruned["tasks"], metric)):
-                yield (
-                    name,
-                    *(format_percent(mean) for mean in means if mean is not None),
-                    _plural(count, "task"),
-                )
-    if closeness := (pruned.get("answers") or {}).get("closeness"):
+                yield (name, *cells, _plural(count, "task"))
+    answers = pruned.get("answers") or {}
+    if closeness := answers.get("closeness"):
         yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
+
+
+def _measured_models(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lists the measurements of `evaluate.after`: the dense model's, and the pruned one's."""
+    pruned = report.get("after", {})
+    return [model for model in (pruned.get("dense"), pruned) if model]
 
 
 def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
     """Yields a table of the greedy answers."""
-    pruned = report.get("after", {})
-    models = [
-        model["answers"]
-        for model in (pruned.get("dense"), pruned)
-        if model and model.get("answers")
-    ]
-    if models:
-        yield from (*answers_table("greedy answers", [answers["greedy"] for answers in models]), "")
+    answers = [model["answers"] for model in _measured_models(report) if model.get("answers")]
+    if answers:
+        yield from answers_table("greedy answers", [written["greedy"] for written in answers])
+        yield ""
 
 
 def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    seconds, cuts = report["seconds_per_step"], report["prune_steps"]
+    cuts = report["prune_steps"]
+    weights: dict[str, int] = {}
+    if cuts:
+        weights["before"] = max(cuts[0]["weight_bytes_before"])
+        weights["after"] = max(cuts[-1]["weight_bytes_after"])
     peak = report.get("step_peak_bytes", {})  # an earlier version's report lacks it
-    before = max(cuts[0]["weight_bytes_before"]) if cuts else None
-    after = max(cuts[-1]["weight_bytes_after"]) if cuts else None
-    for name, first, last, written, compared in (
-        ("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
-        ("weights per rank", before, after, format_bytes, format_change),
-        (
-            "peak memory of a step",
-            peak.get("before"),
-            peak.get("after"),
-            format_bytes,
-            format_change,
-        ),
-    ):
-        cells = ("-" if value is None else written(value) for value in (first, last))
-        yield (name, *cells, compared(first, last) if first and last else "")
+    yield _cost_row("time per step", report["seconds_per_step"], format_duration, _speed_up)
+    yield _cost_row("weights per rank", weights, format_bytes, format_change)
+    yield _cost_row("peak memory of a step", peak, format_bytes, format_change)
+
+
+def _cost_row(
+    name: str,
+    values: dict[str, Any],
+    write: Callable[[float], str],
+    compare: Callable[[float, float], str],
+) -> SummaryRow:
+    """Returns the row of a value "before" and "after" the cuts. Both may be absent."""
+    before = values.get("before")
+    after = values.get("after")
+    cells = ["-" if value is None else write(value) for value in (before, after)]
+    change = compare(before, after) if before and after else ""
+    return (name, *cells, change)
 
 
 def _speed_up(before: float, after: float) -> str:
@@ -328,12 +326,14 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _results(folder: Path) -> Iterable[str]:
+def _result_lines(folder: Path) -> Iterable[str]:
     yield f"results in {folder}"
-    for name, what in RESULT_FILES:
+    for name, contents in RESULT_FILES:
         path = folder / name
+        if path.is_dir():
+            name += "/"
         if path.exists():
-            yield f"  {name + ('/' if path.is_dir() else ''):<17} {what}"
+            yield f"  {name:<17} {contents}"
 
 
 if __name__ == "__main__":
