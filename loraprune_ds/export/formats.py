@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
@@ -46,25 +47,26 @@ class ExportSource:
 
 def find_source(path: Path) -> ExportSource:
     """Finds the source in the folder of a run, of one of its checkpoints, or of a merged model."""
-    name, root = path.resolve().name, path / layout.CHECKPOINTS_FOLDER
-    if status := layout.read_status(path):
+    name = path.resolve().name
+    status = layout.read_status(path)
+    if status:
+        root = path / layout.CHECKPOINTS_FOLDER
         steps = layout.numbered(root, "step")[::-1]
         checkpoints = [layout.step_folder(root, step) for step in steps]
         if status.state == "finished":
-            model = path / records.MODEL_FOLDER
-            return ExportSource(name, model, checkpoints[:1] if steps[:1] == [status.step] else [])
-        if not checkpoints:
-            raise UserError(
-                f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet"
-            )
+            of_model = checkpoints[:1] if steps[:1] == [status.step] else []
+            return ExportSource(name, path / records.MODEL_FOLDER, of_model)
+        require(
+            bool(checkpoints),
+            f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet",
+        )
         return ExportSource(name, None, checkpoints)
     if (path / layout.STATE_FILE).is_file():
         return ExportSource(name, None, [path])
     if (path / "config.json").is_file():
         return ExportSource(name, path, [])
-    raise UserError(
-        f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}"
-    )
+    fault = "holds no run, checkpoint or model" if path.is_dir() else "is no folder"
+    raise UserError(f"{path} {fault}")
 
 
 def one_rank() -> Communicator:
@@ -86,25 +88,17 @@ def open_newest(checkpoints: list[Path]) -> tuple[TrainingCheckpoint, list[str]]
 def write_adapter(step: TrainingCheckpoint, folder: Path) -> None:
     """Writes the fp32 LoRA, at most the size of a decoder layer, into the one file that PEFT reads."""
     shape = step.shape
-    tensors = {
-        name_in_file(shape, layer, name): tensor
-        for layer in range(len(shape.layers))
-        for name, tensor in as_in_peft(step.lora(layer), shape.layers[layer].linears).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(shape.layers):
+        for name, tensor in as_in_peft(step.lora(i), layer.linears).items():
+            tensors[name_in_file(shape, i, name)] = tensor
     write_weight_file(folder / ADAPTER_WEIGHTS, tensors)
     write_json(folder / ADAPTER_FILE, _adapter_config(step.config.lora, shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     linears = list({linear.linear: linear for _, linear in shape.linears()}.values())
-    stacks = [x.stock_name for x in linears if x.stack]
-    # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
-    of_experts = {
-        "target_modules": [x.linear for x in linears if x.spans and not x.stack],
-        "target_parameters": [*stacks, *(x.name for x in linears if not x.spans)],
-        "lora_dropout": 0.0,
-    }
-    return {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type(shape),
         "base_model_name_or_path": f"../{BASE_FOLDER}",
@@ -114,8 +108,14 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "target_modules": last_names(linear.linear for linear in linears),
         "bias": "none",
         "inference_mode": True,
-        **(of_experts if stacks else {}),
     }
+    stacks = [linear.stock_name for linear in linears if linear.stack]
+    if stacks:
+        # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
+        config["target_modules"] = [x.linear for x in linears if x.spans and not x.stack]
+        config["target_parameters"] = [*stacks, *(x.name for x in linears if not x.spans)]
+        config["lora_dropout"] = 0.0
+    return config
 
 
 def export(source: ExportSource, name: str, out: Path) -> list[str]:
@@ -138,38 +138,48 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
 def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     if source.model is None:
         step, remarks = open_newest(source.checkpoints)
-        mtp = source.mtp and cut_mtp(source.mtp, step.shape)
-        needed = step.shape.total_numel() * DTYPES[step.config.model.dtype].itemsize
+        shape = step.shape
+        mtp = cut_mtp(source.mtp, shape) if source.mtp else None
+        needed = shape.total_numel() * DTYPES[step.config.model.dtype].itemsize
         free = shutil.disk_usage(folder).free
-        sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
-        require(needed <= free, f"the merged model needs {sizes}")
+        require(
+            needed <= free,
+            f"the merged model needs {format_bytes(needed)} in {folder.parent}, "
+            f"where {format_bytes(free)} are free",
+        )
         write_model(step, folder, card_of_step(step), one_rank())
     else:
-        pretrained, remarks = open_pretrained(source.model), list[str]()
-        has_them = source.mtp and any(name.startswith(MTP) for name in read_headers(source.model))
-        require(
-            not has_them, f"{source.model} has layers that predict further tokens ({MTP}*) already"
-        )
-        mtp = source.mtp and cut_mtp(source.mtp, pretrained.shape)
+        remarks = []
+        pretrained = open_pretrained(source.model)
+        mtp = None
+        if source.mtp:
+            require(
+                not any(name.startswith(MTP) for name in read_headers(source.model)),
+                f"{source.model} has layers that predict further tokens ({MTP}*) already",
+            )
+            mtp = cut_mtp(source.mtp, pretrained.shape)
         copy_model(pretrained, folder)
     return [*remarks, add_mtp(mtp, folder)] if mtp else remarks
 
 
 def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     if not source.checkpoints:
-        others = ", ".join(name for name in FORMATS if name != "adapter")
+        formats = ", ".join(name for name in FORMATS if name != "adapter")
         raise UserError(
-            f"{source.name} has no checkpoint with separate LoRA; possible formats: {others}"
+            f"{source.name} has no checkpoint with separate LoRA; possible formats: {formats}"
         )
     step, remarks = open_newest(source.checkpoints)
-    no_class = f"{source.name}: AutoModelForCausalLM lacks the class of a {step.shape.model_type}, an adapter's base"
-    require(not step.shape.family.lm_class(), no_class)
+    require(
+        not step.shape.family.lm_class(),
+        f"{source.name}: AutoModelForCausalLM lacks the class of a {step.shape.model_type}, an adapter's base",
+    )
     # an adapter has the names of the text class
     step = replace(step, dense=replace(step.dense, tower=None))
-    base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
+    base = folder / BASE_FOLDER
     base.mkdir()
     write_model(step, base, card_of_step(step), one_rank(), merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
+    adapter = folder / ADAPTER_FOLDER
     adapter.mkdir()
     write_adapter(step, adapter)
     # A finished run has a fuller model card than its checkpoint.
@@ -179,7 +189,9 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
 
 
 def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> list[str]:
-    scratch, remarks, model = folder / ".merged", [], source.model
+    scratch = folder / ".merged"
+    model = source.model
+    remarks: list[str] = []
     if model is None:
         model = scratch
         scratch.mkdir()
@@ -187,18 +199,16 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     pretrained = open_pretrained(model)
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
-    remarks += ["the file reads text alone, because a GGUF file has no tower"] * (
-        pretrained.tower is not None
+    if pretrained.tower is not None:
+        remarks.append("the file reads text alone, because a GGUF file has no tower")
+    how_to_load = TEMPLATES.get_template("load_gguf.txt").render(
+        file=path.name,
+        precision=precision,
+        arch=architecture_name(pretrained.config, pretrained.shape),
+        pretrained=pretrained,
+        remarks=remarks,
     )
-    arch = architecture_name(pretrained.config, pretrained.shape)
-    facts = {
-        "file": path.name,
-        "precision": precision,
-        "arch": arch,
-        "pretrained": pretrained,
-        "remarks": remarks,
-    }
-    copy_model_card(model, folder, TEMPLATES.get_template("load_gguf.txt").render(facts))
+    copy_model_card(model, folder, how_to_load)
     shutil.rmtree(scratch, ignore_errors=True)
     return remarks
 

@@ -76,28 +76,28 @@ def card_of_step(
         windows: the measured number of windows, if known.
         perplexity: measured on the export. Default: the one at this step, if it was measured.
     """
-    config, state = step.config, step.state
+    config = step.config
+    totals = step.state.totals
     paths = [source.path for source in config.data.sources]
-    names = (
+    data = " + ".join(
         "Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name
         for path in paths
     )
-    data = " + ".join(names)
-    held_out = (
-        Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data}"
-    )
+    held_out = f"a held-out part of {data}"
+    if config.data.held_out:
+        held_out = Path(config.data.held_out).name
     count = "" if windows is None else f"{windows} "
     return ModelCard(
         base_model=model_name(config.model),
         dense=step.dense.shape,
         pruned=step.shape,
         prune=config.prune,
-        asked=state.asked,
+        asked=step.state.asked,
         data=data,
-        steps=state.step,
+        steps=step.state.step,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
-        perplexity_dense=state.totals.perplexity_dense,
-        perplexity_pruned=state.totals.perplexity if perplexity is None else perplexity,
+        perplexity_dense=totals.perplexity_dense,
+        perplexity_pruned=totals.perplexity if perplexity is None else perplexity,
     )
 
 
@@ -177,20 +177,23 @@ def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private
 
 def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[Path]) -> None:
     """Writes the measured results of the pruned and the dense model into the card's `model-index`, and answers."""
-    pruned, dense = list[EvalResult](), list[EvalResult]()
+    pruned: list[EvalResult] = []
+    dense: list[EvalResult] = []
     if (run / REPORT_FILE).is_file():
         report = read_json(run / REPORT_FILE)
         pruned += _run_results(report, "pruned")
         dense += _run_results(report, "dense")
-    measured_by = [read_json(path) for path in results]
-    for result in measured_by:
+    answered = None
+    for path in results:
+        result = read_json(path)
         pruned += _evaluation_results(result, result)
         dense += _evaluation_results(result, result["dense"] or {})
+        if result.get("answers"):
+            answered = answered or result
     card = HubCard.load(card_file)
     index = eval_results_to_model_index(name, pruned) if pruned else []
     index += eval_results_to_model_index(f"{name}, dense", dense) if dense else []
     card.data["model-index"] = index or None
-    answered = next((result for result in measured_by if result.get("answers")), None)
     if answered:
         before, heading, after = card.text.partition(LOAD_HEADING)
         card.text = f"{before.rstrip()}\n\n{answers_section(answered)}{heading}{after}"
@@ -198,22 +201,25 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:
-    """Makes a table with a row per sequence of equal layers."""
+    """Makes a table with a row per sequence of equal layers, such as "| 0–3 | 32 | 8 | 11008 |"."""
     titles = ["layers", "query heads", *(TITLES[kind] for kind in shape.kinds)]
-    rows, attention = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"], shape.attention
+    rows = [_row(titles), "|---" * len(titles) + "|"]
     for counts, run in groupby(range(len(shape.layers)), key=lambda i: shape.counts[i]):
         first, *rest = run
-        span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        kept = (
-            shape.layers[first].key_value_heads if kind == QUERY_HEADS else n
-            for kind, n in counts.items()
-        )
-        rows.append(f"| {' | '.join(map(str, (span, attention[first].queries, *kept)))} |")
+        cells = [f"{first}–{rest[-1]}" if rest else first, shape.attention[first].queries]
+        for kind, count in counts.items():
+            cells.append(shape.layers[first].key_value_heads if kind == QUERY_HEADS else count)
+        rows.append(_row(cells))
     return rows
 
 
-def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
-    value, config = report["perplexity"][which], report["config"]
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _run_results(report: dict[str, Any], model: str) -> Iterator[EvalResult]:
+    value = report["perplexity"][model]
+    config = report["config"]
     if value is not None:
         source = config["data"]["held_out"] or config["data"]["path"]
         # a mixture
@@ -223,21 +229,21 @@ def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
 
 
 def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
-    if model.get("perplexity") is not None:
-        yield _perplexity_result(
-            model["perplexity"], result["text"]["name"], result["protocol"]["window"]
-        )
-    for task, metrics in ((model.get("tasks") or {}).get("results") or {}).items():
+    perplexity = model.get("perplexity")
+    if perplexity is not None:
+        yield _perplexity_result(perplexity, result["text"]["name"], result["protocol"]["window"])
+    tasks = (model.get("tasks") or {}).get("results") or {}
+    for task, metrics in tasks.items():
+        harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
         for metric, value in metrics.items():
             name, _, variant = metric.partition(",")
             if variant and not name.endswith("_stderr") and isinstance(value, int | float):
-                harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
                 yield _result(task, name, value, f"{name} ({variant}), {harness}")
 
 
 def _perplexity_result(value: float, text: str, window: int | None) -> EvalResult:
-    how = f", windows of {window} tokens" if window else ""
-    return _result(text, "perplexity", round(value, 4), f"perplexity{how}")
+    windows = f", windows of {window} tokens" if window else ""
+    return _result(text, "perplexity", round(value, 4), f"perplexity{windows}")
 
 
 def _result(dataset: str, metric: str, value: float, name: str) -> EvalResult:
