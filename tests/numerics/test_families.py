@@ -100,7 +100,8 @@ def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family:
     allowed = {
         kind: FACTOR * distance(in_fp32[kind], values) + FLOOR for kind, values in wanted.items()
     }
-    assert max(allowed.values()) < 1e-3  # a wrong cut or logit shows by more than that
+    # A scaling that is wrong by a thousandth moves moments by more than 1. With AVX-512 a Gemma 4 rounds to 1.1e-3.
+    assert max(allowed.values()) < 2e-3
     for world_size in (1, 2, 3):
         run = ranks.run(world_size, train, job)[0]
         assert run.kept[-1] == exact.kept()
