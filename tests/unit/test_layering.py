@@ -154,6 +154,19 @@ def test_the_callback_loads_a_part_of_the_package() -> None:
     assert len(loaded & own) <= MOST_LOADED
 
 
+# What ZeRO-3 sets on a parameter. Settings and files of DeepSpeed may have names that begin alike.
+OF_A_PARAMETER = re.compile(r"\bds_(?!configs?\b)\w+")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if part_of_file(path) != KNOWS_DEEPSPEED],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_only_one_package_reads_what_zero_3_sets_on_a_parameter(path: Path) -> None:
+    assert OF_A_PARAMETER.findall(path.read_text()) == []
+
+
 def test_every_public_name_leads_to_its_definition() -> None:
     assert set(loraprune_ds.__all__) == loraprune_ds._MODULES.keys() <= set(dir(loraprune_ds))
     for name in loraprune_ds.__all__:
