@@ -282,9 +282,8 @@ def _draw_loss(
     axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]
 ) -> None:
     """Draws the loss, and held-out losses, which are logarithms of perplexities."""
-    with_loss = [
-        s for s in steps if math.isfinite(s.loss)
-    ]  # other trainers report it only for some steps
+    # Other trainers report the loss only for some steps.
+    with_loss = [s for s in steps if math.isfinite(s.loss)]
     losses = [s.loss for s in with_loss]
     axes.plot([s.step for s in with_loss], losses, color=BLUE, lw=1.2, label="training")
     if measured:
