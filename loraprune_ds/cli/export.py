@@ -12,7 +12,6 @@ gguf-q8_0  llama.cpp, 8 bit
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser, require_option
@@ -57,16 +56,17 @@ def convert(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # These imports take seconds.
     from loraprune_ds.config import ModelConfig
-    from loraprune_ds.export.formats import export, find_source
+    from loraprune_ds.export.contents import find_contents
+    from loraprune_ds.export.formats import export
     from loraprune_ds.export.model_card import check_push, push
     from loraprune_ds.pretrained.sources import locate_model
 
     repo: str | None = arguments.push_to_hub
     if repo is not None:
         check_push(repo, arguments.results)
+    contents = find_contents(source)
     mtp = locate_model(ModelConfig(arguments.mtp), "--mtp: ") if arguments.mtp else None
-    model = replace(find_source(source), mtp=mtp)
-    for remark in export(model, arguments.format, out):
+    for remark in export(contents, arguments.format, out, mtp):
         print(f"note: {remark}")
     print(f"{arguments.format}: {out}")
     if repo is not None:

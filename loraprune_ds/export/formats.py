@@ -1,8 +1,8 @@
-"""Finds the weights of a run, a checkpoint or a model, and writes them in one of the formats of `FORMATS`."""
+"""Writes the weights of a run, a checkpoint or a model in one of the formats of `FORMATS`."""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import RunError, UserError, blame, one_line, require
+from loraprune_ds.export.contents import FolderContents
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
@@ -30,43 +30,7 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.text_part import MTP
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_headers, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
-
-
-@dataclass(frozen=True)
-class ExportSource:
-    """The folders to export from. With `model` the checkpoints, newest first, have its weights."""
-
-    name: str  # for file names
-    model: Path | None
-    checkpoints: list[Path]
-    # a dense model, to keep its layers that predict further tokens (`cut_mtp`)
-    mtp: Path | None = None
-
-
-def find_source(path: Path) -> ExportSource:
-    """Finds the source in the folder of a run, of one of its checkpoints, or of a merged model."""
-    name = path.resolve().name
-    status = layout.read_status(path)
-    if status:
-        root = path / layout.CHECKPOINTS_FOLDER
-        steps = layout.numbered(root, "step")[::-1]
-        checkpoints = [layout.step_folder(root, step) for step in steps]
-        if status.state == "finished":
-            of_model = checkpoints[:1] if steps[:1] == [status.step] else []
-            return ExportSource(name, path / records.MODEL_FOLDER, of_model)
-        require(
-            bool(checkpoints),
-            f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet",
-        )
-        return ExportSource(name, None, checkpoints)
-    if (path / layout.STATE_FILE).is_file():
-        return ExportSource(name, None, [path])
-    if (path / "config.json").is_file():
-        return ExportSource(name, path, [])
-    fault = "holds no run, checkpoint or model" if path.is_dir() else "is no folder"
-    raise UserError(f"{path} {fault}")
 
 
 def one_rank() -> Communicator:
@@ -85,15 +49,15 @@ def open_newest(checkpoints: list[Path]) -> tuple[TrainingCheckpoint, list[str]]
     raise UserError(remarks[0])
 
 
-def write_adapter(step: TrainingCheckpoint, folder: Path) -> None:
+def write_adapter(checkpoint: TrainingCheckpoint, folder: Path) -> None:
     """Writes the fp32 LoRA, at most the size of a decoder layer, into the one file that PEFT reads."""
-    shape = step.shape
+    shape = checkpoint.shape
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(shape.layers):
-        for name, tensor in as_in_peft(step.lora(i), layer.linears).items():
+        for name, tensor in as_in_peft(checkpoint.lora(i), layer.linears).items():
             tensors[name_in_file(shape, i, name)] = tensor
     write_weight_file(folder / ADAPTER_WEIGHTS, tensors)
-    write_json(folder / ADAPTER_FILE, _adapter_config(step.config.lora, shape))
+    write_json(folder / ADAPTER_FILE, _adapter_config(checkpoint.config.lora, shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
@@ -118,13 +82,24 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     return config
 
 
-def export(source: ExportSource, name: str, out: Path) -> list[str]:
-    """Writes format `name` of `FORMATS` into the new folder `out`, atomically. Returns remarks for the user."""
-    require(name == "hf" or source.mtp is None, "--mtp needs --format hf")
+def export(contents: FolderContents, name: str, out: Path, mtp: Path | None = None) -> list[str]:
+    """Writes format `name` of `FORMATS` into the new folder `out`, atomically. Returns remarks for the user.
+
+    Args:
+        mtp: a dense model, to keep its layers that predict further tokens (`cut_mtp`).
+    """
+    require(
+        bool(contents.model or contents.checkpoints),
+        f"{contents.folder} has nothing to export: it {contents.summary}",
+    )
+    write = FORMATS[name]
+    if mtp is not None:
+        require(name == "hf", "--mtp needs --format hf")
+        write = partial(_write_huggingface, mtp=mtp)
     try:
         staging = begin(out)
         try:
-            remarks = FORMATS[name](source, staging)
+            remarks = write(contents, staging)
             publish(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -135,70 +110,76 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
     return remarks
 
 
-def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
-    if source.model is None:
-        step, remarks = open_newest(source.checkpoints)
-        shape = step.shape
-        mtp = cut_mtp(source.mtp, shape) if source.mtp else None
-        needed = shape.total_numel() * DTYPES[step.config.model.dtype].itemsize
-        free = shutil.disk_usage(folder).free
-        require(
-            needed <= free,
-            f"the merged model needs {format_bytes(needed)} in {folder.parent}, "
-            f"where {format_bytes(free)} are free",
-        )
-        write_model(step, folder, card_of_step(step), one_rank())
+def _write_huggingface(
+    contents: FolderContents, folder: Path, mtp: Path | None = None
+) -> list[str]:
+    if contents.model is None:
+        checkpoint, remarks = open_newest(contents.checkpoints)
+        heads = cut_mtp(mtp, checkpoint.shape) if mtp else None
+        _check_room(checkpoint, folder)
+        write_model(checkpoint, folder, card_of_step(checkpoint), one_rank())
     else:
         remarks = []
-        pretrained = open_pretrained(source.model)
-        mtp = None
-        if source.mtp:
-            require(
-                not any(name.startswith(MTP) for name in read_headers(source.model)),
-                f"{source.model} has layers that predict further tokens ({MTP}*) already",
-            )
-            mtp = cut_mtp(source.mtp, pretrained.shape)
+        pretrained = open_pretrained(contents.model)
+        require(
+            mtp is None or not any(name.startswith(MTP) for name in read_headers(contents.model)),
+            f"{contents.model} has layers that predict further tokens ({MTP}*) already",
+        )
+        heads = cut_mtp(mtp, pretrained.shape) if mtp else None
         copy_model(pretrained, folder)
-    return [*remarks, add_mtp(mtp, folder)] if mtp else remarks
+    return [*remarks, add_mtp(heads, folder)] if heads else remarks
 
 
-def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
-    if not source.checkpoints:
+def _check_room(checkpoint: TrainingCheckpoint, folder: Path) -> None:
+    needed = checkpoint.shape.total_numel() * DTYPES[checkpoint.config.model.dtype].itemsize
+    free = shutil.disk_usage(folder).free
+    require(
+        needed <= free,
+        f"the merged model needs {format_bytes(needed)} in {folder.parent}, "
+        f"where {format_bytes(free)} are free",
+    )
+
+
+def _write_adapter(contents: FolderContents, folder: Path) -> list[str]:
+    if not contents.checkpoints:
         formats = ", ".join(name for name in FORMATS if name != "adapter")
         raise UserError(
-            f"{source.name} has no checkpoint with separate LoRA; possible formats: {formats}"
+            f"{contents.folder} has no checkpoint with separate LoRA; possible formats: {formats}"
         )
-    step, remarks = open_newest(source.checkpoints)
+    checkpoint, remarks = open_newest(contents.checkpoints)
+    family = checkpoint.shape.family
     require(
-        not step.shape.family.lm_class(),
-        f"{source.name}: AutoModelForCausalLM lacks the class of a {step.shape.model_type}, an adapter's base",
+        not family.lm_class(),
+        f"{contents.folder}: AutoModelForCausalLM lacks the class of a {checkpoint.shape.model_type}, "
+        "an adapter's base",
     )
     # an adapter has the names of the text class
-    step = replace(step, dense=replace(step.dense, tower=None))
+    checkpoint = replace(checkpoint, dense=replace(checkpoint.dense, tower=None))
     base = folder / BASE_FOLDER
     base.mkdir()
-    write_model(step, base, card_of_step(step), one_rank(), merge=False)
+    write_model(checkpoint, base, card_of_step(checkpoint), one_rank(), merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter = folder / ADAPTER_FOLDER
     adapter.mkdir()
-    write_adapter(step, adapter)
+    write_adapter(checkpoint, adapter)
     # A finished run has a fuller model card than its checkpoint.
-    how_to_load = TEMPLATES.get_template("load_adapter.txt").render(exported=step.exported)
-    copy_model_card(source.model or base, folder, how_to_load)
+    how_to_load = TEMPLATES.get_template("load_adapter.txt").render(exported=checkpoint.exported)
+    copy_model_card(contents.model or base, folder, how_to_load)
     return remarks
 
 
-def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> list[str]:
+def _write_gguf(contents: FolderContents, folder: Path, *, precision: Precision) -> list[str]:
+    name = contents.folder.resolve().name
     scratch = folder / ".merged"
-    model = source.model
+    model = contents.model
     remarks: list[str] = []
     if model is None:
         model = scratch
         scratch.mkdir()
-        remarks = _write_huggingface(source, scratch)
+        remarks = _write_huggingface(contents, scratch)
     pretrained = open_pretrained(model)
-    path = folder / f"{source.name}-{precision}.gguf"
-    remarks += write_gguf(pretrained, path, precision, source.name)
+    path = folder / f"{name}-{precision}.gguf"
+    remarks += write_gguf(pretrained, path, precision, name)
     if pretrained.tower is not None:
         remarks.append("the file reads text alone, because a GGUF file has no tower")
     how_to_load = TEMPLATES.get_template("load_gguf.txt").render(
@@ -213,7 +194,7 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     return remarks
 
 
-FORMATS: dict[str, Callable[[ExportSource, Path], list[str]]] = {
+FORMATS: dict[str, Callable[[FolderContents, Path], list[str]]] = {
     "hf": _write_huggingface,
     "adapter": _write_adapter,
     "gguf-f16": partial(_write_gguf, precision="f16"),

@@ -68,16 +68,16 @@ class ModelCard:
 
 
 def card_of_step(
-    step: TrainingCheckpoint, windows: int | None = None, perplexity: float | None = None
+    checkpoint: TrainingCheckpoint, windows: int | None = None, perplexity: float | None = None
 ) -> ModelCard:
-    """Collects the facts of a run at a step.
+    """Collects the facts of a run at the step of a checkpoint.
 
     Args:
         windows: the measured number of windows, if known.
         perplexity: measured on the export. Default: the one at this step, if it was measured.
     """
-    config = step.config
-    totals = step.state.totals
+    config = checkpoint.config
+    totals = checkpoint.state.totals
     paths = [source.path for source in config.data.sources]
     data = " + ".join(
         "Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name
@@ -89,12 +89,12 @@ def card_of_step(
     count = "" if windows is None else f"{windows} "
     return ModelCard(
         base_model=model_name(config.model),
-        dense=step.dense.shape,
-        pruned=step.shape,
+        dense=checkpoint.dense.shape,
+        pruned=checkpoint.shape,
         prune=config.prune,
-        asked=step.state.asked,
+        asked=checkpoint.state.asked,
         data=data,
-        steps=step.state.step,
+        steps=checkpoint.state.step,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
         perplexity_dense=totals.perplexity_dense,
         perplexity_pruned=totals.perplexity if perplexity is None else perplexity,

@@ -10,15 +10,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER
+from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import in_files
@@ -26,7 +26,6 @@ from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from loraprune_ds.report import records
 
 Ids = list[int]
-EXPORT_FIRST = "make a model from it with launch/export.py --format hf"
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,9 @@ def open_result(folder: str | Path) -> PruningResult:
     Raises:
         UserError: the folder holds neither, or a file is missing or damaged. The message names the file.
     """
-    folder = Path(folder).expanduser()
-    is_model = (folder / "config.json").is_file() and not (folder / layout.STATUS_FILE).exists()
-    run = (
-        folder.absolute().parent
-        if is_model and folder.absolute().name == records.MODEL_FOLDER
-        else folder
-    )
-    report, status = run / records.REPORT_FILE, layout.read_status(run)
-    unfinished = f"an unfinished run ({status}), which has no {records.MODEL_FOLDER}/ yet"
-    require(
-        not status or status.state == "finished", f"{folder} holds {unfinished}; {EXPORT_FIRST}"
-    )
-    require(
-        bool(is_model or status or report.is_file()),
-        f"{folder} holds no finished run and no exported model",
-    )
-    pretrained = open_pretrained(folder if is_model else folder / records.MODEL_FOLDER)
-    return PruningResult(pretrained, read_json(report) if status or report.is_file() else None, run)
+    contents = find_contents(Path(folder).expanduser())
+    pretrained = open_pretrained(contents.model_folder())
+    return PruningResult(pretrained, contents.read_report(), contents.results or contents.folder)
 
 
 @dataclass(frozen=True)
@@ -100,24 +84,20 @@ class ModelSource:
 def find_model(path: str) -> ModelSource:
     """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
     require(not Path(path).is_file(), f"{path} is a file; a model is a folder or a hub id")
-    folder = locate_model(ModelConfig(path), key="")
-    require(not (folder / layout.STATE_FILE).exists(), f"{path} is a checkpoint; {EXPORT_FIRST}")
-    if (folder / layout.STATUS_FILE).exists():
-        result = open_result(folder)
-        try:
-            report: Any = result.report
-            dense, method = int(report["params"]["dense"]), records.describe_method(report)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / records.REPORT_FILE} is damaged: {error!r}") from None
-        return ModelSource(
-            path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method
-        )
-    if not (folder / "config.json").is_file():
-        # the second is made by launch/export.py --format adapter
-        for adapter in (folder, folder / ADAPTER_FOLDER):
-            if (adapter / ADAPTER_FILE).is_file():
-                return _find_adapter(path, adapter)
-    return ModelSource(path, "checkpoint", open_pretrained(folder), folder)
+    contents = find_contents(locate_model(ModelConfig(path), key=""))
+    if contents.adapter:
+        return _find_adapter(path, contents.adapter)
+    folder = contents.model_folder()
+    source = ModelSource(path, "checkpoint", open_pretrained(folder), folder)
+    report = contents.read_report()
+    if report is None:
+        return source
+    try:
+        dense = int(report["params"]["dense"])
+        method = records.describe_method(report)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{records.REPORT_FILE} of {path} is damaged: {error!r}") from None
+    return replace(source, kind="run", dense_parameters=dense, method=method)
 
 
 def _find_adapter(path: str, folder: Path) -> ModelSource:

@@ -22,7 +22,8 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any, NoReturn, cast
 
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.export.formats import export, find_source
+from loraprune_ds.export.contents import find_contents
+from loraprune_ds.export.formats import export
 from loraprune_ds.export.huggingface import copy_model
 from loraprune_ds.generate.models import find_model
 from loraprune_ds.model.families.base import PRUNED
@@ -112,7 +113,7 @@ def served_model(path: str, form: str, out: Path) -> ServedModel:
     shape, folder = source.pretrained.shape, source.pretrained.folder
     trust = form == "hf" and shape.model_type.startswith(PRUNED)
     if form != "hf":
-        export(find_source(folder), form, out)
+        export(find_contents(folder), form, out)
         (folder,) = out.glob("*.gguf")
     elif trust:
         out.mkdir()

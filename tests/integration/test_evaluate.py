@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds.export.formats import export, find_source
+from loraprune_ds.export.contents import find_contents
+from loraprune_ds.export.formats import export
 from tests.oracle.models import make_tiny_llama
 from tests.support.bad_input import assert_refused
 from tests.support.launching import ROOT, Ended, fork_ranks, on_ranks, read_json, run_to_end
@@ -31,7 +32,7 @@ needs_lm_eval = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def made(finished: Path) -> Path:
     """Returns a folder with a model dense/, its finished run/, apart/ (LoRA apart), text.txt and tasks/."""
-    export(find_source(finished / "run"), "adapter", finished / "apart")
+    export(find_contents(finished / "run"), "adapter", finished / "apart")
     write_tasks(finished / "tasks")
     return finished
 
@@ -150,7 +151,7 @@ def test_no_room_to_merge_is_told_before_writing(
     must_name(
         str(tmp_path),
         export,
-        find_source(made / "run" / "checkpoints" / "step-4"),
+        find_contents(made / "run" / "checkpoints" / "step-4"),
         "hf",
         tmp_path / "0",
     )

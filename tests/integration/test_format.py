@@ -14,7 +14,8 @@ import pytest
 from loraprune_ds.checkpoint.layout import FORMAT, MANIFEST, STATE_FILE, seal, write_manifest
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
-from loraprune_ds.export.formats import export, find_source
+from loraprune_ds.export.contents import find_contents
+from loraprune_ds.export.formats import export
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
@@ -81,7 +82,7 @@ def test_a_step_knows_its_source_again(folder: Path, tmp_path: Path) -> None:
     assert source_digest(source) == EXPECTED["source_digest"]
     assert read_json(step / "state.json")["data"]["source"] != EXPECTED["source_digest"]
     flip_bit(source / "model.safetensors")
-    must_name("source step-4", export, find_source(step), "hf", tmp_path / "model")
+    must_name("source step-4", export, find_contents(step), "hf", tmp_path / "model")
 
 
 @pytest.mark.parametrize("commit", RUNS)
@@ -89,7 +90,7 @@ def test_a_step_knows_its_source_again(folder: Path, tmp_path: Path) -> None:
 def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str) -> None:
     step, model = folder / "run/checkpoints/step-4", tmp_path / "model"
     assert not (step / "resume").exists()
-    export(find_source(step), form, model)
+    export(find_contents(step), form, model)
     exported = open_pretrained(model / "base" if form == "adapter" else model)
     assert exported.shape.total_numel() == EXPECTED["sizes"]["model-0.2"]
 
@@ -108,7 +109,7 @@ def test_a_step_without_some_layers_names_the_commit_that_reads_it(
     must_name(
         f"{STATE_FILE} model.drop_layers [1] 6ec3512a",
         export,
-        find_source(step),
+        find_contents(step),
         "hf",
         tmp_path / "model",
     )

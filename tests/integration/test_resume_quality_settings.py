@@ -11,7 +11,8 @@ from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.checkpoint.load import open_checkpoint
 from loraprune_ds.cli.compare import read_results
 from loraprune_ds.cli.run import summary_table
-from loraprune_ds.export.formats import export, find_source
+from loraprune_ds.export.contents import find_contents
+from loraprune_ds.export.formats import export
 from loraprune_ds.files import read_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
@@ -178,7 +179,7 @@ def test_the_step_of_a_size_stays_for_exports_alone(straight: Path, tmp_path: Pa
     step = straight / "checkpoints" / f"step-{FIRST}"
     assert not (step / "resume").exists()
     assert (straight / "checkpoints" / f"step-{TOTAL}" / "resume").exists()
-    export(find_source(step), "hf", tmp_path / "again")
+    export(find_contents(step), "hf", tmp_path / "again")
     resuming.assert_equal_tensors(
         resuming.read_tensors(tmp_path / "again"), resuming.read_tensors(straight / "model-0.2")
     )

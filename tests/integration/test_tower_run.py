@@ -1,7 +1,6 @@
 """A whole run on a multimodal model: the text part is cut on two ranks, and the tower is copied."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.formats import export, find_source
+from loraprune_ds.export.contents import find_contents
+from loraprune_ds.export.formats import export
 from loraprune_ds.files import write_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.support.mtp_heads import add_head
@@ -58,14 +58,12 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     assert "Images were not tuned" in (out / "model" / "README.md").read_text()
 
     unfinished = tmp_path / "unfinished"
-    export(
-        replace(find_source(out / "checkpoints" / f"step-{STEPS}"), mtp=source), "hf", unfinished
-    )
+    export(find_contents(out / "checkpoints" / f"step-{STEPS}"), "hf", unfinished, source)
     found, wanted = read_tensors(unfinished), read_tensors(out / "model")
     assert {name for name in found if not name.startswith("mtp.")} == wanted.keys()
     assert found["mtp.layers.0.mlp.up_proj.weight"].shape == (left[0]["channels"], 60)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    export(find_source(out), "adapter", tmp_path / "adapter")
+    export(find_contents(out), "adapter", tmp_path / "adapter")
     assert open_pretrained(tmp_path / "adapter" / "base").tower is None
 
 
@@ -85,4 +83,4 @@ def test_a_text_that_auto_model_for_causal_lm_lacks_is_cut_with_its_tower_alone(
     assert type(load_whole(out / "model")) is type(whole)
     assert metrics(out, "cut")[-1]["channels"][0] < 23
     with pytest.raises(UserError, match="adapter"):
-        export(find_source(out), "adapter", tmp_path / "adapter")
+        export(find_contents(out), "adapter", tmp_path / "adapter")

@@ -17,7 +17,8 @@ from loraprune_ds.checkpoint.save import Staging
 from loraprune_ds.cli.after import measure_after
 from loraprune_ds.config import EvaluateConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.formats import ExportSource, export
+from loraprune_ds.export.contents import find_contents
+from loraprune_ds.export.formats import export
 from loraprune_ds.files import write_json
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.ranks.comm import Communicator
@@ -119,7 +120,7 @@ def measure(folder: Path) -> None:
 def export_model(folder: Path) -> None:
     model = make_tiny_llama(folder / "model")
     with full_disk():
-        export(ExportSource("model", model, []), "hf", folder / "out")
+        export(find_contents(model), "hf", folder / "out")
 
 
 def draw_chats(folder: Path) -> None:

@@ -6,7 +6,6 @@ transformers loads. Differences: as in test_family_proof.py.
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loraprune_ds.export import formats
-from loraprune_ds.export.formats import find_source
+from loraprune_ds.export.contents import find_contents
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import stack_experts
@@ -63,7 +62,7 @@ def cut(folder: Path, out: Path, *counts: tuple[int, int]) -> Path:
 
 
 def export(pruned: Path, source: Path, out: Path, name: str = "hf") -> list[str]:
-    return formats.export(replace(find_source(pruned), mtp=source), name, out)
+    return formats.export(find_contents(pruned), name, out, source)
 
 
 def largest(layer: nn.Module, heads: int, others: int, ranges: int) -> LayerKeep:

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loraprune_ds.export.formats import ExportSource
+from loraprune_ds.export.contents import FolderContents
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name
 from loraprune_ds.model.experts import ExpertStack, stack_experts
@@ -216,7 +216,9 @@ def convert(
     made = open_pretrained(model)
     architecture = str(architecture_name(made.config, made.shape))
     for precision in PRECISIONS:
-        export_format(ExportSource(case, model, []), f"gguf-{precision}", folder / precision)
+        export_format(
+            FolderContents(Path(case), "is a model", model), f"gguf-{precision}", folder / precision
+        )
         file = folder / precision / f"{case}-{precision}.gguf"
         given = prompt, new_tokens, texts, {}, list(source)
         items.append(Compared(case, architecture, precision, tokenizer, model, file, *given))

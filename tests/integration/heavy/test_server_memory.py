@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export as export_format
-from loraprune_ds.export.formats import find_source
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.sources import embedded_model_dir
@@ -90,7 +90,7 @@ def mebibytes(name: str, said: str) -> float:
 def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> None:
     python = python_of("LLAMA_CPP_PYTHON")
     config, shape = pruned(name, tmp_path / "model")
-    export_format(find_source(tmp_path / "model"), CASES[name][1], tmp_path / "gguf")
+    export_format(find_contents(tmp_path / "model"), CASES[name][1], tmp_path / "gguf")
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     counted = server_memory(config, shape)
     done = ask(python, "-c", LLAMA_CPP, file, str(config.target_context), cwd=tmp_path)
