@@ -3,14 +3,7 @@
 The code is in loraprune_ds/cli/compare.py. `loraprune-ds compare` runs the same.
 """
 
-import sys
-
-try:
-    from loraprune_ds.cli.compare import main
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes"
-    )
+from start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("compare")

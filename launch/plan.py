@@ -3,15 +3,7 @@
 The code is in loraprune_ds/cli/plan.py. `loraprune-ds plan` runs the same.
 """
 
-import sys
-
-try:
-    from loraprune_ds.cli.plan import main
-    from loraprune_ds.errors import leave
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes"
-    )
+from start import start
 
 if __name__ == "__main__":
-    leave(main())
+    start("plan")

@@ -3,16 +3,7 @@
 The code is in loraprune_ds/cli/run.py. `loraprune-ds run` runs the same.
 """
 
-import sys
-
-try:
-    from loraprune_ds.cli.run import main
-    from loraprune_ds.errors import leave, leave_on_error
-except ModuleNotFoundError as missing:
-    sys.exit(
-        f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes"
-    )
+from start import start
 
 if __name__ == "__main__":
-    leave_on_error()
-    leave(main())
+    start("run")

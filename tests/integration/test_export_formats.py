@@ -2,13 +2,11 @@
 
 import io
 import json
-import runpy
 import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import cast
 from unittest.mock import Mock
 
 import pytest
@@ -18,6 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from loraprune_ds.cli.export import main
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.pretrained.adapters import check_adapter
 from loraprune_ds.pretrained.pretrained import open_pretrained
@@ -39,16 +38,13 @@ def run(finished: Path) -> Path:
 
 
 def export(*arguments: str | Path) -> Ended:
-    """Runs launch/export.py in this process, which has the imports already."""
+    """Runs the command of launch/export.py in this process, which has the imports already."""
     out, err = io.StringIO(), io.StringIO()
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(EXPORT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(EXPORT), run_name="__main__")
-    return Ended(
-        cast(int, ended.value.code), out.getvalue(), err.getvalue(), time.monotonic() - began
-    )
+        code = main()
+    return Ended(code, out.getvalue(), err.getvalue(), time.monotonic() - began)
 
 
 def exported(source: Path, name: str, out: Path) -> Path:

@@ -210,6 +210,7 @@ def _be_rank(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))  # as an interpreter would
     if before is not None:
         before()
     try:

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from contextlib import closing
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from launch import quickstart_answers, quickstart_steps
-from loraprune_ds.arguments import require_option
+from loraprune_ds.arguments import COMMANDS, require_option
 from loraprune_ds.cli import run
 from loraprune_ds.errors import RankError, UserError, tell
 from loraprune_ds.local.engine import start_ranks
@@ -122,6 +123,24 @@ def test_a_wrong_variable_is_told_first(
     ended = run_to_end([sys.executable, *given], cwd=ROOT, environment=variable, timeout=60)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert next(iter(variable)) in ended.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_script_without_the_environment_names_what_is_missing(command: str) -> None:
+    # without site-packages
+    python = [sys.executable, "-S", f"launch/{command}.py", "--help"]
+    ended = run_to_end(python, cwd=ROOT, environment={"PYTHONPATH": ""}, timeout=30)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert f"{sys.executable} has no loraprune_ds" in ended.err
+    assert "launch/quickstart.sh" in ended.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_script_starts_the_command_of_its_name(command: str) -> None:
+    ended = run_to_end([sys.executable, f"launch/{command}.py", "--help"], cwd=ROOT, timeout=30)
+    assert (ended.code, ended.err) == (0, "")
+    about = import_module(f"loraprune_ds.cli.{command}").__doc__ or ""
+    assert about.splitlines()[0] in ended.out
 
 
 RANK_1_OF_2 = {

@@ -1,7 +1,6 @@
 """`launch/export.py --push-to-hub`: the calls of the hub's API, with a fake in its place, and the card."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import yaml
 from huggingface_hub import HfApi
 
 from loraprune_ds.checkpoint.layout import Status, write_status
+from loraprune_ds.cli.export import main
 from loraprune_ds.export.model_card import check_push, write_model_index
 from tests.support.export_cases import CASES, dense_model, export
-from tests.support.launching import ROOT
 from tests.support.refusals import must_name
 
 TOKEN = "hf_of_the_test"
@@ -48,7 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def push(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    """Runs launch/export.py. Returns its exit code."""
+    """Runs the command of launch/export.py. Returns its exit code."""
     words = [
         "export.py",
         str(folder),
@@ -59,9 +58,7 @@ def push(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
         *arguments,
     ]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
-    return int(ended.value.code or 0)
+    return main()
 
 
 @pytest.fixture
