@@ -21,7 +21,8 @@ from tests.support.refusals import refused
 
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
-MOST_LOADED = 60  # without the families, which a table names
+# CPU seconds that the callback's import adds, per second that its libraries take: 0.46 of 4.1 were measured
+MOST_ADDED = 0.17
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
@@ -139,19 +140,25 @@ def test_an_import_does_not_wait_for_packages_it_does_not_need(
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_the_callback_loads_a_part_of_the_package() -> None:
-    code = (
-        "import sys; from loraprune_ds import LoraPruneCallback, PruneConfig; print(*sys.modules)"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    loaded, own = (
-        set(printed.split()),
-        {module_of(path) for path in FILES if path.parent.name != "families"},
-    )
-    assert not loaded & {"gguf", "matplotlib"}
-    assert len(loaded & own) <= MOST_LOADED
+IMPORTS = """
+import sys, time
+import peft, torch, transformers.trainer
+libraries = time.process_time()
+from loraprune_ds import LoraPruneCallback, PruneConfig
+print((time.process_time() - libraries) / libraries, *sys.modules)
+"""
+
+
+def test_the_callback_adds_little_to_the_import_of_its_libraries() -> None:
+    added = []
+    while min(added, default=1) > MOST_ADDED:
+        # the first may also compile our modules
+        assert len(added) < 3, f"{added} of the libraries' seconds"
+        command = [sys.executable, "-c", IMPORTS]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        share, *loaded = printed.stdout.split()
+        assert not {"gguf", "matplotlib"} & set(loaded)
+        added.append(float(share))
 
 
 # What ZeRO-3 sets on a parameter. Settings and files of DeepSpeed may have names that begin alike.
