@@ -48,12 +48,19 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
 
 
 def _widest_mlp(shape: ModelShape, batch: PlannedBatch) -> int:
-    width = max(mlp_width(shape, i) for i in range(len(shape.layers)))
-    return 4 * batch.element_size * batch.tokens * width
+    """Returns the bytes of the most channels that a token uses at the same time."""
+    widths = [counts.get("channels", 0) for counts in shape.counts]
+    if shape.mixture:
+        widths.append(shape.mixture.experts_per_token * shape.mixture.expert_size)
+    for _, linear in shape.linears():
+        if not linear.spans:  # it is never cut
+            rows, columns = linear.matrix
+            widths.append(rows if columns == shape.hidden_size else columns)
+    return 4 * batch.element_size * batch.tokens * max(widths)
 
 
 def _most_probabilities(shape: ModelShape, batch: PlannedBatch) -> int:
-    return max(batch.probabilities(layer) for layer in shape.attention)
+    return batch.stored_pairs * max(layer.queries for layer in shape.attention)
 
 
 def logits(shape: ModelShape, batch: PlannedBatch) -> int:
@@ -61,20 +68,6 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
     chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
     hidden_states = 2 * batch.tokens * shape.hidden_size * batch.element_size
     return chunk * shape.vocab_size * (4 + batch.copy_size) + hidden_states
-
-
-def mlp_width(shape: ModelShape, layer: int) -> int:
-    """Counts the channels in the MLP of a layer that one token uses at the same time."""
-    counts = shape.counts[layer]
-    mixture = shape.mixture
-    widths = [counts.get("channels", 0)]
-    if mixture and counts["experts"]:
-        widths.append(mixture.experts_per_token * mixture.expert_size)
-    for linear in shape.layers[layer].linears:
-        if not linear.spans:  # it is never cut
-            rows, columns = linear.matrix
-            widths.append(rows if columns == shape.hidden_size else columns)
-    return max(widths)
 
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
