@@ -78,7 +78,8 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
     Long wavelengths are stretched by `factor`, short ones are kept, and between them the factor changes smoothly
     (rope_type "llama3" of transformers' modeling_rope_utils).
     """
-    wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    wavelengths = 2 * math.pi * rope["rope_theta"] ** exponents
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wavelengths  # within the original context

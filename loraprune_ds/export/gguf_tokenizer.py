@@ -264,8 +264,10 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     for place, token in enumerate(results):
         places.setdefault(token, place)
     # The pairs of a token follow each other.
-    is_grouped = 1 + sum(a != b for a, b in pairwise(results)) == len(places)
-    if not is_grouped or not _all_pairs(fast, tokens) <= set(merges):
+    changes = sum(a != b for a, b in pairwise(results))
+    is_grouped = 1 + changes == len(places)
+    has_every_pair = _all_pairs(fast, tokens) <= set(merges)
+    if not is_grouped or not has_every_pair:
         raise NotInGguf(path, "its merges do not come from a sentencepiece model")
     unknown = fast["model"].get("unk_token")
     types = [_type_of(token, unknown) for token in tokens]

@@ -26,17 +26,19 @@ Storages = dict[int, int]  # bytes by address
 
 def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the peak of a micro-batch, without logits."""
-    e = batch.element_size
-    hidden = batch.tokens * shape.hidden_size  # elements
-    layers = [saved_in_layer(request, shape, i, batch) for i in range(len(shape.layers))]
+    hidden_numel = batch.tokens * shape.hidden_size
+    hidden_states = batch.element_size * hidden_numel
+    layer_count = len(shape.layers)
+    layers = [saved_in_layer(request, shape, i, batch) for i in range(layer_count)]
     saved = sum(layers)
     if request.config.train.gradient_checkpointing:
-        saved = len(layers) * e * hidden + max(layers)
+        saved = layer_count * hidden_states + max(layers)
     # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
     scores = 8 * _most_probabilities(shape, batch)
-    gradients = 2 * e * hidden + max(_widest_mlp(shape, batch), scores, 12 * hidden)
-    rotary_angles = 2 * e * batch.window * shape.head_dim
-    last_norm = (4 + e) * hidden + 4 * batch.tokens
+    widest = max(_widest_mlp(shape, batch), scores, 12 * hidden_numel)
+    gradients = 2 * hidden_states + widest
+    rotary_angles = 2 * batch.element_size * batch.window * shape.head_dim
+    last_norm = hidden_states + 4 * hidden_numel + 4 * batch.tokens
     return saved + gradients + rotary_angles + batch.causal_mask + last_norm
 
 

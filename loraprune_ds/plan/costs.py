@@ -92,16 +92,19 @@ def _scores_sent(request: Request, shape: ModelShape) -> int:
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of smaller layers with LoRA's state, and refitted linears."""
+    sent = {"cut": 0}
     if request.world_size == 1:
-        return _cost(request, {"cut": 0}, 0)
-    cut = [i for i in range(len(after.layers)) if before.counts[i] != after.counts[i]]
-    lora = request.lora_shards(before.only(cut))
-    tensors = [tensor for i in cut for tensor in before.layers[i].tensors]
+        return _cost(request, sent, 0)
+    cut = [i for i, counts in enumerate(after.counts) if counts != before.counts[i]]
+    cut_layers = before.only(cut)
+    tensors = [tensor for layer in cut_layers.layers for tensor in layer.tensors]
     frozen = request.shard_bytes(request.stored_as(*tensors))
+    bytes_per_factor = 12 + request.element_size
+    lora = bytes_per_factor * request.lora_shards(cut_layers)
     linears = [linear for i, linear in request.measured(before) if i in cut]
-    refitted = full_bytes(request.stored_as(*linears))
-    sent = frozen + (12 + request.element_size) * lora + 2 * refitted  # to the owner and back
-    return _cost(request, {"cut": sent}, 0)
+    refitted = 2 * full_bytes(request.stored_as(*linears))  # to the owner and back
+    sent["cut"] = frozen + lora + refitted
+    return _cost(request, sent, 0)
 
 
 def all_steps(request: Request, final: ModelShape) -> Total:

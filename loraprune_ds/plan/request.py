@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, merge, read_config
+from loraprune_ds.config_file import apply_override, config_from_dict, merge, read_config
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
@@ -183,7 +183,7 @@ def make_request(
 ) -> Request:
     """Reads the input of a plan, given the arguments of launch/plan.py. Raises the errors that a run would raise."""
     if model in LLAMA_SIZES:
-        config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
+        config_path = config_path or f"launch/configs/paper/{model}.yaml"
     require(model is not None or config_path is not None, "give a model or --config")
     raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
     if config_path is not None:

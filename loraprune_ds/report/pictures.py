@@ -16,16 +16,14 @@ from loraprune_ds.report.records import (
 from loraprune_ds.units import format_percent, format_perplexity
 
 if TYPE_CHECKING:  # they take a second to import, which only pictures need
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
+    from torch import Tensor
 
     from loraprune_ds.model.groups import Kind, LayerKeep
     from loraprune_ds.model.shape import ModelShape
-
-    Groups = np.ndarray[Any, np.dtype[np.int64]]
 
 Label = tuple["Axes", str, tuple[float, float]]  # a text and its point
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
@@ -164,7 +162,7 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
         for kind, strips, bars in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
             title, colour = PANELS[kind]
             counts = dense_counts[kind]
-            groups = [keep[kind].numpy() for keep in kept]
+            groups = [keep[kind] for keep in kept]
             _draw_strips(strips, groups, counts, colour)
             kept_counts = [len(layer) for layer in groups]
             _draw_counts(bars, counts, kept_counts, colour)
@@ -177,7 +175,7 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
 
 
 def _draw_strips(
-    axes: "Axes", kept: Sequence["Groups"], counts: Sequence[int], colour: str
+    axes: "Axes", kept: "Sequence[Tensor]", counts: Sequence[int], colour: str
 ) -> None:
     """Draws a row per layer and a cell per group, or per several if there are too many.
 
@@ -197,7 +195,8 @@ def _draw_strips(
     for row, groups, count in zip(share, kept, counts, strict=True):
         cell = np.arange(count) // groups_per_cell
         dense = np.bincount(cell, minlength=cells)
-        np.divide(np.bincount(cell[groups], minlength=cells), dense, out=row, where=dense > 0)
+        stays = np.bincount(cell[groups.numpy()], minlength=cells)
+        np.divide(stays, dense, out=row, where=dense > 0)
     axes.imshow(
         share,
         cmap=LinearSegmentedColormap.from_list("kept", [PALE, colour]),

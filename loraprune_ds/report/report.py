@@ -179,7 +179,8 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     # a server splits an expert by channels
     divisor = pruned.mixture.expert_size if pruned.mixture else 0
     for layer in pruned.counts:
-        divisor = math.gcd(divisor, *(n for kind, n in layer.items() if kind != "experts"))
+        widths = [count for kind, count in layer.items() if kind != "experts"]
+        divisor = math.gcd(divisor, *widths)
     inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
     parts = [n for n in range(1, divisor + 1) if divisor % n == 0]
     return {
@@ -218,11 +219,12 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
     """
     lines: list[str] = []
     for keep, counts in zip(kept_of_dense, dense.counts, strict=True):
-        layer = {kind: groups.tolist() for kind, groups in keep.items()}
-        layer |= {f"{kind}_dense": counts[kind] for kind in keep}
-        lines.append(json.dumps(layer, sort_keys=True))
+        groups = {kind: indices.tolist() for kind, indices in keep.items()}
+        dense_counts = {f"{kind}_dense": counts[kind] for kind in keep}
+        lines.append(json.dumps(groups | dense_counts, sort_keys=True))
     layers = ",\n".join(lines)
-    write_text(folder / records.KEPT_GROUPS_FILE, f'{{"layers": [\n{layers}\n]}}\n')
+    path = folder / records.KEPT_GROUPS_FILE
+    write_text(path, f'{{"layers": [\n{layers}\n]}}\n')
 
 
 def versions() -> dict[str, str | None]:
