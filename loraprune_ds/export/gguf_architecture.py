@@ -229,9 +229,7 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
         activation = getattr(config, keys[0])
         if activation not in architecture.activations:
             yield f"{keys[0]} {activation!r}"
-    biases: set[str] = set()
-    for name in shape.biases:
-        biases.update(PARTS.get(name, (name,)))
+    biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     for name in sorted(biases - architecture.biases):
         yield f"the bias of {name}"
     for _, linear in shape.linears():

@@ -219,19 +219,19 @@ def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePa
     heads = spec.spans[0].groups
     width = spec.spans[0].width
     rank = spec.shape[1]
-    linear = f"{prefix}self_attn"
+    matrix = (width, rank)
     yield SourcePart(
-        f"{linear}.k_b_proj.weight",
+        f"{prefix}self_attn.k_b_proj.weight",
         (heads, rank, keys),
-        matrix=(width, rank),
+        matrix,
         take=(slice(None), slice(0, keys)),
         count=heads,
         transposed=True,
     )
     yield SourcePart(
-        f"{linear}.v_b_proj.weight",
+        f"{prefix}self_attn.v_b_proj.weight",
         (heads, width - keys, rank),
-        matrix=(width, rank),
+        matrix,
         take=(slice(keys, width),),
         count=heads,
     )

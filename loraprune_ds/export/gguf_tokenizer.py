@@ -176,14 +176,10 @@ def _byte_level(
     if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
         raise NotInGguf(path, "llama.cpp has no name for the way this tokenizer prepares text")
     tokens, pairs = _tokens_and_merges(fast["model"])
-    return Vocabulary(
-        "gpt2",
-        pre,
-        tokens,
-        types=[TokenType.NORMAL] * len(tokens),
-        merges=[" ".join(pair) for pair in pairs],
-        remarks=[NOT_COMPOSED] if normalizer else [],
-    )
+    types: list[int] = [TokenType.NORMAL] * len(tokens)
+    merges = [" ".join(pair) for pair in pairs]
+    remarks = [NOT_COMPOSED] if normalizer else []
+    return Vocabulary("gpt2", pre, tokens, types, merges=merges, remarks=remarks)
 
 
 def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:

@@ -54,11 +54,11 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     micro = request.micro_batches
     others = request.world_size - 1
     moments = request.moment_numel(shape) if measures and others else 0
-    return _weights_sent(request, shape) | {
-        "lora_gradients": 4 * micro * request.lora_shards(shape) * others,
-        "scoring": _scores_sent(request, shape) if scores else 0,
-        "input_moments": 8 + 4 * micro * moments if moments else 0,
-    }
+    sent = _weights_sent(request, shape)
+    sent["lora_gradients"] = 4 * micro * request.lora_shards(shape) * others
+    sent["scoring"] = _scores_sent(request, shape) if scores else 0
+    sent["input_moments"] = 8 + 4 * micro * moments if moments else 0
+    return sent
 
 
 def _weights_sent(request: Request, shape: ModelShape) -> dict[str, int]:
@@ -134,9 +134,11 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
         host_copies = shards / (cluster.host_bandwidth * 1e9)
     seconds = cluster.seconds_to_receive(to_all, ranks)
     seconds += cluster.seconds_to_receive(in_group, group)
+    between_nodes = cluster.between_nodes(to_all, ranks)
+    between_nodes += cluster.between_nodes(in_group, group)
     return Cost(
         sent,
-        between_nodes=cluster.between_nodes(to_all, ranks) + cluster.between_nodes(in_group, group),
+        between_nodes,
         compute=operations / (cluster.flops * cluster.utilisation * 1e12),
         communication=seconds,
         host_copies=host_copies,

@@ -162,14 +162,13 @@ class Request:
         budget = section.budget(step)
         leaving = limits.leaving(budget.ratio)
         numel = limits.numel(dense.counts)
-        stays = {
-            kind: 1 - leaving * share / max(1, numel[kind]) for kind, share in budget.shares.items()
-        }
         layers = list(dense.counts)
         for i in limits.open_layers:
-            layers[i] = LayerCounts(
-                (kind, max(min(1, n), round(n * stays[kind]))) for kind, n in layers[i].items()
-            )
+            counts = dict(layers[i])
+            for kind, count in counts.items():
+                stays = 1 - leaving * budget.shares[kind] / max(1, numel[kind])
+                counts[kind] = max(min(1, count), round(count * stays))
+            layers[i] = LayerCounts(counts)
         return dense.resized(layers)
 
 
@@ -235,8 +234,9 @@ def build_request(
     )
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
+    is_whole = size % per_node == 0 or per_node % size == 0
     require(
-        size % per_node == 0 or per_node % size == 0,
+        is_whole,
         f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs",
     )
     return Request(name, text, shape, config, cluster, schedule, ds_config, samples)

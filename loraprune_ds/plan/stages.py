@@ -209,9 +209,10 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     for (_, linear), (_, smaller) in linears:
         m, n = linear.matrix
         k = smaller.inputs
-        system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
+        system = 8 * k * k + 12 * k * n
+        solution = max(12 * k * k, 24 * k * m)
         matrices = 2 * request.element_size * m * (n + k) + 4 * r * (n + m)
-        refit = max(refit, matrices + system)
+        refit = max(refit, matrices + system + solution)
     shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
     phases = {
         "refit": {"refit": refit},
@@ -288,11 +289,9 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         return {}
     layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
-    # a rank scores whole rows
-    blocks = [
-        request.shard_numel(linear.numel) + 2 * linear.matrix[1]
-        for _, linear in shape.linears()
-        if linear.spans
-    ]
-    block = min(max(blocks, default=0), DEVICE_BLOCK_NUMEL)
+    blocks = [0]
+    for _, linear in shape.linears():
+        if linear.spans:  # a rank scores whole rows
+            blocks.append(request.shard_numel(linear.numel) + 2 * linear.matrix[1])
+    block = min(max(blocks), DEVICE_BLOCK_NUMEL)
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * block}

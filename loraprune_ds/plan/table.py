@@ -69,23 +69,29 @@ def _head_lines(plan: Plan, facts: dict[str, Any]) -> list[str]:
 
 def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
     """Returns a column per stage, with its state and its worst phase."""
+    names = [stage["name"] for stage in stages]
+    states = [stage["state"] for stage in stages]
+    peak_phases = [stage["peak_phase"] for stage in stages]
     worst = [stage["phases"][stage["peak_phase"]] for stage in stages]
+    peaks = [_gib(stage["peak"]) for stage in stages]
+    hosts = [_gib(sum(stage["host"].values())) for stage in stages]
     return [
-        _row("GiB per GPU", (stage["name"] for stage in stages)),
-        *_term_rows("", [stage["state"] for stage in stages]),
+        _row("GiB per GPU", names),
+        *_term_rows("", states),
         *_term_rows("+ ", worst),
-        _row("peak", (_gib(stage["peak"]) for stage in stages)),
-        _row("  while", (stage["peak_phase"] for stage in stages)),
-        _row("host, per rank", (_gib(sum(stage["host"].values())) for stage in stages)),
+        _row("peak", peaks),
+        _row("  while", peak_phases),
+        _row("host, per rank", hosts),
     ]
 
 
 def _term_rows(sign: str, columns: list[Terms]) -> list[str]:
     """Returns a row for each term that is above 0 in some column."""
-    return [
-        _row(sign + term, (_gib(terms[term]) if term in terms else "" for terms in columns))
-        for term in _terms(columns)
-    ]
+    rows: list[str] = []
+    for term in _terms(columns):
+        cells = (_gib(terms[term]) if term in terms else "" for terms in columns)
+        rows.append(_row(sign + term, cells))
+    return rows
 
 
 def _terms(columns: Iterable[Terms]) -> list[str]:

@@ -126,10 +126,9 @@ def label_points(figure: "Figure", labels: Iterable[Label], **options: Any) -> N
             textcoords="offset points",
             va="center",
             annotation_clip=False,
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable on a curve
             **options,
         )
-        # makes it readable on a curve
-        label.set_path_effects([withStroke(linewidth=3, foreground="white")])
         _place(label, axes, taken)
 
 
@@ -305,11 +304,12 @@ def _draw_perplexity(
         xlabel="% of the decoder's linear layers removed",
         xlim=(-0.05 * most, 1.6 * most),  # with room for the labels of the last points
     )
-    return [
-        (axes, f"{format_perplexity(e.perplexity)} {NAMES[e.name]}", (x, e.perplexity))
-        for x, e in zip(removed, measured, strict=True)
-        if e.name in NAMES
-    ]
+    points = zip(removed, measured, strict=True)
+    return [(axes, _describe(e), (x, e.perplexity)) for x, e in points if e.name in NAMES]
+
+
+def _describe(evaluation: EvaluationRecord) -> str:
+    return f"{format_perplexity(evaluation.perplexity)} {NAMES[evaluation.name]}"
 
 
 def _removed_at(step: int, cuts: Sequence[CutRecord]) -> float:

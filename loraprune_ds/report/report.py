@@ -98,10 +98,12 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
 
 def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str, float]:
     """Counts parameters without LoRA. A tied tensor counts once."""
+    total = dense.total_numel()
+    total_pruned = pruned.total_numel()
     return {
-        "dense": dense.total_numel(),
-        "pruned": pruned.total_numel(),
-        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
+        "dense": total,
+        "pruned": total_pruned,
+        "removed_fraction": 1 - total_pruned / total,
         "linear_dense": dense.linear_numel(),
         "linear_pruned": pruned.linear_numel(),
         "linear_asked_fraction": ratio,
