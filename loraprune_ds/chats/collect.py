@@ -83,8 +83,10 @@ class _Display:
         """Counts tokens that this rank writes."""
         self._written += tokens
         selection = self._selection
-        on_rank = " on rank 0" if self._drawer.ranks.world_size > 1 else ""
-        working = f"{self._written:,} tokens written, {len(self._drawer.in_work)} in work{on_rank}"
+        drawer = self._drawer
+        working = f"{self._written:,} tokens written, {len(drawer.in_work)} in work"
+        if drawer.ranks.world_size > 1:
+            working += " on rank 0"
         # a narrow terminal loses this first
         kept = f"{len(selection.kept):,} of {len(selection.draws):,} draws kept"
         self.bar.set_postfix_str(f"{working}, {kept}", refresh=False)

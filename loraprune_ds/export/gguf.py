@@ -17,7 +17,6 @@ from gguf import (
 )
 from gguf.quants import quant_shape_to_byte_shape
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import (
     GROUPS,
     NUMBERS,
@@ -26,7 +25,7 @@ from loraprune_ds.export.gguf_architecture import (
     attention_interval,
 )
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
-from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
+from loraprune_ds.export.gguf_tokenizer import NotInGguf, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import PretrainedModel
@@ -79,7 +78,8 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
     Long wavelengths are stretched by `factor`, short ones are kept, and between them the factor changes smoothly
     (rope_type "llama3" of transformers' modeling_rope_utils).
     """
-    wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    wavelengths = 2 * math.pi * rope["rope_theta"] ** exponents
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wavelengths  # within the original context
@@ -166,8 +166,8 @@ def _add_rope(
     sliding = rope.get("sliding_attention")
     lacking = _lacking_rope(full, sliding, architecture)
     if lacking:
-        raise UserError(
-            f"{where}: GGUF cannot hold {lacking} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}"
+        raise NotInGguf(
+            where, f"GGUF cannot hold {lacking} ({', '.join(architecture.ropes)} it can)"
         )
     rope_type = full["rope_type"]
     rotary_dim = int(head_dim * full.get("partial_rotary_factor", 1.0))

@@ -12,7 +12,7 @@ from typing import Any
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.export.gguf_tokenizer import NotInGguf
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.shape import ModelShape
@@ -70,7 +70,7 @@ GROUPS = {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_u
 class Architecture:
     """Describes how llama.cpp holds a family."""
 
-    uniform: MODEL_ARCH  # for layers of one size
+    uniform: MODEL_ARCH | None = None  # for layers of one size. None: of the family's name
     unequal: MODEL_ARCH | None = None  # for layers that differ
     # the two rows of a rotary pair are adjacent; transformers has them half a head apart
     neighbours: bool = False
@@ -122,16 +122,14 @@ T5_ARCH = Architecture(
 GRANITE = Architecture(
     MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"}
 )
-GEMMA_ARCH = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
+GEMMA_ARCH = Architecture(activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA_ARCH, unequal=None)),
     # a Helium has neighbours in transformers, too
     "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),
-    "stablelm": Architecture(
-        MODEL_ARCH.STABLELM, biases=QKV, only={"qk_layernorm": False}, partial=True
-    ),
-    "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "stablelm": Architecture(biases=QKV, only={"qk_layernorm": False}, partial=True),
+    "qwen3": Architecture(),
     "mixtral": replace(LLAMA_ARCH, unequal=None),
     "qwen3_moe": Architecture(
         MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}
@@ -142,25 +140,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         square=QUERIES,
         only={"norm_topk_prob": False, "mlp_only_layers": []},
     ),
-    "olmoe": Architecture(
-        MODEL_ARCH.OLMOE, square=ROTARY, only={"norm_topk_prob": False, "clip_qkv": None}
-    ),
+    "olmoe": Architecture(square=ROTARY, only={"norm_topk_prob": False, "clip_qkv": None}),
     "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True),
     "gpt_oss": Architecture(
-        MODEL_ARCH.GPT_OSS,
         biases=QKV | {"self_attn.o_proj"},
         ropes=("default", "yarn"),
         window_period=2,
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         in_turn=True,
     ),
-    "glm4_moe": Architecture(
-        MODEL_ARCH.GLM4_MOE, biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID
-    ),
-    "dots1": Architecture(MODEL_ARCH.DOTS1, only={"n_group": 1}, gating=SIGMOID),
-    "exaone_moe": Architecture(
-        MODEL_ARCH.EXAONE_MOE, window_period=4, only={"n_group": 1}, gating=SIGMOID
-    ),
+    "glm4_moe": Architecture(biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID),
+    "dots1": Architecture(only={"n_group": 1}, gating=SIGMOID),
+    "exaone_moe": Architecture(window_period=4, only={"n_group": 1}, gating=SIGMOID),
     "deepseek_v3": LATENT,
     # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
@@ -170,31 +161,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         gating=SOFTMAX,
         grouped=False,
     ),
-    "ernie4_5_moe": Architecture(MODEL_ARCH.ERNIE4_5_MOE, gating=SOFTMAX),
+    "ernie4_5_moe": Architecture(gating=SOFTMAX),
     "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=SIGMOID),
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": replace(DELTA, uniform=MODEL_ARCH.QWEN35MOE),
     **dict.fromkeys(("granite", "granitemoehybrid"), GRANITE),
-    "lfm2": Architecture(MODEL_ARCH.LFM2, square=QUERIES, short=True),
+    "lfm2": Architecture(square=QUERIES, short=True),
     "cohere": Architecture(MODEL_ARCH.COMMAND_R, square=QUERIES, only={"use_qk_norm": False}),
     "jais2": Architecture(
-        MODEL_ARCH.JAIS2,
-        biases=LINEARS,
-        activations=("relu2",),
-        only={"attention_bias": True, "mlp_bias": True},
+        biases=LINEARS, activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}
     ),
-    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
-    "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
-    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
-    "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activations=("relu2",)),
+    "smollm3": Architecture(neighbours=True, rope_period=4),
+    "seed_oss": Architecture(biases=QKV),
+    "ernie4_5": Architecture(),
+    "arcee": Architecture(neighbours=True, activations=("relu2",)),
     "gemma": GEMMA_ARCH,
-    "gemma2": replace(
-        GEMMA_ARCH,
-        uniform=MODEL_ARCH.GEMMA2,
-        window_period=2,
-        scaled="self_attn.q_proj",
-        odd_depth=46,
-    ),
+    "gemma2": replace(GEMMA_ARCH, window_period=2, scaled="self_attn.q_proj", odd_depth=46),
     "gemma3_text": replace(
         GEMMA_ARCH,
         uniform=MODEL_ARCH.GEMMA3,
@@ -223,22 +205,20 @@ def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Architecture, MODEL_ARCH]:
     """Returns the architecture of a model, and gguf-py's key of it. `config` is transformers' object with defaults."""
-    architecture = ARCHITECTURES.get(family_name(shape.model_type))
+    family = family_name(shape.model_type)
+    architecture = ARCHITECTURES.get(family)
     if architecture is None:
-        raise UserError(
-            f"{where}: GGUF is tested in llama.cpp for {', '.join(ARCHITECTURES)}, not for {shape.model_type}; "
-            f"{FORMATS_LEFT}"
+        tested = ", ".join(ARCHITECTURES)
+        raise NotInGguf(
+            where, f"GGUF is tested in llama.cpp for {tested}, not for {shape.model_type}"
         )
-    name = MODEL_ARCH_NAMES[architecture.uniform]
-    arch = architecture.uniform if shape.is_uniform else architecture.unequal
+    uniform = architecture.uniform or MODEL_ARCH[family.upper()]
+    name = MODEL_ARCH_NAMES[uniform]
+    arch = uniform if shape.is_uniform else architecture.unequal
     if arch is None:
-        raise UserError(
-            f"{where}: llama.cpp's {name} needs layers of one size, but these differ; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(where, f"llama.cpp's {name} needs layers of one size, but these differ")
     for missing in _missing(architecture, config, shape):
-        raise UserError(
-            f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(where, f"GGUF cannot hold {missing} in llama.cpp's {name}")
     return architecture, arch
 
 
@@ -249,9 +229,7 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
         activation = getattr(config, keys[0])
         if activation not in architecture.activations:
             yield f"{keys[0]} {activation!r}"
-    biases: set[str] = set()
-    for name in shape.biases:
-        biases.update(PARTS.get(name, (name,)))
+    biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     for name in sorted(biases - architecture.biases):
         yield f"the bias of {name}"
     for _, linear in shape.linears():

@@ -22,9 +22,8 @@ from gguf import (
 )
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import PARTS, ROTARY, Architecture
-from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.export.gguf_tokenizer import NotInGguf
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.groups import TensorSpec
@@ -63,9 +62,9 @@ class SourcePart(NamedTuple):
     name: str
     shape: tuple[int, ...]
     matrix: tuple[int, ...]  # shape of one matrix in the source
-    take: tuple[slice, ...] = ()  # slices along its axes
+    take: tuple[slice, ...] = ()  # slices along its axes, after it was transposed
     count: int = 1  # matrices, one per expert or head
-    transposed: bool = False  # transposes each slice
+    transposed: bool = False  # transposes each matrix
 
     def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
         """Reads the part. `read_flat`: (start, end) -> these elements of the source."""
@@ -73,8 +72,9 @@ class SourcePart(NamedTuple):
         slices: list[Tensor] = []
         for i in range(self.count):
             matrix = read_flat(i * numel, (i + 1) * numel).view(self.matrix)
-            part = matrix[self.take]
-            slices.append(part.T if self.transposed else part)
+            if self.transposed:
+                matrix = matrix.T
+            slices.append(matrix[self.take])
         # A stack copies, so one slice is not stacked.
         values = torch.stack(slices) if len(slices) > 1 else slices[0]
         return values.reshape(self.shape)
@@ -111,14 +111,10 @@ def plan_tensors(
             name = names.get_name(part_name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 arch_name = MODEL_ARCH_NAMES[arch]
-                raise UserError(
-                    f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}"
-                )
+                raise NotInGguf(where, f"llama.cpp's {arch_name} has no place for {part_name}")
             part_shape = _shape_in_file(name, part.shape)
             part_type = _type(name, part_shape, precision)
-            module = part_name.rpartition(".")[0]
-            if module.startswith("model.layers."):
-                module = module.split(".", 3)[-1]
+            module = part_name.removeprefix(prefix).rpartition(".")[0]
             steps = tuple(_steps(spec, module, architecture, config, shape))
             tensors.append(GgufTensor(source, name, part_shape, part_type, part, steps))
     # the head has that scale, untied from the embedding
@@ -146,8 +142,8 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
         values = step(values)
     limit = np.finfo(np.float16).max
     if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > limit:
-        where = f"{pretrained.weights.files[tensor.source]}: {tensor.source}"
-        raise UserError(f"{where} has values beyond 65504, the limit of f16; {FORMATS_LEFT}")
+        file = pretrained.weights.files[tensor.source]
+        raise NotInGguf(file, f"{tensor.source} has values beyond 65504, the limit of f16")
     return quants.quantize(values, tensor.type)
 
 
@@ -223,19 +219,19 @@ def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePa
     heads = spec.spans[0].groups
     width = spec.spans[0].width
     rank = spec.shape[1]
-    linear = f"{prefix}self_attn"
+    matrix = (width, rank)
     yield SourcePart(
-        f"{linear}.k_b_proj.weight",
+        f"{prefix}self_attn.k_b_proj.weight",
         (heads, rank, keys),
-        matrix=(width, rank),
-        take=(slice(0, keys),),
+        matrix,
+        take=(slice(None), slice(0, keys)),
         count=heads,
         transposed=True,
     )
     yield SourcePart(
-        f"{linear}.v_b_proj.weight",
+        f"{prefix}self_attn.v_b_proj.weight",
         (heads, width - keys, rank),
-        matrix=(width, rank),
+        matrix,
         take=(slice(keys, width),),
         count=heads,
     )
@@ -270,7 +266,7 @@ def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[Sour
             f"{prefix}{name}.{kind}",
             (experts, size, *inputs),
             matrix,
-            take=(slice(None), rows) if transposed else (rows,),
+            take=(rows,),
             count=experts,
             transposed=transposed,
         )

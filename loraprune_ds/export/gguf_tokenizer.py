@@ -38,7 +38,13 @@ EXTRA_SPACES = (
 LAST_SPACE = "llama.cpp drops a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
 PROBE = "a"
-FORMATS_LEFT = "possible formats: hf, adapter"
+
+
+class NotInGguf(UserError):
+    """Raised for a model that llama.cpp cannot hold or compute."""
+
+    def __init__(self, where: object, reason: str) -> None:
+        super().__init__(f"{where}: {reason}; possible formats: hf, adapter")
 
 
 @dataclass
@@ -60,7 +66,7 @@ class Vocabulary:
         """Appends unused tokens up to `size`."""
         for index in range(len(self.tokens), size):
             self.tokens.append(f"[PAD{index}]")
-            self.types.append(int(TokenType.UNUSED))
+            self.types.append(TokenType.UNUSED)
             if self.scores:
                 self.scores.append(ADDED_SCORE)
 
@@ -112,9 +118,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         return _unigrams(fast, path)
     if fast.get("model", {}).get("byte_fallback"):
         return _sentencepiece_from_merges(fast, path)
-    raise UserError(
-        f"{folder}: its tokenizer is neither byte-level BPE nor sentencepiece; {FORMATS_LEFT}"
-    )
+    raise NotInGguf(folder, "its tokenizer is neither byte-level BPE nor sentencepiece")
 
 
 def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -125,11 +129,11 @@ def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
             continue
         if added.special:
             vocabulary.tokens[index] = added.content
-            vocabulary.types[index] = int(TokenType.CONTROL)
+            vocabulary.types[index] = TokenType.CONTROL
         else:
             # llama.cpp compares with raw text, without sentencepiece spaces.
             vocabulary.tokens[index] = added.content.replace(SPACE, " ")
-            vocabulary.types[index] = int(TokenType.USER_DEFINED)
+            vocabulary.types[index] = TokenType.USER_DEFINED
         if vocabulary.scores:
             vocabulary.scores[index] = ADDED_SCORE
 
@@ -141,15 +145,11 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
     size = len(plain)
     start = next((i for i in range(len(complete)) if complete[i : i + size] == plain), None)
     if start is None:
-        raise UserError(
-            f"{folder}: special tokens change how its tokenizer reads a text; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(folder, "special tokens change how its tokenizer reads a text")
     before = complete[:start]
     after = complete[start + size :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
-        raise UserError(
-            f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(folder, "its tokenizer puts more than one BOS and EOS around a text")
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
     one_space = tokenizer(f"{PROBE} {PROBE}").input_ids
@@ -174,18 +174,12 @@ def _byte_level(
     pre = next((name for name in pre_tokenizers if pre_tokenizers[name] == steps), None)
     normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
     if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
-        raise UserError(
-            f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(path, "llama.cpp has no name for the way this tokenizer prepares text")
     tokens, pairs = _tokens_and_merges(fast["model"])
-    return Vocabulary(
-        "gpt2",
-        pre,
-        tokens,
-        types=[int(TokenType.NORMAL)] * len(tokens),
-        merges=[" ".join(pair) for pair in pairs],
-        remarks=[NOT_COMPOSED] if normalizer else [],
-    )
+    types: list[int] = [TokenType.NORMAL] * len(tokens)
+    merges = [" ".join(pair) for pair in pairs]
+    remarks = [NOT_COMPOSED] if normalizer else []
+    return Vocabulary("gpt2", pre, tokens, types, merges=merges, remarks=remarks)
 
 
 def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
@@ -194,9 +188,7 @@ def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
     tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
     spaces = [step for step in normalizer if step in EXTRA_SPACES]
     if len(normalizer) > len(tables) + len(spaces) or len(tables) > 1:
-        raise UserError(
-            f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(path, "llama.cpp has no name for the way this tokenizer prepares text")
     model = fast["model"]
     unknown = model["vocab"][model["unk_id"]][0]
     tokens, scores = map(list, zip(*model["vocab"], strict=True))
@@ -234,22 +226,17 @@ def _describe(step: dict[str, Any]) -> str:
 def _tokens_and_merges(model: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     """Returns the tokens by id, without gaps, and the pairs to merge, in order."""
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    pairs: list[tuple[str, str]] = []
-    for pair in model["merges"]:
-        left, right = (
-            pair.split(" ", 1) if isinstance(pair, str) else pair
-        )  # older files have strings
-        pairs.append((left, right))
-    return tokens, pairs
+    merges = model["merges"]
+    if merges and isinstance(merges[0], str):  # an older file
+        merges = [merge.split(" ", 1) for merge in merges]
+    return tokens, [(left, right) for left, right in merges]
 
 
 def _sentencepiece(path: Path) -> Vocabulary:
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != SENTENCEPIECE_BPE:
-        raise UserError(
-            f"{path}: llama.cpp needs a sentencepiece model of type BPE, as LLaMA has; {FORMATS_LEFT}"
-        )
+        raise NotInGguf(path, "llama.cpp needs a sentencepiece model of type BPE, as LLaMA has")
     pieces = model.pieces
     # The numbers of sentencepiece's piece types are llama.cpp's token types.
     types = [piece.type for piece in pieces]
@@ -273,11 +260,11 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     for place, token in enumerate(results):
         places.setdefault(token, place)
     # The pairs of a token follow each other.
-    is_grouped = 1 + sum(a != b for a, b in pairwise(results)) == len(places)
-    if not is_grouped or not _all_pairs(fast, tokens) <= set(merges):
-        raise UserError(
-            f"{path}: its merges do not come from a sentencepiece model; {FORMATS_LEFT}"
-        )
+    changes = sum(a != b for a, b in pairwise(results))
+    is_grouped = 1 + changes == len(places)
+    has_every_pair = _all_pairs(fast, tokens) <= set(merges)
+    if not is_grouped or not has_every_pair:
+        raise NotInGguf(path, "its merges do not come from a sentencepiece model")
     unknown = fast["model"].get("unk_token")
     types = [_type_of(token, unknown) for token in tokens]
     scores = [float(-places.get(token, len(merges))) for token in tokens]
@@ -288,18 +275,12 @@ def _all_pairs(fast: dict[str, Any], tokens: list[str]) -> set[tuple[str, str]]:
     """Returns the pairs of tokens that make a token, apart from added tokens."""
     added = {token["content"] for token in fast["added_tokens"]}
     pieces = set(tokens) - added
-    pairs: set[tuple[str, str]] = set()
-    for token in pieces:
-        for i in range(1, len(token)):
-            left = token[:i]
-            right = token[i:]
-            if left in pieces and right in pieces:
-                pairs.add((left, right))
-    return pairs
+    pairs = ((token[:i], token[i:]) for token in pieces for i in range(1, len(token)))
+    return {pair for pair in pairs if pieces.issuperset(pair)}
 
 
 def _type_of(token: str, unknown: str | None) -> int:
     if token == unknown:
-        return int(TokenType.UNKNOWN)
+        return TokenType.UNKNOWN
     is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-    return int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+    return TokenType.BYTE if is_byte else TokenType.NORMAL

@@ -48,10 +48,11 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     counts = _counts_after(layer, _one_attention_layer(pruned))
     if counts is None:
         raise UserError(f"{folder} is not the dense model: its sizes do not fit the pruned model")
-    outer: list[TensorSpec] = []
-    for name, (tensor_shape, *_) in headers.items():
-        if not name.startswith(IN_FILE):
-            outer.append(TensorSpec(name, shape=tensor_shape))
+    outer = [
+        TensorSpec(name, shape=tensor_shape)
+        for name, (tensor_shape, *_) in headers.items()
+        if not name.startswith(IN_FILE)
+    ]
     shape = replace(layer.only([0] * layer_count), outer=tuple(outer))
     # The layers are checked under the names of decoder layers. Errors must show those in the file.
     names = {name.replace(IN_FILE, LAYERS): name for name in headers}
@@ -96,7 +97,8 @@ def _largest(weights: ModelWeights, counts: LayerCounts) -> list[LayerKeep]:
     sums: list[Tensor] = []
     linears = [(layer, linear) for layer, linear in shape.linears() if linear.spans]
     for layer, linear in linears:
-        weight = weights.read_full(f"{LAYERS}{layer}.{linear.name}", torch.float32)
+        name = f"{LAYERS}{layer}.{linear.name}"
+        weight = weights.read_full(name, torch.float32)
         squares = weight.square_().sum(1 - linear.axis, dtype=torch.float64)
         sums += sums_of_spans(linear, squares)
     scores = GroupSums(shape, linears, sums, step=0).by_layer("none")

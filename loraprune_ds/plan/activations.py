@@ -26,17 +26,19 @@ Storages = dict[int, int]  # bytes by address
 
 def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the peak of a micro-batch, without logits."""
-    e = batch.element_size
-    hidden = batch.tokens * shape.hidden_size  # elements
-    layers = [saved_in_layer(request, shape, i, batch) for i in range(len(shape.layers))]
+    hidden_numel = batch.tokens * shape.hidden_size
+    hidden_states = batch.element_size * hidden_numel
+    layer_count = len(shape.layers)
+    layers = [saved_in_layer(request, shape, i, batch) for i in range(layer_count)]
     saved = sum(layers)
     if request.config.train.gradient_checkpointing:
-        saved = len(layers) * e * hidden + max(layers)
+        saved = layer_count * hidden_states + max(layers)
     # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
     scores = 8 * _most_probabilities(shape, batch)
-    gradients = 2 * e * hidden + max(_widest_mlp(shape, batch), scores, 12 * hidden)
-    rotary_angles = 2 * e * batch.window * shape.head_dim
-    last_norm = (4 + e) * hidden + 4 * batch.tokens
+    widest = max(_widest_mlp(shape, batch), scores, 12 * hidden_numel)
+    gradients = 2 * hidden_states + widest
+    rotary_angles = 2 * batch.element_size * batch.window * shape.head_dim
+    last_norm = hidden_states + 4 * hidden_numel + 4 * batch.tokens
     return saved + gradients + rotary_angles + batch.causal_mask + last_norm
 
 
@@ -48,12 +50,19 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
 
 
 def _widest_mlp(shape: ModelShape, batch: PlannedBatch) -> int:
-    width = max(mlp_width(shape, i) for i in range(len(shape.layers)))
-    return 4 * batch.element_size * batch.tokens * width
+    """Returns the bytes of the most channels that a token uses at the same time."""
+    widths = [counts.get("channels", 0) for counts in shape.counts]
+    if shape.mixture:
+        widths.append(shape.mixture.experts_per_token * shape.mixture.expert_size)
+    for _, linear in shape.linears():
+        if not linear.spans:  # it is never cut
+            rows, columns = linear.matrix
+            widths.append(rows if columns == shape.hidden_size else columns)
+    return 4 * batch.element_size * batch.tokens * max(widths)
 
 
 def _most_probabilities(shape: ModelShape, batch: PlannedBatch) -> int:
-    return max(batch.probabilities(layer) for layer in shape.attention)
+    return batch.stored_pairs * max(layer.queries for layer in shape.attention)
 
 
 def logits(shape: ModelShape, batch: PlannedBatch) -> int:
@@ -61,20 +70,6 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
     chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
     hidden_states = 2 * batch.tokens * shape.hidden_size * batch.element_size
     return chunk * shape.vocab_size * (4 + batch.copy_size) + hidden_states
-
-
-def mlp_width(shape: ModelShape, layer: int) -> int:
-    """Counts the channels in the MLP of a layer that one token uses at the same time."""
-    counts = shape.counts[layer]
-    mixture = shape.mixture
-    widths = [counts.get("channels", 0)]
-    if mixture and counts["experts"]:
-        widths.append(mixture.experts_per_token * mixture.expert_size)
-    for linear in shape.layers[layer].linears:
-        if not linear.spans:  # it is never cut
-            rows, columns = linear.matrix
-            widths.append(rows if columns == shape.hidden_size else columns)
-    return max(widths)
 
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:

@@ -47,9 +47,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            may_be_zero = name in ("reserve", "nccl", "host_reserve")
+            is_zero = value == 0 and name in ("reserve", "nccl", "host_reserve")
             require(
-                value is None or 0 < value < math.inf or (value == 0 and may_be_zero),
+                value is None or is_zero or 0 < value < math.inf,
                 f"--{name.replace('_', '-')} must be a number above 0; got {value}",
             )
         require(

@@ -1,14 +1,11 @@
 """Bytes sent (at most) and seconds (estimates) of a step, a cut and the whole run. README.md has the formulas."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import full_bytes, passes_of_weights
-from loraprune_ds.pruning.compensate import numel_sent
 
 IN_GROUP = "weights_in_group"  # sent inside a group of hpZ. Other bytes go to all ranks
 StepKind = tuple[bool, bool]  # (the step scores, the step measures inputs for `prune.compensate`)
@@ -56,18 +53,29 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     scores, measures = kind
     micro = request.micro_batches
     others = request.world_size - 1
-    stored = request.stored(shape)
-    lora = request.lora_shards(shape)
-    sent = _gathers(request, stored, passes_of_weights(request, shape) * micro, lora)
-    sent.update(_gathers(request, request.taught, micro))
-    if shape.family.has_encoder:  # the decoder reads the embedding again, and the teacher's, too
-        sent.update(_gathers(request, stored[:1], (1 + bool(request.taught)) * micro))
-    sent["lora_gradients"] = 4 * micro * lora * others
+    moments = request.moment_numel(shape) if measures and others else 0
+    sent = _weights_sent(request, shape)
+    sent["lora_gradients"] = 4 * micro * request.lora_shards(shape) * others
     sent["scoring"] = _scores_sent(request, shape) if scores else 0
-    measured = request.measured(shape) if measures and others else []
-    moments = sum(numel_sent(linear.matrix[1]) for _, linear in measured)
-    sent["input_moments"] = 8 + 4 * micro * moments if measured else 0
-    return dict(sent)
+    sent["input_moments"] = 8 + 4 * micro * moments if moments else 0
+    return sent
+
+
+def _weights_sent(request: Request, shape: ModelShape) -> dict[str, int]:
+    """Returns the bytes sent by passes that gather all weights. hpZ copies LoRA again in every step."""
+    others = request.world_size - 1
+    group = request.fetch.zero_hpz_partition_size
+    stored = request.stored(shape)
+    factors = request.element_size * request.lora_shards(shape)
+    shards = passes_of_weights(request, shape) * (request.shard_bytes(stored) + factors)
+    shards += request.shard_bytes(request.taught)
+    if shape.family.has_encoder:  # the decoder reads the embedding again, and the teacher's, too
+        shards += (1 + bool(request.taught)) * request.shard_bytes(stored[:1])
+    shards *= request.micro_batches
+    if group == 1:
+        return {"weights": shards * others, IN_GROUP: 0}
+    in_group = (shards - factors) * (group - 1) * (request.world_size // group)
+    return {"weights": factors * others, IN_GROUP: in_group}
 
 
 def _scores_sent(request: Request, shape: ModelShape) -> int:
@@ -84,19 +92,19 @@ def _scores_sent(request: Request, shape: ModelShape) -> int:
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of smaller layers with LoRA's state, and refitted linears."""
+    sent = {"cut": 0}
     if request.world_size == 1:
-        return _cost(request, {"cut": 0}, 0)
-    cut = [i for i in range(len(after.layers)) if before.counts[i] != after.counts[i]]
-    lora = 0
-    frozen = 0
-    for i in cut:
-        layer = before.layers[i]
-        lora += request.shard_numel(layer.lora_numel(request.config.lora.r))
-        frozen += request.shard_bytes(request.stored_as(*layer.tensors))
+        return _cost(request, sent, 0)
+    cut = [i for i, counts in enumerate(after.counts) if counts != before.counts[i]]
+    cut_layers = before.only(cut)
+    tensors = [tensor for layer in cut_layers.layers for tensor in layer.tensors]
+    frozen = request.shard_bytes(request.stored_as(*tensors))
+    bytes_per_factor = 12 + request.element_size
+    lora = bytes_per_factor * request.lora_shards(cut_layers)
     linears = [linear for i, linear in request.measured(before) if i in cut]
-    refitted = full_bytes(request.stored_as(*linears))
-    sent = frozen + (12 + request.element_size) * lora + 2 * refitted  # to the owner and back
-    return _cost(request, {"cut": sent}, 0)
+    refitted = 2 * full_bytes(request.stored_as(*linears))  # to the owner and back
+    sent["cut"] = frozen + lora + refitted
+    return _cost(request, sent, 0)
 
 
 def all_steps(request: Request, final: ModelShape) -> Total:
@@ -114,20 +122,6 @@ def all_steps(request: Request, final: ModelShape) -> Total:
     return total
 
 
-def _gathers(
-    request: Request, weights: list[StoredTensor], passes: int, lora_shards: int = 0
-) -> Counter[str]:
-    """Returns the bytes sent by passes that gather all weights. hpZ copies LoRA again in every step."""
-    others = request.world_size - 1
-    group = request.fetch.zero_hpz_partition_size
-    factors = request.element_size * lora_shards
-    shards = request.shard_bytes(weights) + factors
-    if group == 1:
-        return Counter({"weights": passes * shards * others, IN_GROUP: 0})
-    in_group = (passes * shards - factors) * (group - 1) * (request.world_size // group)
-    return Counter({"weights": factors * others, IN_GROUP: in_group})
-
-
 def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
     cluster = request.cluster
     ranks = request.world_size
@@ -140,9 +134,11 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
         host_copies = shards / (cluster.host_bandwidth * 1e9)
     seconds = cluster.seconds_to_receive(to_all, ranks)
     seconds += cluster.seconds_to_receive(in_group, group)
+    between_nodes = cluster.between_nodes(to_all, ranks)
+    between_nodes += cluster.between_nodes(in_group, group)
     return Cost(
         sent,
-        between_nodes=cluster.between_nodes(to_all, ranks) + cluster.between_nodes(in_group, group),
+        between_nodes,
         compute=operations / (cluster.flops * cluster.utilisation * 1e12),
         communication=seconds,
         host_copies=host_copies,
@@ -158,7 +154,7 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
     flops += (7 + 2 * again) * attention_product(shape, window) / part
     flops += 4 * shape.vocab_size * shape.hidden_size
     if kind[1]:
-        flops += sum(2 * numel_sent(linear.matrix[1]) for _, linear in request.measured(shape))
+        flops += 2 * request.moment_numel(shape)
     if request.taught:
         flops += 2 * active_numel(request.shape)
         flops += 2 * attention_product(request.shape, window) / part

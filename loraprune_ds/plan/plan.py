@@ -5,15 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from loraprune_ds.config_file import merge
+from loraprune_ds.config_file import apply_override, merge
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.request import Request, changed
 from loraprune_ds.plan.stages import Stage, full_bytes, plan_stages
-from loraprune_ds.pruning.compensate import numel_sent
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
 MOST_NODES = 512  # limit of --smallest without --nodes
@@ -55,17 +53,12 @@ class Plan:
         """Counts LoRA with its state, half of the input moments, and the refitted linears."""
         request = self.request
         lora = 12 * sum(shape.lora_numel(request.config.lora.r))
-        refitted: list[TensorSpec] = []
-        moments = 0
-        linears = zip(request.measured(request.shape), request.measured(shape), strict=True)
-        for (_, dense), (_, linear) in linears:
-            if linear.shape != dense.shape:
-                refitted.append(linear)
-            moments += 4 * numel_sent(linear.inputs)
+        moments = 4 * request.moment_numel(shape)
         cuts_before = 0 if shape is request.shape else 1
         if len(request.schedule.cut_steps) <= cuts_before:
             moments = 0  # no cut will need them
-        return lora + full_bytes(request.stored_as(*refitted)) + moments
+        refitted = set(request.measured(shape)) - set(request.measured(request.shape))
+        return lora + full_bytes(request.stored_as(*(linear for _, linear in refitted))) + moments
 
     @property
     def peak_stage(self) -> Stage:
@@ -134,39 +127,39 @@ class _Change(NamedTuple):
     values: dict[str, Any]  # keywords of `changed`
 
 
+def _override(change: str, override: str) -> _Change:
+    values: dict[str, Any] = {}
+    apply_override(values, override)
+    return _Change(change, f"--set {override}", values)
+
+
 def _changes(request: Request) -> Iterator[_Change]:
     """Yields the unused changes that save memory."""
     train = request.config.train
     if train.micro_batch_size > 1:
-        setting = "--set train.micro_batch_size=1"
-        yield _Change("one sample at a time", setting, {"train": {"micro_batch_size": 1}})
+        yield _override("one sample at a time", "train.micro_batch_size=1")
     if not train.gradient_checkpointing:
-        setting = "--set train.gradient_checkpointing=true"
-        values = {"train": {"gradient_checkpointing": True}}
-        yield _Change("activation checkpointing", setting, values)
+        yield _override("activation checkpointing", "train.gradient_checkpointing=true")
     if request.taught:
-        setting = "--set train.distill_weight=0"
-        yield _Change("no distillation", setting, {"train": {"distill_weight": 0.0}})
+        yield _override("no distillation", "train.distill_weight=0")
     if request.measured(request.shape):
-        setting = "--set prune.compensate=none"
-        yield _Change("no refit", setting, {"prune": {"compensate": "none"}})
+        yield _override("no refit", "prune.compensate=none")
     if request.config.model.frozen is None:
-        setting = "--set model.frozen=int8"
-        yield _Change("int8 weights", setting, {"model": {"frozen": "int8"}})
+        yield _override("int8 weights", "model.frozen=int8")
     layer = max(layer.numel for layer in request.shape.layers)
     if request.fetch.max_live_parameters > layer:
-        values = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
-        settings = ", ".join(f"{key} {value}" for key, value in values.items())
+        limits = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
+        settings = ", ".join(f"{key} {value}" for key, value in limits.items())
         setting = f"{settings} in the DeepSpeed JSON"
-        yield _Change("fewer gathered weights", setting, {"deepspeed": values})
+        yield _Change("fewer gathered weights", setting, {"deepspeed": limits})
     offload = {"offload_optimizer": PINNED}
     if not request.offloads("optimizer"):
         setting = "--set deepspeed=ds_configs/zero3_offload_optimizer.json"
         yield _Change("optimizer on the host", setting, {"deepspeed": offload})
     if not request.offloads("param"):
         setting = "--set deepspeed=ds_configs/zero3_offload.json"
-        values = {"deepspeed": offload | {"offload_param": PINNED}}
-        yield _Change("optimizer and weights on the host", setting, values)
+        both = offload | {"offload_param": PINNED}
+        yield _Change("optimizer and weights on the host", setting, {"deepspeed": both})
 
 
 def largest_micro_batch(plan: Plan) -> int | None:
@@ -221,13 +214,14 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
     request = plan.request
     prune = request.config.prune
     schedule = request.schedule
-    stages: list[dict[str, Any]] = []
-    for stage in plan.stages:
-        stages.append(asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase})
-    sizes: list[dict[str, Any]] = []
-    for step, size in schedule.ends().items():
-        parameters = request.shape_at(step).total_numel()
-        sizes.append({"size": size, "step": step, "parameters": parameters})
+    stages = [
+        asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase}
+        for stage in plan.stages
+    ]
+    sizes = [
+        {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
+        for step, size in schedule.ends().items()
+    ]
     serving: list[dict[str, Any]] = []
     if server_gib:
         for name, shape in (("dense", request.shape), ("pruned", plan.final)):

@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, merge, read_config
+from loraprune_ds.config_file import apply_override, config_from_dict, merge, read_config
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
-from loraprune_ds.model.families.base import Attention
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
 from loraprune_ds.model.shape import ModelShape
@@ -22,7 +21,7 @@ from loraprune_ds.pretrained.read_shape import (
     shape_from_config,
 )
 from loraprune_ds.pretrained.text_part import MULTIMODAL, check_tower, text_config
-from loraprune_ds.pruning.compensate import measured_linears
+from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
@@ -50,12 +49,13 @@ class PlannedBatch:
         return self.element_size if self.element_size < 4 else 0
 
     @property
-    def causal_mask(self) -> int:
-        return self.eager * self.element_size * self.samples * self.window**2
+    def stored_pairs(self) -> int:
+        """The elements of a head's attention probabilities. Only eager attention stores them."""
+        return self.eager * self.samples * self.window**2
 
-    def probabilities(self, layer: Attention) -> int:
-        """Counts the elements of one layer's attention probabilities. Only eager attention stores them."""
-        return self.eager * self.samples * layer.queries * self.window**2
+    @property
+    def causal_mask(self) -> int:
+        return self.element_size * self.stored_pairs
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ class Request:
         layers = self.schedule.limits.open_layers if self.config.prune.compensate != "none" else []
         return measured_linears(shape, layers)
 
+    def moment_numel(self, shape: ModelShape) -> int:
+        """Counts the elements of half the second moments of these inputs."""
+        return sum(numel_sent(linear.inputs) for _, linear in self.measured(shape))
+
     def batch(self, samples: int, window: int) -> PlannedBatch:
         attention = attn_implementation(self.config.model.attn_implementation, self.shape.family)
         return PlannedBatch(samples, window, self.element_size, eager=attention == "eager")
@@ -114,10 +118,8 @@ class Request:
 
     def stored_as(self, *tensors: TensorSpec) -> list[StoredTensor]:
         """As `stored`, of some tensors of a layer."""
-        stored: list[StoredTensor] = []
-        for tensor in tensors:
-            stored += tensor.stored(self.element_size, self.int8).values()
-        return stored
+        size = self.element_size
+        return [part for x in tensors for part in x.stored(size, self.int8).values()]
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
@@ -125,28 +127,25 @@ class Request:
         if not self.config.train.distill_weight:
             return []
         stored = self.shape.stored(self.element_size, int8=self.int8)
-        return [tensor for name, tensor in stored.items() if name != "lm_head.weight"]
+        stored.pop("lm_head.weight", None)
+        return list(stored.values())
 
-    def shard_numel(self, sizes: Iterable[int]) -> int:
-        """Counts the elements of a rank's shards."""
-        return sum(partition_numel(numel, self.world_size) for numel in sizes)
+    def shard_numel(self, numel: int) -> int:
+        """Counts the elements of a rank's shard of so many elements."""
+        return partition_numel(numel, self.world_size)
 
     def shard_bytes(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's shards."""
-        total = 0
-        for tensor in tensors:
-            numel = partition_numel(math.prod(tensor.shape), self.world_size)
-            total += tensor.element_size * numel
-        return total
+        return sum(x.element_size * self.shard_numel(math.prod(x.shape)) for x in tensors)
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of LoRA."""
-        return self.shard_numel(shape.lora_numel(self.config.lora.r))
+        return sum(map(self.shard_numel, shape.lora_numel(self.config.lora.r)))
 
-    def second_copies(self, tensors: Iterable[StoredTensor]) -> int:
-        """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
+    def second_copy(self, shard_bytes: int) -> int:
+        """Counts the bytes of a rank's part of hpZ's second copy of such shards. 0 without hpZ."""
         group = self.fetch.zero_hpz_partition_size
-        return self.shard_bytes(tensors) * (self.world_size // group) if group > 1 else 0
+        return shard_bytes * (self.world_size // group) if group > 1 else 0
 
     def offloads(self, what: str, *, pinned: bool = False) -> bool:
         """Returns True if "optimizer" or "param" is in host memory, and page-locked if `pinned`."""
@@ -163,14 +162,13 @@ class Request:
         budget = section.budget(step)
         leaving = limits.leaving(budget.ratio)
         numel = limits.numel(dense.counts)
-        stays = {
-            kind: 1 - leaving * share / max(1, numel[kind]) for kind, share in budget.shares.items()
-        }
         layers = list(dense.counts)
         for i in limits.open_layers:
-            layers[i] = LayerCounts(
-                (kind, max(min(1, n), round(n * stays[kind]))) for kind, n in layers[i].items()
-            )
+            counts = dict(layers[i])
+            for kind, count in counts.items():
+                stays = 1 - leaving * budget.shares[kind] / max(1, numel[kind])
+                counts[kind] = max(min(1, count), round(count * stays))
+            layers[i] = LayerCounts(counts)
         return dense.resized(layers)
 
 
@@ -184,7 +182,7 @@ def make_request(
 ) -> Request:
     """Reads the input of a plan, given the arguments of launch/plan.py. Raises the errors that a run would raise."""
     if model in LLAMA_SIZES:
-        config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
+        config_path = config_path or f"launch/configs/paper/{model}.yaml"
     require(model is not None or config_path is not None, "give a model or --config")
     raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
     if config_path is not None:
@@ -236,8 +234,9 @@ def build_request(
     )
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
+    is_whole = size % per_node == 0 or per_node % size == 0
     require(
-        size % per_node == 0 or per_node % size == 0,
+        is_whole,
         f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs",
     )
     return Request(name, text, shape, config, cluster, schedule, ds_config, samples)

@@ -33,15 +33,14 @@ class Stage:
 
     @property
     def peak(self) -> int:
-        return self.resident + max(self._phase_bytes.values())
+        return self.resident + self._bytes(self.peak_phase)
 
     @property
     def peak_phase(self) -> str:
-        return max(self._phase_bytes, key=self._phase_bytes.__getitem__)
+        return max(self.phases, key=self._bytes)
 
-    @property
-    def _phase_bytes(self) -> dict[str, int]:
-        return {name: sum(terms.values()) for name, terms in self.phases.items()}
+    def _bytes(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
 
 
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
@@ -73,11 +72,9 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
         phases["training"] |= _observing(request, shape)
     if request.taught:
         phases["teacher's pass"] = _teaching(request)
-    factors = [
-        StoredTensor((n,), request.element_size) for n in shape.lora_numel(request.config.lora.r)
-    ]
+    factors = request.element_size * request.lora_shards(shape)
     for terms in phases.values():
-        terms["second_copy_of_lora"] = request.second_copies(factors)
+        terms["second_copy_of_lora"] = request.second_copy(factors)
     embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
     phases["export"] = {"layer_on_its_writer": 2 * written}
@@ -91,7 +88,6 @@ def split_state(
     """Returns the terms (on the GPU, in host memory)."""
     lora = request.lora_shards(shape)
     stored = request.stored(shape)
-    frozen = [*stored, *request.taught]
     terms = {
         "weights": request.shard_bytes(stored),
         "teacher": request.shard_bytes(request.taught),
@@ -101,7 +97,7 @@ def split_state(
         "lora_gradients": 4 * lora,
         "reduce_bucket": 4 * request.fetch.reduce_bucket_size,
     }
-    if copies := request.second_copies(frozen):
+    if copies := request.second_copy(terms["weights"] + terms["teacher"]):
         terms["second_copy"] = copies
     on_host: list[str] = []
     if request.offloads("param"):
@@ -112,7 +108,7 @@ def split_state(
     if request.offloads("optimizer"):
         # DeepSpeed's CPU optimizer has a separate copy
         host["lora_gradients_for_the_step"] = host["lora_gradients"]
-    if blocks := _pinned_blocks(request, frozen, host):
+    if blocks := _pinned_blocks(request, [*stored, *request.taught], host):
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
     if measures and (linears := request.measured(shape)):
         terms["input_moments"] = max(moment_bytes(linears, request.world_size))
@@ -126,10 +122,10 @@ def _pinned_blocks(request: Request, frozen: list[StoredTensor], host: Terms) ->
         blocks += 2 * [host["lora_gradients"]]
     # each frozen shard is a block, and LoRA's share a buffer
     if request.offloads("param", pinned=True):
-        blocks.append(host["lora"])
-        blocks += [request.shard_bytes([tensor]) for tensor in frozen]
+        shards = [request.shard_bytes([tensor]) for tensor in frozen]
+        blocks += [host["lora"], *shards]
         if "second_copy" in host:
-            blocks += [request.second_copies([tensor]) for tensor in frozen]
+            blocks += map(request.second_copy, shards)
     return blocks
 
 
@@ -137,7 +133,7 @@ def moment_bytes(linears: Iterable[tuple[int, TensorSpec]], world_size: int) -> 
     """Returns the bytes of these linears' fp32 input moments on each rank, which has those of its own layers."""
     by_rank = [0] * world_size
     for i, linear in linears:
-        by_rank[layer_owner(i, world_size)] += 4 * linear.matrix[1] ** 2
+        by_rank[layer_owner(i, world_size)] += 4 * linear.inputs**2
     return by_rank
 
 
@@ -187,22 +183,21 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     that is dequantised (0 without int8; one expert of a stack at a time).
     """
     r = request.config.lora.r
-    layer = 0
-    module = request.element_size * max(tensor.numel for tensor in shape.outer)
-    dequantised = 0
-    for spec in set(shape.layers):
-        frozen = full_bytes(request.stored_as(*spec.tensors))
-        layer = max(layer, frozen + request.element_size * sum(spec.lora_numel(r)))
-        for linear in spec.linears:
-            lora = sum(math.prod(factor) for factor in linear.lora_shapes(r))
-            frozen = full_bytes(request.stored_as(linear))
-            module = max(module, frozen + request.element_size * lora)
+    element_size = request.element_size
+    layers: list[int] = []
+    modules = [element_size * tensor.numel for tensor in shape.outer]
+    dequantised = [0]
+    for layer in set(shape.layers):
+        frozen = full_bytes(request.stored_as(*layer.tensors))
+        layers.append(frozen + element_size * sum(layer.lora_numel(r)))
+        for linear in layer.linears:
+            lora = sum(map(math.prod, linear.lora_shapes(r)))
+            modules.append(full_bytes(request.stored_as(linear)) + element_size * lora)
             if request.int8:
-                numel = linear.numel // linear.matrices
-                dequantised = max(dequantised, request.element_size * numel)
+                dequantised.append(element_size * linear.numel // linear.matrices)
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
-        module = max(module, layer)
-    return layer, module, dequantised
+        modules += layers
+    return max(layers), max(modules), max(dequantised)
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
@@ -213,10 +208,11 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     linears = zip(request.measured(before), request.measured(after), strict=True)
     for (_, linear), (_, smaller) in linears:
         m, n = linear.matrix
-        k = smaller.matrix[1]
-        system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
+        k = smaller.inputs
+        system = 8 * k * k + 12 * k * n
+        solution = max(12 * k * k, 24 * k * m)
         matrices = 2 * request.element_size * m * (n + k) + 4 * r * (n + m)
-        refit = max(refit, matrices + system)
+        refit = max(refit, matrices + system + solution)
     shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
     phases = {
         "refit": {"refit": refit},
@@ -265,7 +261,7 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
         blocks = 12 * min(tokens * widest, DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
     if request.measured(shape):
-        widest = max(linear.matrix[1] for _, linear in measured_linears(shape))
+        widest = max(linear.inputs for _, linear in measured_linears(shape))
         terms["measured_inputs"] = 4 * (tokens * widest + numel_sent(widest))
     return terms
 
@@ -293,9 +289,9 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         return {}
     layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
-    block = 0
+    blocks = [0]
     for _, linear in shape.linears():
         if linear.spans:  # a rank scores whole rows
-            rows, columns = linear.matrix
-            block = max(block, request.shard_numel([rows * columns]) + 2 * columns)
-    return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}
+            blocks.append(request.shard_numel(linear.numel) + 2 * linear.matrix[1])
+    block = min(max(blocks), DEVICE_BLOCK_NUMEL)
+    return {"lora_factors": 24 * at_once, "score_blocks": 12 * block}

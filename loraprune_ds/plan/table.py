@@ -22,7 +22,8 @@ def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
     """Lays out the `facts` of `plan_json`."""
     lines = _head_lines(plan, facts)
     lines += ["", *_memory_rows(facts["stages"])]
-    lines += ["", *_cost_rows(facts, steps_known=plan.request.steps_known)]
+    lines += ["", *_cost_rows(facts["costs"])]
+    lines += _total_rows(facts, steps_known=plan.request.steps_known)
     lines += ["", verdict(plan)]
     lines += [f"note: {note}" for note in facts["notes"]]
     for served in facts["serving"]:
@@ -68,56 +69,68 @@ def _head_lines(plan: Plan, facts: dict[str, Any]) -> list[str]:
 
 def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
     """Returns a column per stage, with its state and its worst phase."""
+    names = [stage["name"] for stage in stages]
+    states = [stage["state"] for stage in stages]
+    peak_phases = [stage["peak_phase"] for stage in stages]
     worst = [stage["phases"][stage["peak_phase"]] for stage in stages]
+    peaks = [_gib(stage["peak"]) for stage in stages]
+    hosts = [_gib(sum(stage["host"].values())) for stage in stages]
     return [
-        _row("GiB per GPU", (stage["name"] for stage in stages)),
-        *_term_rows("", [stage["state"] for stage in stages]),
+        _row("GiB per GPU", names),
+        *_term_rows("", states),
         *_term_rows("+ ", worst),
-        _row("peak", (_gib(stage["peak"]) for stage in stages)),
-        _row("  while", (stage["peak_phase"] for stage in stages)),
-        _row("host, per rank", (_gib(sum(stage["host"].values())) for stage in stages)),
+        _row("peak", peaks),
+        _row("  while", peak_phases),
+        _row("host, per rank", hosts),
     ]
 
 
 def _term_rows(sign: str, columns: list[Terms]) -> list[str]:
     """Returns a row for each term that is above 0 in some column."""
-    return [
-        _row(sign + term, (_gib(terms[term]) if term in terms else "" for terms in columns))
-        for term in _terms(columns)
-    ]
+    rows: list[str] = []
+    for term in _terms(columns):
+        cells = (_gib(terms[term]) if term in terms else "" for terms in columns)
+        rows.append(_row(sign + term, cells))
+    return rows
 
 
 def _terms(columns: Iterable[Terms]) -> list[str]:
     """Lists the terms above 0 in the order of the columns."""
-    terms: list[str] = []
-    for column in columns:
-        terms += [term for term, count in column.items() if count and term not in terms]
-    return terms
+    counts = (item for column in columns for item in column.items())
+    return list(dict.fromkeys(term for term, count in counts if count))
 
 
-def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
-    """Returns a column per kind of step and for the cut, and rows for the whole run."""
-    costs = facts["costs"].values()
-
-    def row(name: str, key: str, unit: float = 1, digits: int = 3) -> str:
-        return _row(name, (f"{cost[key] / unit:.{digits}f}" for cost in costs))
-
-    rows = [_row("", facts["costs"])]
-    for term in _terms(cost["sent"] for cost in costs):
-        cells = (f"{cost['sent'].get(term, 0) / 1e9:.3f}" for cost in costs)
-        rows.append(_row(f"GB sent: {term}", cells))
-    rows.append(row("GB of it to other nodes", "between_nodes", 1e9))
+def _cost_rows(costs: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns a column per kind of step and for the cut."""
+    columns = costs.values()
+    sent = [cost["sent"] for cost in columns]
+    rows = [_row("", costs)]
+    for term in _terms(sent):
+        sent_gb = (terms.get(term, 0) / 1e9 for terms in sent)
+        rows.append(_number_row(f"GB sent: {term}", sent_gb))
+    between_nodes = (cost["between_nodes"] / 1e9 for cost in columns)
+    rows.append(_number_row("GB of it to other nodes", between_nodes))
     for name in ("compute", "communication", "host_copies"):
-        rows.append(row(f"seconds: {name}", name))
+        rows.append(_number_row(f"seconds: {name}", (cost[name] for cost in columns)))
     for name in ("at_least", "at_most"):
-        rows.append(row(f"seconds {name}", name, digits=2))
+        rows.append(_number_row(f"seconds {name}", (cost[name] for cost in columns), digits=2))
+    return rows
+
+
+def _total_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
+    """Returns the hours, bytes and files of the whole run."""
     total = facts["in_all"]
     hours = f"{total['at_least'] / 3600:.1f} to {total['at_most'] / 3600:.1f} hours"
     steps = f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts"
-    rows.append(f"in all: {hours}, {total['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}")
     checkpoint = facts["disk_bytes"]["checkpoint"] / 1e9
-    rows.append(f"on the shared disk: a checkpoint {checkpoint:.1f} GB")
-    return rows
+    return [
+        f"in all: {hours}, {total['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}",
+        f"on the shared disk: a checkpoint {checkpoint:.1f} GB",
+    ]
+
+
+def _number_row(name: str, numbers: Iterable[float], digits: int = 3) -> str:
+    return _row(name, (f"{number:.{digits}f}" for number in numbers))
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

@@ -16,16 +16,14 @@ from loraprune_ds.report.records import (
 from loraprune_ds.units import format_percent, format_perplexity
 
 if TYPE_CHECKING:  # they take a second to import, which only pictures need
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
+    from torch import Tensor
 
     from loraprune_ds.model.groups import Kind, LayerKeep
     from loraprune_ds.model.shape import ModelShape
-
-    Groups = np.ndarray[Any, np.dtype[np.int64]]
 
 Label = tuple["Axes", str, tuple[float, float]]  # a text and its point
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
@@ -52,6 +50,7 @@ PALE = "#DDDDDD"  # removed groups
 CUT = "#C4C4C4"
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
+MEASURED: Any = {"color": VERMILION, "lw": 1.2, "marker": "o", "markersize": 5}
 LEGEND_ABOVE: Any = {
     "loc": "lower right",
     "bbox_to_anchor": (1, 1),
@@ -127,10 +126,9 @@ def label_points(figure: "Figure", labels: Iterable[Label], **options: Any) -> N
             textcoords="offset points",
             va="center",
             annotation_clip=False,
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable on a curve
             **options,
         )
-        # makes it readable on a curve
-        label.set_path_effects([withStroke(linewidth=3, foreground="white")])
         _place(label, axes, taken)
 
 
@@ -163,7 +161,7 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
         for kind, strips, bars in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
             title, colour = PANELS[kind]
             counts = dense_counts[kind]
-            groups = [keep[kind].numpy() for keep in kept]
+            groups = [keep[kind] for keep in kept]
             _draw_strips(strips, groups, counts, colour)
             kept_counts = [len(layer) for layer in groups]
             _draw_counts(bars, counts, kept_counts, colour)
@@ -176,7 +174,7 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
 
 
 def _draw_strips(
-    axes: "Axes", kept: Sequence["Groups"], counts: Sequence[int], colour: str
+    axes: "Axes", kept: "Sequence[Tensor]", counts: Sequence[int], colour: str
 ) -> None:
     """Draws a row per layer and a cell per group, or per several if there are too many.
 
@@ -196,7 +194,8 @@ def _draw_strips(
     for row, groups, count in zip(share, kept, counts, strict=True):
         cell = np.arange(count) // groups_per_cell
         dense = np.bincount(cell, minlength=cells)
-        np.divide(np.bincount(cell[groups], minlength=cells), dense, out=row, where=dense > 0)
+        stays = np.bincount(cell[groups.numpy()], minlength=cells)
+        np.divide(stays, dense, out=row, where=dense > 0)
     axes.imshow(
         share,
         cmap=LinearSegmentedColormap.from_list("kept", [PALE, colour]),
@@ -235,46 +234,36 @@ def _draw_counts(
 
 def draw_training(path: Path, history: History) -> None:
     """Draws loss, perplexity over the removed fraction, sparsity, seconds and bytes per rank, and marks the cuts."""
-    records = history.steps
-    steps = [record.step for record in records]
+    steps = history.steps
+    cuts = history.cuts
     measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
+    first_row = ["loss", "." if measured else "loss"]
+    panels: Any = [first_row, ["sparsity", "seconds"], ["weights", "memory"]]
     with picture(path, (10, 8.2), {"figure.constrained_layout.h_pad": 0.09}) as figure:
-        grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
-        loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
-        sparsity = figure.add_subplot(grid[1, 0])
-        seconds = figure.add_subplot(grid[1, 1])
-        weights = figure.add_subplot(grid[2, 0])
-        memory = figure.add_subplot(grid[2, 1])
-        _draw_loss(loss, records, measured)
-        _draw_sparsity(sparsity, history)
-        _draw_seconds(seconds, records)
-        weight_bytes = [record.weight_bytes for record in records]
-        _draw_bytes(weights, "Weights per rank", steps, weight_bytes, BLUE)
-        resident_bytes = [record.resident_bytes for record in records]
-        _draw_bytes(memory, "Memory in use per rank", steps, resident_bytes, GREEN)
-        for axes in (loss, sparsity, seconds, weights, memory):
-            _mark_cuts(axes, [cut.step for cut in history.cuts])
-            axes.set_xlim(0, max([1, *steps]))
-            axes.locator_params(axis="x", integer=True)
+        axes = figure.subplot_mosaic(panels, height_ratios=(1.5, 1, 1))
+        loss = axes["loss"]
+        _draw_loss(loss, steps, measured)
+        _draw_sparsity(axes["sparsity"], history)
+        _draw_seconds(axes["seconds"], steps[1:])  # the first step is a warm-up
+        _draw_bytes(axes["weights"], "Weights per rank", steps, "weight_bytes", BLUE)
+        _draw_bytes(axes["memory"], "Memory in use per rank", steps, "resident_bytes", GREEN)
+        for panel in axes.values():
+            for cut in cuts:  # a line at each, thin ones if there are many
+                panel.axvline(cut.step, color=CUT, lw=min(0.8, 24 / len(cuts)), zorder=0)
+            panel.set_xlim(0, max((step.step for step in steps), default=1))
+            panel.locator_params(axis="x", integer=True)
         loss.plot([], [], color=CUT, lw=0.8, label="cut")
         loss.legend(**LEGEND_ABOVE)
-        for axes in (loss, weights, memory):
-            axes.set_xlabel("step")
+        for name in ("loss", "weights", "memory"):
+            axes[name].set_xlabel("step")
         if measured:
-            labels = _draw_perplexity(figure.add_subplot(grid[0, 1]), history.cuts, measured)
+            grid: Any = loss.get_gridspec()
+            labels = _draw_perplexity(figure.add_subplot(grid[0, 1]), cuts, measured)
             label_points(figure, labels, color=VERMILION, in_layout=False)
 
 
-def _mark_cuts(axes: "Axes", steps: list[int]) -> None:
-    """Draws a line at each step, thin ones if there are many."""
-    for step in steps:
-        axes.axvline(step, color=CUT, lw=min(0.8, 24 / len(steps)), zorder=0)
-
-
-def _draw_seconds(axes: "Axes", records: Sequence[StepRecord]) -> None:
-    timed = records[1:]  # the first step is a warm-up
-    steps = [record.step for record in timed]
-    axes.plot(steps, [record.seconds for record in timed], color=BLUE, lw=1.3)
+def _draw_seconds(axes: "Axes", steps: Sequence[StepRecord]) -> None:
+    axes.plot([s.step for s in steps], [s.seconds for s in steps], color=BLUE, lw=1.3)
     axes.set(title="Time per step", ylabel="seconds", ylim=(0, None))
 
 
@@ -290,12 +279,10 @@ def _draw_loss(
         axes.plot(
             [e.step for e in measured],
             [math.log(e.perplexity) for e in measured],
-            color=VERMILION,
             ls="",
-            marker="o",
-            markersize=5,
             zorder=4,
             label="held-out text",
+            **MEASURED,
             **UNCLIPPED,
         )
     axes.set(title="Loss", ylabel="nats per token")
@@ -308,7 +295,7 @@ def _draw_perplexity(
     """Draws held-out perplexity over the removed fraction, in the order of measurement. Returns the points' labels."""
     removed = [100 * _removed_at(e.step, cuts) for e in measured]
     values = [e.perplexity for e in measured]
-    axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
+    axes.plot(removed, values, **MEASURED)
     scale_perplexity(axes, values)
     axes.margins(y=0.2)
     most = max(*removed, 1)
@@ -317,12 +304,12 @@ def _draw_perplexity(
         xlabel="% of the decoder's linear layers removed",
         xlim=(-0.05 * most, 1.6 * most),  # with room for the labels of the last points
     )
-    labels: list[Label] = []
-    for x, evaluation in zip(removed, measured, strict=True):
-        if evaluation.name in NAMES:
-            y = evaluation.perplexity
-            labels.append((axes, f"{format_perplexity(y)} {NAMES[evaluation.name]}", (x, y)))
-    return labels
+    points = zip(removed, measured, strict=True)
+    return [(axes, _describe(e), (x, e.perplexity)) for x, e in points if e.name in NAMES]
+
+
+def _describe(evaluation: EvaluationRecord) -> str:
+    return f"{format_perplexity(evaluation.perplexity)} {NAMES[evaluation.name]}"
 
 
 def _removed_at(step: int, cuts: Sequence[CutRecord]) -> float:
@@ -345,16 +332,13 @@ def _draw_sparsity(axes: "Axes", history: History) -> None:
 
 
 def _draw_bytes(
-    axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str
+    axes: "Axes", title: str, records: Sequence[StepRecord], name: str, colour: str
 ) -> None:
     """Draws the fullest rank as a line, and the others as a band below it."""
+    steps = [record.step for record in records]
+    per_rank = [getattr(record, name) for record in records]
     most = max(map(max, per_rank), default=0)
-    if most >= 1e9:
-        scale = 1e9
-        unit = "GB"
-    else:
-        scale = 1e6
-        unit = "MB"
+    scale, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     top = [max(ranks) / scale for ranks in per_rank]
     bottom = [min(ranks) / scale for ranks in per_rank]
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
@@ -375,7 +359,7 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
         axes = figure.subplots()
         millions = [row["parameters"] / 1e6 for row in measured]
         values = [row["perplexity"] for row in measured]
-        axes.plot(millions, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
+        axes.plot(millions, values, **MEASURED)
         if dense is not None:
             label = f"dense model: {format_perplexity(dense)}"
             axes.axhline(dense, color=CUT, lw=1, ls=":", label=label)
@@ -387,10 +371,8 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
             xlabel="parameters, millions",
             ylabel="perplexity, held-out text",
         )
-        points = zip(millions, values, strict=True)
-        texts = map(_describe_size, measured)
-        labels = [(axes, text, point) for text, point in zip(texts, points, strict=True)]
-        label_points(figure, labels, color=TEXT)
+        rows = zip(map(_describe_size, measured), millions, values, strict=True)
+        label_points(figure, [(axes, text, (x, y)) for text, x, y in rows], color=TEXT)
     return True
 
 

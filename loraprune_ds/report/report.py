@@ -16,15 +16,13 @@ import torch
 
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
-from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
+from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
-from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
+from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_shelf, draw_training
 
-# a cut record counts these per layer
-KINDS = ("heads", QUERY_HEADS, "channels", "experts", "delta", "cross_heads")
 # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 QUANTISATION_GROUPS = (128, 64, 32)
 CHECKOUT = Path(__file__).resolve().parents[2]  # if the package runs from one
@@ -66,11 +64,11 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
 
 def _exported_sizes(folder: Path, sizes: dict[int, str]) -> dict[int, str]:
     """Leaves out sizes without a folder. The last size is the run's own model, which is not published yet."""
-    exported: dict[int, str] = {}
-    for step, size in sizes.items():
-        if step == max(sizes) or (folder / records.export_folder(sizes, step)).is_dir():
-            exported[step] = size
-    return exported
+    return {
+        step: size
+        for step, size in sizes.items()
+        if step == max(sizes) or (folder / records.export_folder(sizes, step)).is_dir()
+    }
 
 
 def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
@@ -100,10 +98,12 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
 
 def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str, float]:
     """Counts parameters without LoRA. A tied tensor counts once."""
+    total = dense.total_numel()
+    total_pruned = pruned.total_numel()
     return {
-        "dense": dense.total_numel(),
-        "pruned": pruned.total_numel(),
-        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
+        "dense": total,
+        "pruned": total_pruned,
+        "removed_fraction": 1 - total_pruned / total,
         "linear_dense": dense.linear_numel(),
         "linear_pruned": pruned.linear_numel(),
         "linear_asked_fraction": ratio,
@@ -112,37 +112,40 @@ def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str
 
 def _without_counts(cut: records.CutRecord) -> dict[str, Any]:
     """Returns a cut without the lists that have an entry per layer."""
-    return {name: value for name, value in asdict(cut).items() if name not in KINDS}
+    return {name: value for name, value in asdict(cut).items() if name not in PANELS}
 
 
 def _speed_and_memory(
     history: records.History, schedule: Schedule, resumed_from: Sequence[int]
 ) -> dict[str, Any]:
     """Compares the steps up to the first cut with the steps after the last cut."""
+    warm_up = {1, *(step + 1 for step in resumed_from)}  # the first steps of every process
+
+    def warm(steps: Sequence[records.StepRecord]) -> list[records.StepRecord]:
+        return [s for s in steps if s.step not in warm_up]
+
     steps = history.steps
-    last = steps[-1] if steps else None
-    steps_before = steps
-    steps_after: list[records.StepRecord] = []
-    if history.cuts:
-        steps_before = [s for s in steps if s.step <= history.cuts[0].step]
-        steps_after = [s for s in steps if s.step > history.cuts[-1].step]
-    before = steps_before[-1] if steps_before else None
-    after = last if history.cuts else None
+    first_cut = history.cuts[0].step if history.cuts else math.inf
+    last_cut = history.cuts[-1].step if history.cuts else math.inf
+    before = [s for s in steps if s.step <= first_cut]
+    after = [s for s in steps if s.step > last_cut]
+    ends = {"before": before[-1:], "after": steps[-1:] if history.cuts else []}
+
+    def at_ends(name: str) -> dict[str, Any]:
+        return {part: getattr(end[0], name) if end else None for part, end in ends.items()}
+
     return {
         "seconds_per_step": {
-            "before": _seconds_per_step(steps_before, resumed_from),
-            "after": _seconds_per_step(steps_after, resumed_from),
+            "before": _seconds_per_step(warm(before)),
+            "after": _seconds_per_step(warm(after)),
         },
-        "resident_bytes": {
-            "before": before.resident_bytes if before else None,
-            "after": after.resident_bytes if after else None,
-        },
+        "resident_bytes": at_ends("resident_bytes"),
         "step_peak_bytes": {
-            "before": _step_peak(_without_refit(steps_before, schedule), resumed_from),
-            "after": _step_peak(steps_after, resumed_from),
+            "before": _step_peak(warm(_without_refit(before, schedule))),
+            "after": _step_peak(warm(after)),
         },
-        "reserved_bytes": last.reserved_bytes if last else [],
-        "mfu": {"before": before.mfu if before else None, "after": after.mfu if after else None},
+        "reserved_bytes": steps[-1].reserved_bytes if steps else [],
+        "mfu": at_ends("mfu"),
     }
 
 
@@ -178,9 +181,8 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     # a server splits an expert by channels
     divisor = pruned.mixture.expert_size if pruned.mixture else 0
     for layer in pruned.counts:
-        for kind, count in layer.items():
-            if kind != "experts":
-                divisor = math.gcd(divisor, count)
+        widths = [count for kind, count in layer.items() if kind != "experts"]
+        divisor = math.gcd(divisor, *widths)
     inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
     parts = [n for n in range(1, divisor + 1) if divisor % n == 0]
     return {
@@ -200,28 +202,16 @@ def _without_refit(
     return plain or steps
 
 
-def _step_peak(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> int | None:
-    """Returns the median peak of the fullest rank, excluding the first step of every process."""
-    peaks: list[int] = []
-    for step in _after_warm_up(steps, resumed_from):
-        if step.peak_bytes and all(step.peak_bytes):
-            peaks.append(max(step.peak_bytes))
+def _step_peak(steps: Sequence[records.StepRecord]) -> int | None:
+    """Returns the median peak of the fullest rank."""
+    peaks = [max(s.peak_bytes) for s in steps if min(s.peak_bytes, default=0)]
     return int(statistics.median(peaks)) if peaks else None
 
 
-def _seconds_per_step(
-    steps: Sequence[records.StepRecord], resumed_from: Sequence[int]
-) -> float | None:
-    """Returns the median, excluding skipped steps and the first step of every process."""
-    times = [s.seconds for s in _after_warm_up(steps, resumed_from) if not s.skipped]
-    return statistics.median(times) if times else None
-
-
-def _after_warm_up(
-    steps: Sequence[records.StepRecord], resumed_from: Sequence[int]
-) -> list[records.StepRecord]:
-    warm_up = {1, *(step + 1 for step in resumed_from)}
-    return [s for s in steps if s.step not in warm_up]
+def _seconds_per_step(steps: Sequence[records.StepRecord]) -> float | None:
+    """Returns the median, excluding skipped steps."""
+    seconds = [s.seconds for s in steps if not s.skipped]
+    return statistics.median(seconds) if seconds else None
 
 
 def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:
@@ -231,24 +221,21 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
     """
     lines: list[str] = []
     for keep, counts in zip(kept_of_dense, dense.counts, strict=True):
-        layer: dict[str, Any] = {}
-        for kind, groups in keep.items():
-            layer[kind] = groups.tolist()
-            layer[f"{kind}_dense"] = counts[kind]
-        lines.append(json.dumps(layer, sort_keys=True))
+        groups = {kind: indices.tolist() for kind, indices in keep.items()}
+        dense_counts = {f"{kind}_dense": counts[kind] for kind in keep}
+        lines.append(json.dumps(groups | dense_counts, sort_keys=True))
     layers = ",\n".join(lines)
-    write_text(folder / records.KEPT_GROUPS_FILE, f'{{"layers": [\n{layers}\n]}}\n')
+    path = folder / records.KEPT_GROUPS_FILE
+    write_text(path, f'{{"layers": [\n{layers}\n]}}\n')
 
 
 def versions() -> dict[str, str | None]:
     """Returns the installed versions, and the commit if this is a git checkout."""
-    installed: dict[str, str | None] = {}
-    for name in PACKAGES:
-        package = next(iter(distributions(name=name)), None)
-        installed[name] = package.version if package else None
-    installed["python"] = platform.python_version()
-    installed["commit"] = commit(CHECKOUT)
-    return installed
+    installed = {
+        name: next((package.version for package in distributions(name=name)), None)
+        for name in PACKAGES
+    }
+    return installed | {"python": platform.python_version(), "commit": commit(CHECKOUT)}
 
 
 def commit(checkout: Path) -> str | None:
