@@ -79,11 +79,11 @@ def measured_linears(
 def refitted_linears(dense: ModelShape, shape: ModelShape, layer: int) -> list[str]:
     """Lists the linears of a layer that refits have changed by now: all that have lost inputs."""
     dense_shapes = {linear.linear: linear.shape for _, linear in measured_linears(dense, [layer])}
-    names = list[str]()
-    for _, linear in measured_linears(shape, [layer]):
-        if linear.shape != dense_shapes[linear.linear]:
-            names.append(linear.linear)
-    return names
+    return [
+        linear.linear
+        for _, linear in measured_linears(shape, [layer])
+        if linear.shape != dense_shapes[linear.linear]
+    ]
 
 
 class InputMoments:
@@ -136,10 +136,11 @@ class InputMoments:
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
-        shrinking = dict[LinearId, TensorSpec]()
-        for i, linear in measured_linears(self._model.shape):
-            if linear.shrinks(keep[i]):
-                shrinking[LinearId(i, linear.linear)] = linear
+        shrinking = {
+            LinearId(i, linear.linear): linear
+            for i, linear in measured_linears(self._model.shape)
+            if linear.shrinks(keep[i])
+        }
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
             _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
@@ -174,13 +175,15 @@ class InputMoments:
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
         """Restores a checkpoint. `read` returns the `halves` of the rank that owned the layer."""
+        model = self._model
         self.tokens = tokens
-        for layer in range(len(self._model.layers)):
-            if self._model.owner(layer) == self._model.rank:
-                for name, half in read(layer).items():
-                    linear_id = LinearId(layer, name)
-                    inputs = self._model.shape.linear(linear_id).inputs
-                    self.sums[linear_id] = from_half(half.to(self._model.device), inputs)
+        for layer in range(len(model.layers)):
+            if model.owner(layer) != model.rank:
+                continue
+            for name, half in read(layer).items():
+                linear_id = LinearId(layer, name)
+                inputs = model.shape.linear(linear_id).inputs
+                self.sums[linear_id] = from_half(half.to(model.device), inputs)
 
     def clear(self) -> None:
         self.sums.clear()
@@ -228,13 +231,17 @@ def _tiles(n: int) -> Iterator[tuple[slice, slice]]:
 
 def numel_sent(n: int) -> int:
     """Counts the elements of half a second moment of n inputs: about n² / 2."""
-    return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n))
+    return sum(_sizes(n))
+
+
+def _sizes(n: int) -> list[int]:
+    """Lists the elements of each tile."""
+    return [(rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n)]
 
 
 def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields the rows, columns and values of each tile of a flat half."""
-    sizes = [(rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n)]
-    for (rows, columns), tile in zip(_tiles(n), torch.split(half, sizes), strict=True):
+    for (rows, columns), tile in zip(_tiles(n), torch.split(half, _sizes(n)), strict=True):
         yield rows, columns, tile.view(-1, n - rows.start)
 
 

@@ -1,6 +1,6 @@
 """The scores of groups: each rank's part, the sum over the ranks, and the moving average over the steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -39,11 +39,9 @@ class GroupSums:
         ]
         for place, scores in zip(self._places(), self._normalized(normalization), strict=True):
             sums = layers[place.layer]
-            if scores.ndim == 1:
-                sums[place.kind] = sums[place.kind] + scores
-            else:  # second moments, which belong to one span
-                sums[place.kind] = scores
-        return [LayerScores(sums) for sums in layers]
+            # Second moments belong to one span.
+            sums[place.kind] = scores if scores.ndim > 1 else sums[place.kind] + scores
+        return list(map(LayerScores, layers))
 
     def check(self) -> None:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
@@ -60,9 +58,11 @@ class GroupSums:
         if normalization == "none":
             return list(self.of_spans)
         if normalization == "l2":
-            return [_divide(scores, cast(Any, scores).norm()) for scores in self.of_spans]
-        total = self._sum()
-        return [_divide(scores, total) for scores in self.of_spans]
+            divisors = [cast(Any, scores).norm() for scores in self.of_spans]
+        else:
+            divisors = [self._sum()] * len(self.of_spans)
+        pairs = zip(self.of_spans, divisors, strict=True)
+        return [scores / divisor.where(divisor > 0, 1.0) for scores, divisor in pairs]
 
     def _sum(self) -> Tensor:
         return torch.cat([scores.flatten() for scores in self.of_spans]).sum()
@@ -79,11 +79,6 @@ class Place(NamedTuple):
     layer: int
     linear: str
     kind: Kind
-
-
-def _divide(scores: Tensor, divisor: Tensor) -> Tensor:
-    """Divides scores, unless all are zero."""
-    return scores / divisor.where(divisor > 0, 1.0)
 
 
 def score_groups(
@@ -141,7 +136,7 @@ class MovingAverage:
 
     def update(self, now: list[LayerScores]) -> None:
         """Adds the scores of one more step."""
-        before = self.scores or [_map(torch.zeros_like, layer) for layer in now]
+        before = self.scores or [layer.map(torch.zeros_like) for layer in now]
         self.scores = [self._mix(*layers) for layers in zip(before, now, strict=True)]
         self.updates_since_cut += 1
 
@@ -156,14 +151,10 @@ class MovingAverage:
         """Returns the scores in host memory. None if nothing was scored yet."""
         if self.scores is None:
             return None
-        return [_map(Tensor.cpu, layer) for layer in self.scores]
+        return [layer.map(Tensor.cpu) for layer in self.scores]
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Keeps the scores of the groups that a cut leaves."""
         assert self.scores is not None
         self.scores = [scores.select(k) for scores, k in zip(self.scores, keep, strict=True)]
         self.updates_since_cut = 0
-
-
-def _map(function: Callable[[Tensor], Tensor], scores: LayerScores) -> LayerScores:
-    return LayerScores((kind, function(values)) for kind, values in scores.items())
