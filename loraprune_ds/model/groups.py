@@ -269,9 +269,8 @@ class TensorSpec:
         if "{}" not in templates[0]:
             shape = (self.matrices, rows // self.matrices, columns)
             return Pieces((prefix + templates[0],), shape, transposed)
-        names: list[str] = []
-        for expert in range(self.matrices):
-            names += [prefix + template.format(expert) for template in templates]
+        experts = range(self.matrices)
+        names = [prefix + template.format(i) for i in experts for template in templates]
         return Pieces(tuple(names), (rows // len(names), columns), transposed)
 
 
@@ -342,10 +341,7 @@ class LayerSpec:
 
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
-        numel: list[int] = []
-        for linear in self.linears:
-            numel += [math.prod(shape) for shape in linear.lora_shapes(rank)]
-        return numel
+        return [math.prod(shape) for linear in self.linears for shape in linear.lora_shapes(rank)]
 
     def shapes(self) -> dict[str, Shape]:
         return {tensor.name: tensor.shape for tensor in self.tensors}

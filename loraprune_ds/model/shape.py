@@ -1,6 +1,7 @@
 """The sizes of a model: its layers, each a list of tensors, and the parameters outside. Also the cost of a token."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -85,13 +86,9 @@ class ModelShape:
     @cached_property
     def layer_lists(self) -> list[range]:
         """The layers of a decoder, or of an encoder and its decoder."""
-        ranges: list[range] = []
-        start = 0
-        for number in range(len(self.family.layer_lists)):
-            end = start + sum(layer.layer_list == number for layer in self.layers)
-            ranges.append(range(start, end))
-            start = end
-        return ranges
+        numbers = [layer.layer_list for layer in self.layers]  # ascending
+        lists = range(len(self.family.layer_lists))
+        return [range(bisect_left(numbers, i), bisect_right(numbers, i)) for i in lists]
 
     def prefix(self, layer: int) -> str:
         """Returns the start of a layer's parameter names, such as "model.layers.0."."""
@@ -141,32 +138,31 @@ class ModelShape:
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
-        pieces: dict[str, Pieces] = {}
-        for prefix, tensor in self.tensors():
-            on_disk = tensor.pieces(prefix, fused, transposed)
-            if on_disk:
-                pieces[prefix + tensor.name] = on_disk
-        return pieces
+        return {
+            prefix + tensor.name: pieces
+            for prefix, tensor in self.tensors()
+            if (pieces := tensor.pieces(prefix, fused, transposed))
+        }
 
     @property
     def shared_tensors(self) -> dict[str, str]:
         """Maps copies of a bias to the one in the first layer of their encoder or decoder. Files hold only that one."""
-        copies: dict[str, str] = {}
         if not self.family.shares_bias(self.config, self.layers):
-            return copies
+            return {}
         bias = self.family.shared_bias
-        for layers in self.layer_lists:
-            for layer in layers[1:]:
-                copies[f"{self.prefix(layer)}{bias}"] = f"{self.prefix(layers[0])}{bias}"
-        return copies
+        return {
+            f"{self.prefix(layer)}{bias}": f"{self.prefix(layers[0])}{bias}"
+            for layers in self.layer_lists
+            for layer in layers[1:]
+        }
 
     def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
-        stored: dict[str, StoredTensor] = {}
-        for prefix, tensor in self.tensors():
-            for name, stored_tensor in tensor.stored(element_size, int8).items():
-                stored[prefix + name] = stored_tensor
-        return stored
+        return {
+            prefix + name: stored
+            for prefix, tensor in self.tensors()
+            for name, stored in tensor.stored(element_size, int8).items()
+        }
 
     def total_numel(self) -> int:
         return sum(tensor.numel for _, tensor in self.tensors())

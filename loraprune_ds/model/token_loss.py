@@ -53,7 +53,7 @@ def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
     window = torch.arange(width, device=labels.device)
     is_supervised = (labels != IGNORE_INDEX).int()
     starts = is_supervised.argmax(1, keepdim=True) - 1  # (batch, 1), where the start token is
-    ends = window[-1] - is_supervised.flip(1).argmax(1, keepdim=True)  # where the last label is
+    ends = width - 1 - is_supervised.flip(1).argmax(1, keepdim=True)  # where the last label is
 
     source_mask = window[: int(starts.max())] < starts
     source = input_ids[:, : source_mask.shape[1]] * source_mask
@@ -61,10 +61,12 @@ def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
     lengths = ends - starts
     steps = window[: int(lengths.max())]
     target_mask = steps < lengths
-    target = input_ids.gather(1, (starts + steps).clamp(max=window[-1])) * target_mask
+    inside = (starts + steps).clamp(max=width - 1)
+    target = input_ids.gather(1, inside) * target_mask
 
     rows = torch.arange(batch).to(starts)[:, None]
-    places = (window - starts).clamp(0, len(steps) - 1) + rows * len(steps)
+    steps_after_start = (window - starts).clamp(0, len(steps) - 1)
+    places = rows * len(steps) + steps_after_start
     return SplitRows(source, source_mask, target, target_mask, places.flatten())
 
 

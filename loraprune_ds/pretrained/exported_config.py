@@ -12,7 +12,7 @@ from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.families.moe import NEW_COUNT
 from loraprune_ds.model.family import family_name
-from loraprune_ds.model.groups import Kind, LayerCounts
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import AUTO_MAP
 
@@ -159,14 +159,13 @@ def _sizes(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     """Returns the sizes of each layer, and the largest as global sizes, for readers that know only these."""
     family = shape.family
     counted = family.counted(shape.config, shape.layers)
-    widest: dict[Kind, int] = {}
-    for kind in ("heads", *shape.kinds):
-        widest[kind] = max(layer.get(kind, 0) for layer in counted)
+    kinds = ("heads", *shape.kinds)
+    widest = LayerCounts((kind, max(layer.get(kind, 0) for layer in counted)) for kind in kinds)
     sizes: dict[str, Any] = {"vocab_size": shape.vocab_size}
     sizes |= family.model_fields(shape.config, counted)
     for layer_list, layers in zip(family.layer_lists, shape.layer_lists, strict=True):
         sizes[layer_list.count] = len(layers)
-    sizes |= _layer_fields(shape, LayerCounts(widest))
+    sizes |= _layer_fields(shape, widest)
     if not shape.is_uniform:
         of_layers = [_layer_fields(shape, counts) for counts in counted]
         sizes[family.per_layer] = {str(i): fields for i, fields in enumerate(of_layers)}

@@ -96,8 +96,8 @@ def read_samples(path: Path) -> Iterator[bytes]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         samples: list[tuple[int, int]] = []
-        for span in sorted(entry["data_offsets"] for entry in entries.values()):
-            samples += [(size, begin + start) for size, start in _samples(*span)]
+        for first, last in sorted(entry["data_offsets"] for entry in entries.values()):
+            samples += _samples(begin + first, begin + last)
         yield from pool.map(lambda sample: os.pread(file.fileno(), *sample), samples)
 
 

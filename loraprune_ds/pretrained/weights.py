@@ -69,10 +69,9 @@ class ModelWeights:
         if smaller.layers == self.shape.layers:
             return self
         slices: dict[str, Slice] = {}
-        for i, (layer, layer_keep) in enumerate(zip(self.shape.layers, keep, strict=True)):
-            prefix = self.shape.prefix(i)
-            for name, part, _ in layer.cuts(layer_keep, int8=self.int8):
-                slices[prefix + name] = part
+        for i, layer in enumerate(self.shape.layers):
+            for name, part, _ in layer.cuts(keep[i], int8=self.int8):
+                slices[self.shape.prefix(i) + name] = part
         pieces = dict(self.pieces)
         for name in self.pieces.keys() & slices.keys():
             pieces[name] = pieces[name].keep_rows(slices.pop(name).keep)
@@ -108,11 +107,13 @@ class ModelWeights:
 
     def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
         numel = math.prod(pieces.shape)
+        first = start // numel
+        last = -(-end // numel)
         parts = [torch.empty(0, dtype=dtype)]
-        for i in range(start // numel, -(-end // numel) if end > start else 0):
+        for i, name in enumerate(pieces.names[first:last], start=first):
             low = max(start - i * numel, 0)
             high = min(end - i * numel, numel)
-            parts.append(self.read_flat(pieces.names[i], low, high, dtype))
+            parts.append(self.read_flat(name, low, high, dtype))
         return torch.cat(parts)
 
     def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -224,7 +225,9 @@ def _read_part(stored: Tensor, part: Slice, start: int, end: int, dtype: torch.d
     columns = len(part.keep) if part.axis == 1 else width
     first = start // columns
     last = -(-end // columns)
-    rows = part.keep[first:last] if part.axis == 0 else torch.arange(first, last)
+    rows = torch.arange(first, last)
+    if part.axis == 0:
+        rows = part.keep[first:last]
     elements = torch.empty(end - start, dtype=dtype)
     step = max(1, READ_CHUNK // width)
     for i, chunk in enumerate(rows.split(step)):

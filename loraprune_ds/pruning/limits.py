@@ -47,10 +47,9 @@ class Limits:
 
     def numel(self, layers: Sequence[LayerCounts]) -> dict[Kind, int]:
         """Counts the linear parameters of each kind in the open layers, from the counts of all layers."""
-        return {
-            kind: group * sum(layers[i][kind] for i in self.open_layers)
-            for kind, group in self.dense.group_numel.items()
-        }
+        open_layers = [layers[i] for i in self.open_layers]
+        numel = self.dense.group_numel
+        return {kind: numel[kind] * sum(x[kind] for x in open_layers) for kind in numel}
 
     @cached_property
     def removable(self) -> dict[Kind, int]:
@@ -71,21 +70,23 @@ class Limits:
         return self._equal_counts(self.floor), self._equal_counts(self.dense.counts)
 
     def _equal_counts(self, layers: Sequence[LayerCounts]) -> LayerCounts:
+        times = self.dense.times
         # Some layers lack a kind, so the largest count is the common one.
-        return LayerCounts(
-            (kind, max(layers[i][kind] // self.dense.times(i, kind) for i in self.open_layers))
+        counts = {
+            kind: max(layers[i][kind] // times(i, kind) for i in self.open_layers)
             for kind in self.dense.kinds
-        )
+        }
+        return LayerCounts(counts)
 
     @cached_property
     def equal_numel(self) -> dict[Kind, int]:
         """The linear parameters of one group in every open layer that has such groups."""
         dense = self.dense
-        return {
-            kind: group
-            * sum(dense.times(i, kind) for i in self.open_layers if dense.counts[i][kind])
-            for kind, group in dense.group_numel.items()
-        }
+        numel = dict(dense.group_numel)
+        for kind in numel:
+            layers = (i for i in self.open_layers if dense.counts[i][kind])
+            numel[kind] *= sum(dense.times(i, kind) for i in layers)
+        return numel
 
     def narrowest(self, bounds: Bounds) -> Iterator[LayerCounts]:
         """Yields for each count of heads the equal counts with the fewest channels (or experts)."""
@@ -104,10 +105,9 @@ class Limits:
         """Returns the shape with equal counts in every open layer. Layers with delta nets and with attention differ."""
         layers = list(self.dense.counts)
         for i in self.open_layers:
-            layers[i] = LayerCounts(
-                (kind, counts[kind] * self.dense.times(i, kind) if dense_count else 0)
-                for kind, dense_count in layers[i].items()
-            )
+            present = [kind for kind, count in layers[i].items() if count]
+            equal = {kind: counts[kind] * self.dense.times(i, kind) for kind in present}
+            layers[i] = LayerCounts(layers[i] | equal)
         return self.dense.resized(layers)
 
 

@@ -38,9 +38,7 @@ def read_rows(source: DataSource) -> TextRows:
     files = files_of(source)
     if files is None:
         return _load_dataset(source)
-    rows: list[TextRow] = []
-    for file in files:
-        rows += _read_rows_of_file(file, source)
+    rows = [row for file in files for row in _read_rows_of_file(file, source)]
     _read_fields(source, set().union(*rows))
     return rows
 
@@ -57,11 +55,11 @@ def source_identity(source: DataSource) -> object:
 
 def resolve_commits(config: DataConfig) -> dict[str, str]:
     """Returns the commits of all data sets of the hub, by their sections. Later starts of a run take the same."""
-    commits: dict[str, str] = {}
-    for source in config.sources:
-        if source.path != EMBEDDED and files_of(source) is None:
-            commits[source.section] = _ask_hub("load_dataset_builder", source).hash
-    return commits
+    return {
+        source.section: _ask_hub("load_dataset_builder", source).hash
+        for source in config.sources
+        if source.path != EMBEDDED and files_of(source) is None
+    }
 
 
 def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
