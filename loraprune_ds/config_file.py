@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -25,19 +25,11 @@ SECTIONS: dict[Any, Any] = {
 SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]
 
 
-class Removed(NamedTuple):
-    """Describes a setting of earlier commits. Files of runs and callbacks have it, which must stay readable."""
-
-    default: Any  # this value changed nothing, so it is left out
-    reader: str  # the last commit that reads another value
-    instead: str  # what a user does now
-
-
+# Settings of earlier commits, and their defaults, which changed nothing. Files of runs and callbacks have them, which
+# must stay readable.
+REMOVED: dict[str, Any] = {"model.drop_layers": [], "prune.depth_ratio": 0.0}
+LAST_READER = "6ec3512a"  # the last commit that reads another value
 DROP_BEFORE = "drop layers before the run, as launch/examples/drop_layers.py does"
-REMOVED = {
-    "model.drop_layers": Removed([], "6ec3512a", DROP_BEFORE),
-    "prune.depth_ratio": Removed(0.0, "6ec3512a", DROP_BEFORE),
-}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -110,13 +102,13 @@ def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
     Raises UserError if one has another value than its default. The line names the commit that reads it.
     """
     config = dict(saved)
-    for dotted, removed in REMOVED.items():
+    for dotted, default in REMOVED.items():
         section, key = dotted.split(".")
         values = config.get(section)
         if isinstance(values, dict) and key in values:
             require(
-                values[key] == removed.default,
-                f"{dotted} is {values[key]}; go on with commit {removed.reader}, the last that reads it",
+                values[key] == default,
+                f"{dotted} is {values[key]}; go on with commit {LAST_READER}, the last that reads it",
             )
             config[section] = {name: value for name, value in values.items() if name != key}
     return config
@@ -204,7 +196,7 @@ def _describe(error: ValidationError) -> str:
 def _advice(key: str, path: list[str | int]) -> str:
     """Says what to do in place of a removed key, or which keys exist there."""
     if key in REMOVED:
-        return REMOVED[key].instead
+        return DROP_BEFORE
     section = RunConfig
     if len(path) == 2:
         section = SECTIONS[path[0]]

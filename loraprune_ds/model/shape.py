@@ -28,6 +28,9 @@ class LinearId(NamedTuple):
     name: str
 
 
+LayerLinear = tuple[int, TensorSpec]  # a linear with LoRA, after the number of its layer
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Holds the sizes of a model of a family."""
@@ -101,13 +104,13 @@ class ModelShape:
         """The costs of attention in each layer."""
         return [self.family.attention(self.config, layer) for layer in self.layers]
 
-    def linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+    def linears(self, layers: Iterable[int] | None = None) -> list[LayerLinear]:
         """Lists the linears with LoRA of these or all layers, each with the number of its layer."""
         if layers is None:
             layers = range(len(self.layers))
         return [(i, linear) for i in layers for linear in self.layers[i].linears]
 
-    def input_linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+    def input_linears(self, layers: Iterable[int] | None = None) -> list[LayerLinear]:
         """Lists the linears whose inputs are groups, like o_proj and down_proj."""
         return [(i, linear) for i, linear in self.linears(layers) if linear.reads_groups]
 

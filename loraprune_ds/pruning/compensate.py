@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import LayerKeep, TensorSpec, cut
-from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.model.groups import LayerKeep, cut
+from loraprune_ds.model.shape import LayerLinear, LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
 
 # 0.01 gave 47.7/60.7/133 instead of 45.7/56.4/126 (tests/benchmarks/README.md of commit 95c06ca)
@@ -69,9 +69,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     return weight
 
 
-def measured_linears(
-    shape: ModelShape, layers: Iterable[int] | None = None
-) -> list[tuple[int, TensorSpec]]:
+def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LayerLinear]:
     """Lists the linears that lose inputs, of some layers or all. Stacks lose experts, not inputs."""
     return [(i, linear) for i, linear in shape.linears(layers) if linear.loses_inputs]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraprune_ds.model.groups import QUERY_HEADS, TensorSpec
-from loraprune_ds.model.shape import LinearId
+from loraprune_ds.model.groups import QUERY_HEADS
+from loraprune_ds.model.shape import LayerLinear, LinearId
 from loraprune_ds.pruning.layer_scores import second_moments
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, hook_inputs
 
@@ -166,7 +166,7 @@ class MaskGradients:
             self._squares.clear()
 
     @property
-    def linears(self) -> list[tuple[int, TensorSpec]]:
+    def linears(self) -> list[LayerLinear]:
         """The linears that are scored."""
         return self._model.shape.input_linears()
 
