@@ -117,8 +117,11 @@ def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
     """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count."""
     before = dict(dotted_values(old.to_dict()))
-    keys = [key for key, value in dotted_values(new.to_dict()) if value != before[key]]
-    return [key for key in keys if key not in ignored and key.partition(".")[0] not in ignored]
+    return [
+        key
+        for key, value in dotted_values(new.to_dict())
+        if value != before[key] and {key, key.partition(".")[0]}.isdisjoint(ignored)
+    ]
 
 
 def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -167,7 +170,8 @@ def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}
-    return shared | {key: value for key, value in entry.items() if value is not None}
+    values = {key: value for key, value in entry.items() if value is not None}
+    return shared | values
 
 
 def _describe(error: ValidationError) -> str:

@@ -20,9 +20,9 @@ def check_counts(config: dict[str, Any], where: str) -> None:
     for section in sections:  # which grows
         sections += [value for value in section.values() if isinstance(value, dict)]
         for key, value in section.items():
-            limits = (limit for keys, limit in LIMITS.items() if re.fullmatch(keys, str(key)))
-            limit = next(limits, None)
-            require(
-                limit is None or not isinstance(value, int) or value <= limit,
-                f"{where}: config.json has {key} {value}, but at most {limit} are supported",
-            )
+            for keys, limit in LIMITS.items():
+                if isinstance(value, int) and re.fullmatch(keys, str(key)):
+                    require(
+                        value <= limit,
+                        f"{where}: config.json has {key} {value}, but at most {limit} are supported",
+                    )

@@ -35,20 +35,19 @@ def layer_config(config: Any, layer: int) -> Any:
 def rebuild_layers(model: Any, config: Any) -> None:
     """Rebuilds each layer at its own size. from_pretrained does that on the meta device, at no cost."""
     if hasattr(model, "encoder"):
-        return rebuild_encoder_decoder(model, config)
+        sizes = getattr(config, "layer_sizes", {})
+        rebuild_coder(model.encoder, sizes, 0)
+        rebuild_coder(model.decoder, sizes, len(model.encoder.block))
+        return
     for i, layer in enumerate(model.layers):
         model.layers[i] = type(layer)(layer_config(config, i), i)
 
 
-def rebuild_encoder_decoder(model: Any, config: Any) -> None:
-    """Rebuilds an encoder and its decoder, whose attention to the encoder has its own number of heads."""
-    sizes = getattr(config, "layer_sizes", {})
-    rebuild_coder(model.encoder, sizes, 0)
-    rebuild_coder(model.decoder, sizes, len(model.encoder.block))
-
-
 def rebuild_coder(coder: Any, sizes: dict[str, Any], first: int) -> None:
-    """Rebuilds the layers of an encoder or decoder. Its first layer is number `first` in `sizes`."""
+    """Rebuilds the layers of an encoder or decoder. Its first layer is number `first` in `sizes`.
+
+    The decoder's attention to the encoder has its own number of heads.
+    """
     for i, layer in enumerate(coder.block):
         resolved = copy.copy(coder.config)
         resolved.__dict__.update(sizes.get(str(first + i), {}))

@@ -166,16 +166,13 @@ def check_weights(
     Raises:
         UserError: a tensor is missing, surplus or quantized, or has another shape.
     """
-    experts = next((name for name in names if name.endswith(FUSED_EXPERTS)), None)
-    stacks = shape.pieces(fused=experts is not None)
-    transposed = False
-    if experts is not None:
-        on_disk = headers[names[experts]][0]
-        transposed = any(
-            experts in stack.names and on_disk != stack.shape for stack in stacks.values()
-        )
+    fused = [name for name in names if name.endswith(FUSED_EXPERTS)]
+    stacks = shape.pieces(fused=bool(fused))
     # A stack that is one tensor on disk needs no pieces.
     whole = {stack.names[0]: name for name, stack in stacks.items() if len(stack.names) == 1}
+    transposed = False
+    for name in whole.keys() & fused[:1]:
+        transposed = headers[names[name]][0] != stacks[whole[name]].shape
     names_on_disk = {whole.get(name, name): in_file for name, in_file in names.items()}
     found = {name: headers[in_file] for name, in_file in names_on_disk.items()}
     expected = shape.stored(2, int8=False)

@@ -108,25 +108,23 @@ def score_shard(
 
 
 class Tap(torch.autograd.Function):
-    """Returns its input. The backward pass calls a receiver with the gradient and with a saved tensor.
+    """Returns its input. The backward pass calls a receiver with the gradient and with the input.
 
     With activation checkpointing the forward runs twice and the backward once, so the receiver is called once.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        ctx.save_for_backward(saved)
+    def forward(ctx: Any, inputs: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
         ctx.receive = receive
-        return passed.view_as(passed)
+        return inputs.view_as(inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (saved,) = ctx.saved_tensors
-        ctx.receive(gradient, saved)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (inputs,) = ctx.saved_tensors
+        ctx.receive(gradient, inputs)
+        return gradient, None
 
 
 class MaskGradients:
@@ -181,7 +179,7 @@ class MaskGradients:
     ) -> Tensor | None:
         if not self._active:
             return None
-        return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id, counts)))
+        return cast(Tensor, Tap.apply(inputs, partial(self._receive, linear_id, counts)))
 
     def _receive(
         self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
+from itertools import compress, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -311,13 +311,12 @@ def _hold_out(
     sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, count)
     chosen = _spread(sizes, fraction)
     if chosen:
-        left_out = {i + 1 for i in chosen}
-        numbers = [number for number in all_numbers if number not in left_out]
-        tuning = (
-            (number, row) for number, row in enumerate(rows, start=1) if number not in left_out
-        )
+        is_tuned = [True] * count
+        for i in chosen:
+            is_tuned[i] = False
+        tuning = compress(enumerate(rows, start=1), is_tuned)
         held_out = ((i + 1, rows[i]) for i in chosen)
-        return Split(tuning, numbers, held_out)
+        return Split(tuning, compress(all_numbers, is_tuned), held_out)
     require(
         are_documents,
         f"data.held_out_fraction {fraction} of the {count} rows in {source.path} is none; "

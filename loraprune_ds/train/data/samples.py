@@ -167,7 +167,8 @@ def pack_samples(samples: Samples) -> Samples:
     columns["labels"][starts[:-1]] = IGNORE_INDEX
     columns["position_ids"] = positions
     pack_sizes = torch.tensor(list(map(len, packs)), dtype=torch.int64)
-    return replace(samples, columns=columns, starts=starts[starts_of(pack_sizes)])
+    first_samples = starts_of(pack_sizes)
+    return replace(samples, columns=columns, starts=starts[first_samples])
 
 
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:

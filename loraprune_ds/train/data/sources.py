@@ -66,10 +66,10 @@ def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
     """Returns the same data with these commits as revisions."""
     if isinstance(config.path, str):
         return replace(config, revision=commits.get("data", config.revision))
-    entries = list(config.path)
-    for i, source in enumerate(config.sources):
-        revision = commits.get(source.section, source.revision)
-        entries[i] = replace(entries[i], revision=revision)
+    entries = [
+        replace(entry, revision=commits.get(source.section, source.revision))
+        for entry, source in zip(config.path, config.sources, strict=True)
+    ]
     return replace(config, path=entries)
 
 
