@@ -148,7 +148,7 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Sets a `section.key=value` in the nested dictionary of a run."""
     dotted, separator, value = override.partition("=")
-    require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
+    require(separator and dotted, f"--set takes key=value, got {override!r}")
     *sections, key = dotted.strip().split(".")
     target = raw
     for section in sections:

@@ -47,7 +47,7 @@ def files_of(source: DataSource) -> list[Path] | None:
     paths = local.rglob("*") if local.is_dir() else map(Path, glob(str(local), recursive=True))
     files = sorted(file for file in paths if file.suffix in SUFFIXES and file.is_file())
     where = f"folder {path}" if local.is_dir() else path
-    require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
+    require(files, f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
     return files
 
 

@@ -140,7 +140,7 @@ def read_text(path: Path, key: str) -> str:
     """Reads a file like `open_text`, which must not be blank."""
     with open_text(path, key) as file:
         text = file.read()
-    require(bool(text.strip()), f"{key}: {path} is empty")
+    require(text.strip(), f"{key}: {path} is empty")
     return text
 
 

@@ -169,7 +169,6 @@ class LossHead(nn.Linear):
     """A head that returns token losses for labels. ZeRO-3 gathers its weight only within this forward."""
 
     transform: LogitsTransform
-    chunk_tokens: int | None
 
     def forward(
         self,
@@ -180,7 +179,7 @@ class LossHead(nn.Linear):
     ) -> Tensor:
         if labels is None:
             return super().forward(input)  # the stock model's forward transforms the logits
-        head = Head(self.weight, self.transform, self.chunk_tokens)
+        head = Head(self.weight, self.transform)
         return token_losses(input, head, labels, distillation, supervised)
 
 
@@ -212,12 +211,11 @@ class TokenLosses:
         return self.lm_head(hidden, labels, distillation, supervised)
 
 
-def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
+def with_token_losses(model: PreTrainedModel) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
     head: Any = output_head(model)
     head.__class__ = LossHead
     head.transform = logits_transform(model.config)
-    head.chunk_tokens = chunk_tokens
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model

@@ -189,7 +189,7 @@ def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     if full.get("rope_type") == "proportional":  # transformers 4 does not know it
         return {}
     is_explicit = family_name(shape.model_type) in EXPLICIT
-    has_old_names = bool(OLD_ROPE & source.keys())
+    has_old_names = OLD_ROPE & source.keys()
     if not is_explicit and (has_old_names or not source.get("rope_parameters")):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta")

@@ -1,12 +1,11 @@
 """Reads a model's sizes: what its family says of each layer, and the shapes of modules without weights."""
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, require
@@ -85,11 +84,11 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     for number, names in enumerate(family.layer_lists):
         stack: Any = modules.get_submodule(names.path)
         for i, module in enumerate(stack):
-            of_layer = _layer_config(settings, family, len(layers))
+            of_layer = layer_config(settings, len(layers), family.per_layer)
             marks = list(family.layer(of_layer, len(layers)))
             layer = _layer(number, marks, _shapes(module), f"{where}: {names.path}.{i}.")
             layers.append(equal.setdefault(layer, layer))
-    first = _layer_config(settings, family, 0)
+    first = layer_config(settings, 0, family.per_layer)
     kinds = _kinds(family.layer(first, 0), layers)
     if isinstance(family, Moe) and not family.optional and "experts" not in kinds:
         raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
@@ -211,16 +210,6 @@ def _aliases(config: dict[str, Any]) -> dict[str, str]:
     """Returns other names of fields, to and from those that transformers' class has."""
     names = config_class(config["model_type"]).attribute_map
     return names | {name: alias for alias, name in names.items()}
-
-
-def _layer_config(config: PreTrainedConfig, family: Family, layer: int) -> Any:
-    """Returns transformers' object of one layer."""
-    if family.per_layer == "per_layer_config":
-        return layer_config(config, layer)
-    sizes = getattr(config, family.per_layer, None) or {}
-    of_layer = copy.copy(config)
-    vars(of_layer).update(sizes.get(str(layer), {}))
-    return of_layer
 
 
 def _check_sizes(config: dict[str, Any], family: Family, where: str) -> bool:

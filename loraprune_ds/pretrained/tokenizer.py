@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder} has no readable tokenizer: {one_line(error)}") from error
     # transformers silently makes an empty tokenizer from some damaged files.
     ids: Any = tokenizer("text", add_special_tokens=False)["input_ids"]
-    require(bool(ids), f"{folder}: its tokenizer has no vocabulary")
+    require(ids, f"{folder}: its tokenizer has no vocabulary")
     return tokenizer
 
 

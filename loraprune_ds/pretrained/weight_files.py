@@ -130,7 +130,7 @@ def weight_file_names(folder: Path) -> list[str]:
     if not index.is_file():
         names = {path.name for path in folder.glob("*.safetensors")} - {ADAPTER_WEIGHTS}
         require(
-            bool(names),
+            names,
             f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}",
         )
         return sorted(names)

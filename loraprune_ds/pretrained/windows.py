@@ -44,7 +44,7 @@ def split_batches(
             if len(source) < window
         ]
         require(
-            bool(rows),
+            rows,
             f"the evaluation text has no source that leaves room for a target in a window of {window}",
         )
         batches = [label_answers(rows[i : i + size]) for i in range(0, len(rows), size)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import LayerKeep, cut
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LayerLinear, LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
 
@@ -141,7 +141,7 @@ class InputMoments:
         }
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
-            _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
+            kept = shrinking[linear_id].kept_indices(keep[linear_id.layer])
             moment = self.sums[linear_id]
             try:
                 return refit(linear, moment, kept.to(moment.device))
@@ -158,8 +158,7 @@ class InputMoments:
             linear = self._model.shape.linear(linear_id)
             layer_keep = keep[linear_id.layer]
             if linear.shrinks(layer_keep):
-                _, kept = cut(linear, layer_keep)
-                kept = kept.to(self._model.device)
+                kept = linear.kept_indices(layer_keep).to(self._model.device)
                 half = take_half(moment.index_select(0, kept).index_select(1, kept))
                 self.sums[linear_id] = from_half(half, len(kept))
 

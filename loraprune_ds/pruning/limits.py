@@ -134,7 +134,7 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits of a run. Raises UserError if settings conflict, or do not fit the model."""
     open_layers = _open_layers(config, dense)
     require(
-        bool(open_layers),
+        open_layers,
         f"prune.protected_first and prune.protected_last protect all {len(dense.layers)} layers",
     )
     _check_servers(config.tensor_parallel, dense)
@@ -164,13 +164,9 @@ def _check_servers(servers: int, dense: ModelShape) -> None:
 def _multiples(config: PruneConfig, dense: ModelShape) -> dict[Kind, int]:
     """Returns the divisor of the kept counts of each kind."""
     servers = config.tensor_parallel
-    multiples = {
-        "heads": servers,
-        "cross_heads": servers,
-        "delta": servers,
-        "channels": math.lcm(config.channel_multiple, servers),
-        QUERY_HEADS: math.lcm(dense.ranges(QUERY_HEADS), servers),
-    }
+    multiples = dict.fromkeys(("heads", "cross_heads", "delta"), servers)
+    multiples["channels"] = math.lcm(config.channel_multiple, servers)
+    multiples[QUERY_HEADS] = math.lcm(dense.ranges(QUERY_HEADS), servers)
     return {kind: multiples.get(kind, dense.ranges(kind)) for kind in dense.kinds}
 
 

@@ -82,24 +82,22 @@ class Umt5(Family):
         self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
     ) -> list[str]:
         """AutoTokenizer wants tokenizer.json for a stock umt5, but a ByT5 has none."""
+        pruned = PRUNED + "umt5"
+        if self.shares_bias(c, layers):
+            return [model_type, pruned]
         if source.get("tokenizer_class") == "ByT5Tokenizer":
-            return [PRUNED + "umt5"]
-        return ["umt5", PRUNED + "umt5"]
+            return [pruned]
+        return ["umt5", pruned]
+
+    def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
+        if self.shared_bias is None:
+            return False
+        return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads
 
 
 class T5(Umt5):
     in_memory: ClassVar[Mapping[str, Any]] = {**Umt5.in_memory, "model_type": "umt5"}
     shared_bias = BIAS
-
-    def export_types(
-        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
-    ) -> list[str]:
-        if self.shares_bias(c, layers):
-            return [model_type, PRUNED + "umt5"]
-        return super().export_types(model_type, source, c, layers)
-
-    def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
-        return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads
 
 
 def _attention(name: str, span: Span) -> Marks:

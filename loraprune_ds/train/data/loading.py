@@ -100,7 +100,7 @@ def _pairs(
 
     def check(row: TextRow) -> None:
         for name, part in zip(("source", "target"), read(row), strict=True):
-            require(bool(part.strip()), f"its {name} is empty")
+            require(part.strip(), f"its {name} is empty")
 
     return RowFormat(text, read, tokenize, check)
 

@@ -92,7 +92,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
             if not isinstance(row.get(field), str | None):  # rows of real data have gaps
                 raise UserError(f"{where}: field {field!r} must be text; got {row[field]!r:.80}")
         rows.append(row)
-    require(bool(rows), f"{source.section}: {path} is empty")
+    require(rows, f"{source.section}: {path} is empty")
     return rows
 
 
@@ -108,7 +108,7 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
         require(
-            isinstance(items, list) and bool(items),
+            isinstance(items, list) and items,
             f"{path} must hold a list of objects (one object per line goes into a .jsonl file)",
         )
         for i, item in enumerate(items):
