@@ -13,7 +13,7 @@ from loraprune_ds.config import DataSource, MixtureEntry, RunConfig, SourceKeys
 from loraprune_ds.config_sources import format_of
 from loraprune_ds.config_types import LIST, ONE
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.files import read_text
+from loraprune_ds.files import JsonObject, read_text
 
 # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 SHIPPED = Path(__file__).parent / "shipped"
@@ -48,7 +48,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
     """Reads only the given keys, from the YAML and the overrides: `key=value` or `section.key=value`, values in YAML.
 
     Raises:
@@ -80,7 +80,7 @@ def config_value(config: RunConfig, dotted: str) -> Any:
     return values[dotted]
 
 
-def config_from_dict(raw: dict[str, Any]) -> RunConfig:
+def config_from_dict(raw: JsonObject) -> RunConfig:
     """Checks a nested dictionary, such as from `read_config`. Raises UserError, which names the wrong key."""
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
@@ -96,7 +96,7 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
         raise UserError(f"the config may hold only keys, lists and plain values: {error}") from None
 
 
-def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
+def without_removed(saved: JsonObject) -> JsonObject:
     """Returns a config that an earlier commit saved, without the keys in `REMOVED`.
 
     Raises UserError if one has another value than its default. The line names the commit that reads it.
@@ -124,7 +124,7 @@ def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[
     ]
 
 
-def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_values(section: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the values of all sections under dotted keys."""
     for key, value in section.items():
         if isinstance(value, dict):
@@ -133,7 +133,7 @@ def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
 
 
-def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def merge(saved: JsonObject, given: JsonObject) -> JsonObject:
     """Returns `saved` with the values of `given`, key by key in all sections."""
     merged = dict(saved)
     for key, value in given.items():
@@ -145,7 +145,7 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: JsonObject, override: str) -> None:
     """Sets a `section.key=value` in the nested dictionary of a run."""
     dotted, separator, value = override.partition("=")
     require(separator and dotted, f"--set takes key=value, got {override!r}")
@@ -162,7 +162,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
 
 
-def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
+def _complete(entry: Any, i: int, data: JsonObject) -> Any:
     """Fills the missing or empty keys of a mixture's entry from `data`. A path alone has the format of its file."""
     if entry and isinstance(entry, str):
         source = DataSource(entry, section=f"data.path[{i}]")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import (
     build_on_meta,
     config_class,
@@ -45,7 +45,7 @@ LLAMA_SIZES = {
 }
 
 
-def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]:
+def read_model_config(model: str, revision: str | None = None) -> JsonObject:
     """Reads config.json alone. No weight is read or downloaded.
 
     Args:
@@ -58,12 +58,12 @@ def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]
     return read_json(folder / "config.json")
 
 
-def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
+def shape_from_config(config: JsonObject, where: str) -> ModelShape:
     """Returns the shape of `read_model` alone."""
     return read_model(config, where)[0]
 
 
-def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrainedModel]:
+def read_model(config: JsonObject, where: str) -> tuple[ModelShape, PreTrainedModel]:
     """Reads `config.json` of a supported model or of the text part of a multimodal one, with the sizes of its layers.
 
     Returns the shape, and the modules on the meta device that it was read from.
@@ -105,7 +105,7 @@ def _shapes(module: nn.Module) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
-def check_depth(config: dict[str, Any], family: Family, names: Collection[str], where: str) -> None:
+def check_depth(config: JsonObject, family: Family, names: Collection[str], where: str) -> None:
     """Checks that the files hold the last layer that config.json counts, before any is built."""
     for layers in family.layer_lists:
         count = config.get(layers.count)
@@ -118,7 +118,7 @@ def check_depth(config: dict[str, Any], family: Family, names: Collection[str], 
 
 
 def check_family(
-    family: Family, source: dict[str, Any], where: str, dtype: str, *, packing: bool
+    family: Family, source: JsonObject, where: str, dtype: str, *, packing: bool
 ) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
@@ -191,7 +191,7 @@ def _kinds(marks: Marks, layers: Sequence[LayerSpec]) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def read_family(config: dict[str, Any], where: str) -> Family:
+def read_family(config: JsonObject, where: str) -> Family:
     """Returns the family of config.json. Raises UserError if the family, or a sort of layer in it, is not supported."""
     text_parts = f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     family = find_family(config.get("model_type"), where, text_parts)
@@ -206,13 +206,13 @@ def read_family(config: dict[str, Any], where: str) -> Family:
     return family
 
 
-def _aliases(config: dict[str, Any]) -> dict[str, str]:
+def _aliases(config: JsonObject) -> dict[str, str]:
     """Returns other names of fields, to and from those that transformers' class has."""
     names = config_class(config["model_type"]).attribute_map
     return names | {name: alias for alias, name in names.items()}
 
 
-def _check_sizes(config: dict[str, Any], family: Family, where: str) -> bool:
+def _check_sizes(config: JsonObject, family: Family, where: str) -> bool:
     """Checks the sizes in config.json. Returns True if single query heads leave."""
     aliases = _aliases(config)
     required = [name if name in config else aliases.get(name, name) for name in family.required]
@@ -233,9 +233,7 @@ def _check_sizes(config: dict[str, Any], family: Family, where: str) -> bool:
         ) from None
 
 
-def _check_heads(
-    config: dict[str, Any], per_layer: Mapping[int, dict[str, Any]], where: str
-) -> bool:
+def _check_heads(config: JsonObject, per_layer: Mapping[int, JsonObject], where: str) -> bool:
     """Checks the heads of all layers. Returns True if single query heads are the groups.
 
     They are if no layer has more than FEW_HEADS key-value heads, and if a query head is the finer step: each key-value

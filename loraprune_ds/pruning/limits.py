@@ -164,7 +164,7 @@ def _check_servers(servers: int, dense: ModelShape) -> None:
 def _multiples(config: PruneConfig, dense: ModelShape) -> dict[Kind, int]:
     """Returns the divisor of the kept counts of each kind."""
     servers = config.tensor_parallel
-    multiples = dict.fromkeys(("heads", "cross_heads", "delta"), servers)
+    multiples: dict[Kind, int] = dict.fromkeys(("heads", "cross_heads", "delta"), servers)
     multiples["channels"] = math.lcm(config.channel_multiple, servers)
     multiples[QUERY_HEADS] = math.lcm(dense.ranges(QUERY_HEADS), servers)
     return {kind: multiples.get(kind, dense.ranges(kind)) for kind in dense.kinds}
