@@ -150,14 +150,13 @@ class ModelShape:
     @property
     def shared_tensors(self) -> dict[str, str]:
         """Maps copies of a bias to the one in the first layer of their encoder or decoder. Files hold only that one."""
-        if not self.family.shares_bias(self.config, self.layers):
-            return {}
-        bias = self.family.shared_bias
-        return {
-            f"{self.prefix(layer)}{bias}": f"{self.prefix(layers[0])}{bias}"
-            for layers in self.layer_lists
-            for layer in layers[1:]
-        }
+        copies: dict[str, str] = {}
+        if self.family.shares_bias(self.config, self.layers):
+            bias = self.family.shared_bias
+            for first, *others in self.layer_lists:
+                for layer in others:
+                    copies[f"{self.prefix(layer)}{bias}"] = f"{self.prefix(first)}{bias}"
+        return copies
 
     def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""

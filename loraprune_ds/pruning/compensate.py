@@ -134,10 +134,9 @@ class InputMoments:
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
+        linears = measured_linears(self._model.shape)
         shrinking = {
-            LinearId(i, linear.linear): linear
-            for i, linear in measured_linears(self._model.shape)
-            if linear.shrinks(keep[i])
+            LinearId(i, linear.linear): linear for i, linear in linears if linear.shrinks(keep[i])
         }
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:

@@ -70,12 +70,12 @@ class Limits:
         return self._equal_counts(self.floor), self._equal_counts(self.dense.counts)
 
     def _equal_counts(self, layers: Sequence[LayerCounts]) -> LayerCounts:
-        times = self.dense.times
-        # Some layers lack a kind, so the largest count is the common one.
-        counts = {
-            kind: max(layers[i][kind] // times(i, kind) for i in self.open_layers)
-            for kind in self.dense.kinds
-        }
+        """Returns the common counts, the largest because some layers lack a kind."""
+        counts: dict[Kind, int] = dict.fromkeys(self.dense.kinds, 0)
+        for i in self.open_layers:
+            for kind in counts:
+                count = layers[i][kind] // self.dense.times(i, kind)
+                counts[kind] = max(counts[kind], count)
         return LayerCounts(counts)
 
     @cached_property

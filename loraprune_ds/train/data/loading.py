@@ -63,13 +63,17 @@ def make_format(
         return _pairs(partial(_read_instruction, source=source), tokenizer, starts)
     template = tokens.ChatTemplate(tokenizer)
     if starts.target is not None:
-        return _pairs(lambda row: template.last_turn(tokens.read_chat(row)), tokenizer, starts)
+        return _pairs(_of_chat(template.last_turn), tokenizer, starts)
     return RowFormat(
-        text=lambda row: template.render(tokens.read_chat(row)),
-        read=lambda row: template.mark(tokens.read_chat(row)),
+        text=_of_chat(template.render),
+        read=_of_chat(template.mark),
         tokenize=template.tokenize,
-        check=lambda row: template.check_roles(tokens.read_chat(row)),
+        check=_of_chat(template.check_roles),
     )
+
+
+def _of_chat(act: Callable[[tokens.Chat], T]) -> Callable[[TextRow], T]:
+    return lambda row: act(tokens.read_chat(row))
 
 
 def _read_pair(row: TextRow, source: DataSource) -> tokens.Instruction:
