@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -13,7 +13,7 @@ from loraprune_ds.config import DataSource, MixtureEntry, RunConfig, SourceKeys
 from loraprune_ds.config_sources import format_of
 from loraprune_ds.config_types import LIST, ONE
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.files import read_text
+from loraprune_ds.files import JsonObject, read_text
 
 # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 SHIPPED = Path(__file__).parent / "shipped"
@@ -25,19 +25,11 @@ SECTIONS: dict[Any, Any] = {
 SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]
 
 
-class Removed(NamedTuple):
-    """Describes a setting of earlier commits. Files of runs and callbacks have it, which must stay readable."""
-
-    default: Any  # this value changed nothing, so it is left out
-    reader: str  # the last commit that reads another value
-    instead: str  # what a user does now
-
-
+# Settings of earlier commits, and their defaults, which changed nothing. Files of runs and callbacks have them, which
+# must stay readable.
+REMOVED: dict[str, Any] = {"model.drop_layers": [], "prune.depth_ratio": 0.0}
+LAST_READER = "6ec3512a"  # the last commit that reads another value
 DROP_BEFORE = "drop layers before the run, as launch/examples/drop_layers.py does"
-REMOVED = {
-    "model.drop_layers": Removed([], "6ec3512a", DROP_BEFORE),
-    "prune.depth_ratio": Removed(0.0, "6ec3512a", DROP_BEFORE),
-}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -56,7 +48,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
     """Reads only the given keys, from the YAML and the overrides: `key=value` or `section.key=value`, values in YAML.
 
     Raises:
@@ -88,7 +80,7 @@ def config_value(config: RunConfig, dotted: str) -> Any:
     return values[dotted]
 
 
-def config_from_dict(raw: dict[str, Any]) -> RunConfig:
+def config_from_dict(raw: JsonObject) -> RunConfig:
     """Checks a nested dictionary, such as from `read_config`. Raises UserError, which names the wrong key."""
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
@@ -104,19 +96,19 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
         raise UserError(f"the config may hold only keys, lists and plain values: {error}") from None
 
 
-def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
+def without_removed(saved: JsonObject) -> JsonObject:
     """Returns a config that an earlier commit saved, without the keys in `REMOVED`.
 
     Raises UserError if one has another value than its default. The line names the commit that reads it.
     """
     config = dict(saved)
-    for dotted, removed in REMOVED.items():
+    for dotted, default in REMOVED.items():
         section, key = dotted.split(".")
         values = config.get(section)
         if isinstance(values, dict) and key in values:
             require(
-                values[key] == removed.default,
-                f"{dotted} is {values[key]}; go on with commit {removed.reader}, the last that reads it",
+                values[key] == default,
+                f"{dotted} is {values[key]}; go on with commit {LAST_READER}, the last that reads it",
             )
             config[section] = {name: value for name, value in values.items() if name != key}
     return config
@@ -125,11 +117,14 @@ def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
     """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count."""
     before = dict(dotted_values(old.to_dict()))
-    keys = [key for key, value in dotted_values(new.to_dict()) if value != before[key]]
-    return [key for key in keys if key not in ignored and key.partition(".")[0] not in ignored]
+    return [
+        key
+        for key, value in dotted_values(new.to_dict())
+        if value != before[key] and {key, key.partition(".")[0]}.isdisjoint(ignored)
+    ]
 
 
-def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_values(section: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the values of all sections under dotted keys."""
     for key, value in section.items():
         if isinstance(value, dict):
@@ -138,7 +133,7 @@ def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
 
 
-def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def merge(saved: JsonObject, given: JsonObject) -> JsonObject:
     """Returns `saved` with the values of `given`, key by key in all sections."""
     merged = dict(saved)
     for key, value in given.items():
@@ -150,10 +145,10 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: JsonObject, override: str) -> None:
     """Sets a `section.key=value` in the nested dictionary of a run."""
     dotted, separator, value = override.partition("=")
-    require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
+    require(separator and dotted, f"--set takes key=value, got {override!r}")
     *sections, key = dotted.strip().split(".")
     target = raw
     for section in sections:
@@ -167,7 +162,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
 
 
-def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
+def _complete(entry: Any, i: int, data: JsonObject) -> Any:
     """Fills the missing or empty keys of a mixture's entry from `data`. A path alone has the format of its file."""
     if entry and isinstance(entry, str):
         source = DataSource(entry, section=f"data.path[{i}]")
@@ -175,7 +170,8 @@ def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}
-    return shared | {key: value for key, value in entry.items() if value is not None}
+    values = {key: value for key, value in entry.items() if value is not None}
+    return shared | values
 
 
 def _describe(error: ValidationError) -> str:
@@ -204,7 +200,7 @@ def _describe(error: ValidationError) -> str:
 def _advice(key: str, path: list[str | int]) -> str:
     """Says what to do in place of a removed key, or which keys exist there."""
     if key in REMOVED:
-        return REMOVED[key].instead
+        return DROP_BEFORE
     section = RunConfig
     if len(path) == 2:
         section = SECTIONS[path[0]]

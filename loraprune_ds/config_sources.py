@@ -4,10 +4,10 @@ import json
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
-from typing import Any
 
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 
 EMBEDDED_CHATS = "embedded-chats"  # that SmolLM2-135M-Instruct wrote itself
 CHATS_FILE = Path(__file__).with_name("train") / "data" / "embedded_chats.jsonl"
@@ -47,7 +47,7 @@ def files_of(source: DataSource) -> list[Path] | None:
     paths = local.rglob("*") if local.is_dir() else map(Path, glob(str(local), recursive=True))
     files = sorted(file for file in paths if file.suffix in SUFFIXES and file.is_file())
     where = f"folder {path}" if local.is_dir() else path
-    require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
+    require(files, f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
     return files
 
 
@@ -60,7 +60,7 @@ def refuse_hub_settings(source: DataSource) -> None:
         )
 
 
-def format_of(source: DataSource, data: dict[str, Any]) -> object:
+def format_of(source: DataSource, data: JsonObject) -> object:
     """Tells the format of a path alone by its first file: by the suffix, or by the fields of the first row.
 
     Rows that fit none or several, and data sets of the hub, have the format of `data`.

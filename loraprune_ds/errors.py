@@ -49,7 +49,7 @@ def is_shared(error: BaseException) -> bool:
     return isinstance(error, UserError) and not isinstance(error, RankError)
 
 
-def require(ok: bool, message: str) -> None:
+def require(ok: object, message: str) -> None:
     """Raises UserError with `message` unless `ok`."""
     if not ok:
         raise UserError(message)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from loraprune_ds.errors import MAKE_ROOM, RunError, UserError, fail_point, one_line, require
 
+JsonObject = dict[str, Any]  # such as a config.json, or the mapping of a YAML file
 # from a file system without locks, such as some Lustre
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -140,7 +141,7 @@ def read_text(path: Path, key: str) -> str:
     """Reads a file like `open_text`, which must not be blank."""
     with open_text(path, key) as file:
         text = file.read()
-    require(bool(text.strip()), f"{key}: {path} is empty")
+    require(text.strip(), f"{key}: {path} is empty")
     return text
 
 
@@ -163,7 +164,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value, indent=2, ensure_ascii=False))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
@@ -171,7 +172,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False) -> JsonObject:
     """Reads a JSON file that must hold one object. With `unique_keys`, a key given twice is an error.
 
     With `missing_ok`, a missing file counts as an empty object.

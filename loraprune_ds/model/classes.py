@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import base_parameter, set_sizes
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.families.base import PRUNED, Family
@@ -38,7 +39,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     return CONFIG_MAPPING[model_type]
 
 
-def config_object(config: dict[str, Any]) -> PreTrainedConfig:
+def config_object(config: JsonObject) -> PreTrainedConfig:
     """Makes transformers' object from config.json, with all defaults. Does not change nested settings of `config`."""
     # transformers writes infinity as a dict
     plain = PreTrainedConfig._decode_special_floats(copy.deepcopy(config))
@@ -94,7 +95,7 @@ def check_flash_attention(config: ModelConfig) -> None:
     require(torch.cuda.is_available(), f"{setting} needs a GPU, but this rank sees none")
 
 
-def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
+def build_on_meta(config: JsonObject, attn_implementation: str = "eager") -> PreTrainedModel:
     """Builds the modules with all parameters on the meta device, without memory.
 
     Buffers are real, because weight files lack rotary frequencies and an embedding's scale. Experts become our stacks

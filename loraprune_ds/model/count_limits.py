@@ -1,16 +1,16 @@
 """Limits on the counts in config.json. A million layers take minutes to build, without a word."""
 
 import re
-from typing import Any
 
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 
 # At least ten times what the largest published models have, which are 126 layers (Llama 3.1 405B)
 # and 512 experts (Qwen3-Next). Widths and heads need no limit: without weights any size is quick.
 LIMITS = {r"num_\w*layers|depth": 1500, r"\w*experts": 5120}
 
 
-def check_counts(config: dict[str, Any], where: str) -> None:
+def check_counts(config: JsonObject, where: str) -> None:
     """Checks the counts of layers and experts in config.json and its sections, such as a tower's.
 
     Raises:
@@ -20,9 +20,9 @@ def check_counts(config: dict[str, Any], where: str) -> None:
     for section in sections:  # which grows
         sections += [value for value in section.values() if isinstance(value, dict)]
         for key, value in section.items():
-            limits = (limit for keys, limit in LIMITS.items() if re.fullmatch(keys, str(key)))
-            limit = next(limits, None)
-            require(
-                limit is None or not isinstance(value, int) or value <= limit,
-                f"{where}: config.json has {key} {value}, but at most {limit} are supported",
-            )
+            for keys, limit in LIMITS.items():
+                if isinstance(value, int) and re.fullmatch(keys, str(key)):
+                    require(
+                        value <= limit,
+                        f"{where}: config.json has {key} {value}, but at most {limit} are supported",
+                    )

@@ -17,7 +17,7 @@ still factors of that range, so only the products differ.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -25,6 +25,14 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, stored_tensors
 from loraprune_ds.model.groups import TensorSpec
+
+
+class Routing(NamedTuple):
+    """Says how tokens, sorted by expert, meet the matrices of a stack."""
+
+    counts: list[int]  # the tokens of each expert
+    transposed: bool  # the stack is (experts * inputs, outputs), not (experts * outputs, inputs)
+    stored_as: StorageFormat = DENSE
 
 
 class ExpertStack(FrozenLinear):
@@ -45,7 +53,8 @@ class ExpertStack(FrozenLinear):
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
         """Maps tokens, sorted by expert. `counts` has the tokens of each expert."""
-        return multiply(input, counts, self.transposed, self.stored_as, *stored_tensors(self))
+        routing = Routing(counts, self.transposed, self.stored_as)
+        return multiply(input, routing, *stored_tensors(self))
 
 
 class ExpertLora(LoraLinear):
@@ -64,14 +73,17 @@ class ExpertLora(LoraLinear):
         result = self.base_layer(x, counts)
         if self.disable_adapters:
             return result
-        transposed = cast(ExpertStack, self.base_layer).transposed
+        routing = Routing(counts, cast(ExpertStack, self.base_layer).transposed)
         for name in self.active_adapters:
-            a = cast(Tensor, self.lora_A[name].weight).to(x.dtype)
-            b = cast(Tensor, self.lora_B[name].weight).to(x.dtype)
-            first, second = (b, a) if transposed else (a, b)
-            inside = multiply(self.lora_dropout[name](x), counts, transposed, DENSE, first)
-            update = multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]
-            result = result + update
+            factors = [
+                cast(Tensor, lora[name].weight).to(x.dtype) for lora in (self.lora_A, self.lora_B)
+            ]
+            if routing.transposed:
+                factors.reverse()
+            update = self.lora_dropout[name](x)
+            for factor in factors:
+                update = multiply(update, routing, factor)
+            result = result + update * self.scaling[name]
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -153,17 +165,13 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(
-    x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor
-) -> Tensor:
+def multiply(x: Tensor, routing: Routing, *stored: Tensor) -> Tensor:
     """Maps tokens (tokens, inputs), sorted by expert, each by the rows of its expert.
 
     Args:
-        counts: the tokens of each expert.
-        transposed: the stack is (experts * inputs, outputs), not (experts * outputs, inputs).
-        stored: the tensors of `stored_as`. A dense weight may be trained.
+        stored: the tensors of `routing.stored_as`. A dense weight may be trained.
     """
-    return _Product.apply(x, counts, transposed, stored_as, *stored)  # type: ignore[return-value]
+    return _Product.apply(x, routing, *stored)  # type: ignore[return-value]
 
 
 def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
@@ -178,51 +186,39 @@ class _Product(torch.autograd.Function):
     """Computes `multiply`. autograd saves the parameters. Views of experts would keep the gathered weight alive."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        counts: list[int],
-        transposed: bool,
-        stored_as: StorageFormat,
-        *stored: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, routing: Routing, *stored: Tensor) -> Tensor:
         ctx.save_for_backward(x, *stored)
-        ctx.counts = counts
-        ctx.transposed = transposed
-        ctx.stored_as = stored_as
-        width = stored[0].shape[1] if transposed else len(stored[0]) // len(counts)
-        return _multiply_into(x.new_empty(len(x), width), x, counts, transposed, stored_as, stored)
+        ctx.routing = routing
+        rows, columns = stored[0].shape
+        width = columns if routing.transposed else rows // len(routing.counts)
+        return _multiply_into(x.new_empty(len(x), width), x, routing, stored)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *stored = ctx.saved_tensors
+        routing: Routing = ctx.routing
         x_gradient = stack_gradient = None
         if ctx.needs_input_grad[0]:
-            out = torch.empty_like(x)
-            back = not ctx.transposed
-            x_gradient = _multiply_into(out, gradient, ctx.counts, back, ctx.stored_as, stored)
-        if ctx.needs_input_grad[4]:
-            outputs, inputs = (x, gradient) if ctx.transposed else (gradient, x)
-            stack_gradient = products(outputs, inputs, ctx.counts)
+            back = routing._replace(transposed=not routing.transposed)
+            x_gradient = _multiply_into(torch.empty_like(x), gradient, back, stored)
+        if ctx.needs_input_grad[2]:
+            outputs, inputs = (x, gradient) if routing.transposed else (gradient, x)
+            stack_gradient = products(outputs, inputs, routing.counts)
         without_gradient = [None] * (len(stored) - 1)
-        return x_gradient, None, None, None, stack_gradient, *without_gradient
+        return x_gradient, None, stack_gradient, *without_gradient
 
 
-def _multiply_into(
-    out: Tensor,
-    x: Tensor,
-    counts: list[int],
-    transposed: bool,
-    stored_as: StorageFormat,
-    stored: Sequence[Tensor],
-) -> Tensor:
+def _multiply_into(out: Tensor, x: Tensor, routing: Routing, stored: Sequence[Tensor]) -> Tensor:
     """Maps the tokens of each expert by its matrix, (inputs, outputs) if transposed, otherwise (outputs, inputs)."""
+    counts, transposed, stored_as = routing
     matrices = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
     for tokens, result, *matrix in zip(x.split(counts), out.split(counts), *matrices, strict=True):
         if len(tokens):
             weight = stored_as.join(matrix)
-            torch.mm(tokens, weight if transposed else weight.t(), out=result)
+            if not transposed:
+                weight = weight.t()
+            torch.mm(tokens, weight, out=result)
     return out
 
 

@@ -21,7 +21,7 @@ weights, fused ones (q|k|v, gate|up), biases, norms and stacks of experts:
     o_proj.weight     Span("heads", 8, 512), axis 1                        the same groups, as columns
     qkv_proj.weight   Span("heads", 8, 512), Span("heads", 8, 128) twice    queries, keys and values in one tensor
 
-A group leaves all tensors of its layer together. `cut` returns the rows that stay. The live cut, slices of files,
+A group leaves all tensors of its layer together. `kept_indices` are the rows that stay. The live cut, slices of files,
 modules without weights, plans and exports all use it.
 """
 
@@ -219,6 +219,15 @@ class TensorSpec:
         """True if some groups of this tensor leave."""
         return any(len(keep[span.kind]) < span.groups for span in self.spans)
 
+    def kept_indices(self, keep: LayerKeep) -> Tensor:
+        """Returns the rows (axis 0) or columns (axis 1) that stay, (kept,) int64, ascending. The tensor has spans."""
+        start = 0
+        kept: list[Tensor] = []
+        for span in self.spans:
+            kept.append(start + group_indices(keep[span.kind], span.width))
+            start += span.size
+        return torch.cat(kept)
+
     def resized(self, counts: Mapping[Kind, int]) -> "TensorSpec":
         """Returns the tensor with these counts of groups."""
         if not self.spans:
@@ -269,22 +278,9 @@ class TensorSpec:
         if "{}" not in templates[0]:
             shape = (self.matrices, rows // self.matrices, columns)
             return Pieces((prefix + templates[0],), shape, transposed)
-        names: list[str] = []
-        for expert in range(self.matrices):
-            names += [prefix + template.format(expert) for template in templates]
+        experts = range(self.matrices)
+        names = [prefix + template.format(i) for i in experts for template in templates]
         return Pieces(tuple(names), (rows // len(names), columns), transposed)
-
-
-def cut(spec: TensorSpec, keep: LayerKeep) -> tuple[TensorSpec, Tensor]:
-    """Returns the smaller tensor, and the rows (or columns) that stay: ascending int64."""
-    if not spec.spans:
-        return spec, torch.arange(spec.shape[spec.axis])
-    start = 0
-    kept: list[Tensor] = []
-    for span in spec.spans:
-        kept.append(start + group_indices(keep[span.kind], span.width))
-        start += span.size
-    return spec.resized(keep.counts), torch.cat(kept)
 
 
 @dataclass(frozen=True)
@@ -342,10 +338,7 @@ class LayerSpec:
 
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
-        numel: list[int] = []
-        for linear in self.linears:
-            numel += [math.prod(shape) for shape in linear.lora_shapes(rank)]
-        return numel
+        return [math.prod(shape) for linear in self.linears for shape in linear.lora_shapes(rank)]
 
     def shapes(self) -> dict[str, Shape]:
         return {tensor.name: tensor.shape for tensor in self.tensors}
@@ -367,7 +360,7 @@ class LayerSpec:
             if not spec.shrinks(keep):
                 continue
             if spec.spans not in kept_by_spans:
-                kept_by_spans[spec.spans] = cut(spec, keep)[1]
+                kept_by_spans[spec.spans] = spec.kept_indices(keep)
             kept = spec.format(int8).kept(spec.axis, kept_by_spans[spec.spans])
             for tensor, indices in kept.items():
                 linear = spec if spec.lora and tensor == WEIGHT else None

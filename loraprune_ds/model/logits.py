@@ -55,7 +55,6 @@ class Head:
 
     weight: Tensor  # (vocabulary, hidden_size), gathered
     transform: LogitsTransform
-    chunk_tokens: int | None = None  # whose logits are in memory together. None: `chunk_size`
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Maps (tokens, hidden_size) to (tokens, vocabulary), as the stock model does, in its dtype."""
@@ -65,7 +64,7 @@ class Head:
         """Returns the tokens of a chunk of a loss that may be differentiated."""
         # A cap's slope is computed from the logits. fp32 logits are one more buffer. 16-bit logits reuse a later one.
         buffers = 1 if distillation is None else BUFFERS
-        chunk = self.chunk_tokens or chunk_size(len(self.weight), buffers=buffers)
+        chunk = chunk_size(len(self.weight), buffers=buffers)
         is_larger = self.transform.softcap is not None and self.weight.dtype == torch.float32
         return max(1, chunk // 2) if is_larger else chunk
 

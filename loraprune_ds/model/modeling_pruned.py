@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import (
 FAMILY = "llama"  # the export writes the model_type of the stock model here
 
 
-def layer_config(config: Any, layer: int) -> Any:
-    per_layer = getattr(config, "per_layer_config", None)
+def layer_config(config: Any, layer: int, field: str = "per_layer_config") -> Any:
+    per_layer = getattr(config, field, None)
     # transformers 5 resolves the sizes itself
     if per_layer is not None and not isinstance(per_layer, dict):
         return per_layer[layer]
@@ -35,23 +35,20 @@ def layer_config(config: Any, layer: int) -> Any:
 def rebuild_layers(model: Any, config: Any) -> None:
     """Rebuilds each layer at its own size. from_pretrained does that on the meta device, at no cost."""
     if hasattr(model, "encoder"):
-        return rebuild_encoder_decoder(model, config)
+        rebuild_coder(model.encoder, 0)
+        rebuild_coder(model.decoder, len(model.encoder.block))
+        return
     for i, layer in enumerate(model.layers):
         model.layers[i] = type(layer)(layer_config(config, i), i)
 
 
-def rebuild_encoder_decoder(model: Any, config: Any) -> None:
-    """Rebuilds an encoder and its decoder, whose attention to the encoder has its own number of heads."""
-    sizes = getattr(config, "layer_sizes", {})
-    rebuild_coder(model.encoder, sizes, 0)
-    rebuild_coder(model.decoder, sizes, len(model.encoder.block))
+def rebuild_coder(coder: Any, first: int) -> None:
+    """Rebuilds the layers of an encoder or decoder. Its first layer is number `first` in "layer_sizes".
 
-
-def rebuild_coder(coder: Any, sizes: dict[str, Any], first: int) -> None:
-    """Rebuilds the layers of an encoder or decoder. Its first layer is number `first` in `sizes`."""
+    The decoder's attention to the encoder has its own number of heads.
+    """
     for i, layer in enumerate(coder.block):
-        resolved = copy.copy(coder.config)
-        resolved.__dict__.update(sizes.get(str(first + i), {}))
+        resolved = layer_config(coder.config, first + i, "layer_sizes")
         rebuilt = type(layer)(resolved, layer_idx=i)
         if coder.is_decoder:
             cross = copy.copy(coder.config)

@@ -1,6 +1,7 @@
 """The sizes of a model: its layers, each a list of tensors, and the parameters outside. Also the cost of a token."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +26,9 @@ class LinearId(NamedTuple):
 
     layer: int
     name: str
+
+
+LayerLinear = tuple[int, TensorSpec]  # a linear with LoRA, after the number of its layer
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,9 @@ class ModelShape:
     @cached_property
     def layer_lists(self) -> list[range]:
         """The layers of a decoder, or of an encoder and its decoder."""
-        ranges: list[range] = []
-        start = 0
-        for number in range(len(self.family.layer_lists)):
-            end = start + sum(layer.layer_list == number for layer in self.layers)
-            ranges.append(range(start, end))
-            start = end
-        return ranges
+        numbers = [layer.layer_list for layer in self.layers]  # ascending
+        lists = range(len(self.family.layer_lists))
+        return [range(bisect_left(numbers, i), bisect_right(numbers, i)) for i in lists]
 
     def prefix(self, layer: int) -> str:
         """Returns the start of a layer's parameter names, such as "model.layers.0."."""
@@ -104,13 +104,13 @@ class ModelShape:
         """The costs of attention in each layer."""
         return [self.family.attention(self.config, layer) for layer in self.layers]
 
-    def linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+    def linears(self, layers: Iterable[int] | None = None) -> list[LayerLinear]:
         """Lists the linears with LoRA of these or all layers, each with the number of its layer."""
         if layers is None:
             layers = range(len(self.layers))
         return [(i, linear) for i in layers for linear in self.layers[i].linears]
 
-    def input_linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+    def input_linears(self, layers: Iterable[int] | None = None) -> list[LayerLinear]:
         """Lists the linears whose inputs are groups, like o_proj and down_proj."""
         return [(i, linear) for i, linear in self.linears(layers) if linear.reads_groups]
 
@@ -141,32 +141,30 @@ class ModelShape:
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
-        pieces: dict[str, Pieces] = {}
-        for prefix, tensor in self.tensors():
-            on_disk = tensor.pieces(prefix, fused, transposed)
-            if on_disk:
-                pieces[prefix + tensor.name] = on_disk
-        return pieces
+        return {
+            prefix + tensor.name: pieces
+            for prefix, tensor in self.tensors()
+            if (pieces := tensor.pieces(prefix, fused, transposed))
+        }
 
     @property
     def shared_tensors(self) -> dict[str, str]:
         """Maps copies of a bias to the one in the first layer of their encoder or decoder. Files hold only that one."""
         copies: dict[str, str] = {}
-        if not self.family.shares_bias(self.config, self.layers):
-            return copies
-        bias = self.family.shared_bias
-        for layers in self.layer_lists:
-            for layer in layers[1:]:
-                copies[f"{self.prefix(layer)}{bias}"] = f"{self.prefix(layers[0])}{bias}"
+        if self.family.shares_bias(self.config, self.layers):
+            bias = self.family.shared_bias
+            for first, *others in self.layer_lists:
+                for layer in others:
+                    copies[f"{self.prefix(layer)}{bias}"] = f"{self.prefix(first)}{bias}"
         return copies
 
     def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
-        stored: dict[str, StoredTensor] = {}
-        for prefix, tensor in self.tensors():
-            for name, stored_tensor in tensor.stored(element_size, int8).items():
-                stored[prefix + name] = stored_tensor
-        return stored
+        return {
+            prefix + name: stored
+            for prefix, tensor in self.tensors()
+            for name, stored in tensor.stored(element_size, int8).items()
+        }
 
     def total_numel(self) -> int:
         return sum(tensor.numel for _, tensor in self.tensors())

@@ -53,7 +53,7 @@ def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
     window = torch.arange(width, device=labels.device)
     is_supervised = (labels != IGNORE_INDEX).int()
     starts = is_supervised.argmax(1, keepdim=True) - 1  # (batch, 1), where the start token is
-    ends = window[-1] - is_supervised.flip(1).argmax(1, keepdim=True)  # where the last label is
+    ends = width - 1 - is_supervised.flip(1).argmax(1, keepdim=True)  # where the last label is
 
     source_mask = window[: int(starts.max())] < starts
     source = input_ids[:, : source_mask.shape[1]] * source_mask
@@ -61,10 +61,12 @@ def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
     lengths = ends - starts
     steps = window[: int(lengths.max())]
     target_mask = steps < lengths
-    target = input_ids.gather(1, (starts + steps).clamp(max=window[-1])) * target_mask
+    inside = (starts + steps).clamp(max=width - 1)
+    target = input_ids.gather(1, inside) * target_mask
 
     rows = torch.arange(batch).to(starts)[:, None]
-    places = (window - starts).clamp(0, len(steps) - 1) + rows * len(steps)
+    steps_after_start = (window - starts).clamp(0, len(steps) - 1)
+    places = rows * len(steps) + steps_after_start
     return SplitRows(source, source_mask, target, target_mask, places.flatten())
 
 
@@ -167,7 +169,6 @@ class LossHead(nn.Linear):
     """A head that returns token losses for labels. ZeRO-3 gathers its weight only within this forward."""
 
     transform: LogitsTransform
-    chunk_tokens: int | None
 
     def forward(
         self,
@@ -178,7 +179,7 @@ class LossHead(nn.Linear):
     ) -> Tensor:
         if labels is None:
             return super().forward(input)  # the stock model's forward transforms the logits
-        head = Head(self.weight, self.transform, self.chunk_tokens)
+        head = Head(self.weight, self.transform)
         return token_losses(input, head, labels, distillation, supervised)
 
 
@@ -210,12 +211,11 @@ class TokenLosses:
         return self.lm_head(hidden, labels, distillation, supervised)
 
 
-def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
+def with_token_losses(model: PreTrainedModel) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
     head: Any = output_head(model)
     head.__class__ = LossHead
     head.transform = logits_transform(model.config)
-    head.chunk_tokens = chunk_tokens
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model

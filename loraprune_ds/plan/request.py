@@ -158,7 +158,7 @@ class Request:
         section = self.schedule.section(step)
         dense = self.shape
         if counts := section.counts(step):
-            return limits.with_equal(counts, dense)
+            return limits.with_equal(counts)
         budget = section.budget(step)
         leaving = limits.leaving(budget.ratio)
         numel = limits.numel(dense.counts)

@@ -80,8 +80,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     stored = {name: sizes for name, (sizes, _) in read_header(path).items()}
     expected: dict[str, tuple[int, ...]] = {}
     for layer in range(len(shape.layers)):
-        factors = _factors_in_peft(_with_lora(shape, layer, stored), r)
-        for name, factor in factors.items():
+        for name, factor in _factors_in_peft(_with_lora(shape, layer, stored), r).items():
             expected[name_in_file(shape, layer, name)] = tuple(factor.shape)
     different = sorted(expected.keys() ^ stored.keys())
     if different:

@@ -44,14 +44,12 @@ def replace_parameters(
     model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device
 ) -> None:
     """Replaces every parameter by the result of `make` for its name, a tied one only once, and moves buffers."""
-    new: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        prefix = f"{module_name}." if module_name else ""
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in new:
-                new[id(parameter)] = make(prefix + name, parameter)
-            module._parameters[name] = new[id(parameter)]
+    new: dict[Tensor, nn.Parameter] = {}
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter not in new:
+            new[parameter] = make(path, parameter)
+        module_name, _, name = path.rpartition(".")
+        model.get_submodule(module_name)._parameters[name] = new[parameter]
+    for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

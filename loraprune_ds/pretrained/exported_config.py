@@ -3,16 +3,16 @@
 import copy
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import causal_lm_class, config_object, sliding_window
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.families.moe import NEW_COUNT
 from loraprune_ds.model.family import family_name
-from loraprune_ds.model.groups import Kind, LayerCounts
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import AUTO_MAP
 
@@ -29,7 +29,7 @@ OLD_ROPE = {"rope_theta", "rope_scaling"}  # names of transformers 4
 class ExportedConfig:
     """Describes a pruned model on disk."""
 
-    config: dict[str, Any]
+    config: JsonObject
     # a file of loraprune_ds/model, to be copied next to the weights. None for a stock model
     modelling_file: str | None
     renamed: bool  # the model type differs from the source's
@@ -50,13 +50,13 @@ class ExportedConfig:
         return f'{self.auto_class}.from_pretrained(folder, dtype="auto"{self.trust})'
 
 
-def auto_class(config: dict[str, Any]) -> str:
+def auto_class(config: JsonObject) -> str:
     """Returns the class of transformers that loads the language model of a config.json with its head."""
     return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
 
 
 def export_config(
-    source: dict[str, Any], shape: ModelShape, dtype: str, multimodal: dict[str, Any] | None = None
+    source: JsonObject, shape: ModelShape, dtype: str, multimodal: JsonObject | None = None
 ) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`, stored as `dtype` ("bfloat16").
 
@@ -83,7 +83,7 @@ def export_config(
     return ExportedConfig(config, MODELLING_FILE, pruned != shape.model_type)
 
 
-def _is_accepted(config: dict[str, Any]) -> bool:
+def _is_accepted(config: JsonObject) -> bool:
     """Some classes refuse a head count. Phi-3 computes the length of its long rotary factors from it."""
     try:
         config_object(config)
@@ -92,7 +92,7 @@ def _is_accepted(config: dict[str, Any]) -> bool:
     return True
 
 
-def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
+def multimodal_config(source: JsonObject, shape: ModelShape, dtype: str) -> JsonObject:
     """Returns config.json of a multimodal model with a text part of `shape`, whose layers are equal."""
     config = copy.deepcopy(source)
     # the first Qwen2.5-VL have these fields at the top level
@@ -111,7 +111,7 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
     return config | {"transformers_version": version("transformers")}
 
 
-def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
+def name_our_code(config: JsonObject) -> JsonObject:
     """Removes foreign code from a config.json, and adds our modelling file if needed."""
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
@@ -126,9 +126,7 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"architectures": [name], AUTO_MAP: auto_map}
 
 
-def _config_of(
-    source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str
-) -> dict[str, Any]:
+def _config_of(source: JsonObject, shape: ModelShape, dtype: str, model_type: str) -> JsonObject:
     dropped = _dropped(shape)
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
@@ -155,18 +153,17 @@ def _dropped(shape: ModelShape) -> set[str]:
     return dropped
 
 
-def _sizes(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+def _sizes(source: JsonObject, shape: ModelShape) -> JsonObject:
     """Returns the sizes of each layer, and the largest as global sizes, for readers that know only these."""
     family = shape.family
     counted = family.counted(shape.config, shape.layers)
-    widest: dict[Kind, int] = {}
-    for kind in ("heads", *shape.kinds):
-        widest[kind] = max(layer.get(kind, 0) for layer in counted)
-    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size}
+    kinds = ("heads", *shape.kinds)
+    widest = LayerCounts((kind, max(layer.get(kind, 0) for layer in counted)) for kind in kinds)
+    sizes: JsonObject = {"vocab_size": shape.vocab_size}
     sizes |= family.model_fields(shape.config, counted)
     for layer_list, layers in zip(family.layer_lists, shape.layer_lists, strict=True):
         sizes[layer_list.count] = len(layers)
-    sizes |= _layer_fields(shape, LayerCounts(widest))
+    sizes |= _layer_fields(shape, widest)
     if not shape.is_uniform:
         of_layers = [_layer_fields(shape, counts) for counts in counted]
         sizes[family.per_layer] = {str(i): fields for i, fields in enumerate(of_layers)}
@@ -180,17 +177,17 @@ def _layer_fields(shape: ModelShape, counts: LayerCounts) -> dict[str, int]:
     return {field: count for field, count in fields.items() if count}
 
 
-def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+def _rope(source: JsonObject, shape: ModelShape) -> JsonObject:
     """Returns the rotary settings under the names of transformers 4 and 5."""
     # Version 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. Version 5 prefers rope_scaling
     # with rope_theta, unless it is null. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings for
     # each kind of layer. Version 4 can scale only full attention.
-    settings: dict[str, Any] = getattr(shape.config, "rope_parameters", None) or {}
+    settings: JsonObject = getattr(shape.config, "rope_parameters", None) or {}
     full = dict(settings.get("full_attention", settings))
     if full.get("rope_type") == "proportional":  # transformers 4 does not know it
         return {}
     is_explicit = family_name(shape.model_type) in EXPLICIT
-    has_old_names = bool(OLD_ROPE & source.keys())
+    has_old_names = OLD_ROPE & source.keys()
     if not is_explicit and (has_old_names or not source.get("rope_parameters")):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta")
@@ -209,11 +206,11 @@ def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     return rope
 
 
-def _explicit_options(shape: ModelShape, model_type: str) -> dict[str, Any]:
+def _explicit_options(shape: ModelShape, model_type: str) -> JsonObject:
     """Returns the fields of a Llama or Mistral whose defaults differ."""
     if family_name(shape.model_type) not in EXPLICIT:
         return {}
-    options: dict[str, Any] = {"max_position_embeddings": shape.config.max_position_embeddings}
+    options: JsonObject = {"max_position_embeddings": shape.config.max_position_embeddings}
     if family_name(model_type) == "mistral":
         options["sliding_window"] = sliding_window(shape.config)
     else:

@@ -1,19 +1,17 @@
 """Drops whole decoder layers of a model in memory. The others then count from 0."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 
 
-def config_of_layers(
-    config: dict[str, Any], shape: ModelShape, layers: Sequence[int]
-) -> dict[str, Any]:
+def config_of_layers(config: JsonObject, shape: ModelShape, layers: Sequence[int]) -> JsonObject:
     """Returns a config.json with these layers alone, which count from 0 there."""
     family = shape.family
     count = len(shape.layers)

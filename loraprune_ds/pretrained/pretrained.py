@@ -5,12 +5,11 @@ Weights are checked by the headers of their files, and read in parts, so that no
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
@@ -40,7 +39,7 @@ class PretrainedModel:
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: JsonObject
     modules: PreTrainedModel
     weights: ModelWeights
     tower: Tower | None = None
@@ -104,7 +103,7 @@ def _tower_files(headers: Headers, prefixes: Prefixes) -> dict[str, Path]:
 
 
 def _is_tied(
-    config: dict[str, Any], shape: ModelShape, names: dict[str, str], headers: Headers
+    config: JsonObject, shape: ModelShape, names: dict[str, str], headers: Headers
 ) -> bool:
     """Returns True if the embedding is also the head. Files may have both all the same."""
     # transformers ties every T5

@@ -1,15 +1,15 @@
 """Reads a model's sizes: what its family says of each layer, and the shapes of modules without weights."""
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import (
     build_on_meta,
     config_class,
@@ -45,7 +45,7 @@ LLAMA_SIZES = {
 }
 
 
-def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]:
+def read_model_config(model: str, revision: str | None = None) -> JsonObject:
     """Reads config.json alone. No weight is read or downloaded.
 
     Args:
@@ -58,12 +58,12 @@ def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]
     return read_json(folder / "config.json")
 
 
-def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
+def shape_from_config(config: JsonObject, where: str) -> ModelShape:
     """Returns the shape of `read_model` alone."""
     return read_model(config, where)[0]
 
 
-def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrainedModel]:
+def read_model(config: JsonObject, where: str) -> tuple[ModelShape, PreTrainedModel]:
     """Reads `config.json` of a supported model or of the text part of a multimodal one, with the sizes of its layers.
 
     Returns the shape, and the modules on the meta device that it was read from.
@@ -75,32 +75,37 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     """
     config = text_config(config, where)
     family = read_family(config, where)
-    config, counts, queries_leave = _checked(config, family, where)
+    queries_leave = _check_sizes(config, family, where)
     with refused_in_one_line(where):
         settings = config_object(config | {QUERY_HEADS_LEAVE: queries_leave})
         modules = build_on_meta(config)
-    configs = [_layer_config(settings, family, i) for i in range(sum(counts))]
-    marks = [list(family.layer(layer, i)) for i, layer in enumerate(configs)]
-    outer: dict[str, Shape] = {}
-    for name, parameter in modules.named_parameters():
-        outer[name] = tuple(parameter.shape)
     layers: list[LayerSpec] = []
     equal: dict[LayerSpec, LayerSpec] = {}
-    for number, (names, count) in enumerate(zip(family.layer_lists, counts, strict=True)):
-        for i in range(count):
-            prefix = f"{names.path}.{i}."
-            inside = [name for name in outer if name.startswith(prefix)]
-            shapes = {name.removeprefix(prefix): outer.pop(name) for name in inside}
-            layer = _layer(number, marks[len(layers)], shapes, f"{where}: {prefix}")
+    for number, names in enumerate(family.layer_lists):
+        stack: Any = modules.get_submodule(names.path)
+        for i, module in enumerate(stack):
+            of_layer = layer_config(settings, len(layers), family.per_layer)
+            marks = list(family.layer(of_layer, len(layers)))
+            layer = _layer(number, marks, _shapes(module), f"{where}: {names.path}.{i}.")
             layers.append(equal.setdefault(layer, layer))
-    tensors = tuple(TensorSpec(name, shape=shape) for name, shape in outer.items())
-    kinds = _kinds(marks[0], layers)
+    first = layer_config(settings, 0, family.per_layer)
+    kinds = _kinds(family.layer(first, 0), layers)
     if isinstance(family, Moe) and not family.optional and "experts" not in kinds:
         raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
-    return ModelShape(config["model_type"], kinds, tuple(layers), tensors, configs[0]), modules
+    in_layers = tuple(f"{names.path}." for names in family.layer_lists)
+    outer = [
+        TensorSpec(name, shape=shape)
+        for name, shape in _shapes(modules).items()
+        if not name.startswith(in_layers)
+    ]
+    return ModelShape(config["model_type"], kinds, tuple(layers), tuple(outer), first), modules
 
 
-def check_depth(config: dict[str, Any], family: Family, names: Collection[str], where: str) -> None:
+def _shapes(module: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def check_depth(config: JsonObject, family: Family, names: Collection[str], where: str) -> None:
     """Checks that the files hold the last layer that config.json counts, before any is built."""
     for layers in family.layer_lists:
         count = config.get(layers.count)
@@ -113,7 +118,7 @@ def check_depth(config: dict[str, Any], family: Family, names: Collection[str], 
 
 
 def check_family(
-    family: Family, source: dict[str, Any], where: str, dtype: str, *, packing: bool
+    family: Family, source: JsonObject, where: str, dtype: str, *, packing: bool
 ) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
@@ -186,7 +191,7 @@ def _kinds(marks: Marks, layers: Sequence[LayerSpec]) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def read_family(config: dict[str, Any], where: str) -> Family:
+def read_family(config: JsonObject, where: str) -> Family:
     """Returns the family of config.json. Raises UserError if the family, or a sort of layer in it, is not supported."""
     text_parts = f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     family = find_family(config.get("model_type"), where, text_parts)
@@ -201,51 +206,34 @@ def read_family(config: dict[str, Any], where: str) -> Family:
     return family
 
 
-def _aliases(config: dict[str, Any]) -> dict[str, str]:
+def _aliases(config: JsonObject) -> dict[str, str]:
     """Returns other names of fields, to and from those that transformers' class has."""
     names = config_class(config["model_type"]).attribute_map
-    return {**names, **{name: alias for alias, name in names.items()}}
+    return names | {name: alias for alias, name in names.items()}
 
 
-def _layer_config(config: PreTrainedConfig, family: Family, layer: int) -> Any:
-    """Returns transformers' object of one layer."""
-    if family.per_layer == "per_layer_config":
-        return layer_config(config, layer)
-    sizes = getattr(config, family.per_layer, None) or {}
-    of_layer = copy.copy(config)
-    vars(of_layer).update(sizes.get(str(layer), {}))
-    return of_layer
-
-
-def _checked(
-    config: dict[str, Any], family: Family, where: str
-) -> tuple[dict[str, Any], list[int], bool]:
-    """Checks sizes. Returns config.json with explicit ones, the counts of layers, and if single query heads leave."""
+def _check_sizes(config: JsonObject, family: Family, where: str) -> bool:
+    """Checks the sizes in config.json. Returns True if single query heads leave."""
     aliases = _aliases(config)
-    queries_leave = False
+    required = [name if name in config else aliases.get(name, name) for name in family.required]
+    required += [layers.count for layers in family.layer_lists]
     try:
-        config = family.explicit(config)
         per_layer = {int(i): sizes for i, sizes in (config.get(family.per_layer) or {}).items()}
-        required = (name if name in config else aliases.get(name, name) for name in family.required)
-        sizes = [int(config[name]) for name in required]
-        counts = [int(config[layers.count]) for layers in family.layer_lists]
-        if min(*counts, *sizes) < 1:
+        if min([int(config[name]) for name in required]) < 1:
             raise UserError(f"{where}: config.json holds a size below 1")
-        if "num_attention_heads" in family.required:
-            is_fixed = "heads" in family.fixed or config.get(QUERY_HEADS_LEAVE) is False
-            queries_leave = _check_heads(config, per_layer, where) and not is_fixed
+        if "num_attention_heads" not in family.required:
+            return False
+        is_fixed = "heads" in family.fixed or config.get(QUERY_HEADS_LEAVE) is False
+        return _check_heads(config, per_layer, where) and not is_fixed
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{where}: config.json holds a size that is not a number: {error}"
         ) from None
-    return config, counts, queries_leave
 
 
-def _check_heads(
-    config: dict[str, Any], per_layer: Mapping[int, dict[str, Any]], where: str
-) -> bool:
+def _check_heads(config: JsonObject, per_layer: Mapping[int, JsonObject], where: str) -> bool:
     """Checks the heads of all layers. Returns True if single query heads are the groups.
 
     They are if no layer has more than FEW_HEADS key-value heads, and if a query head is the finer step: each key-value

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_class, config_object, refused_in_one_line
 from loraprune_ds.model.count_limits import check_counts
 from loraprune_ds.model.experts import stack_experts
@@ -29,7 +30,7 @@ MULTIMODAL = (
     "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4 muse_glimmer"
 ).split()
 # A text class without a causal LM -> the family that computes the same if all rows of positions are equal.
-STANDS_FOR: dict[str, dict[str, Any]] = {
+STANDS_FOR: dict[str, JsonObject] = {
     "qwen2_5_vl_text": {"model_type": "qwen2"},
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
@@ -70,7 +71,7 @@ class Tower:
         files: the other tensors, and the weight file of each.
     """
 
-    config: dict[str, Any]
+    config: JsonObject
     prefixes: Prefixes
     files: Mapping[str, Path]
 
@@ -95,7 +96,7 @@ def in_files(
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)
 
 
-def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+def text_config(config: JsonObject, where: str) -> JsonObject:
     """Returns the config of a text model, or of a multimodal model's text part, with all sizes of the family."""
     check_counts(config, where)
     text = config
@@ -108,7 +109,7 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     return text
 
 
-def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
+def _text_part(config: JsonObject, where: str) -> JsonObject:
     with refused_in_one_line(where):
         multimodal = config_object(config)
         inner = multimodal.get_text_config()
@@ -120,7 +121,7 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
             text["rope_parameters"].pop(name, None)
         return text | tied | STANDS_FOR[inner.model_type]
     text = config.get("text_config") or {}
-    settings: dict[str, Any] = {}
+    settings: JsonObject = {}
     if text.get("model_type") in FAMILIES:
         defaults = config_class(text["model_type"])
         settings = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
@@ -137,7 +138,7 @@ def find_prefixes(stored: Collection[str], where: str) -> Prefixes:
     raise UserError(f"{where}: its weight files have no text part under {decoders}")
 
 
-def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -> None:
+def check_tower(config: JsonObject, pruned: ModelShape | None, where: str) -> None:
     """Checks that the stock multimodal class of a config.json can hold the pruned text part.
 
     Args:
@@ -164,7 +165,7 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
             )
 
 
-def _decoder_shapes(config: dict[str, Any]) -> dict[str, Shape]:
+def _decoder_shapes(config: JsonObject) -> dict[str, Shape]:
     """Returns the shapes of a multimodal model's decoder by their names inside it."""
     settings = config_object(config)
     stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(settings)]

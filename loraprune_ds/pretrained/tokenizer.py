@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.families.base import PRUNED, Family
 from loraprune_ds.model.family import FAMILIES
@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder} has no readable tokenizer: {one_line(error)}") from error
     # transformers silently makes an empty tokenizer from some damaged files.
     ids: Any = tokenizer("text", add_special_tokens=False)["input_ids"]
-    require(bool(ids), f"{folder}: its tokenizer has no vocabulary")
+    require(ids, f"{folder}: its tokenizer has no vocabulary")
     return tokenizer
 
 
@@ -48,15 +48,13 @@ class Starts(NamedTuple):
     target: int | None = None  # first token of a decoder after an encoder. None without an encoder
 
 
-def text_starts(
-    tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]
-) -> Starts:
+def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: JsonObject) -> Starts:
     bos: Any = tokenizer.bos_token_id if family.windows_begin_with_bos else None
     target = target_start(config) if family.has_encoder else None
     return Starts(bos, target)
 
 
-def target_start(config: dict[str, Any]) -> int:
+def target_start(config: JsonObject) -> int:
     """Returns the first input of a decoder: padding, unless another token is named."""
     for name in ("decoder_start_token_id", "pad_token_id"):
         if config.get(name) is not None:
@@ -176,7 +174,7 @@ def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
     except RuntimeError as error:
         raise UserError(f"{folder / SENTENCEPIECE_FILE} is damaged: {error}") from None
     stored = read_json(folder / TOKENIZER_CONFIG, missing_ok=True)
-    settings: dict[str, Any] = {"add_bos_token": stored.get("add_bos_token") is not False}
+    settings: JsonObject = {"add_bos_token": stored.get("add_bos_token") is not False}
     for key, token in LLAMA_SPECIAL_TOKENS.items():
         # Early conversions of LLaMA have empty names, which make transformers recurse without end.
         if stored.get(key) == "":

@@ -96,8 +96,8 @@ def read_samples(path: Path) -> Iterator[bytes]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         samples: list[tuple[int, int]] = []
-        for span in sorted(entry["data_offsets"] for entry in entries.values()):
-            samples += [(size, begin + start) for size, start in _samples(*span)]
+        for first, last in sorted(entry["data_offsets"] for entry in entries.values()):
+            samples += _samples(begin + first, begin + last)
         yield from pool.map(lambda sample: os.pread(file.fileno(), *sample), samples)
 
 
@@ -130,7 +130,7 @@ def weight_file_names(folder: Path) -> list[str]:
     if not index.is_file():
         names = {path.name for path in folder.glob("*.safetensors")} - {ADAPTER_WEIGHTS}
         require(
-            bool(names),
+            names,
             f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}",
         )
         return sorted(names)

@@ -69,10 +69,9 @@ class ModelWeights:
         if smaller.layers == self.shape.layers:
             return self
         slices: dict[str, Slice] = {}
-        for i, (layer, layer_keep) in enumerate(zip(self.shape.layers, keep, strict=True)):
-            prefix = self.shape.prefix(i)
-            for name, part, _ in layer.cuts(layer_keep, int8=self.int8):
-                slices[prefix + name] = part
+        for i, layer in enumerate(self.shape.layers):
+            for name, part, _ in layer.cuts(keep[i], int8=self.int8):
+                slices[self.shape.prefix(i) + name] = part
         pieces = dict(self.pieces)
         for name in self.pieces.keys() & slices.keys():
             pieces[name] = pieces[name].keep_rows(slices.pop(name).keep)
@@ -108,11 +107,13 @@ class ModelWeights:
 
     def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
         numel = math.prod(pieces.shape)
+        first = start // numel
+        last = -(-end // numel)
         parts = [torch.empty(0, dtype=dtype)]
-        for i in range(start // numel, -(-end // numel) if end > start else 0):
+        for i, name in enumerate(pieces.names[first:last], start=first):
             low = max(start - i * numel, 0)
             high = min(end - i * numel, numel)
-            parts.append(self.read_flat(pieces.names[i], low, high, dtype))
+            parts.append(self.read_flat(name, low, high, dtype))
         return torch.cat(parts)
 
     def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -165,16 +166,13 @@ def check_weights(
     Raises:
         UserError: a tensor is missing, surplus or quantized, or has another shape.
     """
-    experts = next((name for name in names if name.endswith(FUSED_EXPERTS)), None)
-    stacks = shape.pieces(fused=experts is not None)
-    transposed = False
-    if experts is not None:
-        on_disk = headers[names[experts]][0]
-        transposed = any(
-            experts in stack.names and on_disk != stack.shape for stack in stacks.values()
-        )
+    fused = [name for name in names if name.endswith(FUSED_EXPERTS)]
+    stacks = shape.pieces(fused=bool(fused))
     # A stack that is one tensor on disk needs no pieces.
     whole = {stack.names[0]: name for name, stack in stacks.items() if len(stack.names) == 1}
+    transposed = False
+    for name in whole.keys() & fused[:1]:
+        transposed = headers[names[name]][0] != stacks[whole[name]].shape
     names_on_disk = {whole.get(name, name): in_file for name, in_file in names.items()}
     found = {name: headers[in_file] for name, in_file in names_on_disk.items()}
     expected = shape.stored(2, int8=False)
@@ -224,7 +222,9 @@ def _read_part(stored: Tensor, part: Slice, start: int, end: int, dtype: torch.d
     columns = len(part.keep) if part.axis == 1 else width
     first = start // columns
     last = -(-end // columns)
-    rows = part.keep[first:last] if part.axis == 0 else torch.arange(first, last)
+    rows = torch.arange(first, last)
+    if part.axis == 0:
+        rows = part.keep[first:last]
     elements = torch.empty(end - start, dtype=dtype)
     step = max(1, READ_CHUNK // width)
     for i, chunk in enumerate(rows.split(step)):

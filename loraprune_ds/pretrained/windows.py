@@ -37,13 +37,14 @@ def split_batches(
         windows = split_windows(text, tokenizer, window, most, starts.window)
         batches = [(ids, ids) for ids in windows.split(size)]
     else:
-        pairs = _read_pairs(text)[:most]
-        rows: list[tuple[list[int], list[int]]] = []
-        for source, target in tokenize_pairs(pairs, tokenizer, starts.target):
-            if len(source) < window:
-                rows.append((source, target[: window - len(source)]))
+        pairs = tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target)
+        rows = [
+            (source, target[: window - len(source)])
+            for source, target in pairs
+            if len(source) < window
+        ]
         require(
-            bool(rows),
+            rows,
             f"the evaluation text has no source that leaves room for a target in a window of {window}",
         )
         batches = [label_answers(rows[i : i + size]) for i in range(0, len(rows), size)]
@@ -78,11 +79,8 @@ def _read_pair(line: str) -> tuple[str, str] | None:
 
 def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
     """Returns a batch of prompts with their answers, padded at the end. Only the answers have labels."""
-    ids = [torch.tensor(prompt + answer, dtype=torch.int64) for prompt, answer in rows]
-    labels: list[Tensor] = []
-    for prompt, answer in rows:
-        ignored = [IGNORE_INDEX] * len(prompt)
-        labels.append(torch.tensor(ignored + answer, dtype=torch.int64))
+    ids = [torch.tensor(prompt + answer) for prompt, answer in rows]
+    labels = [torch.tensor([IGNORE_INDEX] * len(prompt) + answer) for prompt, answer in rows]
     padded_ids = pad_sequence(ids, batch_first=True)  # no id changes earlier losses, so any can pad
     padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
     return padded_ids, padded_labels

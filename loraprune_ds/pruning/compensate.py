@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import LayerKeep, TensorSpec, cut
-from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import LayerLinear, LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
 
 # 0.01 gave 47.7/60.7/133 instead of 45.7/56.4/126 (tests/benchmarks/README.md of commit 95c06ca)
@@ -69,9 +69,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     return weight
 
 
-def measured_linears(
-    shape: ModelShape, layers: Iterable[int] | None = None
-) -> list[tuple[int, TensorSpec]]:
+def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LayerLinear]:
     """Lists the linears that lose inputs, of some layers or all. Stacks lose experts, not inputs."""
     return [(i, linear) for i, linear in shape.linears(layers) if linear.loses_inputs]
 
@@ -79,11 +77,11 @@ def measured_linears(
 def refitted_linears(dense: ModelShape, shape: ModelShape, layer: int) -> list[str]:
     """Lists the linears of a layer that refits have changed by now: all that have lost inputs."""
     dense_shapes = {linear.linear: linear.shape for _, linear in measured_linears(dense, [layer])}
-    names = list[str]()
-    for _, linear in measured_linears(shape, [layer]):
-        if linear.shape != dense_shapes[linear.linear]:
-            names.append(linear.linear)
-    return names
+    return [
+        linear.linear
+        for _, linear in measured_linears(shape, [layer])
+        if linear.shape != dense_shapes[linear.linear]
+    ]
 
 
 class InputMoments:
@@ -136,13 +134,13 @@ class InputMoments:
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
-        shrinking = dict[LinearId, TensorSpec]()
-        for i, linear in measured_linears(self._model.shape):
-            if linear.shrinks(keep[i]):
-                shrinking[LinearId(i, linear.linear)] = linear
+        linears = measured_linears(self._model.shape)
+        shrinking = {
+            LinearId(i, linear.linear): linear for i, linear in linears if linear.shrinks(keep[i])
+        }
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
-            _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
+            kept = shrinking[linear_id].kept_indices(keep[linear_id.layer])
             moment = self.sums[linear_id]
             try:
                 return refit(linear, moment, kept.to(moment.device))
@@ -159,8 +157,7 @@ class InputMoments:
             linear = self._model.shape.linear(linear_id)
             layer_keep = keep[linear_id.layer]
             if linear.shrinks(layer_keep):
-                _, kept = cut(linear, layer_keep)
-                kept = kept.to(self._model.device)
+                kept = linear.kept_indices(layer_keep).to(self._model.device)
                 half = take_half(moment.index_select(0, kept).index_select(1, kept))
                 self.sums[linear_id] = from_half(half, len(kept))
 
@@ -174,13 +171,15 @@ class InputMoments:
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
         """Restores a checkpoint. `read` returns the `halves` of the rank that owned the layer."""
+        model = self._model
         self.tokens = tokens
-        for layer in range(len(self._model.layers)):
-            if self._model.owner(layer) == self._model.rank:
-                for name, half in read(layer).items():
-                    linear_id = LinearId(layer, name)
-                    inputs = self._model.shape.linear(linear_id).inputs
-                    self.sums[linear_id] = from_half(half.to(self._model.device), inputs)
+        for layer in range(len(model.layers)):
+            if model.owner(layer) != model.rank:
+                continue
+            for name, half in read(layer).items():
+                linear_id = LinearId(layer, name)
+                inputs = model.shape.linear(linear_id).inputs
+                self.sums[linear_id] = from_half(half.to(model.device), inputs)
 
     def clear(self) -> None:
         self.sums.clear()
@@ -228,13 +227,17 @@ def _tiles(n: int) -> Iterator[tuple[slice, slice]]:
 
 def numel_sent(n: int) -> int:
     """Counts the elements of half a second moment of n inputs: about n² / 2."""
-    return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n))
+    return sum(_sizes(n))
+
+
+def _sizes(n: int) -> list[int]:
+    """Lists the elements of each tile."""
+    return [(rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n)]
 
 
 def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields the rows, columns and values of each tile of a flat half."""
-    sizes = [(rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n)]
-    for (rows, columns), tile in zip(_tiles(n), torch.split(half, sizes), strict=True):
+    for (rows, columns), tile in zip(_tiles(n), torch.split(half, _sizes(n)), strict=True):
         yield rows, columns, tile.view(-1, n - rows.start)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraprune_ds.model.groups import QUERY_HEADS, TensorSpec
-from loraprune_ds.model.shape import LinearId
+from loraprune_ds.model.groups import QUERY_HEADS
+from loraprune_ds.model.shape import LayerLinear, LinearId
 from loraprune_ds.pruning.layer_scores import second_moments
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, hook_inputs
 
@@ -69,16 +69,17 @@ def score_shard(
     experts = len(factors.A) // factors.B.shape[1]  # a linear that is not a stack counts as one
     rows = shard.shape[0] // experts
     columns = shard.shape[1]
-    total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
+    device = shard.flat.device
+    total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=device)
     start = shard.start
     end = start + len(shard.flat)
     if start == end:
         return total
-    block_numel = CPU_BLOCK_NUMEL if shard.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    block_numel = CPU_BLOCK_NUMEL if device.type == "cpu" else DEVICE_BLOCK_NUMEL
     of_experts = list(zip(factors.A.chunk(experts), factors.grad_A.chunk(experts), strict=True))
     block_rows = max(1, block_numel // columns)
     row = start // columns
-    last_row = (end - 1) // columns + 1
+    last_row = -(-end // columns)
     while row < last_row:
         expert = row // rows
         stop = min(row + block_rows, last_row, (expert + 1) * rows)
@@ -107,25 +108,23 @@ def score_shard(
 
 
 class Tap(torch.autograd.Function):
-    """Returns its input. The backward pass calls a receiver with the gradient and with a saved tensor.
+    """Returns its input. The backward pass calls a receiver with the gradient and with the input.
 
     With activation checkpointing the forward runs twice and the backward once, so the receiver is called once.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        ctx.save_for_backward(saved)
+    def forward(ctx: Any, inputs: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
         ctx.receive = receive
-        return passed.view_as(passed)
+        return inputs.view_as(inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (saved,) = ctx.saved_tensors
-        ctx.receive(gradient, saved)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (inputs,) = ctx.saved_tensors
+        ctx.receive(gradient, inputs)
+        return gradient, None
 
 
 class MaskGradients:
@@ -152,8 +151,6 @@ class MaskGradients:
         self._model = model
         self._active = False
         self._squares: dict[LinearId, Tensor] = {}
-        # no cut changes widths
-        self._spans = {LinearId(i, linear.linear): linear.spans[0] for i, linear in self.linears}
         self.detach = hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
@@ -167,7 +164,7 @@ class MaskGradients:
             self._squares.clear()
 
     @property
-    def linears(self) -> list[tuple[int, TensorSpec]]:
+    def linears(self) -> list[LayerLinear]:
         """The linears that are scored."""
         return self._model.shape.input_linears()
 
@@ -182,22 +179,21 @@ class MaskGradients:
     ) -> Tensor | None:
         if not self._active:
             return None
-        return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id, counts)))
+        return cast(Tensor, Tap.apply(inputs, partial(self._receive, linear_id, counts)))
 
     def _receive(
         self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor
     ) -> None:
         if counts is None:
-            span = self._spans[linear_id]
+            span = self._model.shape.linear(linear_id).spans[0]
             s = mask_gradients(inputs, gradient, span.width)
             if span.kind == QUERY_HEADS:
                 squares = second_moments(s, span.ranges)
             else:
                 squares = sum_of_squares(s)
         else:
-            parts = list[Tensor]()
-            for x, g in zip(inputs.split(counts), gradient.split(counts), strict=True):
-                parts.append(sum_of_squares(mask_gradients(x, g, x.shape[1])))
+            of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
+            parts = [sum_of_squares(mask_gradients(x, g, x.shape[1])) for x, g in of_experts]
             squares = torch.cat(parts)
         self._squares[linear_id] = self._squares.get(linear_id, 0.0) + squares.double()
 
@@ -209,8 +205,10 @@ def mask_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Iterator[Ten
     block_numel = CPU_INPUTS if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     tokens = max(1, block_numel // inputs.shape[1])
     for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):
-        product = x.float().mul_(g.float()) if x.dtype != torch.float32 else x * g
-        yield product.unflatten(1, (-1, width)).sum(2) if width > 1 else product
+        s = x * g.float()  # fp32, also of 16-bit inputs
+        if width > 1:
+            s = s.unflatten(1, (-1, width)).sum(2)
+        yield s
 
 
 def sum_of_squares(blocks: Iterator[Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """The scores of groups: each rank's part, the sum over the ranks, and the moving average over the steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from loraprune_ds.config_types import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import Kind, LayerKeep, TensorSpec
-from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.model.shape import LayerLinear, LinearId, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -21,7 +21,7 @@ class GroupSums:
     """The scores of each span of the linears, summed over the ranks. They stay on the device."""
 
     shape: ModelShape
-    linears: Sequence[tuple[int, TensorSpec]]
+    linears: Sequence[LayerLinear]
     of_spans: Sequence[Tensor]  # float64 of each span of these linears, as in LayerScores
     step: int
 
@@ -37,22 +37,21 @@ class GroupSums:
             {kind: new_zeros(count) for kind, count in counts.items()}
             for counts in self.shape.counts
         ]
-        for place, scores in zip(self._places(), self._normalized(normalization), strict=True):
-            sums = layers[place.layer]
+        of_spans = zip(self._places(), self._normalized(normalization), strict=True)
+        for (layer, _, kind), scores in of_spans:
             if scores.ndim == 1:
-                sums[place.kind] = sums[place.kind] + scores
-            else:  # second moments, which belong to one span
-                sums[place.kind] = scores
-        return [LayerScores(sums) for sums in layers]
+                scores = layers[layer][kind] + scores
+            layers[layer][kind] = scores  # second moments belong to one span
+        return list(map(LayerScores, layers))
 
     def check(self) -> None:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
         if torch.isfinite(self._sum()):
             return
-        for place, scores in zip(self._places(), self.of_spans, strict=True):
+        for (layer, linear, _), scores in zip(self._places(), self.of_spans, strict=True):
             if not torch.isfinite(scores).all():
                 raise RunError(
-                    f"step {self.step}: the score of layer {place.layer} {place.linear} is not "
+                    f"step {self.step}: the score of layer {layer} {linear} is not "
                     "finite; lower train.learning_rate, or look at the data of this step"
                 )
 
@@ -60,30 +59,20 @@ class GroupSums:
         if normalization == "none":
             return list(self.of_spans)
         if normalization == "l2":
-            return [_divide(scores, cast(Any, scores).norm()) for scores in self.of_spans]
-        total = self._sum()
-        return [_divide(scores, total) for scores in self.of_spans]
+            divisors = [cast(Any, scores).norm() for scores in self.of_spans]
+        else:
+            divisors = [self._sum()] * len(self.of_spans)
+        pairs = zip(self.of_spans, divisors, strict=True)
+        return [scores / divisor.where(divisor > 0, 1.0) for scores, divisor in pairs]
 
     def _sum(self) -> Tensor:
         return torch.cat([scores.flatten() for scores in self.of_spans]).sum()
 
-    def _places(self) -> Iterator["Place"]:
+    def _places(self) -> Iterator[tuple[int, str, Kind]]:
+        """Yields the layer, the linear and the kind of each span."""
         for layer, linear in self.linears:
             for span in linear.spans:
-                yield Place(layer, linear.linear, span.kind)
-
-
-class Place(NamedTuple):
-    """Says which groups a span holds."""
-
-    layer: int
-    linear: str
-    kind: Kind
-
-
-def _divide(scores: Tensor, divisor: Tensor) -> Tensor:
-    """Divides scores, unless all are zero."""
-    return scores / divisor.where(divisor > 0, 1.0)
+                yield layer, linear.linear, span.kind
 
 
 def score_groups(
@@ -119,10 +108,7 @@ def sums_of_spans(linear: TensorSpec, values: Tensor) -> list[Tensor]:
 
 
 def add_over_ranks(
-    model: PrunableModel,
-    linears: Sequence[tuple[int, TensorSpec]],
-    partial: list[Tensor],
-    step: int,
+    model: PrunableModel, linears: Sequence[LayerLinear], partial: list[Tensor], step: int
 ) -> GroupSums:
     """Sums the ranks' scores of all spans."""
     totals = model.comm.all_reduce(torch.cat([scores.flatten() for scores in partial]))
@@ -141,7 +127,7 @@ class MovingAverage:
 
     def update(self, now: list[LayerScores]) -> None:
         """Adds the scores of one more step."""
-        before = self.scores or [_map(torch.zeros_like, layer) for layer in now]
+        before = self.scores or [layer.map(torch.zeros_like) for layer in now]
         self.scores = [self._mix(*layers) for layers in zip(before, now, strict=True)]
         self.updates_since_cut += 1
 
@@ -156,14 +142,10 @@ class MovingAverage:
         """Returns the scores in host memory. None if nothing was scored yet."""
         if self.scores is None:
             return None
-        return [_map(Tensor.cpu, layer) for layer in self.scores]
+        return [layer.map(Tensor.cpu) for layer in self.scores]
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Keeps the scores of the groups that a cut leaves."""
         assert self.scores is not None
         self.scores = [scores.select(k) for scores, k in zip(self.scores, keep, strict=True)]
         self.updates_since_cut = 0
-
-
-def _map(function: Callable[[Tensor], Tensor], scores: LayerScores) -> LayerScores:
-    return LayerScores((kind, function(values)) for kind, values in scores.items())

@@ -10,7 +10,7 @@ q query heads for each key-value head.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -23,6 +23,9 @@ from loraprune_ds.model.shape import ModelShape
 class LayerScores(LayerTensors):
     """Holds the importance of a layer's groups, float64: (groups,) for each kind, or second moments of query heads."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LayerScores":
+        return LayerScores((kind, function(scores)) for kind, scores in self.items())
+
     def select(self, keep: LayerKeep) -> Self:
         selected: dict[Kind, Tensor] = {}
         for kind, scores in self.items():
@@ -32,11 +35,7 @@ class LayerScores(LayerTensors):
 
     def of_groups(self) -> "LayerScores":
         """Returns the scores as (groups,) of each kind."""
-        scores = dict(self)
-        for kind, values in self.items():
-            if values.ndim > 1:
-                scores[kind] = add_in_turn(values)
-        return LayerScores(scores)
+        return self.map(lambda scores: add_in_turn(scores) if scores.ndim > 1 else scores)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
@@ -45,8 +44,8 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
     for i, layer in enumerate(shape.counts):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         draws = {
-            kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64)
-            for kind in shape.kinds
+            kind: torch.rand(count, generator=generator, dtype=torch.float64)
+            for kind, count in layer.items()
         }
         scores.append(LayerScores(draws))
     return scores

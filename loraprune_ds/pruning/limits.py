@@ -47,11 +47,9 @@ class Limits:
 
     def numel(self, layers: Sequence[LayerCounts]) -> dict[Kind, int]:
         """Counts the linear parameters of each kind in the open layers, from the counts of all layers."""
-        numel = dict[Kind, int]()
-        for kind in self.dense.kinds:
-            groups = sum(layers[i][kind] for i in self.open_layers)
-            numel[kind] = groups * self.dense.group_numel[kind]
-        return numel
+        open_layers = [layers[i] for i in self.open_layers]
+        numel = self.dense.group_numel
+        return {kind: numel[kind] * sum(x[kind] for x in open_layers) for kind in numel}
 
     @cached_property
     def removable(self) -> dict[Kind, int]:
@@ -72,46 +70,45 @@ class Limits:
         return self._equal_counts(self.floor), self._equal_counts(self.dense.counts)
 
     def _equal_counts(self, layers: Sequence[LayerCounts]) -> LayerCounts:
-        counts = dict[Kind, int]()
-        for (
-            kind
-        ) in self.dense.kinds:  # some layers lack a kind, so the largest count is the common one
-            counts[kind] = max(
-                layers[i][kind] // self.dense.times(i, kind) for i in self.open_layers
-            )
+        """Returns the common counts, the largest because some layers lack a kind."""
+        counts: dict[Kind, int] = dict.fromkeys(self.dense.kinds, 0)
+        for i in self.open_layers:
+            for kind in counts:
+                count = layers[i][kind] // self.dense.times(i, kind)
+                counts[kind] = max(counts[kind], count)
         return LayerCounts(counts)
 
     @cached_property
     def equal_numel(self) -> dict[Kind, int]:
         """The linear parameters of one group in every open layer that has such groups."""
         dense = self.dense
-        numel = dict[Kind, int]()
-        for kind in dense.kinds:
-            layers = [i for i in self.open_layers if dense.counts[i][kind]]
-            numel[kind] = sum(dense.times(i, kind) for i in layers) * dense.group_numel[kind]
+        numel = dict(dense.group_numel)
+        for kind in numel:
+            layers = (i for i in self.open_layers if dense.counts[i][kind])
+            numel[kind] *= sum(dense.times(i, kind) for i in layers)
         return numel
 
     def narrowest(self, bounds: Bounds) -> Iterator[LayerCounts]:
         """Yields for each count of heads the equal counts with the fewest channels (or experts)."""
         least, most = bounds
         as_many = self.dense.family.as_many
-        coarse = [kind for kind in self.dense.kinds[:-1] if kind not in as_many]
+        *coarse, _ = self.dense.kinds
+        coarse = [kind for kind in coarse if kind not in as_many]
         choices = [range(least[kind], most[kind] + 1, self.multiples[kind]) for kind in coarse]
         for chosen in product(*choices):
-            counts = {**least, **dict(zip(coarse, chosen, strict=True))}
+            counts = least | dict(zip(coarse, chosen, strict=True))
             for kind, twin in as_many.items():
                 counts[kind] = min(counts[twin], most[kind])
             yield LayerCounts(counts)
 
-    def with_equal(self, counts: Mapping[Kind, int], shape: ModelShape) -> ModelShape:
+    def with_equal(self, counts: Mapping[Kind, int]) -> ModelShape:
         """Returns the shape with equal counts in every open layer. Layers with delta nets and with attention differ."""
-        layers = list(shape.counts)
+        layers = list(self.dense.counts)
         for i in self.open_layers:
-            layers[i] = LayerCounts(
-                (kind, counts[kind] * self.dense.times(i, kind) if dense_count else 0)
-                for kind, dense_count in self.dense.counts[i].items()
-            )
-        return shape.resized(layers)
+            present = [kind for kind, count in layers[i].items() if count]
+            equal = {kind: counts[kind] * self.dense.times(i, kind) for kind in present}
+            layers[i] = LayerCounts(layers[i] | equal)
+        return self.dense.resized(layers)
 
 
 @dataclass(frozen=True)
@@ -122,32 +119,30 @@ class Budget:
     shares: Mapping[Kind, float]  # each kind's fraction of the removed parameters
 
 
-def protected_layers(config: PruneConfig, dense: ModelShape) -> set[int]:
-    protected = set[int]()
+def _open_layers(config: PruneConfig, dense: ModelShape) -> list[int]:
+    """Lists the layers that are not protected. An encoder and its decoder protect their own."""
+    open_layers = list[int]()
     for layers in dense.layer_lists:
         first = config.protected_first
         if first is None:
             first = math.ceil(len(layers) / 10)
-        protected.update(layers[:first])
-        protected.update(layers[max(0, len(layers) - config.protected_last) :])
-    return protected
+        open_layers += layers[first : max(first, len(layers) - config.protected_last)]
+    return open_layers
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits of a run. Raises UserError if settings conflict, or do not fit the model."""
-    count = len(dense.layers)
-    protected = protected_layers(config, dense)
-    if len(protected) == count:
-        raise UserError(
-            f"prune.protected_first and prune.protected_last protect all {count} layers"
-        )
+    open_layers = _open_layers(config, dense)
+    require(
+        open_layers,
+        f"prune.protected_first and prune.protected_last protect all {len(dense.layers)} layers",
+    )
     _check_servers(config.tensor_parallel, dense)
     multiples = _multiples(config, dense)
-    open_layers = [i for i in range(count) if i not in protected]
     _check_widths(config, dense, open_layers, multiples)
     uniform = config.ranking == "uniform"
     limits = Limits(dense, _floor(dense, open_layers, multiples), open_layers, multiples, uniform)
-    if uniform and limits.with_equal(limits.bounds[1], dense).counts != dense.counts:
+    if uniform and limits.with_equal(limits.bounds[1]).counts != dense.counts:
         raise UserError(
             "prune.ranking: uniform needs equal layers, but the layers of this model differ; use global"
         )
@@ -162,20 +157,16 @@ def _check_servers(servers: int, dense: ModelShape) -> None:
     require(dense.has_heads_for(servers), f"{key} key-value heads")
     for i, layer in enumerate(dense.counts):
         for kind, count in layer.items():
-            divided = kind == "experts" or count % servers == 0
-            require(divided, f"{key} {count} {kind} of layer {i}")
+            if kind != "experts":
+                require(count % servers == 0, f"{key} {count} {kind} of layer {i}")
 
 
 def _multiples(config: PruneConfig, dense: ModelShape) -> dict[Kind, int]:
     """Returns the divisor of the kept counts of each kind."""
     servers = config.tensor_parallel
-    multiples = {
-        "heads": servers,
-        "cross_heads": servers,
-        "delta": servers,
-        "channels": math.lcm(config.channel_multiple, servers),
-        QUERY_HEADS: math.lcm(dense.ranges(QUERY_HEADS), servers),
-    }
+    multiples: dict[Kind, int] = dict.fromkeys(("heads", "cross_heads", "delta"), servers)
+    multiples["channels"] = math.lcm(config.channel_multiple, servers)
+    multiples[QUERY_HEADS] = math.lcm(dense.ranges(QUERY_HEADS), servers)
     return {kind: multiples.get(kind, dense.ranges(kind)) for kind in dense.kinds}
 
 
@@ -189,8 +180,10 @@ def _check_widths(
         key += f" with prune.tensor_parallel {config.tensor_parallel}"
     for i in open_layers:
         channels = dense.counts[i].get("channels", 0)
-        fits = channels == 0 or channels >= multiple
-        require(fits, f"{key} needs at least {multiple} channels, and layer {i} has {channels}")
+        require(
+            channels == 0 or channels >= multiple,
+            f"{key} needs at least {multiple} channels, and layer {i} has {channels}",
+        )
 
 
 def _floor(
@@ -231,27 +224,25 @@ def _shares_by_head_ratio(head_ratio: float, limits: Limits, ratio: float) -> di
     dense = limits.dense
     *coarse, fine = dense.kinds
     key = f"prune.head_ratio {head_ratio}"
-    prunes_heads = "heads" in coarse or QUERY_HEADS in coarse
     require(
-        prunes_heads or head_ratio == 0,
+        head_ratio == 0 or "heads" in coarse or QUERY_HEADS in coarse,
         f"{key}: a {dense.model_type} keeps its heads; remove the setting",
     )
     numel = limits.numel(dense.counts)
     heads = sum(numel[kind] for kind in coarse)
     removable_heads = sum(limits.removable[kind] for kind in coarse)
     leaving_heads = head_ratio * heads
-    half_a_step = (
-        sum(limits.equal_numel[kind] * limits.multiples[kind] for kind in coarse) / 2
-    )  # only full heads go
+    # Only whole heads leave.
+    half_a_step = sum(limits.equal_numel[kind] * limits.multiples[kind] for kind in coarse) / 2
     if leaving_heads > removable_heads + half_a_step:
         raise UserError(f"{key}: at most {removable_heads / heads:.1%} of the heads may leave")
     leaving = max(1, limits.leaving(ratio))
+    rest = leaving - leaving_heads
     removable = limits.removable[fine]
-    if not leaving_heads <= leaving <= leaving_heads + removable + half_a_step:
+    if not 0 <= rest <= removable + half_a_step:
         total = max(1, numel[fine])
-        asked = (leaving - leaving_heads) / total
         raise UserError(
-            f"{key} with prune.ratio {ratio} would remove {asked:.1%} of the {fine}, "
+            f"{key} with prune.ratio {ratio} would remove {rest / total:.1%} of the {fine}, "
             f"but only {removable / total:.1%} may leave"
         )
     shares = {kind: head_ratio * numel[kind] / leaving for kind in coarse}

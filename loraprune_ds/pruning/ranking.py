@@ -4,8 +4,9 @@ A budget counts linear parameters of all decoder layers of the *dense* model. Ti
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def rank_uniform(
 
     `scores` and the result belong to the current groups.
     """
-    return keep_best(scores, limits.with_equal(counts, current).counts, current)
+    return keep_best(scores, limits.with_equal(counts).counts, current)
 
 
 def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCounts:
@@ -49,36 +50,38 @@ def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -
     options = [
         _fill_up(narrowest, limits, budget, bounds) for narrowest in limits.narrowest(bounds)
     ]
-    return min(options, key=lambda option: (option.from_ratio, option.from_shares)).counts
+    return min(options, key=partial(_distances, limits, budget))
 
 
-class _Option(NamedTuple):
-    """Counts of groups, with their distances to the ratio, in parameters, and to the shares, in groups."""
-
-    from_ratio: float
-    from_shares: float
-    counts: LayerCounts
-
-
-def _fill_up(narrowest: LayerCounts, limits: Limits, budget: Budget, bounds: Bounds) -> _Option:
+def _fill_up(narrowest: LayerCounts, limits: Limits, budget: Budget, bounds: Bounds) -> LayerCounts:
     """Adds channels to the narrowest counts until they are as near to the ratio as possible."""
+    _, highest = bounds
+    *coarse, fine = limits.dense.kinds
+    rest = limits.leaving(budget.ratio) - _removed(limits, narrowest, coarse)
+    count = limits.bounds[1][fine] - rest / max(1, limits.equal_numel[fine])
+    channels = _nearest_multiple(count, narrowest[fine], highest[fine], limits.multiples[fine])
+    return LayerCounts({**narrowest, fine: channels})
+
+
+def _distances(limits: Limits, budget: Budget, counts: LayerCounts) -> tuple[float, float]:
+    """Returns the distance of counts to the ratio, in parameters, and to the shares of heads, in groups."""
     *coarse, fine = limits.dense.kinds
     dense = limits.bounds[1]
-    numel = {kind: max(1, part) for kind, part in limits.equal_numel.items()}
-    leaving = limits.leaving(budget.ratio)  # parameters
-    multiple = limits.multiples[fine]
-
-    removed = sum(numel[kind] * (dense[kind] - narrowest[kind]) for kind in coarse)
-    count = dense[fine] - (leaving - removed) / numel[fine]
-    channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], multiple)
-    from_ratio = abs(removed + numel[fine] * (dense[fine] - channels) - leaving)
-    from_shares = 0
+    leaving = limits.leaving(budget.ratio)
+    from_ratio = abs(_removed(limits, counts, limits.dense.kinds) - leaving)
+    from_shares = 0.0
     for kind in coarse:
-        share = dense[kind] - leaving * budget.shares[kind] / numel[kind]
-        from_shares += abs(narrowest[kind] - share)
+        numel = max(1, limits.equal_numel[kind])
+        share = dense[kind] - leaving * budget.shares[kind] / numel
+        from_shares += abs(counts[kind] - share)
     # Half a channel step is as good as no distance.
-    from_ratio = max(from_ratio, multiple * numel[fine] / 2)
-    return _Option(from_ratio, from_shares, LayerCounts({**narrowest, fine: channels}))
+    return max(from_ratio, limits.step_numel(fine) / 2), from_shares
+
+
+def _removed(limits: Limits, counts: LayerCounts, kinds: Iterable[Kind]) -> int:
+    """Counts the parameters of some kinds that all open layers lose if they keep these equal counts."""
+    dense = limits.bounds[1]
+    return sum(limits.equal_numel[kind] * (dense[kind] - counts[kind]) for kind in kinds)
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
@@ -165,13 +168,14 @@ class _Removal:
         for layer in reversed(self.limits.open_layers):
             count = self.left[layer][kind]
             chunks = self.limits.chunks(layer, kind, count)
-            candidates.extend((layer, groups) for groups in chunks)
+            candidates += [(layer, groups) for groups in chunks]
             values = self.scores[layer][kind]
             ranges = self.current.layers[layer].ranges.get(kind, 1)
             best = best_first(values, ranges)[:count]
-            means.append(_chunk_means(values[best].flip(0), chunks))
-        order: list[int] = cast(Any, torch.cat(means).argsort(stable=True)).tolist()
-        return [candidates[position] for position in order]
+            ascending = values[best].flip(0)
+            means.append(_chunk_means(ascending, chunks))
+        order = torch.cat(means).argsort(stable=True)
+        return [candidates[position] for position in cast(Any, order).tolist()]
 
 
 def _chunk_means(scores: Tensor, chunks: list[int]) -> Tensor:

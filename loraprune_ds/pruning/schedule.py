@@ -66,12 +66,10 @@ class Section:
         fine = self.limits.dense.kinds[-1]
         if not self.limits.uniform and self.limits.multiples[fine] == 1:
             return steps
-        changed = list[int]()
-        width = self._width(self.start)
-        for step in steps:
-            before, width = width, self._width(step)
-            if width != before:
-                changed.append(step)
+        widths = pairwise(map(self._width, [self.start, *steps]))
+        changed = [
+            step for step, (before, after) in zip(steps, widths, strict=True) if before != after
+        ]
         if not self.limits.uniform and self.end not in changed:
             changed.append(self.end)
         return changed
@@ -206,7 +204,7 @@ def _check_cuts(config: PruneConfig, section: Section, steps: int) -> None:
         "prune.warmup_fraction and prune.cooldown_fraction; raise train.steps",
     )
     require(
-        bool(section.cut_steps),
+        section.cut_steps,
         f"{key} is too small to change a width with prune.channel_multiple {config.channel_multiple}; "
         "lower prune.channel_multiple",
     )

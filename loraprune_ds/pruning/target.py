@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from loraprune_ds.config import PruneConfig
@@ -55,8 +56,10 @@ def resolve(
     sizes = make_sizes(config, limits)
     if needs_equal:
         final = final_shape(limits, sizes)
-        fits = final is not None and final.is_uniform
-        require(fits, f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}")
+        require(
+            final is not None and final.is_uniform,
+            f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}",
+        )
     refits = any(share > 0 for kind, share in sizes[-1].budget.shares.items() if kind != "experts")
     if config.compensate is None:
         config = replace(config, compensate="least_squares" if refits else "none")
@@ -71,7 +74,7 @@ def resolve(
 def final_shape(limits: Limits, sizes: list[Size]) -> ModelShape | None:
     """Returns the shape that a run ends with. None if scores decide what each layer keeps."""
     bounds = sizes[-1].bounds
-    return None if bounds is None else limits.with_equal(bounds[0], limits.dense)
+    return None if bounds is None else limits.with_equal(bounds[0])
 
 
 def make_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
@@ -94,15 +97,12 @@ def make_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
 def _several_sizes(config: PruneConfig, limits: Limits, names: list[str]) -> list[Size]:
     """Decides the sizes of `prune.sizes`. All have the shares of the last, which removes most."""
     any_heads = replace(config, head_ratio=None)
-
-    def ratio_of(name: str, budget_at: BudgetAt, bounds: Bounds | None = None) -> float:
-        return _fraction(name) or _find_ratio(any_heads, limits, name, budget_at, bounds)
-
+    ratio_of = partial(_find_ratio, any_heads, limits)
     budget_at = partial(make_budget, any_heads, limits)
     largest = max(names, key=lambda name: ratio_of(name, budget_at))
     _check_largest(config, largest)
     budget_at = partial(make_budget, config, limits)
-    last = budget_at(_fraction(largest) or _find_ratio(config, limits, largest, budget_at))
+    last = budget_at(_find_ratio(config, limits, largest, budget_at))
     check_reachable(config, limits, last.ratio)
     with_shares = partial(Budget, shares=last.shares)
     ratios = [ratio_of(name, with_shares) for name in names]
@@ -133,7 +133,7 @@ def _check_removes(size: Size, before: Size | None) -> None:
     removes = before is None or size.budget.ratio > before.budget.ratio
     if size.bounds is not None:
         goal, start = size.bounds
-        removes = removes and goal != start
+        removes &= goal != start
     reason = "is too small to change a width; lower prune.channel_multiple"
     if before is not None:
         reason = f"removes no more than {before.name}; remove one of them"
@@ -162,11 +162,16 @@ def _find_ratio(
     budget_at: BudgetAt,
     bounds: Bounds | None = None,
 ) -> float:
-    """Finds the ratio that reaches a number of parameters or the memory of a server.
+    """Finds the ratio that reaches a number of parameters or the memory of a server. A size may also be the ratio.
 
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of the target.
     """
-    key = f"prune.{'sizes' if config.sizes else 'target'}"
+    key = "prune.target"
+    if config.sizes:
+        key = "prune.sizes"
+        fraction = _fraction(asked)
+        if fraction is not None:
+            return fraction
     amount = read_amount(asked, key)
     dense_size = measure(config, limits.dense, amount)
     if dense_size <= amount.value:
@@ -179,7 +184,7 @@ def _find_ratio(
         if not limits.uniform:
             return _size_of_global(config, limits, budget, amount)
         goal = uniform_goal(limits, budget, bounds)
-        return measure(config, limits.with_equal(goal, limits.dense), amount)
+        return measure(config, limits.with_equal(goal), amount)
 
     numel = limits.dense.linear_numel()
     least, most = (leaving / numel for leaving in reachable(config, limits))
@@ -206,14 +211,15 @@ def _find_ratio(
 def _size_of_global(config: PruneConfig, limits: Limits, budget: Budget, amount: Amount) -> float:
     """Returns the size after each kind has lost its share, from any layers."""
     dense = limits.dense
+    leaving = limits.leaving(budget.ratio)
     size = dense_size = measure(config, dense, amount)
     for kind, share in budget.shares.items():
-        # some layers lack this kind
-        index = max(range(len(dense.layers)), key=lambda i: dense.counts[i][kind])
         layers = list(dense.counts)
-        layers[index] = LayerCounts({**layers[index], kind: layers[index][kind] - 1})
+        # Some layers lack this kind.
+        widest = max(layers, key=itemgetter(kind))
+        layers[layers.index(widest)] = LayerCounts({**widest, kind: widest[kind] - 1})
         group_size = dense_size - measure(config, dense.resized(layers), amount)
-        size -= group_size * limits.leaving(budget.ratio) * share / dense.group_numel[kind]
+        size -= group_size * leaving * share / dense.group_numel[kind]
     return size
 
 

@@ -57,14 +57,14 @@ class Communicator:
         # its name before torch 2.13
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, local.contiguous(), group=self.group)
-        self._count(local.numel() * (self.world_size - 1), local.element_size())
+        self.bytes_sent += local.nbytes * (self.world_size - 1)
         return gathered.view(self.world_size, -1)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sums over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
-            self._count(values.numel(), values.element_size())
+            self.bytes_sent += values.nbytes
         return values
 
     def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
@@ -73,7 +73,7 @@ class Communicator:
         if self.world_size == 1:
             return incoming.copy_(outgoing)
         dist.all_to_all_single(incoming, outgoing, receive, send, group=self.group)
-        self._count(outgoing.numel() - send[self.rank], outgoing.element_size())
+        self.bytes_sent += (outgoing.numel() - send[self.rank]) * outgoing.element_size()
         return incoming
 
     def gather_to(self, owner: int, local: Tensor) -> Tensor | None:
@@ -85,7 +85,7 @@ class Communicator:
             dist.gather(local.contiguous(), gathered, dst=owner, group=self.group)
             return torch.stack(gathered)
         dist.gather(local.contiguous(), dst=owner, group=self.group)
-        self._count(local.numel(), local.element_size())
+        self.bytes_sent += local.nbytes
         return None
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
@@ -94,7 +94,7 @@ class Communicator:
             dist.reduce(values, owner, group=self.group)
         if self.rank == owner:
             return values
-        self._count(values.numel(), values.element_size())
+        self.bytes_sent += values.nbytes
         return None
 
     def broadcast_from(self, owner: int, tensor: Tensor) -> None:
@@ -102,7 +102,7 @@ class Communicator:
         if self.world_size > 1:
             dist.broadcast(tensor, owner, group=self.group)
         if self.rank == owner:
-            self._count(tensor.numel() * (self.world_size - 1), tensor.element_size())
+            self.bytes_sent += tensor.nbytes * (self.world_size - 1)
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
@@ -114,7 +114,7 @@ class Communicator:
             shard.copy_(padded)
             return
         dist.scatter(shard, list(padded.split(len(shard))), src=owner, group=self.group)
-        self._count(len(shard) * (self.world_size - 1), shard.element_size())
+        self.bytes_sent += shard.nbytes * (self.world_size - 1)
 
     def gather_objects(self, value: T) -> list[T]:
         """Gathers a small picklable value from every rank, in rank order."""
@@ -204,9 +204,6 @@ class Communicator:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.group)
-
-    def _count(self, numel: int, element_size: int) -> None:
-        self.bytes_sent += numel * element_size
 
 
 class LocalWrites:

@@ -103,10 +103,13 @@ class ReshardPlan:
         self.new_partition = partition_numel(new_numel, world_size)  # padding included
         # The borders of the old and of the new shards, counted in kept elements: (world_size + 1,) each.
         borders = torch.arange(world_size + 1)
-        old = cut.kept_before((borders * old_partition).clamp(max=old_numel))
+        old_borders = (borders * old_partition).clamp(max=old_numel)
+        old = cut.kept_before(old_borders)
         new = (borders * self.new_partition).clamp(max=new_numel)
-        self.send = _nonzero(overlap(old[rank], old[rank + 1], new[:-1], new[1:]))
-        self.receive = _nonzero(overlap(new[rank], new[rank + 1], old[:-1], old[1:]))
+        sent = overlap(old[rank], old[rank + 1], new[:-1], new[1:])
+        received = overlap(new[rank], new[rank + 1], old[:-1], old[1:])
+        self.send = _nonzero(sent)
+        self.receive = _nonzero(received)
         self._keep = cut.keep  # on the device of the last shard
 
     def take(self, shard: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from loraprune_ds.errors import require
 
+Environment = Mapping[str, str]  # the variables of a process
 # A long write to a slow disk must not end a run. If a rank dies, the launcher ends the run.
 MINUTES = 60
 MOST_MINUTES = 525_600
@@ -34,7 +35,7 @@ def silence_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def launcher_command(module: str, ranks: int | None, environment: Mapping[str, str]) -> list[str]:
+def launcher_command(module: str, ranks: int | None, environment: Environment) -> list[str]:
     """Returns DeepSpeed's command that starts `module` on this machine, on one rank per GPU if `ranks` is None."""
     with socket.socket() as probe:  # another run may use the launcher's default port
         probe.bind(("127.0.0.1", 0))
@@ -63,7 +64,7 @@ def adopt_srun_ranks() -> None:
         os.environ |= srun_ranks(os.environ)
 
 
-def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+def srun_ranks(environment: Environment) -> dict[str, str]:
     """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Empty outside a job step."""
     # SLURM_NTASKS is not enough. A batch script has it, too, and its commands without srun are one process.
     if "SLURM_STEP_NUM_TASKS" not in environment:
@@ -83,7 +84,7 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def check_ranks(environment: Mapping[str, str]) -> None:
+def check_ranks(environment: Environment) -> None:
     """Checks the launcher's variables. Raises UserError if they describe no rank. Without RANK there is one rank."""
     if "RANK" not in environment:
         size = environment.get("WORLD_SIZE", "1")
@@ -101,12 +102,12 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
 
 
-def several_ranks(environment: Mapping[str, str]) -> bool:
+def several_ranks(environment: Environment) -> bool:
     """Returns whether a launcher has started more than one rank."""
     return environment.get("WORLD_SIZE", "1") != "1"
 
 
-def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
+def check_local_rank(environment: Environment, devices: int) -> None:
     """Checks that this rank sees its device. DeepSpeed takes the one with the number LOCAL_RANK."""
     local_rank = environment["LOCAL_RANK"]
     require(
@@ -117,7 +118,7 @@ def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
     )
 
 
-def collective_timeout(environment: Mapping[str, str]) -> timedelta:
+def collective_timeout(environment: Environment) -> timedelta:
     """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT minutes. DeepSpeed reads it on import."""
     text = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
     minutes = int(text) if text.isdecimal() else 0
@@ -128,7 +129,7 @@ def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     return timedelta(minutes=minutes)
 
 
-def longest_silence(environment: Mapping[str, str]) -> float:
+def longest_silence(environment: Environment) -> float:
     """Returns the seconds after which a silent rank counts as lost: LORAPRUNE_SILENCE."""
     text = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
     try:
@@ -141,7 +142,7 @@ def longest_silence(environment: Mapping[str, str]) -> float:
     return seconds
 
 
-def gloo_interface(environment: Mapping[str, str]) -> dict[str, str]:
+def gloo_interface(environment: Environment) -> dict[str, str]:
     """Returns GLOO_SOCKET_IFNAME if only NCCL's network is set. Empty if that names no interface."""
     # By default gloo takes the address of the node's name. On Debian that is 127.0.1.1, which other nodes cannot reach.
     # NCCL reads a name as a prefix, after "=" as a full name, after "^" as one to avoid.

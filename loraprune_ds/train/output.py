@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from traceback import format_exception_only
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
@@ -16,7 +16,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge, without_removed
 from loraprune_ds.errors import RankError, RunError, UserError, blame, is_shared, one_line, require
-from loraprune_ds.files import remove_leftovers, write_text, writes_into
+from loraprune_ds.files import JsonObject, remove_leftovers, write_text, writes_into
 
 if TYPE_CHECKING:
     from loraprune_ds.ranks.comm import Communicator
@@ -39,7 +39,7 @@ class EarlierRun:
     folder: Path
 
     @cached_property
-    def config(self) -> dict[str, Any] | None:
+    def config(self) -> JsonObject | None:
         """The resolved config. None if it is missing or damaged."""
         try:
             raw = yaml.safe_load((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ class OutputFolder:
         UserError: as `config_from_dict`. CheckpointMismatch if the run is of another format.
     """
 
-    def __init__(self, given: dict[str, Any], resume: str | None = None) -> None:
+    def __init__(self, given: JsonObject, resume: str | None = None) -> None:
         output_dir = given.get("output_dir")
         self._resume = resume
         self.resume_path: Path | None = None
@@ -210,7 +210,7 @@ class OutputFolder:
         )
 
 
-def _recorded_config(runs: Sequence[EarlierRun]) -> dict[str, Any]:
+def _recorded_config(runs: Sequence[EarlierRun]) -> JsonObject:
     """Returns the config of the first run that has one. Empty if no run has."""
     for run in runs:
         if run.config:

@@ -43,10 +43,12 @@ class Watch(threading.Thread):
         self._contacts = 0
         namespace = _pid_namespace()
         # of the other ranks on this machine
-        self._pids: dict[int, int] = {}
-        for rank, (its_namespace, pid) in enumerate(comm.gather_objects((namespace, os.getpid()))):
-            if its_namespace == namespace and rank != comm.rank:
-                self._pids[rank] = pid
+        processes = comm.gather_objects((namespace, os.getpid()))
+        self._pids = {
+            rank: pid
+            for rank, (its_namespace, pid) in enumerate(processes)
+            if its_namespace == namespace and rank != comm.rank
+        }
         self._closed = threading.Event()
         self._heartbeat = None
         if comm.world_size > 1:

@@ -97,10 +97,13 @@ def test_texts_of_a_pack_are_counted_one_by_one() -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", [family for family in TINY if FAMILIES[family].packs])
-def test_losses_of_packed_samples_are_those_of_samples_alone(family: str, attention: str) -> None:
+def test_losses_of_packed_samples_are_those_of_samples_alone(
+    family: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if attention == "sdpa" and TINY[family].get("attn_logit_softcapping"):
         pytest.skip("sdpa cannot cap scores; such a family gets eager")
-    model = with_token_losses(tiny_model(family, attn_implementation=attention), 5)
+    monkeypatch.setattr("loraprune_ds.model.logits.chunk_size", lambda *_, **__: 5)
+    model = with_token_losses(tiny_model(family, attn_implementation=attention))
     with torch.no_grad():
         alone = torch.stack(
             [model(**SAMPLES.inputs(numbers(i))).sum() for i in range(len(SAMPLES))]

@@ -33,9 +33,7 @@ TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way 
 def error(limits: Limits, counts: LayerCounts, ratio: float) -> float:
     """How far off equal counts are, in parameters of one open layer."""
     dense, layers = limits.dense, len(limits.open_layers)
-    return (
-        abs(gone(limits.with_equal(counts, dense), dense) - ratio * dense.linear_numel()) / layers
-    )
+    return abs(gone(limits.with_equal(counts), dense) - ratio * dense.linear_numel()) / layers
 
 
 def all_counts(limits: Limits) -> list[LayerCounts]:
@@ -108,7 +106,7 @@ def test_the_papers_model_and_both_kinds_in_proportion_on_the_way() -> None:
         abs(halfway[kind] - (dense + goal[kind]) / 2) <= 0.5
         for kind, dense in LLAMA_7B.counts[0].items()
     )
-    reached = gone(limits.with_equal(halfway, LLAMA_7B), LLAMA_7B) / LLAMA_7B.linear_numel()
+    reached = gone(limits.with_equal(halfway), LLAMA_7B) / LLAMA_7B.linear_numel()
     assert reached == pytest.approx(0.25, abs=0.005)  # half a head in every layer
     rounded = uniform_goal(*resolved(LLAMA_7B, **PAPER, ratio=0.5, channel_multiple=64))
     assert (rounded["heads"], rounded["channels"]) == (13, 4480)
@@ -168,6 +166,6 @@ def test_encoder_and_decoder_protect_their_own_layers_and_keep_as_many_heads_of_
     limits, budget = resolved(shape, ratio=ratio)
     counts = uniform_goal(limits, budget)
     assert counts["heads"] == counts["cross_heads"] > 0
-    left = limits.with_equal(counts, shape)
+    left = limits.with_equal(counts)
     assert left.is_uniform
     assert left.linear_numel() == pytest.approx((1 - ratio) * shape.linear_numel(), rel=0.05)

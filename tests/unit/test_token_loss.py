@@ -25,6 +25,12 @@ TRANSFORMS = [
 CHUNKS = [1, 5, 16, 48, None]
 
 
+def in_chunks(patch: pytest.MonkeyPatch, tokens: int | None) -> None:
+    """Makes losses take chunks of this many tokens. None: of as many as fit."""
+    if tokens is not None:
+        patch.setattr("loraprune_ds.model.logits.chunk_size", lambda *_, **__: tokens)
+
+
 def material(
     dtype: torch.dtype = torch.float32, *, supervised: float = 0.7
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,10 +78,15 @@ def gradient_of(losses: Tensor, hidden: Tensor, upstream: Tensor) -> Tensor:
     ],
 )
 def test_loss_and_gradient(
-    transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float
+    transform: LogitsTransform,
+    chunk: int | None,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    in_chunks(monkeypatch, chunk)
     hidden, weight, labels = material(dtype)
-    head = Head(weight, transform, chunk)
+    head = Head(weight, transform)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
     found, expected = token_losses(hidden, head, labels), straightforward(hidden, head, labels)
     assert found.dtype == torch.float32
@@ -85,7 +96,9 @@ def test_loss_and_gradient(
     assert worst(gradient, gradient_of(expected, hidden, upstream)) < tolerance
 
 
-def test_a_batch_without_a_supervised_token_and_broken_logits() -> None:
+def test_a_batch_without_a_supervised_token_and_broken_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The backward pass must still run, because the other ranks wait in its gathers."""
     hidden, weight, labels = material()
     losses = token_losses(hidden, Head(weight, NONE), torch.full_like(labels, IGNORE_INDEX))
@@ -99,9 +112,8 @@ def test_a_batch_without_a_supervised_token_and_broken_logits() -> None:
     assert losses.max() > 1e4
     with torch.no_grad():
         hidden[1, 3, 5] = torch.nan
-    assert token_losses(hidden, Head(weight, NONE, 5), labels).isnan().nonzero().tolist() == [
-        [1, 3]
-    ]
+    in_chunks(monkeypatch, 5)
+    assert token_losses(hidden, Head(weight, NONE), labels).isnan().nonzero().tolist() == [[1, 3]]
 
 
 class _Held(TorchDispatchMode):
@@ -132,9 +144,10 @@ def held(
     hidden = torch.randn(1, tokens + 1, hidden_size, dtype=dtype).requires_grad_()
     labels = torch.randint(vocabulary, (1, tokens + 1))
     weight = torch.randn(vocabulary, hidden_size, dtype=dtype)
-    head = Head(weight, transform, chunk)
+    head = Head(weight, transform)
     distilled = Distillation(hidden.detach()[0, 1:], 0.5, temperature) if teaches else None
-    with _Held(weight) as most:
+    with pytest.MonkeyPatch.context() as patch, _Held(weight) as most:
+        in_chunks(patch, chunk)
         token_losses(hidden, head, labels, distilled).sum().backward()
     return most.most / (chunk * vocabulary)
 
@@ -164,12 +177,9 @@ def test_no_more_is_held_than_planned(
 
 
 @pytest.mark.parametrize(
-    ("chunk", "at_once", "expected"),
-    [(5, 1 << 26, 5), (None, 20 * VOCAB + 3, 20), (None, 10 * VOCAB, 10), (None, VOCAB - 1, 1)],
+    ("at_once", "expected"), [(20 * VOCAB + 3, 20), (10 * VOCAB, 10), (VOCAB - 1, 1)]
 )
-def test_logits_per_chunk(
-    chunk: int | None, at_once: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_per_chunk(at_once: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     logits = Head.logits
     monkeypatch.setattr(
@@ -177,7 +187,7 @@ def test_logits_per_chunk(
     )
     monkeypatch.setattr("loraprune_ds.model.logits.LOGITS_AT_ONCE", at_once)
     hidden, weight, labels = material(supervised=1)
-    token_losses(hidden, Head(weight, NONE, chunk), labels).sum().backward()
+    token_losses(hidden, Head(weight, NONE), labels).sum().backward()
     assert max(rows) == expected
     assert sum(rows) == BATCH * (WINDOW - 1)
 
@@ -215,10 +225,15 @@ def dense(
 @pytest.mark.parametrize("temperature", [1, 0.5, 2])
 @pytest.mark.parametrize("transform", DISTILLED, ids=str)
 def test_autograd_gives_the_same(
-    transform: LogitsTransform, temperature: float, w: float, chunk: int | None
+    transform: LogitsTransform,
+    temperature: float,
+    w: float,
+    chunk: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    in_chunks(monkeypatch, chunk)
     student, teacher, weight, labels = made_up()
-    head, weights = Head(weight, transform, chunk), torch.linspace(0.1, 1, TOKENS)
+    head, weights = Head(weight, transform), torch.linspace(0.1, 1, TOKENS)
     student.requires_grad_()
     given = Distillation(teacher, w, temperature)
     window = torch.cat([student, student[:1]])[None]  # position t predicts label t + 1

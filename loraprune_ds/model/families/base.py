@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.groups import (
     QUERY_HEADS,
     Attribute,
@@ -24,6 +25,7 @@ from loraprune_ds.model.groups import (
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
 Marks = Iterable[TensorSpec | Attribute]
+SmallModel = tuple[list[int], JsonObject]  # layers of a model, and changed fields of config.json
 
 
 class Mixture(NamedTuple):
@@ -141,15 +143,15 @@ class Family:
         """Returns the factor from the count in config.json to the number of groups in layer `i`."""
         return 1
 
-    def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
+    def around(self, c: Any, i: int) -> SmallModel:
         """Returns the layers of the smallest model that contains layer `i`, and its changed fields of config.json."""
         return [i], {}
 
-    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+    def explicit(self, config: JsonObject) -> JsonObject:
         """Names sizes in config.json that the class computes from other fields."""
         return config
 
-    def changed_in_memory(self, c: Any) -> dict[str, Any]:
+    def changed_in_memory(self, c: Any) -> JsonObject:
         """Returns the fields of config.json that `in_memory` changes, except the class, with their source values."""
         fields = {name: getattr(c, name) for name in self.in_memory if name != "model_type"}
         return {name: value for name, value in fields.items() if value != self.in_memory[name]}
@@ -165,11 +167,11 @@ class Family:
             "intermediate_size": counts.get("channels", 0),
         }
 
-    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
+    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> JsonObject:
         """Returns the fields of config.json that hold for all layers."""
         return {"hidden_size": c.hidden_size, "head_dim": self.head_dim(c)}
 
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+    def dense_layers(self, dense: list[int], layers: int) -> JsonObject:
         """Returns the fields that say which of the `layers` have no experts."""
         return {}
 
@@ -192,7 +194,7 @@ class Family:
         return all(len(distinct) == 1 for distinct in counts.values())
 
     def export_types(
-        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+        self, model_type: str, source: JsonObject, c: Any, layers: Sequence[LayerSpec]
     ) -> list[str]:
         """Returns the model types that an export may have, the best first. The last needs a modelling file.
 

@@ -2,7 +2,15 @@
 
 from typing import Any, ClassVar
 
-from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Prefixes
+from loraprune_ds.files import JsonObject
+from loraprune_ds.model.families.base import (
+    Attention,
+    Attribute,
+    Family,
+    Marks,
+    Prefixes,
+    SmallModel,
+)
 from loraprune_ds.model.families.blocks import (
     attention,
     columns,
@@ -111,7 +119,7 @@ class NemotronH(Moe):
             state = c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
         return super().attention(c, layer)._replace(state=state)
 
-    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+    def explicit(self, config: JsonObject) -> JsonObject:
         """Counts the layers, as transformers 5 does."""
         types = config.get("layers_block_type") or config["hybrid_override_pattern"]
         return config | {"num_hidden_layers": len(types)}
@@ -148,7 +156,7 @@ class Gemma4(Moe):
         is_double = c.use_double_wide_mlp and i >= _first_shared(c)
         return 2 if kind == "channels" and is_double else 1
 
-    def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
+    def around(self, c: Any, i: int) -> SmallModel:
         """The last layer has full attention. Layers that share keys and values need one of each type before them."""
         types = list(c.layer_types)
         if i < _first_shared(c):
@@ -156,7 +164,7 @@ class Gemma4(Moe):
         one_of_each = [types.index(name) for name in sorted(set(types))]
         return [*one_of_each, i, c.num_hidden_layers - 1], {"num_kv_shared_layers": 2}
 
-    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+    def explicit(self, config: JsonObject) -> JsonObject:
         """Gives the sizes of full attention their published names, which servers read. transformers saves others."""
         if not config.get("per_layer_config"):
             return config

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
 from loraprune_ds.model.families.blocks import (
     attention,
@@ -22,7 +23,7 @@ class Llama(Family):
         yield from mlp(c.intermediate_size)
 
     def export_types(
-        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+        self, model_type: str, source: JsonObject, c: Any, layers: Sequence[LayerSpec]
     ) -> list[str]:
         """A Llama without biases may become a Mistral, whose class accepts any head count."""
         names = [tensor.name for layer in layers for tensor in layer.tensors]
@@ -70,7 +71,7 @@ class Lfm3(Family):
 class Lfm2(Lfm3):
     """Like Lfm3 without gates."""
 
-    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+    def explicit(self, config: JsonObject) -> JsonObject:
         """Writes the width of the MLP, which the class computes from other fields."""
         width = config.get("block_ff_dim", config.get("intermediate_size", 12288))
         if config.get("block_auto_adjust_ff_dim", True):

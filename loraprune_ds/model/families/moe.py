@@ -6,7 +6,15 @@ from typing import Any, ClassVar
 
 import transformers
 
-from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Mixture
+from loraprune_ds.files import JsonObject
+from loraprune_ds.model.families.base import (
+    Attention,
+    Attribute,
+    Family,
+    Marks,
+    Mixture,
+    SmallModel,
+)
 from loraprune_ds.model.families.blocks import (
     MLP,
     attention,
@@ -91,11 +99,11 @@ class Moe(Family):
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         return super().layer_fields(c, counts) | {self.count: counts.get("experts", 0)}
 
-    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
+    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> JsonObject:
         dense = [i for i, counts in enumerate(layers) if not counts.get("experts")]
         return super().model_fields(c, layers) | self.dense_layers(dense, len(layers))
 
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+    def dense_layers(self, dense: list[int], layers: int) -> JsonObject:
         first_are_dense = dense == [*range(len(dense))]
         assert first_are_dense or not {*FIRST_DENSE} & {*self.dense_fields}
         sparse = [i for i in range(layers) if i not in dense] or [layers]
@@ -122,7 +130,7 @@ class Mixtral(Moe):
 
 
 class HunyuanMoe(Moe):
-    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+    def explicit(self, config: JsonObject) -> JsonObject:
         """Replaces a list with one number of chosen experts per layer, as in published files, by the number."""
         per_layer = config.get("moe_topk")
         if isinstance(per_layer, list) and len(set(per_layer)) == 1:
@@ -233,7 +241,7 @@ class SparseAttention(Latent):
         latent = super().attention(c, layer)
         return latent._replace(cached=latent.cached + keys)
 
-    def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
+    def around(self, c: Any, i: int) -> SmallModel:
         """A layer without an indexer takes the tokens of the one before it."""
         first = max(j for j in range(i + 1) if c.indexer_types[j] == "full")
         return [*range(first, i + 1)], {}

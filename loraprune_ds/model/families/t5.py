@@ -6,7 +6,16 @@ Layers of a T5 share the bias of the first. A UMT5 has a copy in each, so any he
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from loraprune_ds.model.families.base import PRUNED, Attention, Attribute, Family, LayerList, Marks
+from loraprune_ds.files import JsonObject
+from loraprune_ds.model.families.base import (
+    PRUNED,
+    Attention,
+    Attribute,
+    Family,
+    LayerList,
+    Marks,
+    SmallModel,
+)
 from loraprune_ds.model.families.blocks import columns, rows
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Span, TensorSpec
 
@@ -52,12 +61,12 @@ class Umt5(Family):
         width = (heads + layer.counts.get("cross_heads", 0)) * c.d_kv
         return Attention(heads, width, 2 * width * layer.layer_list)
 
-    def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
+    def around(self, c: Any, i: int) -> SmallModel:
         if i < c.num_layers:
             return [i, c.num_layers], {}  # with the first layer of the decoder
         return [0, i], {}
 
-    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+    def explicit(self, config: JsonObject) -> JsonObject:
         """Writes defaults of the classes, and whether the decoder's outputs are scaled before the head."""
         is_t5 = config["model_type"] == "t5"
         tied = config.get("tie_word_embeddings") is not False and config["model_type"] != "mt5"
@@ -75,31 +84,29 @@ class Umt5(Family):
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         return {COUNTS[kind]: count for kind, count in counts.items()}
 
-    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
+    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> JsonObject:
         return {}
 
     def export_types(
-        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
+        self, model_type: str, source: JsonObject, c: Any, layers: Sequence[LayerSpec]
     ) -> list[str]:
         """AutoTokenizer wants tokenizer.json for a stock umt5, but a ByT5 has none."""
+        pruned = PRUNED + "umt5"
+        if self.shares_bias(c, layers):
+            return [model_type, pruned]
         if source.get("tokenizer_class") == "ByT5Tokenizer":
-            return [PRUNED + "umt5"]
-        return ["umt5", PRUNED + "umt5"]
+            return [pruned]
+        return ["umt5", pruned]
+
+    def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
+        if self.shared_bias is None:
+            return False
+        return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads
 
 
 class T5(Umt5):
     in_memory: ClassVar[Mapping[str, Any]] = {**Umt5.in_memory, "model_type": "umt5"}
     shared_bias = BIAS
-
-    def export_types(
-        self, model_type: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]
-    ) -> list[str]:
-        if self.shares_bias(c, layers):
-            return [model_type, PRUNED + "umt5"]
-        return super().export_types(model_type, source, c, layers)
-
-    def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
-        return self.is_uniform(c, layers) and layers[0].counts["heads"] == c.num_heads
 
 
 def _attention(name: str, span: Span) -> Marks:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
+from itertools import compress, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -63,13 +63,17 @@ def make_format(
         return _pairs(partial(_read_instruction, source=source), tokenizer, starts)
     template = tokens.ChatTemplate(tokenizer)
     if starts.target is not None:
-        return _pairs(lambda row: template.last_turn(tokens.read_chat(row)), tokenizer, starts)
+        return _pairs(_of_chat(template.last_turn), tokenizer, starts)
     return RowFormat(
-        text=lambda row: template.render(tokens.read_chat(row)),
-        read=lambda row: template.mark(tokens.read_chat(row)),
+        text=_of_chat(template.render),
+        read=_of_chat(template.mark),
         tokenize=template.tokenize,
-        check=lambda row: template.check_roles(tokens.read_chat(row)),
+        check=_of_chat(template.check_roles),
     )
+
+
+def _of_chat(act: Callable[[tokens.Chat], T]) -> Callable[[TextRow], T]:
+    return lambda row: act(tokens.read_chat(row))
 
 
 def _read_pair(row: TextRow, source: DataSource) -> tokens.Instruction:
@@ -100,7 +104,7 @@ def _pairs(
 
     def check(row: TextRow) -> None:
         for name, part in zip(("source", "target"), read(row), strict=True):
-            require(bool(part.strip()), f"its {name} is empty")
+            require(part.strip(), f"its {name} is empty")
 
     return RowFormat(text, read, tokenize, check)
 
@@ -311,13 +315,12 @@ def _hold_out(
     sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, count)
     chosen = _spread(sizes, fraction)
     if chosen:
-        left_out = {i + 1 for i in chosen}
-        numbers = [number for number in all_numbers if number not in left_out]
-        tuning = (
-            (number, row) for number, row in enumerate(rows, start=1) if number not in left_out
-        )
+        is_tuned = [True] * count
+        for i in chosen:
+            is_tuned[i] = False
+        tuning = compress(enumerate(rows, start=1), is_tuned)
         held_out = ((i + 1, rows[i]) for i in chosen)
-        return Split(tuning, numbers, held_out)
+        return Split(tuning, compress(all_numbers, is_tuned), held_out)
     require(
         are_documents,
         f"data.held_out_fraction {fraction} of the {count} rows in {source.path} is none; "

@@ -126,10 +126,10 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
     columns: dict[str, Tensor] = {}
     for name in parts[0].columns:
         columns[name] = torch.cat([part.columns[name] for part in parts])
-    starts = starts_of(torch.cat([part.lengths() for part in parts]))
+    lengths = torch.cat([part.lengths() for part in parts])
     left_out = sum(part.left_out for part in parts)
     first_left_out = next((part.first_left_out for part in parts if part.left_out), "")
-    return Samples(columns, starts, parts[0].window, left_out, first_left_out)
+    return Samples(columns, starts_of(lengths), parts[0].window, left_out, first_left_out)
 
 
 def _with_positions(samples: Samples) -> Samples:
@@ -166,8 +166,9 @@ def pack_samples(samples: Samples) -> Samples:
     columns = {name: column[places] for name, column in samples.columns.items()}
     columns["labels"][starts[:-1]] = IGNORE_INDEX
     columns["position_ids"] = positions
-    pack_sizes = torch.tensor([len(pack) for pack in packs], dtype=torch.int64)
-    return replace(samples, columns=columns, starts=starts[starts_of(pack_sizes)])
+    pack_sizes = torch.tensor(list(map(len, packs)), dtype=torch.int64)
+    first_samples = starts_of(pack_sizes)
+    return replace(samples, columns=columns, starts=starts[first_samples])
 
 
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:

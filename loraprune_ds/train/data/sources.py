@@ -38,9 +38,7 @@ def read_rows(source: DataSource) -> TextRows:
     files = files_of(source)
     if files is None:
         return _load_dataset(source)
-    rows: list[TextRow] = []
-    for file in files:
-        rows += _read_rows_of_file(file, source)
+    rows = [row for file in files for row in _read_rows_of_file(file, source)]
     _read_fields(source, set().union(*rows))
     return rows
 
@@ -57,21 +55,21 @@ def source_identity(source: DataSource) -> object:
 
 def resolve_commits(config: DataConfig) -> dict[str, str]:
     """Returns the commits of all data sets of the hub, by their sections. Later starts of a run take the same."""
-    commits: dict[str, str] = {}
-    for source in config.sources:
-        if source.path != EMBEDDED and files_of(source) is None:
-            commits[source.section] = _ask_hub("load_dataset_builder", source).hash
-    return commits
+    return {
+        source.section: _ask_hub("load_dataset_builder", source).hash
+        for source in config.sources
+        if source.path != EMBEDDED and files_of(source) is None
+    }
 
 
 def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
     """Returns the same data with these commits as revisions."""
     if isinstance(config.path, str):
         return replace(config, revision=commits.get("data", config.revision))
-    entries = list(config.path)
-    for i, source in enumerate(config.sources):
-        revision = commits.get(source.section, source.revision)
-        entries[i] = replace(entries[i], revision=revision)
+    entries = [
+        replace(entry, revision=commits.get(source.section, source.revision))
+        for entry, source in zip(config.path, config.sources, strict=True)
+    ]
     return replace(config, path=entries)
 
 
@@ -94,7 +92,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
             if not isinstance(row.get(field), str | None):  # rows of real data have gaps
                 raise UserError(f"{where}: field {field!r} must be text; got {row[field]!r:.80}")
         rows.append(row)
-    require(bool(rows), f"{source.section}: {path} is empty")
+    require(rows, f"{source.section}: {path} is empty")
     return rows
 
 
@@ -110,7 +108,7 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
         require(
-            isinstance(items, list) and bool(items),
+            isinstance(items, list) and items,
             f"{path} must hold a list of objects (one object per line goes into a .jsonl file)",
         )
         for i, item in enumerate(items):

@@ -205,12 +205,12 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name = tokenizer.name_or_path or "the tokenizer"
         require(
-            bool(tokenizer.chat_template),
+            tokenizer.chat_template,
             f"data.format chat needs a chat template, and the tokenizer of {self.name} has none; "
             "write chat_template.jinja next to the tokenizer, or use data.format instruction",
         )
         require(
-            bool(tokenizer.is_fast),
+            tokenizer.is_fast,
             f"data.format chat needs a fast tokenizer; {self.name} has a slow one",
         )
         self._tokenizer = tokenizer
