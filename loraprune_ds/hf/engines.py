@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraprune_ds.engine.torch_state import check_optimizer
+from loraprune_ds.engine.watched_model import check_private_names
 from loraprune_ds.errors import require
 from loraprune_ds.hf.live import find_peft_model, live_shape
-from loraprune_ds.local.model import LocalModel, check_optimizer
+from loraprune_ds.local.model import PRIVATE, LocalModel
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
 
@@ -45,6 +47,7 @@ def find_engine(
     } - {torch.float32}
     lost = f"LoRA is in {', '.join(map(str, halves))} without ZeRO-3's fp32 copies, so small updates would be lost"
     require(not halves, f"{lost}; call get_peft_model with autocast_adapter_dtype=True")
+    check_private_names(PRIVATE)
     check_optimizer(inner)
     return LocalModel(peft_model, live_shape(peft_model), inner, getattr(optimizer, "scaler", None))
 

@@ -95,8 +95,11 @@ class PrunableModel(ABC):
         self.device = comm.device
         self.layers = decoder_layers(module)
 
-    def held(self, parameter: nn.Parameter) -> Tensor:
-        """Returns the part of a parameter that this rank holds, by default all of it. Not collective."""
+    def held(self, parameter: Tensor) -> Tensor:
+        """Returns the part of a parameter, or of its gradient, that this rank holds. Not collective.
+
+        By default it holds all of it.
+        """
         return parameter
 
     # Scoring

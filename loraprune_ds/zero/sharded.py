@@ -118,7 +118,7 @@ class ShardedModel(PrunableModel):
         settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
-    def held(self, parameter: nn.Parameter) -> Tensor:
+    def held(self, parameter: Tensor) -> Tensor:
         return held(parameter)
 
     def collect(

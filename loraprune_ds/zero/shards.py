@@ -8,7 +8,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def held(parameter: nn.Parameter) -> Tensor:
+def held(parameter: Tensor) -> Tensor:
     """Returns what this rank holds of a parameter: its shard under ZeRO-3, otherwise all of it."""
     return getattr(parameter, "ds_tensor", parameter)
 
