@@ -19,12 +19,7 @@ from loraprune_ds.errors import fail_point, require
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import (
-    LoraFactors,
-    OwnedShard,
-    parameter_cuts,
-    replace_data,
-)
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, cut_whole, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 
@@ -38,6 +33,8 @@ class LocalModel(WatchedModel):
         optimizer: None before there is one.
         scaler: fp16's `torch.amp.GradScaler`, if the trainer has one.
     """
+
+    engine = "local"
 
     def __init__(
         self,
@@ -77,9 +74,7 @@ class LocalModel(WatchedModel):
         with _without_reducer(self._ddp):
             for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
                 for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                    # A base that is sharded before there is an engine has no elements here, and is cut already.
-                    if parameter.numel():
-                        self._select(parameter, kept)
+                    self._select(parameter, kept)
                 set_sizes(layer, spec.resized(layer_keep.counts))
                 fail_point("cut.layer")
             self.shape = self.shape.after(keep)
@@ -89,12 +84,10 @@ class LocalModel(WatchedModel):
         state: dict[str, Any] = {}
         if self.optimizer is not None:
             state = self.optimizer.state.get(parameter, state)
-        indices = kept.keep.to(parameter.device)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = value.index_select(kept.axis, indices)
-        parameter.grad = None
-        replace_data(parameter, parameter.data.index_select(kept.axis, indices))
+                state[key] = value.index_select(kept.axis, kept.keep.to(value.device))
+        cut_whole(parameter, kept)
 
     # Checkpoints and exports
 

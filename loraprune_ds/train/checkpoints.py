@@ -127,9 +127,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
         config = replace(config, model=replace(config.model, adapter=None))
         frozen = checkpoint.frozen_model
     cycles = prepared.schedule.cycles()
-    engine: TrainingEngine = prepared.engines.build_training_engine(
-        frozen, prepared.ds_config, cycles, config
-    )
+    engine = prepared.engine.build_training_engine(frozen, prepared.ds_config, cycles, config)
     if checkpoint is None:
         return engine
     counters = layout.read_resume_state(checkpoint.folder)
