@@ -39,20 +39,20 @@ class TrainingEngine(InferenceEngine):
     """
 
     def __init__(
-        self, module: Any, model: PrunableModel, state: OptimizerState, schedule: LambdaLR
+        self, module: Any, model: PrunableModel, state: OptimizerState, lr_scheduler: LambdaLR
     ) -> None:
         super().__init__(module)
         self.model = model
         self.optimizer_state = state
-        self.schedule = schedule
+        self.lr_scheduler = lr_scheduler
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradients of a micro-batch, averaged over the ranks. `loss`: its share of the step's loss."""
 
     @abstractmethod
-    def update(self, *, skipped: bool) -> float | None:
-        """Makes the update, unless fp16 has `skipped` it. Returns the gradient norm before clipping, or None."""
+    def update(self, *, skipped: bool) -> None:
+        """Clips and makes the update, unless fp16 has `skipped` it. `model.gradient_norm` then has the norm before."""
 
     def infer(self, **inputs: Any) -> Any:
         self.module.eval()
@@ -65,12 +65,12 @@ class TrainingEngine(InferenceEngine):
         return {}
 
     def restore_counters(
-        self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]
+        self, step: int, lr_scheduler: dict[str, Any], loss_scale: dict[str, Any]
     ) -> None:
-        """Restores the schedule, the loss scale and the counts of steps."""
-        self.schedule.load_state_dict(schedule)
-        groups = self.schedule.optimizer.param_groups
-        for group, rate in zip(groups, self.schedule.get_last_lr(), strict=True):
+        """Restores the learning-rate schedule, the loss scale and the counts of steps."""
+        self.lr_scheduler.load_state_dict(lr_scheduler)
+        groups = self.lr_scheduler.optimizer.param_groups
+        for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
 

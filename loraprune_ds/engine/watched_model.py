@@ -87,6 +87,10 @@ class WatchedModel(PrunableModel, ABC):
     def gradient_norm(self) -> float:
         return float(self._norm)
 
+    def note_norm(self, norm: Tensor) -> None:
+        """Notes the norm that a loop without `before_each_update` has measured before it clipped."""
+        self._norm = norm
+
     def norm_over_ranks(self, norm: Tensor) -> Tensor:
         """Returns the norm of whole gradients from that of the parts that this rank holds, by default all of them."""
         return norm

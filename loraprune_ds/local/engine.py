@@ -29,27 +29,33 @@ from loraprune_ds.ranks.job import several_ranks
 class LocalEngine(TrainingEngine):
     """Trains a PEFT model with fp32 LoRA by torch's AdamW."""
 
+    model: LocalModel
+
     def __init__(
-        self, module: Any, shape: ModelShape, optimizer: AdamW, schedule: LambdaLR, max_norm: float
+        self,
+        module: Any,
+        shape: ModelShape,
+        optimizer: AdamW,
+        lr_scheduler: LambdaLR,
+        max_norm: float,
     ) -> None:
         model = LocalModel(module, shape, optimizer)
-        super().__init__(module.train(), model, model.optimizer_state, schedule)
+        super().__init__(module.train(), model, model.optimizer_state, lr_scheduler)
         self._optimizer = optimizer
         self._max_norm = max_norm or math.inf
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def update(self, *, skipped: bool) -> float | None:
+    def update(self, *, skipped: bool) -> None:
         trained = self.optimizer_state.masters()
         for parameter in trained:
             if parameter.grad is None:  # its moments decay, as under ZeRO-3
                 parameter.grad = torch.zeros_like(parameter)
-        norm = clip_grad_norm_(trained, self._max_norm)
+        self.model.note_norm(clip_grad_norm_(trained, self._max_norm))
         self._optimizer.step()
-        self.schedule.step()
+        self.lr_scheduler.step()
         self._optimizer.zero_grad()
-        return float(norm)
 
     def release(self) -> None:
         self._optimizer.state.clear()
@@ -92,11 +98,11 @@ class Local(Engine):
     ) -> LocalEngine:
         """Builds the model with fp32 LoRA, ready to train. Its products are in `model.dtype`, as under ZeRO-3."""
         base = _build_frozen(pretrained, config.model.attn_implementation, config.model.dtype)
-        peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
+        peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.data = parameter.data.float()
         return LocalEngine(
-            peft_model, pretrained.shape, optimizer, schedule, config.train.max_grad_norm
+            peft_model, pretrained.shape, optimizer, lr_scheduler, config.train.max_grad_norm
         )
 
     def build_inference_engine(

@@ -149,7 +149,7 @@ def save_checkpoint(
     state = _run_state(context, steps, step)
     resume = layout.ResumeState(
         adam_step=engine.optimizer_state.adam_step,
-        schedule=engine.schedule.state_dict(),
+        schedule=engine.lr_scheduler.state_dict(),
         loss_scale=engine.loss_scale(),
         updates_since_cut=pruner.average.updates_since_cut,
         moment_tokens=pruner.moment_tokens,

@@ -64,14 +64,17 @@ class Trainer:
         mean_context = sum(length**2 for length in lengths) / tokens
         flops = tokens * needed_flops_per_token(self.model.shape, mean_context)
         # before the step changes them
-        rate = self.engine.schedule.get_last_lr()[0]
+        rate = self.engine.lr_scheduler.get_last_lr()[0]
         sparsity = self.pruner.reached()
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
             numbers = self.pruning_steps.exchange(loss, self.current_request())
             self.pruning_steps.score(step, numbers, numbers.own)
         skipped = not self.pruning_steps.scored
-        grad_norm = self.engine.update(skipped=skipped)
+        self.engine.update(skipped=skipped)
+        grad_norm = None
+        if not skipped:
+            grad_norm = self.model.gradient_norm()
         self.requested = max(numbers.requests)
         seconds = time.perf_counter() - began
         mfu = None

@@ -61,14 +61,13 @@ class ShardedEngine(TrainingEngine):
         if not last:
             self.deepspeed.step()  # only counts, because this is not a boundary
 
-    def update(self, *, skipped: bool) -> float | None:
+    def update(self, *, skipped: bool) -> None:
         self.deepspeed.step()
         if skipped:
             # our schedule counts skipped steps, DeepSpeed does not
-            self.deepspeed.lr_scheduler.step()
+            self.lr_scheduler.step()
         # orders the updated shards of LoRA before the next forward pass gathers them
         settle_shards()
-        return None if skipped else self.model.gradient_norm()
 
     def infer(self, **inputs: Any) -> Any:
         """Makes one forward pass in evaluation mode. It does not change what training gathers."""
@@ -84,9 +83,9 @@ class ShardedEngine(TrainingEngine):
         return {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
 
     def restore_counters(
-        self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]
+        self, step: int, lr_scheduler: dict[str, Any], loss_scale: dict[str, Any]
     ) -> None:
-        super().restore_counters(step, schedule, loss_scale)
+        super().restore_counters(step, lr_scheduler, loss_scale)
         deepspeed = self.deepspeed
         for name, value in loss_scale.items():
             setattr(deepspeed.optimizer.loss_scaler, name, value)
@@ -189,14 +188,14 @@ class Zero3(Engine):
         with redirect_stdout(StringIO()):
             base = build_for_losses(pretrained, config.model.attn_implementation)
             shard_at_birth(base, pretrained.weights, ds_config, DTYPES[config.model.dtype])
-            peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
+            peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
             _gather_as_one(peft_model, pretrained.shape)
             for layers in pretrained.shape.layer_lists:
                 differentiate_input(decoder_layers(peft_model)[layers[0]])
             engine, *_ = deepspeed.initialize(
                 model=peft_model,
                 optimizer=optimizer,
-                lr_scheduler=cast(Any, schedule),
+                lr_scheduler=cast(Any, lr_scheduler),
                 config=ds_config,
                 dist_init_required=False,
             )
