@@ -149,15 +149,15 @@ def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
         job.silence_libraries()
     try:
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
+        from loraprune_ds.engines import run_engine
         from loraprune_ds.ranks.device import limit_kernels
-        from loraprune_ds.train.prepare import find_engines
 
-        engines = find_engines(sharded)
+        engine = run_engine(sharded=sharded)
     except ImportError as error:  # or DeepSpeed lacks a private module
         versions = "install the versions that pyproject.toml names, as launch/quickstart.sh does"
         raise UserError(f"{error}; {versions}") from None
     limit_kernels()
-    return engines.start_ranks()
+    return engine.start_ranks()
 
 
 def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> bool:

@@ -27,8 +27,8 @@ def build_lora(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=train.learning_rate, eps=train.adam_epsilon, weight_decay=0.0)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step))
-    return model, optimizer, schedule
+    lr_scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step))
+    return model, optimizer, lr_scheduler
 
 
 def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) -> float:

@@ -36,9 +36,15 @@ class OptimizerState(ABC):
         """Returns the shape of the parameter over all ranks."""
         return tuple(parameter.shape)
 
-    def part(self, numel: int, comm: Communicator) -> tuple[int, int]:
-        """Returns the flat elements [start, end) in the `shard` of a parameter with `numel`."""
-        return owned_range(numel, comm.world_size, comm.rank)
+    def part(self, shape: Sequence[int], comm: Communicator) -> tuple[int, int]:
+        """Returns the flat elements [start, end) in this rank's `shard` of a parameter of `shape`."""
+        return owned_range(math.prod(shape), comm.world_size, comm.rank)
+
+    def gather(
+        self, parameter: nn.Parameter, key: str, owner: int, comm: Communicator
+    ) -> Tensor | None:
+        """Gathers `master`, `exp_avg` or `exp_avg_sq` on rank `owner`. None elsewhere. Collective."""
+        return collect_shards(self.shard(parameter, key), self.full_shape(parameter), owner, comm)
 
     def keys(self) -> tuple[str, ...]:
         """Names the tensors that are cut and saved along with a parameter. Adam creates moments at its first step."""
@@ -59,16 +65,18 @@ class OptimizerState(ABC):
         self, parameters: dict[str, nn.Parameter], owner: int, comm: Communicator
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gathers a layer's masters ("{linear}.lora_A") and moments ("….lora_A.exp_avg") on its owner. Collective."""
-        shards = ((name, key, p) for name, p in parameters.items() for key in self.keys())
-        found = {
-            (n, key): collect_shards(self.shard(p, key), self.full_shape(p), owner, comm)
-            for n, key, p in shards
-        }
-        whole = {pair: tensor for pair, tensor in found.items() if tensor is not None}
-        moments = {
-            f"{name}.{key}": tensor for (name, key), tensor in whole.items() if key != "master"
-        }
-        return {name: tensor for (name, key), tensor in whole.items() if key == "master"}, moments
+        masters = dict[str, Tensor]()
+        moments = dict[str, Tensor]()
+        for name, parameter in parameters.items():
+            for key in self.keys():
+                tensor = self.gather(parameter, key, owner, comm)
+                if tensor is None:
+                    continue
+                if key == "master":
+                    masters[name] = tensor
+                else:
+                    moments[f"{name}.{key}"] = tensor
+        return masters, moments
 
     @torch.no_grad()
     def restore(
@@ -83,8 +91,7 @@ class OptimizerState(ABC):
             self.create_moments({"step": torch.tensor(float(adam_step))})
         for layer, parameters in enumerate(layers):
             for name, parameter in parameters.items():
-                numel = math.prod(self.full_shape(parameter))
-                start, end = self.part(numel, comm)
+                start, end = self.part(self.full_shape(parameter), comm)
                 for key in self.keys():
                     shard = self.shard(parameter, key)
                     read_shard = read(layer, name, key, start, end).to(comm.device)

@@ -1,40 +1,62 @@
-"""What both engines of our trainer share: LoRA with AdamW and its schedule, a step's passes, and the saved state."""
+"""The engines of our own runs: what infers, what also trains LoRA, and what builds both on one library."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_types import Dtype, EngineName
 from loraprune_ds.engine.optimizer_state import OptimizerState
+from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.ranks.comm import Communicator
 
 
-class TrainingEngine(ABC):
-    """Trains the LoRA of `model`. `module` makes the passes. Every method is collective."""
+class InferenceEngine(ABC):
+    """Holds a frozen model in evaluation mode. `module` makes the passes. Every method is collective."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @torch.no_grad()
+    def infer(self, **inputs: Any) -> Any:
+        """Makes one forward pass in evaluation mode."""
+        return self.module(**inputs)
+
+    @abstractmethod
+    def release(self) -> None:
+        """Frees weights and optimizer state, even if they are still referenced. The engine is unusable then."""
+
+
+class TrainingEngine(InferenceEngine):
+    """Trains the LoRA of `model`.
+
+    A step is `backward` for each micro-batch, then `update`. Between them the pruner reads the gradients of `model`.
+    """
 
     def __init__(
-        self, module: Any, model: PrunableModel, state: OptimizerState, schedule: LambdaLR
+        self, module: Any, model: PrunableModel, state: OptimizerState, lr_scheduler: LambdaLR
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.model = model
         self.optimizer_state = state
-        self.schedule = schedule
+        self.lr_scheduler = lr_scheduler
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradients of a micro-batch, averaged over the ranks. `loss`: its share of the step's loss."""
 
     @abstractmethod
-    def update(self, *, skipped: bool) -> float | None:
-        """Makes the update, unless fp16 has `skipped` it. Returns the gradient norm before clipping, or None."""
+    def update(self, *, skipped: bool) -> None:
+        """Clips and makes the update, unless fp16 has `skipped` it. `model.gradient_norm` then has the norm before."""
 
-    @torch.no_grad()
     def infer(self, **inputs: Any) -> Any:
-        """Makes one forward pass in evaluation mode."""
         self.module.eval()
-        outputs = self.module(**inputs)
+        outputs = super().infer(**inputs)
         self.module.train()
         return outputs
 
@@ -43,14 +65,53 @@ class TrainingEngine(ABC):
         return {}
 
     def restore_counters(
-        self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]
+        self, step: int, lr_scheduler: dict[str, Any], loss_scale: dict[str, Any]
     ) -> None:
-        """Restores the schedule, the loss scale and the counts of steps."""
-        self.schedule.load_state_dict(schedule)
-        groups = self.schedule.optimizer.param_groups
-        for group, rate in zip(groups, self.schedule.get_last_lr(), strict=True):
+        """Restores the learning-rate schedule, the loss scale and the counts of steps."""
+        self.lr_scheduler.load_state_dict(lr_scheduler)
+        groups = self.lr_scheduler.optimizer.param_groups
+        for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
+
+class Engine(ABC):
+    """Builds the engines of a run on one library. A run calls `check_device`, `start_ranks`, then what builds."""
+
+    name: EngineName
+
     @abstractmethod
-    def release(self) -> None:
-        """Frees weights and optimizer state, even if they are still referenced. The engine is unusable then."""
+    def check_device(self, dtype: Dtype) -> None:
+        """Raises UserError if this rank's device or the library cannot train in `dtype`. It needs no other rank."""
+
+    @abstractmethod
+    def start_ranks(self) -> Communicator:
+        """Joins the ranks that a launcher has started, if any. UserError if they cannot meet. Collective."""
+
+    @abstractmethod
+    def build_training_engine(
+        self,
+        pretrained: PretrainedModel,
+        ds_config: dict[str, Any],
+        cycles: Sequence[int],
+        config: RunConfig,
+    ) -> TrainingEngine:
+        """Builds the model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective.
+
+        Products are in `model.dtype`. Masters and moments of LoRA are fp32.
+
+        Args:
+            ds_config: DeepSpeed's JSON, without "auto". Empty without DeepSpeed.
+            cycles: the steps of each cycle of the schedule.
+        """
+
+    @abstractmethod
+    def build_inference_engine(
+        self,
+        pretrained: PretrainedModel,
+        attn_implementation: str,
+        dtype: Dtype,
+        ds_config: dict[str, Any],
+        *,
+        head: bool = True,
+    ) -> InferenceEngine:
+        """Builds the frozen model without an optimizer. Without `head` it returns `final_hidden`. Collective."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from loraprune_ds.config_types import Dtype
+from loraprune_ds.engines import run_engine
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.answers import Generation, losses_of, write_answers
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
@@ -176,9 +177,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     source = find_model(path)
     dtype = choose_dtype(source, settings.dtype)
     if settings.sharded:
-        from loraprune_ds.zero.engine import check_device
-
-        check_device(dtype)
+        run_engine(sharded=True).check_device(dtype)
         require(
             not source.adapter,
             f"{path}: --sharded cannot merge an adapter; merge it into its base model first",
@@ -299,19 +298,22 @@ def _measure(
 
 def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:
     """Measures a model that ZeRO-3 shards while it is loaded."""
-    from loraprune_ds.zero.engine import build_inference_engine, release
-
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": prepared.dtype == "bfloat16"},
         "fp16": {"enabled": prepared.dtype == "float16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
-    engine = build_inference_engine(prepared.source.pretrained, "sdpa", prepared.dtype, ds_config)
-    perplexity = measure_perplexity(
-        lambda ids, labels: engine(input_ids=ids, labels=labels), prepared.batches, comm, progress
+    engine = run_engine(sharded=True).build_inference_engine(
+        prepared.source.pretrained, "sdpa", prepared.dtype, ds_config
     )
-    release(engine)  # the next model needs the memory
+    perplexity = measure_perplexity(
+        lambda ids, labels: engine.infer(input_ids=ids, labels=labels),
+        prepared.batches,
+        comm,
+        progress,
+    )
+    engine.release()  # the next model needs the memory
     return perplexity
 
 

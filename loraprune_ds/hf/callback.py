@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.arguments import check_arguments
@@ -32,7 +33,6 @@ from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
-from loraprune_ds.zero.shards import is_sharded
 
 log = logging.getLogger(__name__)
 REPORTED = (

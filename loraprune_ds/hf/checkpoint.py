@@ -7,7 +7,6 @@ checkpoint-120/pruning/    state.json, metrics.jsonl, manifest.json, and like a 
 The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
 """
 
-import math
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,19 +18,19 @@ from peft import PeftModel
 from pydantic import SkipValidation
 from torch import nn
 from torch.optim import Adam, AdamW
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_flat, restore_pruner
 from loraprune_ds.checkpoint.save import Staging, write_tensors
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.engine.optimizer_state import OptimizerState
+from loraprune_ds.engines import full_shape, future_engine, holder
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import json_text
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.hf.trainer_files import TRAINER_STATE, TrainerFiles
-from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import ADAPTER, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
@@ -42,9 +41,7 @@ from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
-from loraprune_ds.zero.shards import full_shape, held, is_sharded
 
 FOLDER = "pruning"
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
@@ -81,6 +78,7 @@ class PruningCheckpoint:
 
     Attributes:
         dense: the shape before any cut.
+        engine: which will train the model.
         restores_optimizer: the trainer cannot load LoRA and its optimizer, so they come from `pruning/`. Either another
             engine, or another number of ZeRO-3's ranks, has saved the checkpoint, or files are missing.
     """
@@ -88,6 +86,7 @@ class PruningCheckpoint:
     folder: Path
     state: PruningState
     dense: ModelShape
+    engine: LiveEngine
     restores_optimizer: bool = False
 
     def restore(self, pruner: Pruner) -> History:
@@ -111,18 +110,13 @@ class PruningCheckpoint:
         )
 
     def write_stand_in(self, folder: Path, comm: Communicator) -> None:
-        """Fills a folder, on each rank its own, from which transformers' Trainer goes on with ZeRO-3.
-
-        Its DeepSpeed needs files of its own ranks, and reads them before a callback can help.
-        """
-        from loraprune_ds.zero.external_engine import write_stand_in
-
+        """Fills a folder, on each rank its own, from which transformers' Trainer goes on with the engine."""
         for path in self.folder.iterdir():
             if not path.name.startswith(OF_ENGINE):
                 (folder / path.name).symlink_to(path.resolve())
         # a schedule that changes nothing
         torch.save({"lr_lambdas": [None]}, folder / SCHEDULER_NAME)
-        write_stand_in(folder, self.state.step, self.state.adam["param_groups"], comm)
+        self.engine.write_stand_in(folder, self.state.step, self.state.adam["param_groups"], comm)
 
 
 def plain_adam(model: PrunableModel) -> OptimizerState | None:
@@ -174,9 +168,9 @@ def cut_to_checkpoint(
         return None
     peft_model = find_peft_model(model)
     state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
-    sharded = any(map(is_sharded, peft_model.parameters()))
-    zero = sharded or is_deepspeed_zero3_enabled()
-    obstacle = comm.all_or_raise(lambda: _obstacle(checkpoint, state, files, comm, zero=zero))
+    engine = future_engine(peft_model)
+    zero = engine.name == "zero3"
+    obstacle = comm.all_or_raise(lambda: _obstacle(checkpoint, state, files, comm, engine))
     # all ranks must load the same way
     obstacle = next(filter(None, comm.gather_objects(obstacle)), None)
     if obstacle is not None:
@@ -191,13 +185,11 @@ def cut_to_checkpoint(
     )
     comm.all_or_raise(lambda: _check_lora_ranks(checkpoint, peft_model, dense, zero=zero))
     keep = keep_from_lists(state.kept, dense.kinds)
-    if sharded:
-        from loraprune_ds.zero.external_engine import cut_shards
-
-        cut_shards(peft_model, dense, keep, comm)
-    LocalModel(peft_model, dense).cut(keep)
+    engine.cut_before_training(peft_model, dense, keep, comm)
     _overwrite(peft_model, open_refits(dense.after(keep), checkpoint / FOLDER), comm)
-    return PruningCheckpoint(checkpoint, state, dense, restores_optimizer=obstacle is not None)
+    return PruningCheckpoint(
+        checkpoint, state, dense, engine, restores_optimizer=obstacle is not None
+    )
 
 
 def group_counts(shape: ModelShape) -> list[list[int]]:
@@ -207,21 +199,14 @@ def group_counts(shape: ModelShape) -> list[list[int]]:
 
 @torch.no_grad()
 def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> None:
-    """Reads those linears again that `weights` has. A shard was replaced by the cut, so it has no second copy (hpZ)."""
+    """Reads those linears again that `weights` has."""
     layers = decoder_layers(model)
     for i, linear in weights.shape.linears():
         name = f"{weights.shape.prefix(i)}{linear.name}"
         if name in weights.files:
             parameter = base_parameter(layers[i], linear.name)
-            numel = math.prod(full_shape(parameter))
-            start, end = (
-                owned_range(numel, comm.world_size, comm.rank)
-                if is_sharded(parameter)
-                else (0, numel)
-            )
-            held(parameter).view(-1)[: end - start].copy_(
-                weights.read_flat(name, start, end, parameter.dtype)
-            )
+            read = partial(weights.read_flat, name, dtype=parameter.dtype)
+            holder(parameter).fill(parameter, read, comm)
 
 
 def _find(folder: Path) -> Path | None:
@@ -243,19 +228,19 @@ def _obstacle(
     state: PruningState,
     files: TrainerFiles | None,
     comm: Communicator,
-    *,
-    zero: bool,
+    engine: LiveEngine,
 ) -> str | None:
     """Says why this rank's trainer cannot load LoRA and its optimizer itself, if it cannot."""
     if files is not None:
         files.check_readable(checkpoint)
+    zero = engine.name == "zero3"
     if state.zero != zero or (zero and state.world_size != comm.world_size):
         return (
             f"was saved on ZeRO-3 by {state.world_size} ranks"
             if state.zero
             else "was saved without ZeRO-3"
         )
-    lacking = [] if files is None else files.lacks_state(checkpoint, comm.rank)
+    lacking = [] if files is None else files.lacks_state(checkpoint, comm.rank, engine)
     return f"has no {' and no '.join(lacking)}" if lacking else None
 
 

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import require
 from loraprune_ds.hf.arguments import Refused
 from loraprune_ds.hf.live import base_shape
@@ -16,7 +17,6 @@ from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.zero.shards import is_sharded
 
 log = logging.getLogger(__name__)
 

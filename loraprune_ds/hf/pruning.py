@@ -24,16 +24,16 @@ from torch import nn
 from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_types import Dtype
+from loraprune_ds.engine.live import LiveTraining
+from loraprune_ds.engines import connect
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.checks import check_model
 from loraprune_ds.hf.compiled import check_accelerate, check_not_compiled
-from loraprune_ds.hf.engines import find_engine
 from loraprune_ds.hf.forward_watch import ForwardWatch
 from loraprune_ds.hf.layers import LiveModel
-from loraprune_ds.hf.live import base_config, base_dtype, find_peft_model, model_name
-from loraprune_ds.local.model import LocalModel
+from loraprune_ds.hf.live import base_config, base_dtype, find_peft_model, live_shape, model_name
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pretrained.exported_config import export_config
@@ -86,7 +86,9 @@ class Pruning:
         check_accelerate()
         self.peft_model = peft_model = find_peft_model(model)
         check_model(peft_model)
-        self.model = find_engine(model, optimizer, ds_config)
+        self.model = connect(
+            LiveTraining(model, peft_model, live_shape(peft_model), optimizer, ds_config)
+        )
         if checkpoint and checkpoint.restores_optimizer:
             checkpoint.restore_lora(self.model)
         dense = checkpoint.dense if checkpoint else self.model.shape
@@ -181,7 +183,7 @@ class Pruning:
             step=self.step,
             steps=self.steps,
             world_size=model.world_size,
-            zero=not isinstance(model, LocalModel),
+            zero=model.engine == "zero3",
             query_heads=QUERY_HEADS in dense.kinds,
             seed=self.seed,
             prune=pruner.config,

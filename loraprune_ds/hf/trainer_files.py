@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer import SCALER_NAME, SCHEDULER_NAME
 
+from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.errors import require
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 
@@ -39,17 +40,12 @@ class TrainerFiles:
                 f"{path} is missing, and the Trainer needs it; resume from another checkpoint",
             )
 
-    def lacks_state(self, folder: Path, rank: int) -> list[str]:
+    def lacks_state(self, folder: Path, rank: int, engine: LiveEngine) -> list[str]:
         """Names the missing files of the optimizer and its schedule. Without one of them the Trainer loads none."""
-        lacking = [
-            name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()
-        ]
-        if not self.ds_config:
-            return lacking
-        from loraprune_ds.zero.external_engine import can_load
-
-        schedule = [name for name in lacking if name == SCHEDULER_NAME and not self.of_deepspeed]
-        return schedule if can_load(folder, rank) else ["complete global_step*", *schedule]
+        lacking = engine.lacks_state(folder, rank)
+        if not self.of_deepspeed and not (folder / SCHEDULER_NAME).is_file():
+            lacking.append(SCHEDULER_NAME)
+        return lacking
 
     def lost(self, folder: Path, ranks: int) -> list[str]:
         """Says what no other file can bring back. Names the file of the first rank that has none."""

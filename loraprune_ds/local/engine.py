@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.engine.optimizer import build_lora
-from loraprune_ds.engine.training import TrainingEngine
+from loraprune_ds.engine.training import Engine, InferenceEngine, TrainingEngine
 from loraprune_ds.errors import require
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.frozen import DTYPES
@@ -26,74 +26,101 @@ from loraprune_ds.ranks.device import current_device, empty_cache
 from loraprune_ds.ranks.job import several_ranks
 
 
-def start_ranks() -> Communicator:
-    """Returns the one rank. Raises UserError if a launcher has started more."""
-    started = f"a launcher has started {os.environ.get('WORLD_SIZE')} ranks"
-    require(not several_ranks(os.environ), f"deepspeed: null trains in one process, but {started}")
-    return Communicator()
-
-
-def check_device(dtype: str) -> None:
-    """Raises UserError if the GPU would only emulate bf16, slower than fp32."""
-    if dtype == "bfloat16" and current_device().type == "cuda":
-        supported = torch.cuda.is_bf16_supported(False)
-        require(supported, f"model.dtype {dtype} is not supported by the cuda device")
-
-
 class LocalEngine(TrainingEngine):
     """Trains a PEFT model with fp32 LoRA by torch's AdamW."""
 
+    model: LocalModel
+
     def __init__(
-        self, module: Any, shape: ModelShape, optimizer: AdamW, schedule: LambdaLR, max_norm: float
+        self,
+        module: Any,
+        shape: ModelShape,
+        optimizer: AdamW,
+        lr_scheduler: LambdaLR,
+        max_norm: float,
     ) -> None:
         model = LocalModel(module, shape, optimizer)
-        super().__init__(module.train(), model, model.optimizer_state, schedule)
+        super().__init__(module.train(), model, model.optimizer_state, lr_scheduler)
         self._optimizer = optimizer
         self._max_norm = max_norm or math.inf
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def update(self, *, skipped: bool) -> float | None:
+    def update(self, *, skipped: bool) -> None:
         trained = self.optimizer_state.masters()
         for parameter in trained:
             if parameter.grad is None:  # its moments decay, as under ZeRO-3
                 parameter.grad = torch.zeros_like(parameter)
-        norm = clip_grad_norm_(trained, self._max_norm)
+        self.model.note_norm(clip_grad_norm_(trained, self._max_norm))
         self._optimizer.step()
-        self.schedule.step()
+        self.lr_scheduler.step()
         self._optimizer.zero_grad()
-        return float(norm)
 
     def release(self) -> None:
         self._optimizer.state.clear()
         release(self.module)
 
 
-def build_training_engine(
-    pretrained: PretrainedModel, _: dict[str, Any], cycles: Sequence[int], config: RunConfig
-) -> LocalEngine:
-    """Builds the model with fp32 LoRA, ready to train. Its products are in `model.dtype`, as under ZeRO-3."""
-    base = build_inference_engine(
-        pretrained, config.model.attn_implementation, config.model.dtype, {}
-    )
-    peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.data = parameter.data.float()
-    return LocalEngine(
-        peft_model, pretrained.shape, optimizer, schedule, config.train.max_grad_norm
-    )
+class LocalInference(InferenceEngine):
+    """A frozen model that one process holds whole."""
+
+    def release(self) -> None:
+        release(self.module)
 
 
-def build_inference_engine(
-    pretrained: PretrainedModel,
-    attn_implementation: str,
-    dtype: Dtype,
-    _: dict[str, Any],
-    *,
-    head: bool = True,
+class Local(Engine):
+    """Runs in one process."""
+
+    name = LocalModel.engine
+
+    def check_device(self, dtype: Dtype) -> None:
+        """Raises UserError if the GPU would only emulate bf16, slower than fp32."""
+        if dtype == "bfloat16" and current_device().type == "cuda":
+            supported = torch.cuda.is_bf16_supported(False)
+            require(supported, f"model.dtype {dtype} is not supported by the cuda device")
+
+    def start_ranks(self) -> Communicator:
+        """Returns the one rank. Raises UserError if a launcher has started more."""
+        ranks = os.environ.get("WORLD_SIZE")
+        require(
+            not several_ranks(os.environ),
+            f"deepspeed: null trains in one process, but a launcher has started {ranks} ranks",
+        )
+        return Communicator()
+
+    def build_training_engine(
+        self,
+        pretrained: PretrainedModel,
+        ds_config: dict[str, Any],
+        cycles: Sequence[int],
+        config: RunConfig,
+    ) -> LocalEngine:
+        """Builds the model with fp32 LoRA, ready to train. Its products are in `model.dtype`, as under ZeRO-3."""
+        base = _build_frozen(pretrained, config.model.attn_implementation, config.model.dtype)
+        peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.data = parameter.data.float()
+        return LocalEngine(
+            peft_model, pretrained.shape, optimizer, lr_scheduler, config.train.max_grad_norm
+        )
+
+    def build_inference_engine(
+        self,
+        pretrained: PretrainedModel,
+        attn_implementation: str,
+        dtype: Dtype,
+        ds_config: dict[str, Any],
+        *,
+        head: bool = True,
+    ) -> LocalInference:
+        return LocalInference(_build_frozen(pretrained, attn_implementation, dtype, head=head))
+
+
+def _build_frozen(
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, *, head: bool = True
 ) -> nn.Module:
-    """Builds the frozen model in evaluation mode. Without `head` it returns `final_hidden`."""
+    """Builds the frozen model in evaluation mode."""
     model = build_for_losses(pretrained, attn_implementation, head=head)
     device = current_device()
 

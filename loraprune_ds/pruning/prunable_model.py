@@ -1,6 +1,6 @@
 """A model that can be pruned while it trains, the values that pass through it, and hooks on the inputs of its linears.
 
-There are two engines: zero/sharded.py on the ranks of ZeRO-3, and local/model.py in one process or DDP's.
+Each engine has one: zero/sharded.py on the ranks of ZeRO-3, and local/model.py in one process or DDP's.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.config_types import EngineName
 from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DENSE, StorageFormat, holds_int8, storage_format
@@ -84,6 +85,7 @@ class PrunableModel(ABC):
 
     optimizer: torch.optim.Optimizer | None  # torch's, whose learning rate counts
     optimizer_state: Any  # OptimizerState (training.py), if there is an optimizer
+    engine: EngineName  # which a saved state records
     skips_updates = False
 
     def __init__(self, module: nn.Module, shape: ModelShape, comm: Communicator) -> None:
@@ -95,8 +97,11 @@ class PrunableModel(ABC):
         self.device = comm.device
         self.layers = decoder_layers(module)
 
-    def held(self, parameter: nn.Parameter) -> Tensor:
-        """Returns the part of a parameter that this rank holds, by default all of it. Not collective."""
+    def held(self, parameter: Tensor) -> Tensor:
+        """Returns the part of a parameter, or of its gradient, that this rank holds. Not collective.
+
+        By default it holds all of it.
+        """
         return parameter
 
     # Scoring
@@ -287,6 +292,13 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     other = torch.float32 if data.dtype == torch.bfloat16 else torch.bfloat16
     parameter.data = data.new_empty(0, dtype=other)
     parameter.data = data
+
+
+def cut_whole(parameter: nn.Parameter, kept: Slice) -> None:
+    """Makes a parameter smaller that this process holds whole, and drops its gradient."""
+    parameter.grad = None
+    indices = kept.keep.to(parameter.device)
+    replace_data(parameter, parameter.data.index_select(kept.axis, indices))
 
 
 def parameter_cuts(

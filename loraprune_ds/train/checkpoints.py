@@ -127,9 +127,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
         config = replace(config, model=replace(config.model, adapter=None))
         frozen = checkpoint.frozen_model
     cycles = prepared.schedule.cycles()
-    engine: TrainingEngine = prepared.engines.build_training_engine(
-        frozen, prepared.ds_config, cycles, config
-    )
+    engine = prepared.engine.build_training_engine(frozen, prepared.ds_config, cycles, config)
     if checkpoint is None:
         return engine
     counters = layout.read_resume_state(checkpoint.folder)
@@ -151,7 +149,7 @@ def save_checkpoint(
     state = _run_state(context, steps, step)
     resume = layout.ResumeState(
         adam_step=engine.optimizer_state.adam_step,
-        schedule=engine.schedule.state_dict(),
+        schedule=engine.lr_scheduler.state_dict(),
         loss_scale=engine.loss_scale(),
         updates_since_cut=pruner.average.updates_since_cut,
         moment_tokens=pruner.moment_tokens,

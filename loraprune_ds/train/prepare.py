@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.checkpoint.layout import RunData, RunState
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config import RunConfig
+from loraprune_ds.engine.training import Engine
+from loraprune_ds.engines import run_engine
 from loraprune_ds.errors import require
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
@@ -52,7 +53,7 @@ class Prepared:
     order: SampleOrder
     held_out: list[Labelled]  # batches of the held-out text
     schedule: Schedule
-    engines: ModuleType  # `find_engines`
+    engine: Engine
     ds_config: dict[str, Any]  # with every "auto" replaced. Empty without DeepSpeed
     data: RunData
 
@@ -96,18 +97,9 @@ def prepare(
     return prepared
 
 
-def find_engines(sharded: bool) -> ModuleType:
-    """Returns zero/engine.py, or local/engine.py, which needs no DeepSpeed. They have the same functions."""
-    if sharded:
-        from loraprune_ds.zero import engine
-    else:
-        from loraprune_ds.local import engine
-    return engine
-
-
 def _check_before_download(config: RunConfig, world_size: int) -> None:
     """Makes the checks that need no model, because its download may take an hour."""
-    find_engines(config.deepspeed is not None).check_device(config.model.dtype)
+    run_engine(sharded=config.deepspeed is not None).check_device(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
@@ -167,7 +159,7 @@ def _prepare(
         order=order,
         held_out=held_out,
         schedule=schedule,
-        engines=find_engines(config.deepspeed is not None),
+        engine=run_engine(sharded=config.deepspeed is not None),
         ds_config=ds_config,
         data=RunData(
             steps=schedule.steps,

@@ -242,12 +242,11 @@ def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:
     """Measures the exported model, read back from disk. Collective."""
     model = context.config.model
     prepared = context.prepared
-    engines = prepared.engines
     # Every rank opens it. A rank that cannot shows that output_dir is not shared.
     pretrained = context.comm.all_or_raise(lambda: open_pretrained(folder))
-    engine = engines.build_inference_engine(
+    engine = prepared.engine.build_inference_engine(
         pretrained, model.attn_implementation, model.dtype, prepared.ds_config
     )
-    record = evaluate(context, engine, prepared.schedule.steps, "pruned")
-    engines.release(engine)  # `evaluate.after` needs the memory
+    record = evaluate(context, engine.infer, prepared.schedule.steps, "pruned")
+    engine.release()  # `evaluate.after` needs the memory
     return record

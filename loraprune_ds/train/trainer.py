@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.engine.training import TrainingEngine
+from loraprune_ds.engine.training import InferenceEngine, TrainingEngine
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import measure_perplexity
@@ -44,7 +44,7 @@ class Trainer:
     current_request: Callable[[], int] = lambda: NOTHING
     # A separate engine with the source's decoder, stored by `model.frozen`, in evaluation mode. It has no LoRA, is
     # never scored, cut or saved, and draws no random numbers. It needs no head, because the student's is never cut.
-    teacher: Any = None
+    teacher: InferenceEngine | None = None
 
     def __post_init__(self) -> None:
         dtype = self.config.model.dtype
@@ -64,14 +64,17 @@ class Trainer:
         mean_context = sum(length**2 for length in lengths) / tokens
         flops = tokens * needed_flops_per_token(self.model.shape, mean_context)
         # before the step changes them
-        rate = self.engine.schedule.get_last_lr()[0]
+        rate = self.engine.lr_scheduler.get_last_lr()[0]
         sparsity = self.pruner.reached()
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
             numbers = self.pruning_steps.exchange(loss, self.current_request())
             self.pruning_steps.score(step, numbers, numbers.own)
         skipped = not self.pruning_steps.scored
-        grad_norm = self.engine.update(skipped=skipped)
+        self.engine.update(skipped=skipped)
+        grad_norm = None
+        if not skipped:
+            grad_norm = self.model.gradient_norm()
         self.requested = max(numbers.requests)
         seconds = time.perf_counter() - began
         mfu = None
@@ -135,13 +138,13 @@ class Trainer:
         if rows is not None:
             inputs["rows"] = rows
         if self.teacher is not None:
-            inputs["distillation"] = self._distillation(inputs)
+            inputs["distillation"] = self._distillation(self.teacher, inputs)
         return inputs, masks
 
     @torch.no_grad()
-    def _distillation(self, inputs: dict[str, Any]) -> Distillation:
+    def _distillation(self, teacher: InferenceEngine, inputs: dict[str, Any]) -> Distillation:
         """Makes one forward pass of the teacher, for the final hidden states of the supervised tokens. Collective."""
-        hidden = self.teacher(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
+        hidden = teacher.infer(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
         return Distillation(
             hidden, self.config.train.distill_weight, self.config.train.distill_temperature
         )
@@ -169,7 +172,7 @@ def train(context: RunContext) -> bool:
             return False
     engine.release()  # frees memory for the exported model, which is measured next
     if trainer.teacher is not None:
-        context.prepared.engines.release(trainer.teacher)
+        trainer.teacher.release()
     return True
 
 
@@ -180,7 +183,7 @@ def _build_trainer(context: RunContext) -> Trainer:
     engine = build_engine(prepared, context.checkpoint)
     teacher = None
     if config.train.distill_weight:
-        teacher = prepared.engines.build_inference_engine(
+        teacher = prepared.engine.build_inference_engine(
             prepared.pretrained,
             config.model.attn_implementation,
             config.model.dtype,

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.engine.optimizer import build_lora
-from loraprune_ds.engine.training import TrainingEngine
+from loraprune_ds.engine.training import Engine, InferenceEngine, TrainingEngine
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.adapters import differentiate_input, leaf_modules
 from loraprune_ds.model.classes import decoder_layers
@@ -33,6 +33,7 @@ from loraprune_ds.zero.params import free_shards, shard_at_birth
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS, check_private_attributes
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.shards import NAME
 
 ALONE = {
     "RANK": "0",
@@ -41,59 +42,6 @@ ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-
-
-def check_device(dtype: str) -> None:
-    """Raises UserError if DeepSpeed lacks names that we use, or this rank's device does not support `dtype`."""
-    check_private_attributes()
-    supported = {
-        "float16": accelerator().is_fp16_supported,
-        "bfloat16": accelerator().is_bf16_supported,
-    }
-    # a GPU older than Ampere emulates bf16, slower than fp32
-    if accelerator().device_name() == "cuda":
-        supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-    if dtype in supported and not supported[dtype]():
-        device = accelerator().device_name()
-        raise UserError(f"model.dtype {dtype} is not supported by the {device} device")
-
-
-def start_ranks() -> Communicator:
-    """Joins the process group of the launcher's environment. Without a launcher it has one rank.
-
-    Raises:
-        UserError: the ranks cannot meet, the environment describes no rank, or this rank does not see its device.
-    """
-    check_ranks(os.environ)
-    if "RANK" not in os.environ:
-        os.environ |= ALONE
-    os.environ.setdefault("LOCAL_RANK", "0")
-    timeout = collective_timeout(os.environ)
-    os.environ |= gloo_interface(os.environ)
-    if not is_cpu():
-        check_local_rank(os.environ, accelerator().device_count())
-        accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only inference uses. It takes half a
-    # minute, a compiler and 70 MB of /dev/shm per rank, and leaves a lock that blocks later starts if it is killed.
-    deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
-    backend = accelerator().communication_backend_name()
-    # DeepSpeed makes more groups, for example for hpZ, without a timeout. They get torch's default.
-    distributed_c10d.default_pg_timeout = timeout
-    distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
-    try:
-        with redirect_stdout(StringIO()):  # drops the lines that DeepSpeed and ninja print
-            deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, timeout=timeout
-            )
-    except torch.distributed.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"the ranks cannot meet at {where} (if another run uses that port, give the launcher "
-            f"another --master_port): {first_line(error)}"
-        ) from None
-    comm = Communicator()
-    comm.warm_up()
-    return comm
 
 
 class ShardedEngine(TrainingEngine):
@@ -113,14 +61,13 @@ class ShardedEngine(TrainingEngine):
         if not last:
             self.deepspeed.step()  # only counts, because this is not a boundary
 
-    def update(self, *, skipped: bool) -> float | None:
+    def update(self, *, skipped: bool) -> None:
         self.deepspeed.step()
         if skipped:
             # our schedule counts skipped steps, DeepSpeed does not
-            self.deepspeed.lr_scheduler.step()
+            self.lr_scheduler.step()
         # orders the updated shards of LoRA before the next forward pass gathers them
         settle_shards()
-        return None if skipped else self.model.gradient_norm()
 
     def infer(self, **inputs: Any) -> Any:
         """Makes one forward pass in evaluation mode. It does not change what training gathers."""
@@ -136,9 +83,9 @@ class ShardedEngine(TrainingEngine):
         return {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
 
     def restore_counters(
-        self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]
+        self, step: int, lr_scheduler: dict[str, Any], loss_scale: dict[str, Any]
     ) -> None:
-        super().restore_counters(step, schedule, loss_scale)
+        super().restore_counters(step, lr_scheduler, loss_scale)
         deepspeed = self.deepspeed
         for name, value in loss_scale.items():
             setattr(deepspeed.optimizer.loss_scaler, name, value)
@@ -166,49 +113,118 @@ def release(engine: Any) -> None:
     empty_host_cache()
 
 
-def build_training_engine(
-    pretrained: PretrainedModel, ds_config: dict[str, Any], cycles: Sequence[int], config: RunConfig
-) -> ShardedEngine:
-    """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
-    with redirect_stdout(StringIO()):
-        base = build_for_losses(pretrained, config.model.attn_implementation)
-        shard_at_birth(base, pretrained.weights, ds_config, DTYPES[config.model.dtype])
-        peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
-        _gather_as_one(peft_model, pretrained.shape)
-        for layers in pretrained.shape.layer_lists:
-            differentiate_input(decoder_layers(peft_model)[layers[0]])
-        engine, *_ = deepspeed.initialize(
-            model=peft_model,
-            optimizer=optimizer,
-            lr_scheduler=cast(Any, schedule),
-            config=ds_config,
-            dist_init_required=False,
-        )
-    return ShardedEngine(engine, pretrained.shape)
+class ShardedInference(InferenceEngine):
+    """A sharded model without an optimizer. `module` is a `DeepSpeedEngine`."""
+
+    def release(self) -> None:
+        release(self.module)
 
 
-def build_inference_engine(
-    pretrained: PretrainedModel,
-    attn_implementation: str,
-    dtype: Dtype,
-    ds_config: dict[str, Any],
-    *,
-    head: bool = True,
-) -> Any:
-    """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
-    with redirect_stdout(StringIO()):
-        model = build_for_losses(pretrained, attn_implementation, head=head)
-        shard_at_birth(model, pretrained.weights, ds_config, DTYPES[dtype])
-        _gather_as_one(model, pretrained.shape)
-        engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
-    decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
-    engine.eval()
-    return engine
+class Zero3(Engine):
+    """Runs on ranks that each hold a shard of every weight."""
+
+    name = NAME
+
+    def check_device(self, dtype: Dtype) -> None:
+        """Raises UserError if DeepSpeed lacks names that we use, or this rank's device does not support `dtype`."""
+        check_private_attributes()
+        supported = {
+            "float16": accelerator().is_fp16_supported,
+            "bfloat16": accelerator().is_bf16_supported,
+        }
+        # a GPU older than Ampere emulates bf16, slower than fp32
+        if accelerator().device_name() == "cuda":
+            supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+        if dtype in supported and not supported[dtype]():
+            device = accelerator().device_name()
+            raise UserError(f"model.dtype {dtype} is not supported by the {device} device")
+
+    def start_ranks(self) -> Communicator:
+        """Joins the process group of the launcher's environment. Without a launcher it has one rank.
+
+        Raises:
+            UserError: the ranks cannot meet, the environment describes no rank, or this rank does not see its device.
+        """
+        check_ranks(os.environ)
+        if "RANK" not in os.environ:
+            os.environ |= ALONE
+        os.environ.setdefault("LOCAL_RANK", "0")
+        timeout = collective_timeout(os.environ)
+        os.environ |= gloo_interface(os.environ)
+        if not is_cpu():
+            check_local_rank(os.environ, accelerator().device_count())
+            accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        # Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only inference uses. It takes half
+        # a minute, a compiler and 70 MB of /dev/shm per rank, and leaves a lock that blocks later starts if it is
+        # killed.
+        deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
+        backend = accelerator().communication_backend_name()
+        # DeepSpeed makes more groups, for example for hpZ, without a timeout. They get torch's default.
+        distributed_c10d.default_pg_timeout = timeout
+        distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
+        try:
+            with redirect_stdout(StringIO()):  # drops the lines that DeepSpeed and ninja print
+                deepspeed.init_distributed(
+                    dist_backend=backend, auto_mpi_discovery=False, timeout=timeout
+                )
+        except torch.distributed.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"the ranks cannot meet at {where} (if another run uses that port, give the launcher "
+                f"another --master_port): {first_line(error)}"
+            ) from None
+        comm = Communicator()
+        comm.warm_up()
+        return comm
+
+    def build_training_engine(
+        self,
+        pretrained: PretrainedModel,
+        ds_config: dict[str, Any],
+        cycles: Sequence[int],
+        config: RunConfig,
+    ) -> ShardedEngine:
+        """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
+        with redirect_stdout(StringIO()):
+            base = build_for_losses(pretrained, config.model.attn_implementation)
+            shard_at_birth(base, pretrained.weights, ds_config, DTYPES[config.model.dtype])
+            peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
+            _gather_as_one(peft_model, pretrained.shape)
+            for layers in pretrained.shape.layer_lists:
+                differentiate_input(decoder_layers(peft_model)[layers[0]])
+            engine, *_ = deepspeed.initialize(
+                model=peft_model,
+                optimizer=optimizer,
+                lr_scheduler=cast(Any, lr_scheduler),
+                config=ds_config,
+                dist_init_required=False,
+            )
+        return ShardedEngine(engine, pretrained.shape)
+
+    def build_inference_engine(
+        self,
+        pretrained: PretrainedModel,
+        attn_implementation: str,
+        dtype: Dtype,
+        ds_config: dict[str, Any],
+        *,
+        head: bool = True,
+    ) -> ShardedInference:
+        """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
+        with redirect_stdout(StringIO()):
+            model = build_for_losses(pretrained, attn_implementation, head=head)
+            shard_at_birth(model, pretrained.weights, ds_config, DTYPES[dtype])
+            _gather_as_one(model, pretrained.shape)
+            engine, *_ = deepspeed.initialize(
+                model=model, config=ds_config, dist_init_required=False
+            )
+        decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
+        engine.eval()
+        return ShardedInference(engine)
 
 
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
     for layer in decoder_layers(model):
         for module in leaf_modules(layer, shape):
-            set_z3_leaf_module(
-                module, True
-            )  # ZeRO-3's hooks then run once, not at every module inside
+            # ZeRO-3's hooks then run once, not at every module inside
+            set_z3_leaf_module(module, True)

@@ -12,9 +12,11 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
 from loraprune_ds.errors import require
+from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import cut_whole, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, shard_cuts
 from loraprune_ds.zero.private import check_private_attributes
@@ -109,10 +111,14 @@ def write_stand_in(
 
 
 @torch.no_grad()
-def cut_shards(
+def cut_before_engine(
     module: nn.Module, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
 ) -> None:
-    """Cuts those parameters of a PEFT model that are sharded, before an engine wraps it. Collective."""
+    """Cuts a PEFT model before an engine wraps it. Only some of its parameters may be sharded. Collective."""
     for layer, spec, layer_keep in zip(decoder_layers(module), shape.layers, keep, strict=True):
         cuts = shard_cuts(layer, spec, layer_keep, comm)
         cut_parameters([cut for cut in cuts if is_sharded(cut[0])], comm)
+        for parameter, kept in parameter_cuts(layer, spec, layer_keep):
+            if not is_sharded(parameter):
+                cut_whole(parameter, kept)
+        set_sizes(layer, spec.resized(layer_keep.counts))

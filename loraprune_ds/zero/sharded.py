@@ -26,7 +26,7 @@ from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.params import decode_int8, overwrite_shard, owned_flat
 from loraprune_ds.zero.releases import decide_releases
-from loraprune_ds.zero.shards import full_shape, held
+from loraprune_ds.zero.shards import NAME, full_shape, held
 
 
 class ShardedModel(PrunableModel):
@@ -39,6 +39,8 @@ class ShardedModel(PrunableModel):
         zero_optimizer: DeepSpeed's `DeepSpeedZeroOptimizer_Stage3` of that model.
         empty_partition_cache: the engine's method. It frees all gathered weights.
     """
+
+    engine = NAME
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class ShardedModel(PrunableModel):
         settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
-    def held(self, parameter: nn.Parameter) -> Tensor:
+    def held(self, parameter: Tensor) -> Tensor:
         return held(parameter)
 
     def collect(

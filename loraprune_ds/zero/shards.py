@@ -1,14 +1,18 @@
-"""Reads the attributes that ZeRO-3 sets on a parameter. It needs no DeepSpeed."""
+"""Names the engine, and reads the attributes that ZeRO-3 sets on a parameter. It needs no DeepSpeed."""
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from loraprune_ds.config_types import EngineName
+
+NAME: EngineName = "zero3"
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Returns whether ZeRO-3 holds the parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
-def held(parameter: nn.Parameter) -> Tensor:
+def held(parameter: Tensor) -> Tensor:
     """Returns what this rank holds of a parameter: its shard under ZeRO-3, otherwise all of it."""
     return getattr(parameter, "ds_tensor", parameter)
 

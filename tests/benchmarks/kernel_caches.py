@@ -52,7 +52,7 @@ def work(widths: str) -> None:
     prepared = prepare(config_of(widths), Communicator())
     config, order = prepared.config, prepared.order
     stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
-    teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
+    teacher = prepared.engine.build_inference_engine(prepared.pretrained, *stored, head=False)
     engine = build_engine(prepared, None)
     pruner = Pruner(engine.model, prepared.schedule, config.seed)
     trainer = Trainer(engine, pruner, prepared.samples, order, config, teacher=teacher)

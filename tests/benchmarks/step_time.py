@@ -19,6 +19,7 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
+from loraprune_ds.engines import run_engine
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import stop_ranks
@@ -27,7 +28,6 @@ from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.train.checkpoints import build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.engine import start_ranks
 from tests.benchmarks.running import make_parser, record
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     )
     config = short_run(arguments.model, prune, 4 * arguments.steps + 8)
     silence_libraries()
-    comm = start_ranks()
+    comm = run_engine(sharded=True).start_ranks()
     prepared = prepare(config, comm)
     dense, small = Timed(prepared), Timed(prepared)
     config_int8 = replace(config, model=replace(config.model, frozen="int8"))

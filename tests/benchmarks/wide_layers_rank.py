@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.engines import run_engine
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
@@ -24,7 +25,6 @@ from loraprune_ds.ranks.device import device_name
 from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_inference_engine, start_ranks
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.support.driver import Consecutive, ShardedTrainer, assemble, save
@@ -95,7 +95,8 @@ def main() -> None:
     folder, rank = arguments.folder, int(os.environ["RANK"])
     tell(folder, rank)
     silence_libraries()
-    comm = start_ranks()
+    library = run_engine(sharded=True)
+    comm = library.start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
     pretrained = open_for_pruning(folder / "model", config.model)
     ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size)
@@ -109,11 +110,12 @@ def main() -> None:
     gc.collect()
     given = ("sdpa", "bfloat16", ds_config)
     engine = phases.measure(
-        "reload", lambda: build_inference_engine(open_pretrained(folder / "exported"), *given)
+        "reload",
+        lambda: library.build_inference_engine(open_pretrained(folder / "exported"), *given),
     )
     result |= {
         "phases": phases.rows,
-        "loss_reloaded": evaluate(engine, ids),
+        "loss_reloaded": evaluate(engine.module, ids),
         "device": device_name(),
     }
     (folder / f"result-{rank}.json").write_text(json.dumps(result))

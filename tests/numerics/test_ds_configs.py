@@ -17,9 +17,8 @@ from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
-from loraprune_ds.zero import engine
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_inference_engine, release
+from loraprune_ds.zero.engine import Zero3
 from tests.support import cutting, quality_settings
 from tests.support.driver import Job, build, tiny_job
 from tests.support.launching import ROOT
@@ -47,9 +46,9 @@ def run_all(job: Job) -> dict[str, Any]:
     pretrained = open_pretrained(job.folder)
     config = RunConfig("unused", deepspeed=job.deepspeed)
     resolved = resolve_ds_config(config, pretrained.shape, torch.distributed.get_world_size())
-    engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
-    with torch.no_grad():
-        return result | {"inference": engine(input_ids=job.batches[0][0], labels=job.batches[0][1])}
+    engine = Zero3().build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
+    ids, labels = job.batches[0]
+    return result | {"inference": engine.infer(input_ids=ids, labels=labels)}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def bytes_around_release(job: Job) -> tuple[int, int, int]:
     trainer.pruner.average.cut(keep)
     trainer.step(3)
     state, before = storage_bytes(state_tensors(trainer.model)), live()
-    release(trainer.engine.deepspeed)
+    trainer.engine.release()
     return state, before, live()
 
 
@@ -140,24 +139,24 @@ def test_nothing_of_a_training_engine_is_left(
         assert after < samples + 10 * groups
 
 
-def recording(module: Any, live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
-    """Patches the module's `build_inference_engine`. Records the bytes alive just before, and its shards."""
-    build_engine = module.build_inference_engine
+def recording(live: Callable[[], int], alive: list[int], shards: list[int]) -> Any:
+    """Patches `build_inference_engine`. Records the bytes alive just before, and the engine's shards."""
+    build_engine = Zero3.build_inference_engine
 
     def building(*args: Any, **settings: Any) -> Any:
         alive.append(live())
         built = build_engine(*args, **settings)
-        shards.append(storage_bytes(weight_shards(built)))
+        shards.append(storage_bytes(weight_shards(built.module)))
         return built
 
-    return patch.object(module, "build_inference_engine", building)
+    return patch.object(Zero3, "build_inference_engine", building)
 
 
 def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     """Returns the bytes of the exported model's shards, and those alive when it is read back in a run."""
     alive: list[int] = []
     shards: list[int] = []
-    with recording(engine, live_bytes(), alive, shards):
+    with recording(live_bytes(), alive, shards):
         assert run_here(config)
     return shards[-1], alive[-1]  # an earlier one was the teacher's
 
@@ -180,7 +179,7 @@ def bytes_between_models(folder: Path) -> tuple[int, int]:
         "a text", None, "It is long enough for some windows of eight tokens. " * 2
     )
     settings = EvaluationSettings(window=8, text=text, dtype="float32", sharded=True)
-    with recording(engine, live_bytes(), alive, shards):
+    with recording(live_bytes(), alive, shards):
         first, second = evaluation.evaluate([str(folder)] * 2, settings, Communicator())
     assert first.perplexity == second.perplexity
     return shards[0], alive[1] - alive[0]

@@ -17,6 +17,7 @@ from loraprune_ds.checkpoint.save import save_step
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Dtype, Frozen
 from loraprune_ds.engine.optimizer_state import MOMENTS, collect_shards
+from loraprune_ds.engines import run_engine
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
@@ -28,7 +29,6 @@ from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
-from loraprune_ds.train.prepare import find_engines
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine
@@ -233,11 +233,10 @@ def build(job: Job) -> ShardedTrainer:
         config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches)
     )
     if job.distill_weight:
-        given, engines = (
-            (pretrained, "sdpa", job.dtype, ds_config),
-            find_engines(job.deepspeed is not None),
+        engine = run_engine(sharded=job.deepspeed is not None)
+        trainer.teacher = engine.build_inference_engine(
+            pretrained, "sdpa", job.dtype, ds_config, head=False
         )
-        trainer.teacher = engines.build_inference_engine(*given, head=False)
     return trainer
 
 
@@ -246,8 +245,8 @@ def assemble(
     section: type[Section] = Section,
 ) -> ShardedTrainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
-    engines = find_engines(config.deepspeed is not None)
-    engine = engines.build_training_engine(pretrained, ds_config, [steps], config)
+    library = run_engine(sharded=config.deepspeed is not None)
+    engine = library.build_training_engine(pretrained, ds_config, [steps], config)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
     (only,) = plan.sections
     own = section(**{field.name: getattr(only, field.name) for field in fields(only)})

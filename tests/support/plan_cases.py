@@ -28,7 +28,7 @@ from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_con
 from loraprune_ds.ranks.device import resident_bytes, storage_bytes
 from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.zero.engine import build_inference_engine
+from loraprune_ds.zero.engine import Zero3
 from tests.benchmarks.memory import Peak
 from tests.support.cutting import watched_collectives
 from tests.support.driver import Consecutive, ShardedTrainer, assemble
@@ -108,7 +108,7 @@ def build(request: Request) -> ShardedTrainer:
     trainer = assemble(run, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
     if request.taught:
         given = "sdpa", run.model.dtype, request.ds_config
-        trainer.teacher = build_inference_engine(pretrained, *given, head=False)
+        trainer.teacher = Zero3().build_inference_engine(pretrained, *given, head=False)
     return trainer
 
 

@@ -19,7 +19,7 @@ from launch import quickstart_answers, quickstart_steps
 from loraprune_ds.arguments import COMMANDS, require_option
 from loraprune_ds.cli import run
 from loraprune_ds.errors import RankError, UserError, tell
-from loraprune_ds.local.engine import start_ranks
+from loraprune_ds.local.engine import Local
 from loraprune_ds.ranks.job import (
     LAUNCHED,
     adopt_srun_ranks,
@@ -212,7 +212,7 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(
     monkeypatch.setattr(engine, "accelerator", lambda: one_gpu)
     for name, value in RANK_1_OF_2.items():
         monkeypatch.setenv(name, value)
-    must_name("rank 1 LOCAL_RANK --gpu-bind", engine.start_ranks)
+    must_name("rank 1 LOCAL_RANK --gpu-bind", engine.Zero3().start_ranks)
     check_local_rank(RANK_1_OF_2, devices=2)
 
 
@@ -228,16 +228,16 @@ def test_one_process_is_not_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run", *given])
     must_name("--ranks 2: deepspeed: null", run.launch)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    must_name("deepspeed: null 2 ranks", start_ranks)
+    must_name("deepspeed: null 2 ranks", Local().start_ranks)
 
 
 def start_alone(rank: int, world_size: int, folder: Path) -> None:
     for name in ("RANK", "GLOO_SOCKET_IFNAME"):
         os.environ.pop(name, None)
     os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_TIMEOUT": "77", "NCCL_SOCKET_IFNAME": "lo"}
-    from loraprune_ds.zero.engine import start_ranks
+    from loraprune_ds.zero.engine import Zero3
 
-    start_ranks()
+    Zero3().start_ranks()
 
 
 def describe_groups() -> tuple[list[timedelta], str | None]:

@@ -26,7 +26,7 @@ from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products, 
 from loraprune_ds.train import run
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.zero import engine, params
-from loraprune_ds.zero.engine import check_device
+from loraprune_ds.zero.engine import Zero3
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
 from tests.support.launching import write_config
 from tests.support.shapes_and_scores import make_shape
@@ -69,11 +69,11 @@ def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, emulates: boo
         "is_bf16_supported",
         lambda including_emulation=True: including_emulation or not emulates,
     )
-    check_device("float16")
-    check_device("float32")
+    Zero3().check_device("float16")
+    Zero3().check_device("float32")
     refused = pytest.raises(UserError, match=r"model\.dtype bfloat16")
     with refused if emulates else nullcontext():
-        check_device("bfloat16")
+        Zero3().check_device("bfloat16")
 
 
 @pytest.mark.parametrize(

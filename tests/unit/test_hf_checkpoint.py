@@ -16,6 +16,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.local.live import LiveLocal
+from loraprune_ds.zero.live import LiveZero3
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.support.refusals import must_name
 
@@ -73,11 +75,12 @@ def test_another_engine_or_other_ranks_of_zero_3_cannot_load_an_optimizer(
     tmp_path: Path, zero: bool, world_size: int, names: str
 ) -> None:
     state = PruningState(**STATE | {"prune": CONFIG, "zero": zero, "world_size": world_size})
-    obstacle = checkpoint._obstacle(tmp_path, state, None, COMM, zero=True)
+    obstacle = checkpoint._obstacle(tmp_path, state, None, COMM, LiveZero3())
     assert (obstacle is None) == (names == "")
     assert all(name in (obstacle or "") for name in names.split())
-    local = checkpoint._obstacle(tmp_path, replace(state, zero=False), None, COMM, zero=False)
-    assert local is None  # each rank of DDP has the whole optimizer
+    local = replace(state, zero=False)
+    obstacle = checkpoint._obstacle(tmp_path, local, None, COMM, LiveLocal())
+    assert obstacle is None  # each rank of DDP has the whole optimizer
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,8 @@ def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(
     """A cut may come before the next score, if the next step overflows in fp16."""
     monkeypatch.setattr(checkpoint, "read_history", lambda path: [])
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
-    resumed = PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=())))
+    dense: Any = SimpleNamespace(kinds=())
+    resumed = PruningCheckpoint(tmp_path, cast(Any, state), dense, LiveLocal())
     resumed.restore(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
     assert (pruner.average.updates_since_cut, pruner.moments.restore.call_args.args[1]) == (3, 7.0)
 

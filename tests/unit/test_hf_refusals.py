@@ -25,6 +25,7 @@ from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.checks import check_model
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
 from loraprune_ds.hf.preparing import linear_names, unshare_bias
+from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerCounts
@@ -268,7 +269,7 @@ def test_a_resume_needs_the_callback_s_own_and_the_same_schedule() -> None:
     saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
     for given, names in (({}, "20 10"), ({"steps": 20, "seed": 2}, "seed 1 2")):
         callback = LoraPruneCallback(PruneConfig(), **given)
-        callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
+        callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None), LiveLocal())
         begins_with(names, adapted(), None, callback, step=3)
 
 

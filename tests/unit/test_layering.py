@@ -34,6 +34,7 @@ LAYERS = (
     ("pruning",),
     ("engine",),
     ("zero", "local"),
+    ("engines",),
     ("checkpoint", "report"),
     ("export",),
     ("generate",),
@@ -240,7 +241,7 @@ def touched(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value).split(".")[-1]
-            if owner in OBJECTS or node.attr.startswith("ds_"):
+            if owner in OBJECTS or OF_A_PARAMETER.fullmatch(node.attr):
                 found.add(node.attr)
     return found
 

@@ -13,7 +13,9 @@ from loraprune_ds.hf.callback import LoraPruneCallback, _advance
 from loraprune_ds.hf.checkpoint import cut_to_checkpoint
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.trainer_files import TrainerFiles
+from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.zero.live import LiveZero3
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import make_model
 from tests.support.refusals import must_name, remove
@@ -53,7 +55,8 @@ def test_files_without_which_no_optimizer_is_loaded_are_named(
     touch(tmp_path, *names)
     if "latest" in names:
         (tmp_path / "latest").write_text(TAG)
-    assert TrainerFiles(config).lacks_state(tmp_path, rank=1) == lacking
+    engine = LiveZero3() if config else LiveLocal()
+    assert TrainerFiles(config).lacks_state(tmp_path, 1, engine) == lacking
 
 
 @pytest.mark.parametrize(

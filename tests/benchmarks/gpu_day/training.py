@@ -12,6 +12,7 @@ import torch
 from torch.profiler import profile
 
 from loraprune_ds.config_types import Criterion
+from loraprune_ds.engines import run_engine
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.ranks.comm import stop_ranks
@@ -19,7 +20,6 @@ from loraprune_ds.ranks.device import is_cpu, peak_bytes
 from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.report.records import StepRecord
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.engine import release, start_ranks
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
 from tests.support.driver import ShardedTrainer
@@ -47,7 +47,7 @@ def steps(found: Found) -> None:
             found.row(f"{name}: peak GiB", peak_bytes() / GIB, plan.stages[0].peak / GIB)
             if last.mfu is not None:
                 found.row(f"{name}: MFU", last.mfu)
-            release(trainer.engine.deepspeed)
+            trainer.engine.release()
 
 
 def cuts(found: Found) -> None:
@@ -86,7 +86,7 @@ def one_of_two_ranks() -> None:
         # NCCL takes no two ranks on one card
         accelerator().communication_backend_name = lambda: "gloo"
     silence_libraries()
-    comm = start_ranks()
+    comm = run_engine(sharded=True).start_ranks()
     trainer, _ = make_trainer(SMALL, ranks=2, micro_batch_size=2)
     trainer.step(1)
     trainer.model.cut(
@@ -101,7 +101,7 @@ def one_of_two_ranks() -> None:
 
 def _start() -> None:
     silence_libraries()
-    start_ranks()
+    run_engine(sharded=True).start_ranks()
 
 
 def _timed(

@@ -1,0 +1,148 @@
+"""A model whose LoRA an optimizer of torch trains, and its gradients as they are before the trainer changes them.
+
+A trainer clips or unscales gradients between a backward pass and the update. So at the end of each backward pass they
+are noted: the norm of each, and copies, if a criterion reads them.
+"""
+
+from abc import ABC
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+
+from loraprune_ds.errors import require
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.ranks.comm import Communicator
+
+AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
+# (holder, private name of torch)
+PrivateName = tuple[Any, str]
+PRIVATE: tuple[PrivateName, ...] = ((AUTOGRAD, "queue_callback"), (torch, "_foreach_norm"))
+
+
+def check_private_names(names: Iterable[PrivateName]) -> None:
+    """Raises UserError if torch lacks one of these names, or one that a `WatchedModel` needs."""
+    for holder, name in (*PRIVATE, *names):
+        require(
+            hasattr(holder, name),
+            f"torch {torch.__version__} lacks {name}; install one of pyproject.toml",
+        )
+
+
+class WatchedModel(PrunableModel, ABC):
+    """A PEFT model and the torch optimizer of its LoRA.
+
+    Args:
+        optimizer: None before there is one.
+        scaler: fp16's `torch.amp.GradScaler`, if the trainer has one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shape: ModelShape,
+        comm: Communicator,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: Any,
+    ) -> None:
+        super().__init__(module, shape, comm)
+        self.optimizer = optimizer
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.skips_updates = self._scaler is not None
+        # One walk over the modules: a cut keeps the parameters.
+        self._lora = [parameter for layer in self.lora_parameters() for parameter in layer.values()]
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # Of the last backward pass.
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._norms: Tensor | None = None
+        self._zero = torch.zeros((), device=self.device)
+        self._norm = self._zero
+        self._copies = False
+        self._queued = False
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        gradient = self._gradients.get(parameter)
+        if gradient is None and parameter.grad is not None:
+            gradient = self.held(parameter.grad)
+        return torch.zeros_like(self.held(parameter)) if gradient is None else gradient.float()
+
+    def gradient_sum(self) -> Tensor:
+        return vector_norm(self._last_norms())
+
+    def nonfinite_layer(self) -> int | None:
+        norms = dict(zip(self._trained, self._last_norms(), strict=True))
+        return self.first_nonfinite(
+            map(norms.__getitem__, layer.values()) for layer in self.lora_parameters()
+        )
+
+    def gradient_norm(self) -> float:
+        return float(self._norm)
+
+    def note_norm(self, norm: Tensor) -> None:
+        """Notes the norm that a loop without `before_each_update` has measured before it clipped."""
+        self._norm = norm
+
+    def norm_over_ranks(self, norm: Tensor) -> Tensor:
+        """Returns the norm of whole gradients from that of the parts that this rank holds, by default all of them."""
+        return norm
+
+    def before_each_update(
+        self, action: Callable[[], None], *, reads_gradients: bool = True
+    ) -> Callable[[], None]:
+        def act(*_: Any) -> None:
+            self._norm = self.norm_over_ranks(self.gradient_sum()) / self.loss_scale
+            action()
+            self._gradients.clear()
+            self._norms = None
+
+        self._copies = reads_gradients
+        undo = ExitStack()
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        undo.enter_context(optimizer.register_step_pre_hook(act))
+        path, _, _ = self.shape.family.layer_lists[-1].path.rpartition(".")
+        decoder = cast(PeftModel, self.module).get_base_model().get_submodule(path)
+        undo.enter_context(decoder.register_forward_hook(self._watch_backward))
+        return undo.close
+
+    def _watch_backward(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._queued = False  # in case a backward pass failed
+        if output[0].requires_grad:
+            output[0].register_hook(self._await_gradients)
+
+    def _await_gradients(self, _: Tensor) -> None:
+        """Waits for the end of the backward pass, and of the averaging over ranks, which is queued meanwhile."""
+        if not self._queued:  # several forward passes may share one backward pass
+            self._queued = True
+            queue = AUTOGRAD.queue_callback
+            queue(lambda: queue(self._note_gradients))
+
+    @torch.no_grad()
+    def _note_gradients(self) -> None:
+        self._queued = False
+        self._norms = self._gradient_norms()
+        if self._copies:
+            self._gradients = {
+                parameter: self.held(parameter.grad).to(self.device, copy=True)
+                for parameter in self._lora
+                if parameter.grad is not None
+            }
+
+    def _last_norms(self) -> Tensor:
+        return self._gradient_norms() if self._norms is None else self._norms
+
+    def _gradient_norms(self) -> Tensor:
+        """Returns the norm of this rank's part of each trained parameter's gradient: (parameters,)."""
+        gradients = [
+            self._zero if parameter.grad is None else self.held(parameter.grad).to(self.device)
+            for parameter in self._trained
+        ]
+        return torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]

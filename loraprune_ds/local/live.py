@@ -1,0 +1,81 @@
+"""Connects the pruner with a training whose every process holds the model whole."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.engine.torch_state import check_optimizer
+from loraprune_ds.engine.watched_model import check_private_names
+from loraprune_ds.errors import require
+from loraprune_ds.local.model import PRIVATE, LocalModel
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.ranks.comm import Communicator
+
+OPTIMIZER_NAME = "optimizer.pt"  # of transformers' Trainer
+
+
+class LiveLocal(LiveEngine):
+    """Joins trainings in one process or on DDP."""
+
+    name = LocalModel.engine
+
+    def will_train(self, model: PeftModel) -> bool:
+        return True
+
+    def cut_before_training(
+        self, model: PeftModel, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
+    ) -> None:
+        LocalModel(model, shape).cut(keep)
+
+    def lacks_state(self, folder: Path, rank: int) -> list[str]:
+        return [] if (folder / OPTIMIZER_NAME).is_file() else [OPTIMIZER_NAME]
+
+    def write_stand_in(
+        self, folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+    ) -> None:
+        """Writes nothing, because a callback restores the state in time."""
+
+    def holds(self, parameter: Tensor) -> bool:
+        return True
+
+    def fill(self, parameter: Tensor, read: ReadFlat, comm: Communicator) -> None:
+        parameter.view(-1).copy_(read(0, parameter.numel()))
+
+    def recognises(self, training: LiveTraining) -> bool:
+        return True
+
+    def connect(self, training: LiveTraining) -> LocalModel:
+        model = training.model
+        peft_model = training.peft_model
+        kind = type(model).__name__
+        replicated = not isinstance(model, nn.DataParallel) and not kind.startswith(
+            ("FSDP", "FullySharded")
+        )
+        require(
+            replicated, f"{kind} cannot be cut; use DistributedDataParallel or DeepSpeed ZeRO-3"
+        )
+        devices = sorted({str(parameter.device) for parameter in peft_model.parameters()})
+        require(
+            len(devices) == 1,
+            f"the model is spread over {', '.join(devices)}; load it onto one device, or use ZeRO-3",
+        )
+        halves = {
+            parameter.dtype
+            for name, parameter in peft_model.named_parameters()
+            if ".lora_" in name and parameter.requires_grad
+        } - {torch.float32}
+        require(
+            not halves,
+            f"LoRA is in {', '.join(map(str, halves))} without ZeRO-3's fp32 copies, so small updates would be lost; "
+            "call get_peft_model with autocast_adapter_dtype=True",
+        )
+        *_, optimizer = training.optimizers()
+        check_private_names(PRIVATE)
+        check_optimizer(optimizer)
+        scaler = getattr(training.optimizer, "scaler", None)
+        return LocalModel(peft_model, training.shape, optimizer, scaler)

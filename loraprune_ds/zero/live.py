@@ -1,0 +1,85 @@
+"""Connects the pruner with a training on ZeRO-3. It loads DeepSpeed once that trains."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import owned_range
+from loraprune_ds.zero.shards import NAME, full_shape, held, is_sharded
+
+
+class LiveZero3(LiveEngine):
+    """Joins trainings on DeepSpeed. It recognises other stages, too, and refuses them."""
+
+    name = NAME
+
+    def will_train(self, model: PeftModel) -> bool:
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+        return any(map(is_sharded, model.parameters())) or is_deepspeed_zero3_enabled()
+
+    def cut_before_training(
+        self, model: PeftModel, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
+    ) -> None:
+        """Cuts base weights that are born sharded, and the rest, which every rank still holds whole."""
+        from loraprune_ds.zero.external_engine import cut_before_engine
+
+        cut_before_engine(model, shape, keep, comm)
+
+    def lacks_state(self, folder: Path, rank: int) -> list[str]:
+        from loraprune_ds.zero.external_engine import can_load
+
+        return [] if can_load(folder, rank) else ["complete global_step*"]
+
+    def write_stand_in(
+        self, folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+    ) -> None:
+        """Writes a checkpoint of DeepSpeed, which needs files of its own ranks."""
+        from loraprune_ds.zero.external_engine import write_stand_in
+
+        write_stand_in(folder, step, groups, comm)
+
+    def holds(self, parameter: Tensor) -> bool:
+        return is_sharded(parameter)
+
+    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return full_shape(parameter)
+
+    def fill(self, parameter: Tensor, read: ReadFlat, comm: Communicator) -> None:
+        # a cut has replaced the shard, so it has no second copy (hpZ)
+        numel = math.prod(full_shape(parameter))
+        start, end = owned_range(numel, comm.world_size, comm.rank)
+        held(parameter).view(-1)[: end - start].copy_(read(start, end))
+
+    def recognises(self, training: LiveTraining) -> bool:
+        return _ds_config(training) is not None or any(map(_is_deepspeed, training.optimizers()))
+
+    def connect(self, training: LiveTraining) -> PrunableModel:
+        from loraprune_ds.zero.ds_config import check_reshardable
+        from loraprune_ds.zero.external_engine import share_model
+
+        ds_config = _ds_config(training)
+        if ds_config is not None:
+            sizes = {parameter.element_size() for parameter in training.peft_model.parameters()}
+            check_reshardable("the DeepSpeed config", ds_config, sizes)
+        optimizers = list(training.optimizers())
+        zero_optimizer = next(filter(_is_deepspeed, optimizers), optimizers[-1])
+        return share_model(training.peft_model, zero_optimizer, training.shape)
+
+
+def _ds_config(training: LiveTraining) -> dict[str, Any] | None:
+    # of DeepSpeed's engine. PEFT's has another type
+    ds_config = training.ds_config or getattr(training.model, "config", None)
+    return ds_config if isinstance(ds_config, dict) else None
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.")
