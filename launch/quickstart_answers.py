@@ -27,13 +27,18 @@ larger one and more tokens: 409,600 instead of 81,920 lower WikiText-2's perplex
 
 
 def side_by_side(*texts: str) -> str:
-    columns = [
-        [part for line in text.splitlines() for part in textwrap.wrap(line, WIDTH) or [""]]
-        for text in texts
-    ]
-    shown = [lines if len(lines) <= ROWS else [*lines[: ROWS - 1], "..."] for lines in columns]
-    rows = zip_longest(*shown, fillvalue="")
-    return "\n".join("  ".join(f"{cell:<{WIDTH}}" for cell in row).rstrip() for row in rows)
+    rows: list[str] = []
+    for cells in zip_longest(*map(_wrapped, texts), fillvalue=""):
+        row = "  ".join(f"{cell:<{WIDTH}}" for cell in cells)
+        rows.append(row.rstrip())
+    return "\n".join(rows)
+
+
+def _wrapped(text: str) -> list[str]:
+    lines: list[str] = []
+    for line in text.splitlines():
+        lines += textwrap.wrap(line, WIDTH) or [""]
+    return lines if len(lines) <= ROWS else [*lines[: ROWS - 1], "..."]
 
 
 def shown_lines(settings: AnswerSettings, dense: "Answers", pruned: "Answers") -> Iterator[str]:
@@ -44,11 +49,11 @@ def shown_lines(settings: AnswerSettings, dense: "Answers", pruned: "Answers") -
         first = kinds.index(kind)
         question = " ".join(settings.prompts[first].messages[-1]["content"].split())
         yield "\n" + textwrap.indent(textwrap.fill(f"{kind}: {question}", 2 * WIDTH), "> ")
-        answers = [model.texts[first] for model in (dense, pruned)]
-        at_limit = [" ..." if one.tokens == settings.max_new_tokens else "" for one in answers]
-        yield side_by_side(
-            *(one.text.strip() + end for one, end in zip(answers, at_limit, strict=True))
-        )
+        texts: list[str] = []
+        for answer in (dense.texts[first], pruned.texts[first]):
+            end = " ..." if answer.tokens == settings.max_new_tokens else ""
+            texts.append(answer.text.strip() + end)
+        yield side_by_side(*texts)
     yield ""
     yield from answers_table(f"all {len(kinds)} prompts", [asdict(dense), asdict(pruned)])
 

@@ -78,12 +78,7 @@ def write(options: argparse.Namespace) -> None:
     from loraprune_ds.generate.models import find_model
     from loraprune_ds.ranks.comm import stop_ranks
 
-    def download() -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of each node
-            find_model(options.model)
-
-    with comm.patient() as waiting:
-        waiting.all_or_raise(download)
+    comm.first_per_node(lambda: find_model(options.model))
     selection = collect(options, comm)
     stop_ranks()
     if comm.rank == 0:

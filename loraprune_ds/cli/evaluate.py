@@ -159,23 +159,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.ranks.device import device_name
     from loraprune_ds.report.report import hardware, versions
 
-    # One rank per node downloads or converts. The others find the result in the node's cache.
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     models = [arguments.model]
     if arguments.dense:
         models.append(arguments.dense)
     if tasks := chosen.tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
 
-    def download() -> None:
-        if is_first:
-            for model in models:
-                find_model(model)
-            read_evaluation_text(arguments)
+    def read_inputs() -> settings.EvaluationText | None:
+        for model in models:
+            find_model(model)
+        return read_evaluation_text(arguments)
 
-    with comm.patient() as waiting:
-        waiting.all_or_raise(download)
-    chosen = replace(chosen, text=comm.all_or_raise(lambda: read_evaluation_text(arguments)))
+    chosen = replace(chosen, text=comm.first_per_node(read_inputs))
     # None: on a terminal
     bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)
     measurements = evaluate(models, chosen, comm, bar)

@@ -77,12 +77,13 @@ def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
     first = answers[0]
     keys = [key for key in ANSWER_MEASURES if first.get(key) is not None]
     head = [key.replace("_", " ") for key in keys]
-    rows = [["", *head]]
-    rows.append(_answers_row("all", keys, answers))
+    rows = [["", *head], _answers_row("all", keys, answers)]
     for kind in first.get("by_kind", ()):
         of_kind = [model["by_kind"][kind] for model in answers]
         rows.append(_answers_row(kind, keys, of_kind))
-    yield f"{title}, dense -> pruned" if len(answers) > 1 else title
+    if len(answers) > 1:
+        title += ", dense -> pruned"
+    yield title
     yield from aligned(rows, "<" + ">" * len(keys))
 
 
@@ -102,10 +103,11 @@ def make_result(
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """Builds the object of `--json`: the first model's values, the second's under `dense`, settings, provenance."""
+    model, *others = map(_model_entries, measurements)
     text = settings.text
     return {
-        **_model_entries(measurements[0]),
-        "dense": _model_entries(measurements[1]) if len(measurements) > 1 else None,
+        **model,
+        "dense": others[0] if others else None,
         "text": text and {"name": text.name, "split": text.split, "sha256": text.sha256},
         "protocol": {"window": settings.window, "max_windows": settings.max_windows},
         "batch_size": settings.actual_batch_size,
@@ -183,15 +185,17 @@ def _rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
 
 def _size_rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
     costs = [model["cost"] for model in models]
+    parameters = [f"{cost['parameters']:,}" for cost in costs]
     removed = models[-1]["removed_fraction"]
     remark = "" if removed is None else f"{format_percent(removed)} removed"
-    yield "parameters", [f"{cost['parameters']:,}" for cost in costs], remark
+    yield "parameters", parameters, remark
     linears = [cost["linear_parameters"] for cost in costs]
     yield _cost_row("  in the layers' linears", linears, ",")
     macs = [cost["macs_per_token"]["total"] / 1e6 for cost in costs]
     context = costs[-1]["macs_per_token"]["mean_context"]
     yield _cost_row(f"MACs per token at {context:g} of context, M", macs)
-    yield _cost_row("weights, MB", [cost["weight_bytes"] / 1e6 for cost in costs])
+    weights = [cost["weight_bytes"] / 1e6 for cost in costs]
+    yield _cost_row("weights, MB", weights)
     cache = [cost["kv_bytes_per_token"] / 1e3 for cost in costs]
     yield _cost_row("key-value cache per token, kB", cache)
 
@@ -258,8 +262,11 @@ def _answer_tables(models: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _speed_rows(speeds: list[dict[str, Any]]) -> Iterator[Row]:
     for name in ("prefill", "decode"):
         values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
-        ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
-        yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
+        cells = [f"{value:,.1f}" for value in values]
+        ratio = ""
+        if len(values) > 1:
+            ratio = f"{values[1] / values[0]:.2f} times as fast"
+        yield f"{name}, tokens/s", cells, ratio
     if speeds[0]["peak_bytes"] is not None:
         peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
         yield _cost_row("peak memory beyond weights, MB", peaks)

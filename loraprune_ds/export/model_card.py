@@ -204,11 +204,15 @@ def _layer_rows(shape: ModelShape) -> list[str]:
     """Makes a table with a row per sequence of equal layers, such as "| 0–3 | 32 | 8 | 11008 |"."""
     titles = ["layers", "query heads", *(TITLES[kind] for kind in shape.kinds)]
     rows = [_row(titles), "|---" * len(titles) + "|"]
-    for counts, run in groupby(range(len(shape.layers)), key=lambda i: shape.counts[i]):
-        first, *rest = run
-        cells = [f"{first}–{rest[-1]}" if rest else first, shape.attention[first].queries]
+    layers = range(len(shape.layers))
+    for counts, equal_layers in groupby(layers, key=shape.counts.__getitem__):
+        first, *rest = equal_layers
+        name = f"{first}–{rest[-1]}" if rest else first
+        cells = [name, shape.attention[first].queries]
         for kind, count in counts.items():
-            cells.append(shape.layers[first].key_value_heads if kind == QUERY_HEADS else count)
+            if kind == QUERY_HEADS:
+                count = shape.layers[first].key_value_heads
+            cells.append(count)
         rows.append(_row(cells))
     return rows
 
@@ -219,26 +223,35 @@ def _row(cells: Sequence[object]) -> str:
 
 def _run_results(report: dict[str, Any], model: str) -> Iterator[EvalResult]:
     value = report["perplexity"][model]
+    if value is None:
+        return
     config = report["config"]
-    if value is not None:
-        source = config["data"]["held_out"] or config["data"]["path"]
-        # a mixture
-        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]
-        text = " + ".join(Path(path).name for path in paths)
-        yield _perplexity_result(value, text, config["evaluate"]["window"])
+    data = config["data"]
+    source = data["held_out"] or data["path"]
+    paths = [source]
+    if not isinstance(source, str):  # a mixture
+        paths = [entry["path"] for entry in source]
+    text = " + ".join(Path(path).name for path in paths)
+    yield _perplexity_result(value, text, config["evaluate"]["window"])
 
 
 def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
     perplexity = model.get("perplexity")
     if perplexity is not None:
         yield _perplexity_result(perplexity, result["text"]["name"], result["protocol"]["window"])
-    tasks = (model.get("tasks") or {}).get("results") or {}
-    for task, metrics in tasks.items():
-        harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
-        for metric, value in metrics.items():
-            name, _, variant = metric.partition(",")
-            if variant and not name.endswith("_stderr") and isinstance(value, int | float):
-                yield _result(task, name, value, f"{name} ({variant}), {harness}")
+    tasks = model.get("tasks")
+    if tasks:
+        for task, metrics in tasks["results"].items():
+            yield from _task_results(task, metrics)
+
+
+def _task_results(task: str, metrics: dict[str, Any]) -> Iterator[EvalResult]:
+    harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
+    for metric, value in metrics.items():
+        name, _, variant = metric.partition(",")  # such as "acc,none"
+        is_number = isinstance(value, int | float)
+        if variant and is_number and not name.endswith("_stderr"):
+            yield _result(task, name, value, f"{name} ({variant}), {harness}")
 
 
 def _perplexity_result(value: float, text: str, window: int | None) -> EvalResult:

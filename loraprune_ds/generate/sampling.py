@@ -99,12 +99,17 @@ def leave_one(nucleus: Tensor, number: Tensor, scores: Tensor) -> Tensor:
         number: in [0, 1), (rows, 1).
     """
     temperature, top_p = nucleus.split(1, dim=1)
-    top = scores.topk(min(NUCLEUS, scores.shape[1]))
+    count = min(NUCLEUS, scores.shape[1])
+    top = scores.topk(count)
     p = (top.values / temperature).softmax(1)
-    cumulative = torch.where(p.cumsum(1) - p < top_p, p, 0.0).cumsum(1)
-    place = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
-    token = top.indices.gather(1, place.clamp(max=p.shape[1] - 1))
-    return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+    likelier = p.cumsum(1) - p
+    in_nucleus = torch.where(likelier < top_p, p, 0.0)
+    cumulative = in_nucleus.cumsum(1)
+    total = cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, number * total, right=True)
+    token = top.indices.gather(1, place.clamp(max=count - 1))
+    none = torch.full_like(scores, -torch.inf)
+    return none.scatter(1, token, 0.0)
 
 
 def extend_by_vllm(engine: Any, texts: Sequence[Text], tick: Tick) -> None:

@@ -3,6 +3,7 @@
 DeepSpeed makes the gathers of a training step.
 """
 
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -186,6 +187,13 @@ class Communicator:
             yield Communicator(group)
         finally:
             torch.distributed.destroy_process_group(group)
+
+    def first_per_node(self, action: Callable[[], T]) -> T:
+        """Runs `action` on one rank of each node, which may download or convert, then on the others. Collective."""
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        with self.patient() as waiting:
+            of_first = waiting.all_or_raise(lambda: action() if is_first else None)
+            return waiting.all_or_raise(lambda: cast(T, of_first) if is_first else action())
 
     def warm_up(self) -> None:
         """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective."""
