@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from loraprune_ds.arguments import COMMANDS, require_option
 from loraprune_ds.cli import run
 from loraprune_ds.errors import RankError, UserError, tell
 from loraprune_ds.local.engine import Local
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.job import (
     LAUNCHED,
     adopt_srun_ranks,
@@ -141,6 +143,14 @@ def test_a_script_starts_the_command_of_its_name(command: str) -> None:
     assert (ended.code, ended.err) == (0, "")
     about = import_module(f"loraprune_ds.cli.{command}").__doc__ or ""
     assert about.splitlines()[0] in ended.out
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_every_rank_reads_its_input_once(local_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    read = Mock(return_value=None)  # as without a text
+    assert Communicator().first_per_node(read) is None
+    read.assert_called_once()
 
 
 RANK_1_OF_2 = {
