@@ -100,8 +100,8 @@ class Drawer:
             "max_new_tokens": options.max_new_tokens,
             **ANSWER,
             "message": MESSAGE,
-            "prompts": options.prompts.sha256 if options.prompts else None,
-            "text": options.text.sha256 if options.text else None,
+            "prompts": getattr(options.prompts, "sha256", None),
+            "text": getattr(options.text, "sha256", None),
             "chats": templated and not options.text,
             # in the hub's cache
             "revision": folder.name if folder.parent.name == "snapshots" else None,
@@ -173,9 +173,9 @@ class Drawer:
         return self._turn("answer", draw, ids)
 
     def _turn(self, part: Part, draw: Draw, prompt: Ids, *ends: int) -> Turn:
-        values: dict[str, Any] = {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
-        if part == "message":
-            values = MESSAGE
+        values: Any = MESSAGE
+        if part != "message":
+            values = {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
         sampling = Sampling(**values, eos_token_id=[*self._ends, *ends])
         return Turn(part, draw, Text(prompt, self._hash(draw.number, part), sampling))
 
@@ -234,8 +234,8 @@ class Drawer:
             "repetition": repetition(words) > MOST_REPETITION,
             "short": turn.part == "message" and len(text.split()) < FEWEST_WORDS,
         }
-        reasons = [f"{turn.part}: {fault}" for fault, applies in faults.items() if applies]
-        draw = replace(turn.draw, refused=reasons[0] if reasons else None)
+        reasons = (f"{turn.part}: {fault}" for fault, applies in faults.items() if applies)
+        draw = replace(turn.draw, refused=next(reasons, None))
         if turn.part == "message":
             message = {"role": "user", "content": text.strip()}
             return replace(draw, messages=[message], answer="")
