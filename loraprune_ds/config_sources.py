@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 
 from loraprune_ds.config import DataConfig, DataSource
@@ -35,8 +35,7 @@ def files_of(source: DataSource) -> list[Path] | None:
     path = source.path
     key = f"{source.section}.path"
     local = CHATS_FILE if path == EMBEDDED_CHATS else Path(path).expanduser()
-    is_glob = any(wildcard in path for wildcard in "*?[")
-    if not (local.is_file() or local.is_dir() or is_glob):
+    if not (local.is_file() or local.is_dir() or has_magic(path)):
         is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
         require(not is_path, f"{key}: {path} does not exist")
         return None

@@ -14,7 +14,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import last_names
 from loraprune_ds.model.experts import as_in_peft
-from loraprune_ds.model.groups import TensorSpec
+from loraprune_ds.model.groups import Shape, TensorSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
 
@@ -78,7 +78,7 @@ def _faults(settings: Mapping[str, Any], config: LoraConfig, missing: list[str])
 def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     require(path.is_file(), f"{path} does not exist")
     stored = {name: sizes for name, (sizes, _) in read_header(path).items()}
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, Shape] = {}
     for layer in range(len(shape.layers)):
         for name, factor in _factors_in_peft(_with_lora(shape, layer, stored), r).items():
             expected[name_in_file(shape, layer, name)] = tuple(factor.shape)

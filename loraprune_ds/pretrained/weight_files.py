@@ -17,6 +17,7 @@ from torch import Tensor
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.frozen import READ_CHUNK, Pieces
+from loraprune_ds.model.groups import Shape
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
@@ -29,7 +30,8 @@ SAVE_AGAIN = (
 SAMPLE = 16 << 10  # bytes
 PER_SAMPLE = 16 << 20  # bytes of a tensor
 SAMPLERS = 16  # threads. On a network file system each sample may take a millisecond
-Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
+Header = dict[str, tuple[Shape, str]]  # tensor name -> (shape, dtype)
+Headers = dict[str, tuple[Shape, str, Path]]  # of all files: tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,9 +75,9 @@ def read_headers(folder: Path) -> Headers:
     return headers
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(path: Path) -> Header:
     """Reads shape and dtype of each tensor in a safetensors file, and checks its length."""
-    header: dict[str, tuple[tuple[int, ...], str]] = {}
+    header: Header = {}
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():

@@ -109,7 +109,7 @@ def test_the_config_names_the_transform(
 def test_a_head_with_a_bias_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head = nn.Linear(60, 97)
-    must_name("LlamaForCausalLM lm_head", with_token_losses, model, None)
+    must_name("LlamaForCausalLM lm_head", with_token_losses, model)
 
 
 # The attention implementation computes all of the attention, with sdpa where that exists
