@@ -11,11 +11,11 @@ gguf-q8_0  llama.cpp, 8 bit
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser, require_option
 from loraprune_ds.errors import run_command
+from loraprune_ds.ranks.job import silence_libraries
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,7 +53,7 @@ def convert(arguments: argparse.Namespace) -> None:
     source: Path = arguments.source
     out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
     require_option(arguments, "push_to_hub", "public", "results")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    silence_libraries()
     # These imports take seconds.
     from loraprune_ds.config import ModelConfig
     from loraprune_ds.export.contents import find_contents
