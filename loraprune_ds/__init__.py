@@ -12,9 +12,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.config import PruneConfig
     from loraprune_ds.generate.models import open_result
     from loraprune_ds.hf.callback import LoraPruneCallback
-    from loraprune_ds.hf.preparing import linear_names, unshare_bias
-    from loraprune_ds.hf.pruning import Pruning
     from loraprune_ds.pretrained.fewer_layers import drop_layers
+    from loraprune_ds.session.preparing import linear_names, unshare_bias
+    from loraprune_ds.session.pruning import Pruning
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,11 +29,11 @@ __all__ = [
 _MODULES = {
     "LoraPruneCallback": "hf.callback",
     "PruneConfig": "config",
-    "Pruning": "hf.pruning",
+    "Pruning": "session.pruning",
     "drop_layers": "pretrained.fewer_layers",
-    "linear_names": "hf.preparing",
+    "linear_names": "session.preparing",
     "open_result": "generate.models",
-    "unshare_bias": "hf.preparing",
+    "unshare_bias": "session.preparing",
 }
 
 

@@ -1,7 +1,4 @@
-"""The files in a run's folder: their names, and the contents of status.json, state.json and manifest.json.
-
-README.md in this folder describes a step's files.
-"""
+"""The files in a run's folder: their names, formats and seals, and the contents of status.json and manifest.json."""
 
 import hashlib
 import json
@@ -22,17 +19,20 @@ from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import flush, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
-FORMAT = 7
+FORMAT = 8
+PROMISED = 7  # the first that every later version reads (format7.py)
 # the last commit that reads a format
 READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")
 
 STATUS_FILE = "status.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+PRUNING_FOLDER = "pruning"  # a step in the checkpoint of somebody else's loop
 # In a step.
 STATE_FILE = "state.json"
 MANIFEST = "manifest.json"
 RESUME_FOLDER = "resume"
 REFITS = "refit-*.safetensors"
+TRAINED = "trained-*.safetensors"
 SCORES_FILE = "scores.safetensors"
 
 State = Literal["running", "stopped", "finished", "failed"]
@@ -64,7 +64,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def layer_file(part: str, layer: int) -> str:
-    """Names the file of a layer's `part`: lora, refit, adam or inputs."""
+    """Names the file of a layer's `part`: lora, refit, trained, adam or inputs."""
     return f"{part}-{layer:05d}.safetensors"
 
 
@@ -106,80 +106,27 @@ def read_status(folder: Path) -> Status | None:
     return read_record(path, Status) if path.exists() else None
 
 
-@dataclass(frozen=True)
-class RunTotals:
-    tokens: int = 0  # read in all steps
-    perplexity_dense: float | None = None  # held-out, before the first step
-    perplexity: float | None = None  # held-out, at this step
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Identifies what a run prunes, tunes on and measures."""
-
-    steps: int  # of the run
-    samples: str  # digest
-    held_out: str  # digest of the text
-    source: str  # digest of the dense model (`load.source_digest`)
-    # of data sets of the hub, by their sections of the config
-    commits: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RunState:
-    """A run after `step` optimizer steps, as far as its results need it. Independent of the number of ranks."""
-
-    step: int
-    totals: RunTotals
-    kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model
-    source: str  # folder of the dense model. Weights that no refit changed are its slices
-    config: dict[str, Any]
-    data: RunData
-    asked: float  # fraction of the linear parameters to remove, up to the end or to the next size
-    resumed_from: list[int]  # steps of earlier resumes
-    accelerator: str  # the name of the ranks' device
-    peak_bytes: list[int]  # the most memory that each rank has held since its start
-    query_heads: bool = False  # some leave without their key-value head. In older steps none does
-    format: int = FORMAT
-    __pydantic_config__ = NO_MORE
-
-
-@dataclass(frozen=True)
-class ResumeState:
-    """The counters that only a resume needs."""
-
-    adam_step: int  # updates of Adam, fewer than the steps if fp16 skipped some
-    schedule: dict[str, Any]  # state of the learning-rate schedule
-    loss_scale: dict[str, Any]  # state of fp16's loss scaler, otherwise empty
-    updates_since_cut: int  # updates of the scores
-    moment_tokens: float  # the number of tokens in the sums of the input moments
-    format: int = FORMAT
-    __pydantic_config__ = NO_MORE
-
-
-def read_resume_state(folder: Path) -> ResumeState:
-    """Reads the counters of a step like `read_record`."""
-    path = folder / RESUME_FOLDER / STATE_FILE
-    require(
-        path.parent.is_dir(),
-        f"{folder} has no {RESUME_FOLDER}/: only exports need the step of an earlier size",
-    )
-    return read_record(path, ResumeState)
-
-
-def read_record(path: Path, kind: type[T]) -> T:
+def read_record(
+    path: Path, kind: type[T], upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> T:
     """Reads a file that holds a dataclass, and checks every value.
+
+    Args:
+        upgrade: turns the fields of format `PROMISED` into those of `kind`.
 
     Raises UserError if it is missing or damaged, and CheckpointMismatch for another format.
     """
     with _damage_in_one_line(path):
-        text = path.read_text(encoding="utf-8")
-        version = int(json.loads(text).get("format", 4))
-        if version != FORMAT:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = int(raw.get("format", 4))
+        if version == PROMISED:
+            raw = upgrade(raw)
+        elif version != FORMAT:
             raise CheckpointMismatch(
-                f"{path} has format {version}, {_reader(version)}; this version reads format {FORMAT}"
+                f"{path} has format {version}, {_reader(version)}; this version reads {PROMISED} and {FORMAT}"
             )
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        fields = json.dumps({**raw, "format": FORMAT})
+        return TypeAdapter(kind).validate_json(fields, strict=True)
 
 
 @contextmanager
@@ -194,13 +141,6 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {field_name}: {first['msg']}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
-
-
-def newest_state(root: Path) -> RunState | None:
-    """Reads the newest state under `root` without verifying the checkpoint, to see whose run it is."""
-    return newest_usable(
-        root, numbered(root, "step"), lambda folder: read_record(folder / STATE_FILE, RunState)
-    )
 
 
 def newest_usable(

@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, recorded_config
+from loraprune_ds.checkpoint.layout import CheckpointMismatch, recorded_config
+from loraprune_ds.checkpoint.state import (
+    Origin,
+    ResumeState,
+    State,
+    read_resume_state,
+    read_state,
+    resume_folder,
+)
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.frozen import DTYPES
@@ -34,19 +42,66 @@ SAMPLES = "samples:"
 
 
 @dataclass(frozen=True)
-class TrainingCheckpoint:
-    """A verified step of a run. It is a `LayerSource` (export/huggingface.py)."""
+class SavedStep:
+    """A step of a run, or the folder `pruning/` in the checkpoint of somebody else's loop. Its files are verified."""
 
     folder: Path
-    state: RunState
+    state: State
+    # has the files that only a resume needs. The step of an earlier size has lost it
+    resume_folder: Path
+
+    def resume_state(self) -> ResumeState:
+        return read_resume_state(self.folder)
+
+    def lora(self, layer: int) -> dict[str, Tensor]:
+        """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
+        return load_file(self.folder / layout.layer_file("lora", layer))
+
+    def scaling(self, layer: int, linear: str) -> float:
+        """Returns lora_alpha / r of a linear."""
+        return self.state.scalings.get(f"{layer}.{linear}", self.state.scaling)
+
+    def read_flat(self, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
+        """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
+        path = self.folder / layout.layer_file("lora", layer)
+        if key != "master":
+            path = self.resume_folder / layout.layer_file("adam", layer)
+            name = f"{name}.{key}"
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name).view(-1)[start:end].clone()
+
+    def keep(self, kinds: tuple[Kind, ...]) -> list[LayerKeep]:
+        """Returns the kept groups of each layer of the dense model."""
+        return keep_from_lists(self.state.kept, kinds)
+
+    def refits(self, shape: ModelShape) -> ModelWeights:
+        """Opens the refitted linears. They hold no other weights of the model."""
+        return open_tensors(shape, self.folder, layout.REFITS)
+
+    def restore_pruner(self, pruner: Pruner) -> None:
+        """Restores the pruner of a model that has been cut, on any number of ranks."""
+        counters = self.resume_state()
+        kinds = pruner.limits.dense.kinds
+        path = self.resume_folder / layout.SCORES_FILE
+        pruner.kept_of_dense = self.keep(kinds)
+        pruner.average.scores = _read_scores(path, kinds) if path.exists() else None
+        pruner.average.updates_since_cut = counters.updates_since_cut
+
+        def read_moments(layer: int) -> dict[str, Tensor]:
+            path = self.resume_folder / layout.layer_file("inputs", layer)
+            return load_file(path) if path.exists() else {}
+
+        if pruner.moments is not None:
+            pruner.moments.restore(read_moments, counters.moment_tokens)
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint(SavedStep):
+    """A step with its dense model on disk. It is a `LayerSource` (export/huggingface.py)."""
+
     config: RunConfig  # the settings of the run that wrote the step
     source: Path  # folder of the dense model at the start of the run, or where it was moved
     dense: PretrainedModel  # at `model.path`
-
-    @property
-    def resume_folder(self) -> Path:
-        """The files that only a resume needs. The step of an earlier size has lost them."""
-        return self.folder / layout.RESUME_FOLDER
 
     @cached_property
     def frozen_model(self) -> PretrainedModel:
@@ -54,11 +109,16 @@ class TrainingCheckpoint:
         dense = self.dense
         if self.source.resolve() != dense.folder.resolve():
             dense = open_for_pruning(
-                self.source, self.config.model, query_heads=self.state.query_heads
+                self.source, self.config.model, query_heads=self.state.origin.query_heads
             )
-        weights = dense.weights.cut(keep_from_lists(self.state.kept, dense.shape.kinds))
-        refits = open_refits(weights.shape, self.folder)
-        return replace(dense, weights=weights.overlaid(refits))
+        weights = dense.weights.cut(self.keep(dense.shape.kinds))
+        return replace(dense, weights=weights.overlaid(self.refits(weights.shape)))
+
+    @cached_property
+    def _merged_weights(self) -> ModelWeights:
+        """The frozen weights, but for those that train beside LoRA."""
+        trained = open_tensors(self.shape, self.folder, layout.TRAINED)
+        return self.frozen_model.weights.overlaid(trained)
 
     @property
     def shape(self) -> ModelShape:
@@ -80,94 +140,93 @@ class TrainingCheckpoint:
     def files(
         self, ranks: Communicator, *, merge: bool = True
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        weights = self._merged_weights if merge else self.frozen_model.weights
         layers = len(self.shape.layers)
         for number in range(ranks.rank, layers + 1, ranks.world_size):
             if number < layers:
-                yield number, self._layer(number, merge)
+                tensors = self._read_layer(weights, number)
+                yield number, self._add_lora(tensors, number) if merge else tensors
             else:
-                yield number, self._read(tensor.name for tensor in self.shape.outer)
+                yield number, self._read(weights, (tensor.name for tensor in self.shape.outer))
 
-    def lora(self, layer: int) -> dict[str, Tensor]:
-        """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
-        return load_file(self.folder / layout.layer_file("lora", layer))
-
-    def read_flat(self, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
-        return read_flat(self.folder, self.resume_folder, layer, name, key, start, end)
-
-    def restore_pruner(self, pruner: Pruner) -> None:
-        """Restores the pruner of a model that was built from this step."""
-        counters = layout.read_resume_state(self.folder)
-        restore_pruner(
-            pruner,
-            self.resume_folder,
-            self.state.kept,
-            counters.updates_since_cut,
-            counters.moment_tokens,
-        )
-
-    def _layer(self, layer: int, merge: bool) -> dict[str, Tensor]:
+    def _read_layer(self, weights: ModelWeights, layer: int) -> dict[str, Tensor]:
         prefix = self.shape.prefix(layer)
-        spec = self.shape.layers[layer]
-        tensors = self._read(prefix + tensor.name for tensor in spec.tensors)
-        if not merge:
-            return tensors
+        return self._read(weights, (prefix + x.name for x in self.shape.layers[layer].tensors))
+
+    def _add_lora(self, tensors: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+        prefix = self.shape.prefix(layer)
         lora = self.lora(layer)
-        scaling = self.config.lora.lora_alpha / self.config.lora.r
-        for linear in spec.linears:
+        for linear in self.shape.layers[layer].linears:
             a = lora[f"{linear.linear}.lora_A"]
             b = lora[f"{linear.linear}.lora_B"]
+            scaling = self.scaling(layer, linear.linear)
             weight = tensors[prefix + linear.name]
             tensors[prefix + linear.name] = merge_lora(weight, a, b, scaling, weight.dtype)
         return tensors
 
-    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        weights = self.frozen_model.weights
+    def _read(self, weights: ModelWeights, names: Iterable[str]) -> dict[str, Tensor]:
         dtype = DTYPES[self.config.model.dtype]
         return {name: weights.read_full(name, dtype) for name in names}
+
+
+def verify_step(folder: Path, ranks: Communicator, *, resume: bool = False) -> SavedStep:
+    """Verifies this rank's part of a step's files, with `resume` to go on from it.
+
+    Raises:
+        UserError: a file is missing or damaged. CheckpointMismatch: another format.
+    """
+    step = SavedStep(folder, read_state(folder), resume_folder(folder))
+    verified = {folder}
+    if resume:
+        step.resume_state()
+        verified.add(step.resume_folder)
+    for files in sorted(verified):
+        layout.verify(files, part=ranks.rank, parts=ranks.world_size)
+    return step
 
 
 def open_checkpoint(
     folder: Path, ranks: Communicator, dense: PretrainedModel | None = None, *, resume: bool = False
 ) -> TrainingCheckpoint:
-    """Verifies a step, with `resume` to go on from it. Ranks share the reading and raise one error. Collective.
+    """Verifies a step, and finds its dense model. Ranks share the reading and raise one error. Collective.
 
     Args:
         dense: the model at the run's `model.path`, if it is open.
+        resume: to go on from it.
 
     Raises:
         UserError: a file is missing or damaged. CheckpointMismatch: format or source model differ.
     """
 
     def check() -> TrainingCheckpoint:
-        state_file = folder / layout.STATE_FILE
-        state = layout.read_record(state_file, RunState)
-        verified = [folder]
-        if resume:
-            layout.read_resume_state(folder)
-            verified.append(folder / layout.RESUME_FOLDER)
-        for files in verified:
-            layout.verify(files, part=ranks.rank, parts=ranks.world_size)
-        config = recorded_config(state.config, state_file)
-        source = _find_source(folder, state, config)
+        step = verify_step(folder, ranks, resume=resume)
+        origin = step.state.origin
+        config = recorded_config(origin.config, folder / layout.STATE_FILE)
+        source = _find_source(folder, origin, config)
         model = dense or open_for_pruning(
-            locate_model(config.model), config.model, query_heads=state.query_heads
+            locate_model(config.model), config.model, query_heads=origin.query_heads
         )
-        return TrainingCheckpoint(folder, state, config, source, model)
+        return TrainingCheckpoint(**vars(step), config=config, source=source, dense=model)
 
     return ranks.all_or_raise(check)
 
 
-def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:
+def _find_source(folder: Path, origin: Origin, config: RunConfig) -> Path:
     """Returns the folder of the dense model. A moved one is found at `model.path`.
 
     Raises CheckpointMismatch if the model is gone or has changed.
     """
+    if origin.folder is None or origin.digest is None:
+        raise CheckpointMismatch(
+            f"{folder} names no folder with the weights of its dense model; "
+            "resume the training, and call save_model of its callback or Pruning"
+        )
     try:
-        source = Path(state.source)
+        source = Path(origin.folder)
         if not source.is_dir():
             source = locate_model(config.model)
-        digest = source_digest if state.data.source.startswith(SAMPLES) else _digest_of_beginnings
-        is_same = digest(source) == state.data.source
+        digest = source_digest if origin.digest.startswith(SAMPLES) else _digest_of_beginnings
+        is_same = digest(source) == origin.digest
     except (UserError, OSError) as error:
         raise CheckpointMismatch(
             f"the source model of {folder} cannot be read: {one_line(error)}"
@@ -205,22 +264,10 @@ def _digest_of_beginnings(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_refits(shape: ModelShape, folder: Path) -> ModelWeights:
-    """Opens the refitted linears in a folder, which hold no other weights of the model."""
-    files = {name: path for path in folder.glob(layout.REFITS) for name in read_header(path)}
+def open_tensors(shape: ModelShape, folder: Path, pattern: str) -> ModelWeights:
+    """Opens the tensors in the files of a folder, by the names that they have there."""
+    files = {name: path for path in folder.glob(pattern) for name in read_header(path)}
     return ModelWeights(shape, files, {name: name for name in files}, {})
-
-
-def read_flat(
-    lora: Path, adam: Path, layer: int, name: str, key: str, start: int, end: int
-) -> Tensor:
-    """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
-    path = lora / layout.layer_file("lora", layer)
-    if key != "master":
-        path = adam / layout.layer_file("adam", layer)
-        name = f"{name}.{key}"
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name).view(-1)[start:end].clone()
 
 
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
@@ -228,33 +275,13 @@ def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[l
     return [[layer[kind].tolist() for kind in kinds] for layer in keep]
 
 
+def counts_to_lists(shape: ModelShape) -> list[list[int]]:
+    """Returns the number of groups by layer and kind, for JSON."""
+    return [[layer[kind] for kind in shape.kinds] for layer in shape.counts]
+
+
 def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> list[LayerKeep]:
     return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
-
-
-def restore_pruner(
-    pruner: Pruner,
-    folder: Path,
-    kept: list[list[list[int]]],
-    updates_since_cut: int,
-    moment_tokens: float,
-) -> None:
-    """Restores the pruner of a model that has been cut, on any number of ranks.
-
-    `folder` has its moving averages and input moments, if any.
-    """
-    kinds = pruner.limits.dense.kinds
-    path = folder / layout.SCORES_FILE
-    pruner.kept_of_dense = keep_from_lists(kept, kinds)
-    pruner.average.scores = _read_scores(path, kinds) if path.exists() else None
-    pruner.average.updates_since_cut = updates_since_cut
-
-    def read_moments(layer: int) -> dict[str, Tensor]:
-        path = folder / layout.layer_file("inputs", layer)
-        return load_file(path) if path.exists() else {}
-
-    if pruner.moments is not None:
-        pruner.moments.restore(read_moments, moment_tokens)
 
 
 def _read_scores(path: Path, kinds: tuple[Kind, ...]) -> list[LayerScores]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState
+from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE
+from loraprune_ds.checkpoint.state import ResumeState, State
 from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.shape import LinearId
@@ -80,48 +81,44 @@ class Staging(AbstractContextManager["Staging"]):
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_step(
-    pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState
-) -> Path:
-    """Publishes `step-{state.step}`. Collective."""
-    with Staging(pruner.model.comm, layout.step_folder(root, state.step), "step") as staging:
-        if pruner.model.rank == 0:
-            staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
-            staging.write(
-                f"{RESUME_FOLDER}/{STATE_FILE}",
-                lambda path: path.write_text(files.json_text(resume)),
-            )
-        write_tensors(staging, pruner, adam, f"{RESUME_FOLDER}/")
-        fail_point("save.step_written")
-        staging.publish()
-    return staging.target
-
-
-def write_tensors(
-    staging: Staging, pruner: Pruner, adam: OptimizerState | None, folder: str = ""
+def write_step(
+    staging: Staging,
+    pruner: Pruner,
+    optimizer_state: OptimizerState,
+    state: State,
+    resume: ResumeState,
 ) -> None:
-    """Writes the refits and the pruner's tensors, and LoRA if there is `adam`. Collective.
-
-    Each layer is written by its owner, which has its input moments. `folder` gets the tensors that only a resume needs.
-    """
+    """Writes the files of a step. Each layer is written by its owner, which has its input moments. Collective."""
     model = pruner.model
+    if model.rank == 0:
+        staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
+        staging.write(
+            f"{RESUME_FOLDER}/{STATE_FILE}", lambda path: path.write_text(files.json_text(resume))
+        )
     for layers in owner_rounds(len(model.layers), model.world_size):
-        if adam is not None:
-            _write_lora(staging, adam, model, layers, folder)
+        _write_lora(staging, optimizer_state, model, layers, moments=resume.adam_step is not None)
         _write_refits(staging, pruner, layers)
         fail_point("save.layer")
-    _write_pruner(staging, pruner, folder)
+    for layer, named in enumerate(model.trained_parameters()):
+        _write_layer(staging, "trained", layer, model.collect_named(named, model.owner(layer)))
+    _write_pruner(staging, pruner)
 
 
 def _write_lora(
-    staging: Staging, adam: OptimizerState, model: PrunableModel, layers: range, folder: str
+    staging: Staging,
+    optimizer_state: OptimizerState,
+    model: PrunableModel,
+    layers: range,
+    *,
+    moments: bool,
 ) -> None:
-    """Writes LoRA's fp32 masters and Adam's moments of a round of layers, each on its owner. Collective."""
+    """Writes LoRA's fp32 masters, and Adam's moments, of a round of layers, each on its owner. Collective."""
     lora = model.lora_parameters()
-    collected = {i: adam.collect(lora[i], model.owner(i), model.comm) for i in layers}
-    for layer, (masters, moments) in collected.items():  # both empty but on the owner
+    collected = {i: optimizer_state.collect(lora[i], model.owner(i), model.comm) for i in layers}
+    for layer, (masters, of_adam) in collected.items():  # both empty but on the owner
         _write_layer(staging, "lora", layer, masters)
-        _write_layer(staging, f"{folder}adam", layer, moments)
+        if moments:
+            _write_layer(staging, f"{RESUME_FOLDER}/adam", layer, of_adam)
 
 
 def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> None:
@@ -141,7 +138,7 @@ def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> No
         _write_layer(staging, "refit", layer, tensors)
 
 
-def _write_pruner(staging: Staging, pruner: Pruner, folder: str) -> None:
+def _write_pruner(staging: Staging, pruner: Pruner) -> None:
     """Writes the moving averages in float64, on rank 0, and half of the input moments of each layer, on its owner."""
     scores = pruner.average.on_host() if pruner.model.rank == 0 else None
     if scores:
@@ -149,10 +146,12 @@ def _write_pruner(staging: Staging, pruner: Pruner, folder: str) -> None:
         for i, layer in enumerate(scores):
             for kind, groups in layer.items():
                 tensors[f"{i}.{kind}"] = groups
-        staging.write(folder + layout.SCORES_FILE, lambda path: write_weight_file(path, tensors))
+        staging.write(
+            f"{RESUME_FOLDER}/{layout.SCORES_FILE}", lambda path: write_weight_file(path, tensors)
+        )
     if pruner.moments is not None:
         for layer in range(len(pruner.model.layers)):
-            _write_layer(staging, f"{folder}inputs", layer, pruner.moments.halves(layer))
+            _write_layer(staging, f"{RESUME_FOLDER}/inputs", layer, pruner.moments.halves(layer))
 
 
 def _write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:

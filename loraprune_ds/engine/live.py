@@ -59,9 +59,13 @@ class LiveEngine(ABC):
 
     A resume calls `will_train` and `cut_before_training` on a dense model, and `fill` for weights that a refit has
     changed. Then a training calls `recognises` and `connect`.
+
+    Attributes:
+        saves_itself: the library saves LoRA, its optimizer and fp16's loss scale for its own number of ranks.
     """
 
     name: EngineName
+    saves_itself = False
 
     # Before a training
 

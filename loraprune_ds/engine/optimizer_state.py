@@ -48,7 +48,8 @@ class OptimizerState(ABC):
 
     def keys(self) -> tuple[str, ...]:
         """Names the tensors that are cut and saved along with a parameter. Adam creates moments at its first step."""
-        return ("master", *MOMENTS) if self.optimizer.state else ("master",)
+        has_moments = any(MOMENTS[0] in state for state in self.optimizer.state.values())
+        return ("master", *MOMENTS) if has_moments else ("master",)
 
     def create_moments(self, others: dict[str, Any]) -> None:
         """Creates zero moments for every master, and a copy of `others`, such as the counts of updates."""

@@ -52,8 +52,9 @@ def find_contents(folder: Path) -> FolderContents:
     status = layout.read_status(folder)
     if status is not None:
         return _run_contents(folder, status)
-    if (folder / layout.STATE_FILE).is_file():
-        return FolderContents(folder, "is a checkpoint", checkpoints=[folder])
+    for step in (folder, folder / layout.PRUNING_FOLDER):
+        if (step / layout.STATE_FILE).is_file():
+            return FolderContents(folder, "is a checkpoint", checkpoints=[step])
     is_model = (folder / "config.json").is_file()
     path = folder.absolute()
     run = path.parent if is_model and path.name == MODEL_FOLDER else folder
@@ -69,7 +70,17 @@ def find_contents(folder: Path) -> FolderContents:
                 folder, "is an adapter", model=model, adapter=adapter, results=results
             )
     summary = "holds neither a config.json nor a run" if folder.is_dir() else "is no folder"
-    return FolderContents(folder, summary, model=model, results=results)
+    steps = _steps_of_callback(folder)
+    if steps:
+        summary = "holds checkpoints of a callback"
+    return FolderContents(folder, summary, model=model, checkpoints=steps, results=results)
+
+
+def _steps_of_callback(folder: Path) -> list[Path]:
+    """Returns our folders in the checkpoints of a Trainer, the newest first."""
+    numbers = layout.numbered(folder, "checkpoint")[::-1]
+    steps = [folder / f"checkpoint-{number}" / layout.PRUNING_FOLDER for number in numbers]
+    return [step for step in steps if step.is_dir()]
 
 
 def _run_contents(folder: Path, status: layout.Status) -> FolderContents:

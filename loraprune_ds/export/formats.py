@@ -1,5 +1,6 @@
 """Writes the weights of a run, a checkpoint or a model in one of the formats of `FORMATS`."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import RunError, UserError, blame, one_line, require
@@ -42,10 +44,11 @@ def open_newest(checkpoints: list[Path]) -> tuple[TrainingCheckpoint, list[str]]
     """Opens the first undamaged checkpoint. Also returns remarks about it and the damaged ones."""
     remarks: list[str] = []
     for path in checkpoints:
+        name = path.parent.name if path.name == PRUNING_FOLDER else path.name
         try:
-            return open_checkpoint(path, one_rank()), [*remarks, f"taken from {path.name}"]
+            return open_checkpoint(path, one_rank()), [*remarks, f"taken from {name}"]
         except UserError as error:
-            remarks.append(f"{path.name} cannot be used: {error}")
+            remarks.append(f"{name} cannot be used: {error}")
     raise UserError(remarks[0])
 
 
@@ -57,7 +60,27 @@ def write_adapter(checkpoint: TrainingCheckpoint, folder: Path) -> None:
         for name, tensor in as_in_peft(checkpoint.lora(i), layer.linears).items():
             tensors[name_in_file(shape, i, name)] = tensor
     write_weight_file(folder / ADAPTER_WEIGHTS, tensors)
-    write_json(folder / ADAPTER_FILE, _adapter_config(checkpoint.config.lora, shape))
+    config = _adapter_config(checkpoint.config.lora, shape) | _lora_patterns(checkpoint)
+    write_json(folder / ADAPTER_FILE, config)
+
+
+def _lora_patterns(checkpoint: TrainingCheckpoint) -> dict[str, dict[str, float]]:
+    """Returns what PEFT needs of linears whose LoRA has another rank or scaling than most have."""
+    lora = checkpoint.config.lora
+    ranks = dict[str, float]()
+    alphas = dict[str, float]()
+    for i, layer in enumerate(checkpoint.shape.layers):
+        factors = checkpoint.lora(i)
+        for linear in layer.linears:
+            name = f"{checkpoint.shape.prefix(i)}{linear.linear}"
+            r = len(factors[f"{linear.linear}.lora_A"])
+            alpha = checkpoint.scaling(i, linear.linear) * r
+            if not linear.stack and r != lora.r:
+                ranks[name] = r
+            if not linear.stack and not math.isclose(alpha, lora.lora_alpha):
+                alphas[name] = alpha
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return {name: pattern for name, pattern in patterns.items() if pattern}
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
@@ -152,6 +175,11 @@ def _write_adapter(contents: FolderContents, folder: Path) -> list[str]:
         not family.lm_class(),
         f"{contents.folder}: AutoModelForCausalLM lacks the class of a {checkpoint.shape.model_type}, "
         "an adapter's base",
+    )
+    trained = ", ".join(checkpoint.state.trained)
+    require(
+        not trained,
+        f"{contents.folder}: {trained} trained beside LoRA, which an adapter lacks; use --format hf",
     )
     # an adapter has the names of the text class
     checkpoint = replace(checkpoint, dense=replace(checkpoint.dense, tower=None))

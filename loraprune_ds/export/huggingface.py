@@ -46,7 +46,7 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in tran
 
 
 class LayerSource(Protocol):
-    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (hf/layers.py)."""
+    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (session/layers.py)."""
 
     @property
     def exported(self) -> ExportedConfig: ...

@@ -16,7 +16,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.checkpoint.layout import STATE_FILE, recorded_config
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists
+from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json
@@ -70,34 +72,46 @@ class ModelCard:
 def card_of_step(
     checkpoint: TrainingCheckpoint, windows: int | None = None, perplexity: float | None = None
 ) -> ModelCard:
-    """Collects the facts of a run at the step of a checkpoint.
+    """Collects the facts of a run at a step, like `card_of_state`."""
+    return card_of_state(checkpoint.state, checkpoint.dense.shape, windows, perplexity)
+
+
+def card_of_state(
+    state: State, dense: ModelShape, windows: int | None = None, perplexity: float | None = None
+) -> ModelCard:
+    """Collects the facts of a training under pruning.
 
     Args:
         windows: the measured number of windows, if known.
         perplexity: measured on the export. Default: the one at this step, if it was measured.
     """
-    config = checkpoint.config
-    totals = checkpoint.state.totals
-    paths = [source.path for source in config.data.sources]
-    data = " + ".join(
-        "Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name
-        for path in paths
-    )
-    held_out = f"a held-out part of {data}"
-    if config.data.held_out:
-        held_out = Path(config.data.held_out).name
-    count = "" if windows is None else f"{windows} "
+    origin = state.origin
+    config = recorded_config(origin.config, Path(STATE_FILE))
+    kept = keep_from_lists(state.kept, dense.kinds)
+    data = "data of its own trainer"
+    perplexity_data = "not measured"
+    if origin.data is not None:
+        paths = [source.path for source in config.data.sources]
+        data = " + ".join(
+            "Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name
+            for path in paths
+        )
+        held_out = f"a held-out part of {data}"
+        if config.data.held_out:
+            held_out = Path(config.data.held_out).name
+        count = "" if windows is None else f"{windows} "
+        perplexity_data = f"{held_out}, {count}windows of {config.evaluate.window} tokens"
     return ModelCard(
         base_model=model_name(config.model),
-        dense=checkpoint.dense.shape,
-        pruned=checkpoint.shape,
+        dense=dense,
+        pruned=dense.after(kept),
         prune=config.prune,
-        asked=checkpoint.state.asked,
+        asked=state.asked,
         data=data,
-        steps=checkpoint.state.step,
-        perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
-        perplexity_dense=totals.perplexity_dense,
-        perplexity_pruned=totals.perplexity if perplexity is None else perplexity,
+        steps=state.step,
+        perplexity_data=perplexity_data,
+        perplexity_dense=state.totals.perplexity_dense,
+        perplexity_pruned=state.totals.perplexity if perplexity is None else perplexity,
     )
 
 

@@ -1,14 +1,13 @@
 """Refuses arguments of a Trainer that do not allow cuts."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from loraprune_ds.errors import require
-from loraprune_ds.hf.compiled import COMPILED
+from loraprune_ds.session.checks import Refused
+from loraprune_ds.session.compiled import COMPILED
 
-Refused = Callable[[Any], bool]
 KEEPS_HEADS = "such a cache keeps the dense number of heads"
 # others have the dense sizes of a config
 GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")

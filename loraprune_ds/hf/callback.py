@@ -21,18 +21,19 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.arguments import check_arguments
-from loraprune_ds.hf.checkpoint import COMPLETE, FOLDER, PruningCheckpoint, cut_to_checkpoint
-from loraprune_ds.hf.checks import check_one_dtype
-from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
+from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
+from loraprune_ds.session.checks import check_one_dtype
+from loraprune_ds.session.pruning import Pruning
 
 log = logging.getLogger(__name__)
 REPORTED = (
@@ -106,23 +107,19 @@ class LoraPruneCallback(TrainerCallback):
         comm = Communicator()
         files = self._files
         folder = Path(folder or self._output_dir)
-        checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files)
+        checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files.lacking)
         self._checkpoint = checkpoint
         if checkpoint is None:
             return None
-        self.config = checkpoint.state.prune
-        lost = files.lost(checkpoint.folder, comm.world_size)
+        self.config = checkpoint.prune
+        of_trainer = checkpoint.of_trainer
+        lost = files.lost(of_trainer, comm.world_size)
         if lost and comm.rank == 0:
-            log.warning("%s cannot bring back %s", checkpoint.folder, " and ".join(lost))
+            log.warning("%s cannot bring back %s", of_trainer, " and ".join(lost))
         if not (checkpoint.restores_optimizer and files.ds_config):
-            return str(checkpoint.folder)
-        sections = " and ".join(files.of_deepspeed)
-        require(
-            not sections,
-            f"{checkpoint.folder} goes on here only without {sections} in the DeepSpeed config",
-        )
+            return str(of_trainer)
         self._stand_in = tempfile.TemporaryDirectory()
-        checkpoint.write_stand_in(Path(self._stand_in.name), comm)
+        files.write_stand_in(checkpoint, Path(self._stand_in.name), comm)
         return self._stand_in.name
 
     def save_model(self, folder: str | Path) -> None:
@@ -189,7 +186,7 @@ class LoraPruneCallback(TrainerCallback):
             sinks=sinks,
         )
         if checkpoint and checkpoint.restores_optimizer:
-            _advance(more["lr_scheduler"], checkpoint.state.adam["step"])
+            _advance(more["lr_scheduler"], checkpoint.resume_state().adam_step or 0)
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         args.__dict__.setdefault(LIMIT, args.save_total_limit)  # a failed training may have left it
         args.save_total_limit = None
@@ -278,7 +275,7 @@ def _forget_overwritten(
     args: TrainingArguments, state: TrainerState, control: TrainerControl
 ) -> None:
     """Makes a checkpoint of an earlier training incomplete if the Trainer may overwrite it."""
-    old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
+    old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PRUNING_FOLDER
     # the Trainer decides after its evaluation
     may_save = control.should_save or args.save_strategy == "best"
     if may_save and args.should_save and old.exists():

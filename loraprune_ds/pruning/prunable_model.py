@@ -229,6 +229,26 @@ class PrunableModel(ABC):
             parameters[layer] |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
         return parameters
 
+    def trained_parameters(self) -> list[dict[str, nn.Parameter]]:
+        """Returns what trains beside LoRA, by the names in exports. Not collective.
+
+        Returns:
+            a dictionary for each layer, and one for the parameters outside of them.
+        """
+        trained = [dict[str, nn.Parameter]() for _ in range(len(self.layers) + 1)]
+        if all(".lora_" in n for n, p in self.module.named_parameters() if p.requires_grad):
+            return trained
+        base: Any = self.module
+        parents = [*self.layers, base.get_base_model()]
+        prefixes = [*map(self.shape.prefix, range(len(self.layers))), ""]
+        tensors = [*(layer.others for layer in self.shape.layers), self.shape.outer]
+        for named, parent, prefix, specs in zip(trained, parents, prefixes, tensors, strict=True):
+            for spec in specs:
+                parameter = base_parameter(parent, spec.name, trained=True)
+                if parameter.requires_grad:
+                    named[prefix + spec.name] = parameter
+        return trained
+
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's part of an averaged LoRA gradient in fp32, scaled in fp16. Not collective."""

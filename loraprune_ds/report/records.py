@@ -8,17 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 from pydantic import BeforeValidator, TypeAdapter
 
 from loraprune_ds.errors import RankError, UserError, require
 from loraprune_ds.files import json_text, write_text, writes_into
 from loraprune_ds.units import format_bytes, format_duration, format_percent
-
-if TYPE_CHECKING:  # reading records needs neither torch nor DeepSpeed
-    from loraprune_ds.pruning.step import Cut
-    from loraprune_ds.pruning.steps import PruningSteps
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
@@ -76,24 +72,6 @@ class CutRecord:
     experts: list[int] = field(default_factory=list)
     delta: list[int] = field(default_factory=list)
     cross_heads: list[int] = field(default_factory=list)
-
-
-def record_cut(cut: "Cut", steps: "PruningSteps") -> CutRecord:
-    """Makes the record of the cut that `steps` has just made."""
-    dense = steps.pruner.limits.dense
-    pruned = steps.model.shape
-    kept = {kind: [layer[kind] for layer in pruned.counts] for kind in pruned.kinds}
-    return CutRecord(
-        step=cut.step,
-        target=cut.target,
-        reached=cut.reached,
-        removed_fraction=1 - pruned.total_numel() / dense.total_numel(),
-        seconds=cut.seconds,
-        bytes_sent=cut.bytes_sent,
-        weight_bytes_before=steps.weight_bytes_before,
-        weight_bytes_after=steps.weight_bytes,
-        **kept,
-    )
 
 
 def cut_line(cut: CutRecord) -> str:

@@ -3,21 +3,21 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists, open_checkpoint
-from loraprune_ds.checkpoint.save import drop_old, save_step
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
+from loraprune_ds.checkpoint.save import drop_old
+from loraprune_ds.checkpoint.state import RunData, State, newest_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.engine.training import TrainingEngine
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush
-from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.pretrained import PretrainedModel
-from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.device import device_name
-from loraprune_ds.report.records import METRICS_FILE, History
+from loraprune_ds.report.records import METRICS_FILE
+from loraprune_ds.session.session import PruningSession
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
@@ -78,7 +78,7 @@ def find_checkpoint(
         if root.resolve().name != layout.CHECKPOINTS_FOLDER:
             root /= layout.CHECKPOINTS_FOLDER
         # This comes before full reads, and before another run's checkpoints are called damaged.
-        comm.all_or_raise(lambda: _check_settings(layout.newest_state(root), root, output.config))
+        comm.all_or_raise(lambda: _check_settings(newest_state(root), root, output.config))
         steps = comm.gather_objects(layout.numbered(root, "step"))[0]
         checkpoint = layout.newest_usable(root, steps, open_step, warnings.append)
     if checkpoint is not None:
@@ -96,23 +96,26 @@ def _is_step(path: Path) -> bool:
     return (path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER
 
 
-def _check_settings(state: layout.RunState | None, folder: Path, config: RunConfig) -> None:
+def _check_settings(state: State | None, folder: Path, config: RunConfig) -> None:
     if state is not None:
-        recorded = layout.recorded_config(state.config, folder)
+        recorded = layout.recorded_config(state.origin.config, folder)
         different = ", ".join(differences(recorded, config, MAY_DIFFER))
         require(not different, f"{folder} belongs to a run with other settings: {different}")
 
 
 def check_data(checkpoint: TrainingCheckpoint, prepared: Prepared) -> None:
     """Raises UserError if a run would go on with other samples, or another held-out text, than it began with."""
-    before = checkpoint.state.data
-    now = prepared.data
+    origin = checkpoint.state.origin
+    before = origin.data
+    now = cast(RunData, prepared.origin.data)
+    if before is None:
+        raise UserError(f"{checkpoint.folder} is of a callback, which resumes it; a run cannot")
     keys: list[str] = []
     if before.samples != now.samples:
         keys.append("data.path")
     if before.held_out != now.held_out:
         keys.append("data.path" if prepared.config.data.held_out is None else "data.held_out")
-    if before.steps != now.steps:
+    if origin.steps != prepared.origin.steps:
         keys.append("train.epochs")
     different = ", ".join(dict.fromkeys(keys))
     require(not different, f"{checkpoint.folder} belongs to a run with other data: {different}")
@@ -130,72 +133,30 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     engine = prepared.engine.build_training_engine(frozen, prepared.ds_config, cycles, config)
     if checkpoint is None:
         return engine
-    counters = layout.read_resume_state(checkpoint.folder)
+    counters = checkpoint.resume_state()
     model = engine.model
     engine.optimizer_state.restore(
-        model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm
+        model.lora_parameters(), checkpoint.read_flat, counters.adam_step or 0, model.comm
     )
     engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
 
-def save_checkpoint(
-    context: RunContext, engine: TrainingEngine, steps: PruningSteps, step: int
-) -> None:
+def save_checkpoint(context: RunContext, engine: TrainingEngine, pruning: PruningSession) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root = context.folder / layout.CHECKPOINTS_FOLDER
+    step = pruning.step
     comm = context.comm
-    pruner = steps.pruner
-    state = _run_state(context, steps, step)
-    resume = layout.ResumeState(
-        adam_step=engine.optimizer_state.adam_step,
-        schedule=engine.lr_scheduler.state_dict(),
-        loss_scale=engine.loss_scale(),
-        updates_since_cut=pruner.average.updates_since_cut,
-        moment_tokens=pruner.moment_tokens,
-    )
     context.check_owner()
     # A checkpoint must not outlive the records of the steps before it.
     comm.write_on_rank_0(context.folder, lambda: flush(context.folder / METRICS_FILE))
-    save_step(pruner, engine.optimizer_state, root, state, resume)
+    pruning.save_step(
+        layout.step_folder(root, step),
+        "step",
+        schedule=engine.lr_scheduler.state_dict(),
+        loss_scale=engine.loss_scale(),
+    )
     context.check_owner()
     keep_last = context.config.checkpoint.keep_last
     sizes = context.prepared.schedule.ends()
     comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last, sizes))
-
-
-def _run_state(context: RunContext, steps: PruningSteps, step: int) -> layout.RunState:
-    """Describes the run after a step. Collective."""
-    prepared = context.prepared
-    pruner = steps.pruner
-    kinds = pruner.model.shape.kinds
-    resumed_from: list[int] = []
-    if context.checkpoint:
-        earlier = context.checkpoint.state
-        resumed_from = [*earlier.resumed_from, earlier.step]
-    return layout.RunState(
-        step=step,
-        totals=_totals(context.recorder.history, step),
-        kept=keep_to_lists(pruner.kept_of_dense, kinds),
-        query_heads=QUERY_HEADS in kinds,
-        source=str(prepared.pretrained.folder.resolve()),
-        config=context.config.to_dict(),
-        data=prepared.data,
-        asked=prepared.schedule.section(step).ratio,
-        resumed_from=resumed_from,
-        accelerator=device_name(),
-        peak_bytes=context.comm.gather_objects(steps.peak.of_process()),
-    )
-
-
-def _totals(history: History, step: int) -> layout.RunTotals:
-    """Sums up a history. Only that of rank 0, which writes the state, has the records from before a resume."""
-    perplexity = None
-    for evaluation in history.evaluations:
-        if evaluation.step == step and evaluation.name != "dense":
-            perplexity = evaluation.perplexity
-    return layout.RunTotals(
-        tokens=sum(record.tokens for record in history.steps),
-        perplexity_dense=history.perplexity("dense"),
-        perplexity=perplexity,
-    )

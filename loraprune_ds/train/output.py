@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.state import State, newest_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge, without_removed
 from loraprune_ds.errors import RankError, RunError, UserError, blame, is_shared, one_line, require
@@ -48,8 +49,8 @@ class EarlierRun:
         return raw if isinstance(raw, dict) and raw else None
 
     @cached_property
-    def newest_state(self) -> layout.RunState | None:
-        return layout.newest_state(self.folder / layout.CHECKPOINTS_FOLDER)
+    def newest_state(self) -> State | None:
+        return newest_state(self.folder / layout.CHECKPOINTS_FOLDER)
 
 
 class OutputFolder:
@@ -92,7 +93,7 @@ class OutputFolder:
         self._continued = [] if resume is None else earlier
 
     @cached_property
-    def continued(self) -> layout.RunState | None:
+    def continued(self) -> State | None:
         """The newest state of the run that goes on. None for a new run."""
         return next((run.newest_state for run in self._continued if run.newest_state), None)
 
@@ -218,7 +219,7 @@ def _recorded_config(runs: Sequence[EarlierRun]) -> JsonObject:
     # a crash may have lost the file, but every checkpoint holds the config
     for run in runs:
         if run.newest_state:
-            return run.newest_state.config
+            return run.newest_state.origin.config
     return {}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.checkpoint.layout import RunData, RunState
-from loraprune_ds.checkpoint.load import source_digest
+from loraprune_ds.checkpoint.load import counts_to_lists, source_digest
+from loraprune_ds.checkpoint.state import Origin, RunData, State
 from loraprune_ds.config import RunConfig
 from loraprune_ds.engine.training import Engine
 from loraprune_ds.engines import run_engine
@@ -55,13 +55,13 @@ class Prepared:
     schedule: Schedule
     engine: Engine
     ds_config: dict[str, Any]  # with every "auto" replaced. Empty without DeepSpeed
-    data: RunData
+    origin: Origin
 
 
 def prepare(
     config: RunConfig,
     comm: Communicator,
-    earlier: RunState | None = None,
+    earlier: State | None = None,
     check_tokenizer: CheckTokenizer = None,
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
@@ -71,8 +71,8 @@ def prepare(
         check_tokenizer: a further check, before the data is read.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    recorded = earlier.data.commits if earlier else None
-    query_heads = earlier is None or earlier.query_heads
+    recorded = earlier.origin.data.commits if earlier and earlier.origin.data else None
+    query_heads = earlier is None or earlier.origin.query_heads
     # From rank 0, since the hub may change from rank to rank.
     resolved = comm.on_rank_0(lambda: recorded or resolve_commits(config.data))
     commits = comm.gather_objects(resolved)[0] or {}
@@ -88,7 +88,7 @@ def prepare(
     with comm.patient() as waiting:
         first = waiting.all_or_raise(lambda: prepare_here() if is_first else None)
         prepared = waiting.all_or_raise(lambda: first or prepare_here())
-    rank = comm.differing_rank(prepared.data)
+    rank = comm.differing_rank((prepared.origin.digest, prepared.origin.data))
     require(
         rank is None,
         f"rank {rank} reads another model or other training data than rank 0; "
@@ -161,12 +161,17 @@ def _prepare(
         schedule=schedule,
         engine=run_engine(sharded=config.deepspeed is not None),
         ds_config=ds_config,
-        data=RunData(
+        origin=Origin(
+            config=config.to_dict(),
             steps=schedule.steps,
-            samples=loaded.samples.digest(),
-            held_out=loaded.held_out_digest(),
-            source=source_digest(pretrained.folder),
-            commits=commits,
+            seed=config.seed,
+            query_heads=QUERY_HEADS in shape.kinds,
+            folder=str(pretrained.folder.resolve()),
+            digest=source_digest(pretrained.folder),
+            groups=counts_to_lists(shape),
+            data=RunData(
+                samples=loaded.samples.digest(), held_out=loaded.held_out_digest(), commits=commits
+            ),
         ),
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from loraprune_ds.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists, open_checkpoint
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
@@ -22,13 +22,13 @@ from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.report import records
-from loraprune_ds.report.report import Outcome, write_results
+from loraprune_ds.session.results import write_results
 from loraprune_ds.train.checkpoints import RunContext, check_data, find_checkpoint
 from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
-from loraprune_ds.train.trainer import evaluate, train
+from loraprune_ds.train.trainer import record_perplexity, train
 
 EXPORTED = f".{records.MODEL_FOLDER}.exported"  # not read back yet
 
@@ -208,17 +208,6 @@ def measure_model(context: RunContext) -> str | None:
         if comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
-    state = checkpoint.state
-    outcome = Outcome(
-        config=context.config.to_dict(),
-        history=context.recorder.history,
-        schedule=schedule,
-        pruned=checkpoint.shape,
-        kept_of_dense=keep_from_lists(state.kept, limits.dense.kinds),
-        resumed_from=state.resumed_from,
-        accelerator=state.accelerator,
-        peak_bytes=state.peak_bytes,
-    )
     context.check_owner()
 
     def publish_model() -> None:
@@ -229,9 +218,8 @@ def measure_model(context: RunContext) -> str | None:
         flush(folder)
         fail_point("finish.after_rename")
 
-    comm.write_on_rank_0(
-        folder, lambda: context.recorder.show_pictures(write_results(folder, outcome))
-    )
+    config = context.config.to_dict()
+    write_results(folder, checkpoint.state, schedule, context.recorder, config, comm)
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
         comm.write_on_rank_0(folder, publish_model)
@@ -247,6 +235,6 @@ def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:
     engine = prepared.engine.build_inference_engine(
         pretrained, model.attn_implementation, model.dtype, prepared.ds_config
     )
-    record = evaluate(context, engine.infer, prepared.schedule.steps, "pruned")
+    record = record_perplexity(context, engine.infer, prepared.schedule.steps, "pruned")
     engine.release()  # `evaluate.after` needs the memory
     return record

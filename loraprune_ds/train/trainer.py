@@ -1,6 +1,5 @@
 """Trains the model: an optimizer step with its scores, and the loop of steps, cuts, evaluations and checkpoints."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
 from loraprune_ds.engine.training import InferenceEngine, TrainingEngine
 from loraprune_ds.errors import fail_point
@@ -16,27 +16,21 @@ from loraprune_ds.model.perplexity import measure_perplexity
 from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.steps import PruningSteps
-from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
-from loraprune_ds.report.records import (
-    CutRecord,
-    EvaluationName,
-    EvaluationRecord,
-    StepRecord,
-    record_cut,
-)
+from loraprune_ds.ranks.device import to_device
+from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, Recorder
+from loraprune_ds.session.session import PruningSession
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
+from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.stop import NOTHING
 
 
 @dataclass
 class Trainer:
-    """Trains LoRA and calls the pruner at every step."""
+    """Trains LoRA by our own passes, and drives the pruning of the same model."""
 
     engine: TrainingEngine
-    pruner: Pruner
+    pruning: PruningSession
     samples: Samples
     order: SampleOrder
     config: RunConfig
@@ -47,60 +41,27 @@ class Trainer:
     teacher: InferenceEngine | None = None
 
     def __post_init__(self) -> None:
-        dtype = self.config.model.dtype
         self.model = self.engine.model
         self.requested = NOTHING  # the largest request of any rank at the last step
-        self.pruning_steps = PruningSteps(self.model, self.pruner, dtype)
-        self._peak_flops = peak_flops(device_name(), dtype)
 
-    def step(self, step: int) -> StepRecord:
-        """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
-        began = time.perf_counter()
-        self.pruning_steps.peak.begin()
+    def train_step(self) -> CutRecord | None:
+        """Makes the next optimizer step: forward and backward passes, scores, update, and a cut if one is due."""
+        pruning = self.pruning
+        step = pruning.step + 1
+        pruning.begin_step()
         batch = self.order.batch(step - 1)
         supervised = self.samples.count_supervised(batch)
         lengths = self.samples.text_lengths(batch)
         tokens = sum(lengths)
         mean_context = sum(length**2 for length in lengths) / tokens
         flops = tokens * needed_flops_per_token(self.model.shape, mean_context)
-        # before the step changes them
-        rate = self.engine.lr_scheduler.get_last_lr()[0]
-        sparsity = self.pruner.reached()
-        with self.pruner.record_step(step):
-            loss = self._accumulate(step, batch, supervised)
-            numbers = self.pruning_steps.exchange(loss, self.current_request())
-            self.pruning_steps.score(step, numbers, numbers.own)
-        skipped = not self.pruning_steps.scored
-        self.engine.update(skipped=skipped)
-        grad_norm = None
-        if not skipped:
-            grad_norm = self.model.gradient_norm()
-        self.requested = max(numbers.requests)
-        seconds = time.perf_counter() - began
-        mfu = None
-        if self._peak_flops is not None:
-            mfu = flops / seconds / self._peak_flops / self.model.world_size
-        return StepRecord(
-            step=step,
-            loss=sum(numbers.own) / supervised,
-            learning_rate=float(rate),
-            grad_norm=grad_norm,
-            sparsity=sparsity,
-            tokens=tokens,
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            weight_bytes=self.pruning_steps.weight_bytes,
-            resident_bytes=numbers.resident_bytes,
-            skipped=skipped,
-            peak_bytes=numbers.peak_bytes,
-            reserved_bytes=[] if is_cpu() else numbers.reserved_bytes,
-            mfu=mfu,
+        numbers = pruning.exchange(
+            self._accumulate(step, batch, supervised), request=self.current_request()
         )
-
-    def cut(self, step: int) -> CutRecord | None:
-        """Cuts the model if the schedule says so."""
-        cut = self.pruning_steps.cut(step)
-        return None if cut is None else record_cut(cut, self.pruning_steps)
+        pruning.score()
+        self.engine.update(skipped=not pruning.scored)
+        self.requested = max(numbers.requests)
+        return pruning.end_step(sum(numbers.losses) / supervised, tokens=tokens, flops=flops)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""
@@ -114,7 +75,7 @@ class Trainer:
         for number, indices in micro_batches:
             seed_dropout(self.config.seed, step, number)
             inputs, masks = self._inputs(indices)
-            with self.pruner.record_forward(*masks):
+            with self.pruning.record_forward(*masks):
                 loss = engine.module(**inputs).sum()
             fail_point("forward")
             total += loss.detach()
@@ -152,21 +113,22 @@ class Trainer:
 
 def train(context: RunContext) -> bool:
     """Makes all remaining steps, then frees the model. False after a request to stop, which saves. Collective."""
-    recorder = context.recorder
     schedule = context.prepared.schedule
-    trainer = _build_trainer(context)
+    trainer = build_trainer(
+        context.prepared, context.recorder, context.checkpoint, context.requests.current
+    )
     engine = trainer.engine
+    pruning = trainer.pruning
     every = context.config.checkpoint.every or schedule.steps
     if not context.checkpoint:
-        evaluate(context, engine.infer, 0, "dense")
-    for step in range(context.status.step + 1, schedule.steps + 1):
-        recorder.write(trainer.step(step))
-        if cut := trainer.cut(step):
-            recorder.write(cut)
+        record_perplexity(context, engine.infer, 0, "dense")
+    while pruning.step < schedule.steps:
+        trainer.train_step()
+        step = pruning.step
         if name := _evaluation_after(step, schedule, context.config.evaluate.every):
-            evaluate(context, engine.infer, step, name)
+            record_perplexity(context, engine.infer, step, name)
         if trainer.requested != NOTHING or step % every == 0 or step == schedule.section(step).last:
-            save_checkpoint(context, engine, trainer.pruning_steps, step)
+            save_checkpoint(context, engine, pruning)
         context.status.update(step)
         if context.honour(trainer.requested):
             return False
@@ -176,11 +138,15 @@ def train(context: RunContext) -> bool:
     return True
 
 
-def _build_trainer(context: RunContext) -> Trainer:
-    """Builds the trainer, fresh or from the checkpoint. Collective."""
-    config = context.config
-    prepared = context.prepared
-    engine = build_engine(prepared, context.checkpoint)
+def build_trainer(
+    prepared: Prepared,
+    recorder: Recorder,
+    checkpoint: TrainingCheckpoint | None = None,
+    current_request: Callable[[], int] = lambda: NOTHING,
+) -> Trainer:
+    """Builds the trainer of a run, fresh or from the checkpoint. Arguments are those of `Trainer`. Collective."""
+    config = prepared.config
+    engine = build_engine(prepared, checkpoint)
     teacher = None
     if config.train.distill_weight:
         teacher = prepared.engine.build_inference_engine(
@@ -190,11 +156,18 @@ def _build_trainer(context: RunContext) -> Trainer:
             prepared.ds_config,
             head=False,
         )
-    pruner = Pruner(engine.model, prepared.schedule, config.seed)
-    if context.checkpoint:
-        context.checkpoint.restore_pruner(pruner)
+    pruning = PruningSession(
+        engine.model,
+        prepared.schedule,
+        config.model.dtype,
+        origin=prepared.origin,
+        recorder=recorder,
+        own_process=True,
+    )
+    if checkpoint:
+        pruning.restore(checkpoint)
     return Trainer(
-        engine, pruner, prepared.samples, prepared.order, config, context.requests.current, teacher
+        engine, pruning, prepared.samples, prepared.order, config, current_request, teacher
     )
 
 
@@ -208,7 +181,7 @@ def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> Evalu
     return "step" if every is not None and step % every == 0 else None
 
 
-def evaluate(
+def record_perplexity(
     context: RunContext, infer: Callable[..., Any], step: int, name: EvaluationName
 ) -> EvaluationRecord:
     """Records held-out perplexity. Draws no random numbers and changes no training state. Collective."""

@@ -16,6 +16,7 @@ import sys
 import time
 from operator import truediv
 from typing import Any
+from unittest.mock import patch
 
 from loraprune_ds.config_file import config_from_dict, read_config
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment
@@ -43,27 +44,25 @@ def work(widths: str) -> None:
     from loraprune_ds.ranks.comm import Communicator
     from loraprune_ds.ranks.device import fast_half_products, resident_bytes
     from loraprune_ds.ranks.job import silence_libraries
-    from loraprune_ds.train.checkpoints import build_engine
+    from loraprune_ds.report.records import History, Recorder
     from loraprune_ds.train.prepare import prepare
-    from loraprune_ds.train.trainer import Pruner, Trainer
+    from loraprune_ds.train.trainer import build_trainer
 
     silence_libraries()
     torch.set_num_threads(1)
     prepared = prepare(config_of(widths), Communicator())
-    config, order = prepared.config, prepared.order
-    stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
-    teacher = prepared.engine.build_inference_engine(prepared.pretrained, *stored, head=False)
-    engine = build_engine(prepared, None)
-    pruner = Pruner(engine.model, prepared.schedule, config.seed)
-    trainer = Trainer(engine, pruner, prepared.samples, order, config, teacher=teacher)
+    history = History()
+    trainer = build_trainer(prepared, Recorder(history, []))
     print(flush=True)
-    with fast_half_products(config.model.dtype):
-        for step in range(1, STEPS + 1):
+    with fast_half_products(prepared.config.model.dtype):
+        for _ in range(STEPS):
             sys.stdin.readline()
             began = time.process_time()
-            record = trainer.step(step)
+            with patch.object(trainer.pruning, "cut", lambda: None):
+                trainer.train_step()
             seconds = time.process_time() - began
-            cut = trainer.cut(step) is not None
+            record = history.steps[-1]
+            cut = trainer.pruning.cut() is not None
             found = {
                 "cpu_seconds": seconds,
                 "peak_bytes": record.peak_bytes[0],

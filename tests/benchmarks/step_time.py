@@ -10,6 +10,7 @@ tests/benchmarks/results/step_time.json.
 import statistics
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
 from loraprune_ds.config import (
     DataConfig,
@@ -21,33 +22,31 @@ from loraprune_ds.config import (
 )
 from loraprune_ds.engines import run_engine
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import stop_ranks
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.ranks.job import silence_libraries
-from loraprune_ds.train.checkpoints import build_engine
+from loraprune_ds.report.records import History, Recorder
 from loraprune_ds.train.prepare import Prepared, prepare
-from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.train.trainer import build_trainer
 from tests.benchmarks.running import make_parser, record
 
 
-class Timed(Trainer):
+class Timed:
     """A trainer whose steps can leave the scoring out."""
 
     def __init__(self, prepared: Prepared) -> None:
-        config, engine = prepared.config, build_engine(prepared, None)
-        pruner = Pruner(engine.model, prepared.schedule, config.seed)
-        super().__init__(engine, pruner, prepared.samples, prepared.order, config)
-        self._observe = pruner.score
-        self._next = 1
+        self.trainer = build_trainer(prepared, Recorder(History(), []))
+        self.pruning = self.trainer.pruning
+        self.model = self.trainer.model
+        self._observe = self.pruning.pruner.score
 
     def timed_step(self, *, scoring: bool) -> float:
         """Seconds of one step on all ranks."""
-        self.pruner.score = self._observe if scoring else lambda step: None  # type: ignore[method-assign]
+        self.pruning.pruner.score = self._observe if scoring else lambda step: None  # type: ignore[method-assign]
         self.model.comm.barrier()
         began = time.perf_counter()
-        self.step(self._next)
-        self._next += 1
+        with patch.object(self.pruning, "cut", lambda: None):
+            self.trainer.train_step()
         self.model.comm.barrier()
         return time.perf_counter() - began
 
@@ -90,10 +89,11 @@ def main() -> None:
     config_int8 = replace(config, model=replace(config.model, frozen="int8"))
     int8 = Timed(prepare(config_int8, comm))
     small.timed_step(scoring=True)
-    sections = [replace(section, start=0, end=1) for section in small.pruner.schedule.sections]
+    pruner = small.pruning.pruner
+    sections = [replace(section, start=0, end=1) for section in pruner.schedule.sections]
     # all in one cut: the largest there is
-    small.pruner.schedule = replace(small.pruner.schedule, sections=sections)
-    cut_record = small.cut(1)
+    pruner.schedule = replace(pruner.schedule, sections=sections)
+    cut_record = small.pruning.cut()
     assert cut_record is not None
     kinds = {
         "plain": (dense, False),
@@ -122,7 +122,7 @@ def main() -> None:
         "cut_and_step_after_over_step": (cut_record.seconds + after_cut - median["pruned"])
         / median["plain"],
         "weight_bytes_per_rank": {
-            name: trainer.pruning_steps.weight_bytes
+            name: trainer.pruning.weight_bytes
             for name, trainer in (("dense", dense), ("pruned", small))
         },
         "tokens_per_step": config.train.global_batch_size * config.data.window,

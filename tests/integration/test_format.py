@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loraprune_ds.checkpoint.layout import FORMAT, MANIFEST, STATE_FILE, seal, write_manifest
+from loraprune_ds.checkpoint.layout import MANIFEST, STATE_FILE, seal, write_manifest
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
 from loraprune_ds.export.contents import find_contents
@@ -27,7 +27,7 @@ from tests.support.ranks import RankPool
 from tests.support.refusals import flip_bit, must_name
 from tests.support.trainers import fresh_accelerate
 
-KEPT = ROOT / "tests" / f"format{FORMAT}"
+KEPT = ROOT / "tests" / "format7"
 EXPECTED = read_json(KEPT / "expected.json")
 TOLERANCE = 1e-4  # of losses, on another processor
 RUNS = sorted(path.parent.name for path in KEPT.glob("steps/*/run"))

@@ -378,7 +378,8 @@ def change_source(out: Path, **changes: Any) -> None:
     """Changes the source of the slices in all checkpoints."""
     for path in (out / "checkpoints").glob("step-*"):
         state = read_state(out, int(path.name.removeprefix("step-")))
-        (path / "state.json").write_text(json.dumps(state | changes))
+        state["origin"] |= changes
+        (path / "state.json").write_text(json.dumps(state))
         manifest = read_json(path / "manifest.json")["files"]
         write_manifest(path, manifest | {"state.json": seal(path / "state.json")})
 
@@ -386,7 +387,7 @@ def change_source(out: Path, **changes: Any) -> None:
 def test_a_misfit_checkpoint_is_not_given_up(again: Again) -> None:
     """The first save after an older one would remove it."""
     out = again.killed_after(13)
-    change_source(out, data=read_state(out, 13)["data"] | {"source": "0" * 64})
+    change_source(out, digest="0" * 64)
     for found in again.find(again.config()):
         assert "is not the source model of" in str(found.error)
         assert (found.exit_code, found.warnings) == (2, [])
@@ -394,7 +395,7 @@ def test_a_misfit_checkpoint_is_not_given_up(again: Again) -> None:
 
 def test_a_source_that_has_moved_is_found_by_model_path(again: Again, tmp_path: Path) -> None:
     out = again.killed_after(13)
-    change_source(out, source=str(tmp_path / "moved"))
+    change_source(out, folder=str(tmp_path / "moved"))
     again.run(again.config(), "auto")
     assert_bitwise(contents(out, STEPS), contents(again.straight, STEPS))
 

@@ -161,7 +161,7 @@ READS = (
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
-ONCE = "pruning/steps.py:exchange"
+ONCE = "session/exchange.py:exchange_numbers"
 SETTLES = "zero/device.py:settle_shards"
 # the norm, and whether scores are finite
 SETTLED = ("zero/sharded.py:gradient_norm", "pruning/importance.py:check")
@@ -262,7 +262,7 @@ SAMPLES, WINDOW = 8, 12
 def utilisation(job: Job) -> tuple[float, float]:
     """Returns a step's MFU and what the arithmetic of its whole batch comes to."""
     trainer = build(job)
-    trainer._peak_flops = PEAK
+    trainer.pruning._peak_flops = PEAK
     shape = trainer.model.shape
     record = trainer.step(1)
     needed = SAMPLES * WINDOW * needed_flops_per_token(shape, WINDOW)

@@ -11,9 +11,9 @@ import torch
 from loraprune_ds.errors import RunError
 from loraprune_ds.export import huggingface
 from loraprune_ds.export.model_card import card_of_step
-from loraprune_ds.hf.layers import LiveModel
 from loraprune_ds.pretrained import weight_files
 from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.session.live_export import LiveModel
 from tests.support.driver import Job, build, config_of, family_job, save, tiny_job
 from tests.support.ranks import RankPool
 

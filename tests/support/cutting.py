@@ -286,18 +286,18 @@ def poisoned(job: Job, where: str) -> str:
         if trainer.model.rank == 0:
             trainer.model.owned_weight(LinearId(2, LLAMA_LINEARS[-1].name)).flat[0] = float("nan")
     elif where == "gradient":
-        exchange = trainer.pruning_steps.exchange
+        exchange = trainer.pruning.exchange
 
-        def poison_then_exchange(*own: Any) -> Any:
+        def poison_then_exchange(*own: Any, **options: Any) -> Any:
             if trainer.model.rank == trainer.model.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
                 zero = trainer.model.zero_optimizer
                 zero.get_local_fp32_grad_for_param(weight)
                 slot = zero._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
                 slot[0] = float("inf")
-            return exchange(*own)
+            return exchange(*own, **options)
 
-        trainer.pruning_steps.exchange = poison_then_exchange  # type: ignore[method-assign]
+        trainer.pruning.exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
         trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
     return refused(lambda: (trainer.step(1), trainer.cut(1)))

@@ -6,20 +6,22 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import ResumeState, RunData, RunState, RunTotals
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists
-from loraprune_ds.checkpoint.save import save_step
+from loraprune_ds.checkpoint.layout import RESUME_FOLDER, step_folder
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.checkpoint.state import Origin, read_state
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Dtype, Frozen
 from loraprune_ds.engine.optimizer_state import MOMENTS, collect_shards
 from loraprune_ds.engines import run_engine
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
+from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -28,6 +30,8 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
+from loraprune_ds.report.records import CutRecord, History, Recorder, StepRecord
+from loraprune_ds.session.session import PruningSession
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -212,10 +216,26 @@ def config_of(job: Job) -> RunConfig:
 
 
 class ShardedTrainer(Trainer):
-    """A trainer over ZeRO-3's engine, unless the job has no DeepSpeed."""
+    """A trainer over ZeRO-3's engine, unless the job has no DeepSpeed. Tests cut apart from the step."""
 
     engine: ShardedEngine
     model: ShardedModel
+
+    @property
+    def pruner(self) -> Pruner:
+        return self.pruning.pruner
+
+    def step(self, step: int) -> StepRecord:
+        """Makes this optimizer step, without its cut."""
+        self.pruning.step = step - 1
+        with patch.object(self.pruning, "cut", lambda: None):
+            self.train_step()
+        return self.pruning.recorder.history.steps[-1]
+
+    def cut(self, step: int) -> CutRecord | None:
+        """Makes the cut of the last step."""
+        self.pruning.step = step
+        return self.pruning.cut()
 
 
 def build(job: Job) -> ShardedTrainer:
@@ -250,8 +270,22 @@ def assemble(
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
     (only,) = plan.sections
     own = section(**{field.name: getattr(only, field.name) for field in fields(only)})
-    pruner = Pruner(engine.model, replace(plan, sections=[own]), config.seed)
-    return ShardedTrainer(engine, pruner, samples, order, config)
+    pruning = PruningSession(
+        engine.model,
+        replace(plan, sections=[own]),
+        config.model.dtype,
+        origin=Origin(
+            config.to_dict(),
+            steps,
+            config.seed,
+            query_heads=QUERY_HEADS in pretrained.shape.kinds,
+            folder=str(pretrained.folder),
+            digest="",
+        ),
+        recorder=Recorder(History(), []),
+        own_process=True,
+    )
+    return ShardedTrainer(engine, pruning, samples, order, config)
 
 
 def make_samples(job: Job) -> Samples:
@@ -266,24 +300,13 @@ def make_samples(job: Job) -> Samples:
     return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
 
 
-def save(trainer: Trainer, config: RunConfig, root: Path) -> TrainingCheckpoint:
+def save(trainer: ShardedTrainer, config: RunConfig, root: Path) -> TrainingCheckpoint:
     """Saves a step with all that its results need, and opens it. Collective."""
-    model, dense = trainer.model, open_for_pruning(Path(config.model.path), config.model)
-    state = RunState(
-        step=config.train.steps or 0,
-        totals=RunTotals(),
-        kept=keep_to_lists(trainer.pruner.kept_of_dense, model.shape.kinds),
-        source=str(dense.folder),
-        config=config.to_dict(),
-        data=RunData(steps=0, samples="", held_out="", source=""),
-        asked=0.5,
-        resumed_from=[],
-        accelerator="",
-        peak_bytes=[],
-    )
-    given = trainer.pruner, trainer.engine.optimizer_state, root, state
-    folder = save_step(*given, ResumeState(0, {}, {}, 0, 0.0))
-    return TrainingCheckpoint(folder, state, config, dense.folder, dense)
+    dense = open_for_pruning(Path(config.model.path), config.model)
+    folder = step_folder(root, config.train.steps or 0)
+    trainer.pruning.save_step(folder, "step")
+    state = read_state(folder)
+    return TrainingCheckpoint(folder, state, folder / RESUME_FOLDER, config, dense.folder, dense)
 
 
 def assert_same_outcome(found: Outcome, expected: Outcome) -> None:

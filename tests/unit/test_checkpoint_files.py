@@ -21,6 +21,14 @@ from loraprune_ds import files
 from loraprune_ds.checkpoint import layout, save
 from loraprune_ds.checkpoint.load import open_checkpoint, source_digest
 from loraprune_ds.checkpoint.save import drop_old
+from loraprune_ds.checkpoint.state import (
+    Origin,
+    RunData,
+    State,
+    Totals,
+    read_resume_state,
+    read_state,
+)
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import begin_folder, json_text, make_once, publish_folder, remove_folder
 from loraprune_ds.pretrained import weight_files
@@ -38,15 +46,28 @@ from tests.support.refusals import (
 )
 
 
-def make_state(step: int, **changes: Any) -> layout.RunState:
-    state = layout.RunState(
+def make_state(step: int, **changes: Any) -> State:
+    state = State(
         step=step,
-        totals=layout.RunTotals(1536 * step, 22.5, None),
+        origin=Origin(
+            config={"seed": 0},
+            steps=9,
+            seed=0,
+            query_heads=False,
+            folder="/models/source",
+            digest="abc",
+            groups=[[3, 5]],
+            data=RunData("a", "b", {"data": "c"}),
+        ),
         kept=[[[0, 2], [1, 3, 4]]],
-        source="/models/source",
-        config={"seed": 0},
-        data=layout.RunData(9, "a", "b", "abc", {"data": "c"}),
+        engine="zero3",
+        world_size=2,
+        scaling=2.0,
+        scalings={"0.mlp.down_proj": 1.0},
+        formats={},
+        trained=[],
         asked=0.5,
+        totals=Totals(1536 * step, 22.5, None),
         resumed_from=[3],
         accelerator="cpu",
         peak_bytes=[1, 2],
@@ -183,20 +204,20 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
     assert not any(name.startswith(".") for name in names(tmp_path))
     for step, resumable in found.items():
         layout.verify(tmp_path / f"step-{step}")
-        assert resumable or "resume" in refused(layout.read_resume_state, tmp_path / f"step-{step}")
+        assert resumable or "resume" in refused(read_resume_state, tmp_path / f"step-{step}")
 
 
 STATE = json.loads(json_text(make_state(7)))
 CHANGES: list[tuple[dict[str, object], str]] = [
     *(
         ({"format": other}, f"has format {other}")
-        for other in (layout.FORMAT + 1, layout.FORMAT - 1)
+        for other in (layout.FORMAT + 1, layout.PROMISED - 1)
     ),
     ({"format": None}, "damaged"),
     ({"surprise": 1}, "surprise"),
     ({"kept": 3}, "damaged"),
     ({"step": "7"}, "step"),
-    ({"source": {}}, "source"),
+    ({"engine": {}}, "engine"),
 ]
 
 
@@ -212,9 +233,9 @@ def test_the_state_is_read_or_refused_in_one_line(
 ) -> None:
     file = tmp_path / layout.STATE_FILE
     file.write_text(json_text(make_state(7)))
-    assert layout.read_record(file, layout.RunState) == make_state(7)
+    assert read_state(tmp_path) == make_state(7)
     file.write_bytes(content)
-    must_name(f"{file} {words}", layout.read_record, file, layout.RunState)
+    must_name(f"{file} {words}", read_state, tmp_path)
 
 
 # The source of a step
@@ -246,9 +267,13 @@ def test_a_source_that_changed_in_place_is_refused(
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(large, source)
-    data = replace(make_state(1).data, source=source_digest(source))
-    config = {"output_dir": str(tmp_path)}
-    step = make_step(tmp_path, 1, source=str(source), data=data, config=config)
+    origin = replace(
+        make_state(1).origin,
+        folder=str(source),
+        digest=source_digest(source),
+        config={"output_dir": str(tmp_path)},
+    )
+    step = make_step(tmp_path, 1, origin=origin)
     open_checkpoint(step, Communicator(), dense=Mock())
     change(source)
     must_name(f"{source} source {step}", open_checkpoint, step, Communicator(), dense=Mock())

@@ -26,6 +26,14 @@ CASES = {
         {"model": "out/model", "adapter": "out", "results": "out"},
     ),
     "step-2": (["step-2/state.json"], {"checkpoints": ["step-2"]}),
+    "checkpoint-2": (
+        ["checkpoint-2/pruning/state.json", f"checkpoint-2/{ADAPTER}"],
+        {"checkpoints": ["pruning"]},
+    ),
+    "callback": (
+        ["callback/checkpoint-2/pruning/state.json", f"callback/checkpoint-4/{ADAPTER}"],
+        {"checkpoints": ["pruning"]},
+    ),
     "other": (["other/text.txt"], {}),
     "absent": ([], {}),
 }

@@ -20,10 +20,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
 from loraprune_ds.files import write_json
-from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import MetricsLog
 from loraprune_ds.report.reporters import TensorBoardLog
+from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.output import OutputFolder
 from tests.oracle.models import make_tiny_llama
 from tests.support.refusals import full_disk

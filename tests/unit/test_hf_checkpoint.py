@@ -1,7 +1,7 @@
 """The callback's checkpoints, its view of a foreign training, and the update, until it lets go."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.load import SavedStep, verify_step
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.hf import checkpoint
-from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState
-from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.local.live import LiveLocal
+from loraprune_ds.session import checkpoint
+from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.zero.live import LiveZero3
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.support.refusals import must_name
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
+# as a callback wrote it in format 7
 STATE = {
     "step": 5,
     "steps": 10,
@@ -31,17 +32,24 @@ STATE = {
     "prune": asdict(CONFIG),
     "dense": [],
     "kept": [],
+    "updates_since_cut": 3,
+    "moment_tokens": 7.0,
+    "resumed_from": [],
+    "format": layout.PROMISED,
 }
-STATE |= {"updates_since_cut": 0, "moment_tokens": 0.0, "resumed_from": [], "format": layout.FORMAT}
 
 
-def saved(folder: Path, **changes: Any) -> Path:
+def saved(checkpoint: Path, **changes: Any) -> Path:
     """Writes the state of a checkpoint whose tensors do not matter. Returns its path."""
-    state = folder / "pruning/state.json"
+    state = checkpoint / "pruning/state.json"
     state.parent.mkdir(parents=True)
     state.write_text(json.dumps(STATE | changes))
     layout.write_manifest(state.parent, {state.name: layout.seal(state)})
     return state
+
+
+def step_with(folder: Path, **changes: Any) -> SavedStep:
+    return verify_step(saved(folder, **changes).parent, COMM, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +59,7 @@ def saved(folder: Path, **changes: Any) -> Path:
         ({"prune": {"ratio": 0.4}}, "channel_multiple"),
         ({"prune": {"ratio": 0.4, "score_every": 2}}, "prune.score_every"),
         ({"prune": asdict(CONFIG) | {"depth_ratio": 0.1}}, "prune.depth_ratio 0.1 6ec3512a"),
-        ({"format": layout.FORMAT - 1}, f"format {layout.FORMAT - 1}"),
+        ({"format": layout.PROMISED - 1}, f"format {layout.PROMISED - 1}"),
         ({"surplus": 1}, "state.json"),
     ],
 )
@@ -64,56 +72,50 @@ def test_a_checkpoint_that_does_not_fit_is_named(
 
 @pytest.mark.parametrize(
     ("zero", "world_size", "names"),
-    [
-        (True, 2, ""),
-        (True, 3, "ZeRO-3 3 ranks"),
-        (False, 2, "without ZeRO-3"),
-        (False, 1, "without ZeRO-3"),
-    ],
+    [(True, 2, ""), (True, 3, "zero3 3 ranks"), (False, 2, "local"), (False, 1, "local")],
 )
 def test_another_engine_or_other_ranks_of_zero_3_cannot_load_an_optimizer(
     tmp_path: Path, zero: bool, world_size: int, names: str
 ) -> None:
-    state = PruningState(**STATE | {"prune": CONFIG, "zero": zero, "world_size": world_size})
-    obstacle = checkpoint._obstacle(tmp_path, state, None, COMM, LiveZero3())
+    state = step_with(tmp_path, zero=zero, world_size=world_size).state
+    obstacle = checkpoint._obstacle(state, [], LiveZero3(), 2)
     assert (obstacle is None) == (names == "")
     assert all(name in (obstacle or "") for name in names.split())
-    local = replace(state, zero=False)
-    obstacle = checkpoint._obstacle(tmp_path, local, None, COMM, LiveLocal())
-    assert obstacle is None  # each rank of DDP has the whole optimizer
+    # each rank of DDP has the whole optimizer
+    assert (checkpoint._obstacle(state, [], LiveLocal(), 2) is None) == (not zero)
 
 
 @pytest.mark.parametrize(
-    ("changes", "trained", "names"),
+    ("adam", "trained", "names"),
     [
-        ({"adam": None}, {"lora_A.weight": torch.float32}, "torch's Adam"),  # of SGD
-        ({}, {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32}, "lm_head.weight"),
-        ({}, {"lora_A.weight": torch.float16}, "fp16"),
+        (None, {"lora_A.weight": torch.float32}, "torch's Adam"),  # of SGD
+        (
+            {"step": 5, "param_groups": []},
+            {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32},
+            "lm_head.weight",
+        ),
+        ({"step": 5, "param_groups": []}, {"lora_A.weight": torch.float16}, "fp16"),
     ],
 )
 def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
-    tmp_path: Path, changes: dict[str, Any], trained: dict[str, torch.dtype], names: str
+    tmp_path: Path, adam: Any, trained: dict[str, torch.dtype], names: str
 ) -> None:
-    state = PruningState(**STATE | {"adam": {}, "prune": CONFIG} | changes)
+    step = step_with(tmp_path, adam=adam)
     parameters = [
         (f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype)))
         for name, dtype in trained.items()
     ]
     model = Mock(named_parameters=lambda: parameters, parameters=lambda: dict(parameters).values())
+    obstacle = "has no optimizer.pt"
     must_name(
-        f"optimizer.pt {names}",
-        checkpoint._check_restorable,
-        "has no optimizer.pt",
-        state,
-        model,
-        zero=True,
+        f"optimizer.pt {names}", checkpoint._check_restorable, obstacle, step, model, LiveZero3()
     )
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
     path = saved(tmp_path, prune=asdict(CONFIG) | {"depth_ratio": 0.0})  # of an earlier commit
     for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
-        assert checkpoint._read(tmp_path, given, COMM).prune == CONFIG
+        assert checkpoint._read(tmp_path, given, COMM)[1] == CONFIG
     path.write_text(path.read_text() + "\n")
     must_name("state.json", checkpoint._read, tmp_path, CONFIG, COMM)
 
@@ -143,15 +145,9 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
         must_name(f"{lacking} pruning/", checkpoint._find, folder)
 
 
-def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(tmp_path: Path) -> None:
     """A cut may come before the next score, if the next step overflows in fp16."""
-    monkeypatch.setattr(checkpoint, "read_history", lambda path: [])
-    state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
-    dense: Any = SimpleNamespace(kinds=())
-    resumed = PruningCheckpoint(tmp_path, cast(Any, state), dense, LiveLocal())
-    resumed.restore(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
+    step_with(tmp_path).restore_pruner(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
     assert (pruner.average.updates_since_cut, pruner.moments.restore.call_args.args[1]) == (3, 7.0)
 
 

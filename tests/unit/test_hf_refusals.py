@@ -21,14 +21,14 @@ from transformers import (
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.arguments import ARGUMENTS, check_arguments
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.checkpoint import PruningCheckpoint
-from loraprune_ds.hf.checks import check_model
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
-from loraprune_ds.hf.preparing import linear_names, unshare_bias
 from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.session.checkpoint import PruningCheckpoint
+from loraprune_ds.session.checks import check_model
+from loraprune_ds.session.live import base_dtype, base_shape, find_peft_model, live_shape
+from loraprune_ds.session.preparing import linear_names, unshare_bias
 from loraprune_ds.zero.external_engine import share_model
 from tests.support.families import LLAMA_LINEARS, tiny_model
 from tests.support.refusals import must_name
@@ -266,10 +266,13 @@ def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_resume_needs_the_callback_s_own_and_the_same_schedule() -> None:
     begins_with("step 3", torch.nn.Linear(1, 1), None, step=3)
-    saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
+    state: Any = SimpleNamespace(step=3, origin=SimpleNamespace(steps=20, seed=1))
     for given, names in (({}, "20 10"), ({"steps": 20, "seed": 2}, "seed 1 2")):
         callback = LoraPruneCallback(PruneConfig(), **given)
-        callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None), LiveLocal())
+        unused: Any = None
+        callback._checkpoint = PruningCheckpoint(
+            Path(), state, Path(), PruneConfig(), unused, LiveLocal()
+        )
         begins_with(names, adapted(), None, callback, step=3)
 
 

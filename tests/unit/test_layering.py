@@ -38,6 +38,7 @@ LAYERS = (
     ("checkpoint", "report"),
     ("export",),
     ("generate",),
+    ("session",),
     ("train", "hf", "evaluate", "chats", "plan"),
     ("cli",),
     ("launch", "slurm"),

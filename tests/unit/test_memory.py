@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.cli.run import join_ranks
-from loraprune_ds.pruning import steps
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.ranks import device
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import (
@@ -25,6 +23,9 @@ from loraprune_ds.ranks.device import (
     resident_bytes,
     trim_heap,
 )
+from loraprune_ds.report.records import History, Recorder
+from loraprune_ds.session import session
+from loraprune_ds.session.session import PruningSession
 
 MB = 1_000_000
 ONEDNN, TORCH = KERNEL_CACHES
@@ -88,25 +89,31 @@ def test_memory_between_used_blocks_goes_back_to_the_system() -> None:
     assert resident_bytes() < before - 150 * MB
 
 
-class NoModel(SimpleNamespace):
-    """What `PruningSteps` asks a model of one rank."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            comm=Communicator(), weight_bytes=lambda: [1], gradient_sum=lambda: torch.zeros(())
-        )
-
-
-def steps_with(**pruner: Any) -> PruningSteps:
-    model: Any = NoModel()
-    made: Any = SimpleNamespace(**pruner)
-    return PruningSteps(model, made, "float32")
+def session_with(**pruner: Any) -> PruningSession:
+    """Makes a session on one rank, whose pruner and model have the attributes that it asks."""
+    model: Any = SimpleNamespace(
+        comm=Communicator(),
+        device=torch.device("cpu"),
+        gradient_sum=lambda: torch.zeros(()),
+        optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
+        weight_bytes=lambda: [1],
+    )
+    made = PruningSession.__new__(PruningSession)
+    made.model = model
+    made.pruner = cast(Any, SimpleNamespace(**pruner))
+    made.peak = StepPeak()
+    made.recorder = Recorder(History(), [])
+    made.step = 1
+    made.scored = True
+    made.weight_bytes = [2]
+    return made
 
 
 @pytest.mark.parametrize("cut", ["a cut", None])
 def test_a_cut_trims_the_heap(monkeypatch: pytest.MonkeyPatch, cut: str | None) -> None:
-    monkeypatch.setattr(steps, "trim_heap", trimmed := Mock())
-    steps_with(cut=lambda step, scored: cut).cut(1)
+    monkeypatch.setattr(session, "trim_heap", trimmed := Mock())
+    monkeypatch.setattr(PruningSession, "_describe", Mock())
+    session_with(cut=lambda step, scored: cut).cut()
     assert trimmed.called == (cut is not None)
 
 
@@ -142,9 +149,9 @@ def test_a_refits_moments_are_no_part_of_a_steps_peak() -> None:
     sums = {"o_proj": torch.ones(200 * MB, dtype=torch.uint8)}
     moments: dict[str, Tensor] = {}
     pruner = SimpleNamespace(moments=SimpleNamespace(sums=moments))
-    measured = steps_with(moment_bytes=lambda: Pruner.moment_bytes(pruner))  # type: ignore[arg-type]
+    measured = session_with(moment_bytes=lambda: Pruner.moment_bytes(pruner))  # type: ignore[arg-type]
     measured.peak.begin()
-    (with_them,) = measured.exchange(torch.zeros((), dtype=torch.float64)).peak_bytes
+    (with_them,) = measured.exchange().peak_bytes
     moments |= sums
-    (without,) = measured.exchange(torch.zeros((), dtype=torch.float64)).peak_bytes
+    (without,) = measured.exchange().peak_bytes
     assert with_them - without == pytest.approx(200 * MB, abs=20 * MB)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraprune_ds.checkpoint.layout import layer_file
-from loraprune_ds.checkpoint.load import open_refits
+from loraprune_ds.checkpoint.layout import REFITS, layer_file
+from loraprune_ds.checkpoint.load import open_tensors
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class
@@ -94,7 +94,7 @@ def test_refitted_linears_of_a_step_replace_those_of_the_source(tmp_path: Path) 
     name = f"{weights.shape.prefix(3)}mixer.o_proj.weight"
     refitted = torch.ones(weights.shape.parameters()[name])
     save_file({name: refitted}, tmp_path / layer_file("refit", 3))
-    both = weights.overlaid(open_refits(weights.shape, tmp_path))
+    both = weights.overlaid(open_tensors(weights.shape, tmp_path, REFITS))
     assert torch.equal(both.read_full(name, torch.float32), refitted)
     others = (other for other in weights.shape.parameters() if other != name)
     assert all(

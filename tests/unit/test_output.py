@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.state import Origin, RunData, State, Totals
 from loraprune_ds.config import EvaluateConfig, LoggingConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import json_text, read_json
@@ -173,8 +174,9 @@ def test_what_is_not_given_comes_from_the_run_that_goes_on(
 def save_state(folder: Path, **changes: Any) -> None:
     step = folder / "checkpoints" / "step-3"
     step.mkdir(parents=True)
-    source, data = "a", layout.RunData(3, "a", "b", "c", {"data": "c0ffee"})
-    state = layout.RunState(3, layout.RunTotals(), [], source, {}, data, 0.5, [], "cpu", [])
+    data = RunData("a", "b", {"data": "c0ffee"})
+    origin = Origin(changes.pop("config", {}), 3, 0, True, "a", "c", [], data)
+    state = State(3, origin, [], "zero3", 1, 2.0, {}, {}, [], 0.5, Totals(), [], "cpu", [])
     (step / "state.json").write_text(json_text(dataclasses.replace(state, **changes)))
 
 
@@ -189,8 +191,7 @@ def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) 
     )
     assert (going_on.config, fresh.continued) == (saved, None)
     assert going_on.continued is not None
-    assert going_on.continued.data.commits == {"data": "c0ffee"}
-    assert not going_on.continued.query_heads  # an older step has no such field
+    assert going_on.continued.origin.data == RunData("a", "b", {"data": "c0ffee"})
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])
@@ -201,15 +202,15 @@ def test_a_run_of_another_format_is_refused_as_such(
     """Also if its config has keys that are gone, or is lost."""
     leave(config)
     folder = Path(config.output_dir)
-    save_state(folder, format=layout.FORMAT - 1)
-    status = read_json(folder / "status.json") | {"format": layout.FORMAT - 1}
+    save_state(folder, format=layout.PROMISED - 1)
+    status = read_json(folder / "status.json") | {"format": layout.PROMISED - 1}
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "config.yaml").write_text(
         "" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2})
     )
 
-    reader = layout.READERS[str(layout.FORMAT - 1)]
-    with pytest.raises(layout.CheckpointMismatch, match=f"{layout.FORMAT - 1}.* {reader}"):
+    reader = layout.READERS[str(layout.PROMISED - 1)]
+    with pytest.raises(layout.CheckpointMismatch, match=f"{layout.PROMISED - 1}.* {reader}"):
         _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 

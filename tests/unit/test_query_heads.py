@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from loraprune_ds import Pruning
-from loraprune_ds.hf.checkpoint import PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pretrained import read_shape
@@ -22,6 +21,7 @@ from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import LayerScores, add_in_turn
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
 from tests.oracle.models import make_batches, make_tiny_llama
 from tests.support.driver import random_lora
 from tests.support.families import layers_with, tiny_config, tiny_model

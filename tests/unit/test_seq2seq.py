@@ -19,13 +19,13 @@ from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.generate.encoding import encode_prompts
 from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.generate.writer import Writer
-from loraprune_ds.hf.forward_watch import ForwardWatch
-from loraprune_ds.hf.live import base_shape
-from loraprune_ds.hf.preparing import linear_names
 from loraprune_ds.model.perplexity import measure_perplexity
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.pretrained.tokenizer import Starts, tokenize_pairs
 from loraprune_ds.pretrained.windows import split_batches
+from loraprune_ds.session.forward_watch import ForwardWatch
+from loraprune_ds.session.live import base_shape
+from loraprune_ds.session.preparing import linear_names
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from tests.support.families import tiny_model

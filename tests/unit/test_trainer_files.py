@@ -10,11 +10,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback, _advance
-from loraprune_ds.hf.checkpoint import cut_to_checkpoint
-from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.session.checkpoint import cut_to_checkpoint
+from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.zero.live import LiveZero3
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import make_model
@@ -55,8 +55,9 @@ def test_files_without_which_no_optimizer_is_loaded_are_named(
     touch(tmp_path, *names)
     if "latest" in names:
         (tmp_path / "latest").write_text(TAG)
+    touch(tmp_path, ADAPTER, "trainer_state.json")
     engine = LiveZero3() if config else LiveLocal()
-    assert TrainerFiles(config).lacks_state(tmp_path, 1, engine) == lacking
+    assert TrainerFiles(config).lacking(tmp_path, 1, engine) == lacking
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_on_zero_3_no_adapter_is_read_but_the_ranks_in_the_folder_of_pruning_cou
 ) -> None:
     folder = save(dense, tmp_path)
     remove(ADAPTER)(folder)
-    TrainerFiles(ZERO).check_readable(folder)
+    assert TrainerFiles(ZERO).lacking(folder, 0, LiveZero3()) == ["complete global_step*", SCHEDULE]
     model = make_model(dense, r=2)
     must_name(
         "lora-00000.safetensors layers.0. 4 2",

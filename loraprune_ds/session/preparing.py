@@ -6,11 +6,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import require
-from loraprune_ds.hf.checks import refuse_mixture
-from loraprune_ds.hf.live import _tied
 from loraprune_ds.model.adapters import last_names
 from loraprune_ds.model.family import find_family
 from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
+from loraprune_ds.session.checks import refuse_mixture
+from loraprune_ds.session.live import _tied
 
 
 def linear_names(model: PreTrainedModel | str | Path) -> list[str]:

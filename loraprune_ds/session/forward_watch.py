@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraprune_ds.hf.compiled import refuse_compiled
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.session.compiled import refuse_compiled
 
 
 class ForwardWatch:

@@ -1,22 +1,61 @@
-"""Reads the layers of a model that another trainer trains, for an export."""
+"""Exports a model that another trainer trains, layer by layer."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import Dtype
+from loraprune_ds.export.huggingface import begin, publish, write_model
+from loraprune_ds.export.model_card import card_of_state
+from loraprune_ds.files import staging_of, write_json
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pretrained.exported_config import ExportedConfig
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
+from loraprune_ds.pretrained.weight_files import drop_auto_maps
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owner_rounds
+from loraprune_ds.session.live import base_config
+from loraprune_ds.session.session import PruningSession
+
+
+def export_live(
+    session: PruningSession, peft_model: PeftModel, folder: Path, tokenizer: Any, *, merge: bool
+) -> None:
+    """Writes a Hugging Face model. Collective. Raises UserError if the folder is not empty."""
+    model = session.model
+    comm = model.comm
+    config = base_config(peft_model)
+    exported = export_config(config, model.shape, session.dtype)
+    card = card_of_state(session.state(), session.pruner.limits.dense)
+    comm.write_on_rank_0(folder, lambda: begin(folder))
+    with tempfile.TemporaryDirectory() as path:
+        dense = Path(path)  # has the files of the dense model next to its weights
+        comm.write_on_rank_0(dense, lambda: _save_settings(dense, peft_model, config, tokenizer))
+        live = LiveModel(model, exported, dense, session.dtype)
+        write_model(live, staging_of(folder), card, comm, merge=merge)
+    comm.write_on_rank_0(folder, lambda: publish(folder))
+
+
+def _save_settings(
+    dense: Path, peft_model: PeftModel, config: dict[str, Any], tokenizer: Any
+) -> None:
+    base: Any = peft_model.get_base_model()
+    write_json(dense / "config.json", config)
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(dense)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(dense)
+        # the trainer's user may trust a tokenizer's code; an export brings none
+        drop_auto_maps(dense)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Checks a live PEFT model. A refusal is one line before step 1."""
 
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 from peft import PeftModel
@@ -11,14 +12,15 @@ from torch import nn
 
 from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import require
-from loraprune_ds.hf.arguments import Refused
-from loraprune_ds.hf.live import base_shape
 from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.session.live import base_shape
 
 log = logging.getLogger(__name__)
+
+Refused = Callable[[Any], bool]
 
 # (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
 LINEARS: tuple[tuple[Refused, str], ...] = (

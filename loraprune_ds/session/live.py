@@ -10,13 +10,13 @@ from torch import nn
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.engines import full_shape
 from loraprune_ds.errors import require
-from loraprune_ds.hf.compiled import check_not_compiled
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.session.compiled import check_not_compiled
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:

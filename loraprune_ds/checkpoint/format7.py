@@ -1,0 +1,83 @@
+"""Reads states of format 7 as if they were of format 8. Nothing else knows that format.
+
+A run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, beside all its tensors.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.checkpoint import layout
+
+# fields of a callback's state that a resume alone needs
+OF_RESUME = ("updates_since_cut", "moment_tokens")
+
+
+def is_flat(folder: Path) -> bool:
+    """Tells whether a callback has written the folder in format 7, whose tensors have no folder of their own."""
+    raw: Any = None
+    with suppress(OSError, ValueError):
+        raw = json.loads((folder / layout.STATE_FILE).read_text(encoding="utf-8"))
+    return isinstance(raw, dict) and raw.get("format") == 7 and "prune" in raw
+
+
+def upgrade_state(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `State`. A field that no format has stays, and is refused."""
+    fields = dict(raw)
+    upgrade = _upgrade_callback if "prune" in raw else _upgrade_run
+    return fields | upgrade(fields) | {"scalings": {}, "formats": {}, "trained": []}
+
+
+def _upgrade_run(fields: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields that have other places now. A run has one scaling, and its settings tell the formats."""
+    config = fields.pop("config")
+    data = fields.pop("data")
+    lora = config["lora"]
+    origin = {
+        "config": config,
+        "steps": data.pop("steps"),
+        "seed": config["seed"],
+        "query_heads": fields.pop("query_heads", False),
+        "folder": fields.pop("source"),
+        "digest": data.pop("source"),
+        "data": data,
+    }
+    return {
+        "origin": origin,
+        "engine": "local" if config["deepspeed"] is None else "zero3",
+        "world_size": len(fields["peak_bytes"]),
+        "scaling": lora["lora_alpha"] / lora["r"],
+    }
+
+
+def _upgrade_callback(fields: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields that have other places now. The dense model was not recorded, so only a resume is possible."""
+    prune = fields.pop("prune")
+    for name in (*OF_RESUME, "adam"):
+        fields.pop(name, None)
+    origin = {
+        "config": {"prune": prune},
+        "steps": fields.pop("steps"),
+        "seed": fields.pop("seed"),
+        "query_heads": fields.pop("query_heads", False),
+        "groups": fields.pop("dense"),
+    }
+    return {
+        "origin": origin,
+        "engine": "zero3" if fields.pop("zero", True) else "local",
+        "scaling": 1.0,  # nothing reads it
+        "asked": prune["ratio"],
+        "totals": {},
+        "accelerator": "",
+        "peak_bytes": [],
+    }
+
+
+def upgrade_resume_state(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `ResumeState`."""
+    if "prune" not in raw:
+        return raw
+    adam = raw.get("adam") or {"step": None, "param_groups": []}
+    counters = {name: raw[name] for name in OF_RESUME}
+    return counters | {"adam_step": adam["step"], "adam_groups": adam["param_groups"]}

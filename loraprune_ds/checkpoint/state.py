@@ -1,0 +1,135 @@
+"""What a step says beside its tensors, the same for a run and for a training of somebody else's loop.
+
+README.md in this folder describes a step's files.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.checkpoint import format7, layout
+from loraprune_ds.config_types import EngineName
+from loraprune_ds.errors import require
+
+
+@dataclass(frozen=True)
+class Totals:
+    tokens: int = 0  # read in all steps
+    perplexity_dense: float | None = None  # held-out, before the first step
+    perplexity: float | None = None  # held-out, at this step
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Identifies what a run tunes on and measures."""
+
+    samples: str  # digest
+    held_out: str  # digest of the text
+    # of data sets of the hub, by their sections of the config
+    commits: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a training began with. It never changes.
+
+    Attributes:
+        config: a run's settings. A callback's has those alone that its results need.
+        steps: of the schedule.
+        query_heads: some leave without their key-value head.
+        folder: of the dense model. Weights that no refit changed are its slices. None: no folder has the same weights.
+        digest: of that folder (`load.source_digest`).
+        groups: of each kind in each layer of the dense model. Empty in a run of format 7.
+        data: None if somebody else's loop trains.
+    """
+
+    config: dict[str, Any]
+    steps: int
+    seed: int
+    query_heads: bool
+    folder: str | None = None
+    digest: str | None = None
+    groups: list[list[int]] = field(default_factory=list)
+    data: RunData | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """A training under pruning after `step` optimizer steps, as far as its results need it.
+
+    Attributes:
+        kept: kept groups by layer and kind, as indices into the dense model.
+        engine: that trains (engines.py).
+        scaling: lora_alpha / r of most linears. `scalings` has the others, as "{layer}.{linear}".
+        formats: storage formats of linears that are not stored in the model's dtype, by the same names.
+        trained: tensors that train beside LoRA, by the names of the text class.
+        asked: fraction of the linear parameters to remove, up to the end or to the next size.
+        resumed_from: steps of earlier resumes.
+        accelerator: the name of the ranks' device.
+        peak_bytes: the most memory that each rank has held since its start.
+    """
+
+    step: int
+    origin: Origin
+    kept: list[list[list[int]]]
+    engine: EngineName
+    world_size: int
+    scaling: float
+    scalings: dict[str, float]
+    formats: dict[str, str]
+    trained: list[str]
+    asked: float
+    totals: Totals
+    resumed_from: list[int]
+    accelerator: str
+    peak_bytes: list[int]
+    format: int = layout.FORMAT
+    __pydantic_config__ = layout.NO_MORE
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """What only a resume needs.
+
+    Attributes:
+        adam_step: updates of Adam, fewer than the steps if fp16 skipped some. None: another optimizer trains.
+        adam_groups: its param_groups without parameters.
+        schedule: state of the learning-rate schedule of a run.
+        loss_scale: state of fp16's loss scaler of a run, otherwise empty.
+        updates_since_cut: of the scores.
+        moment_tokens: the number of tokens in the sums of the input moments.
+    """
+
+    adam_step: int | None
+    updates_since_cut: int
+    moment_tokens: float
+    adam_groups: list[dict[str, Any]] = field(default_factory=list)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    format: int = layout.FORMAT
+    __pydantic_config__ = layout.NO_MORE
+
+
+def read_state(folder: Path) -> State:
+    """Reads the state in a step's folder like `layout.read_record`."""
+    return layout.read_record(folder / layout.STATE_FILE, State, format7.upgrade_state)
+
+
+def read_resume_state(folder: Path) -> ResumeState:
+    """Reads the counters of a step like `layout.read_record`."""
+    path = resume_folder(folder) / layout.STATE_FILE
+    require(
+        path.parent.is_dir(),
+        f"{folder} has no {layout.RESUME_FOLDER}/: only exports need the step of an earlier size",
+    )
+    return layout.read_record(path, ResumeState, format7.upgrade_resume_state)
+
+
+def resume_folder(folder: Path) -> Path:
+    """Returns the folder of the files that only a resume needs."""
+    return folder if format7.is_flat(folder) else folder / layout.RESUME_FOLDER
+
+
+def newest_state(root: Path) -> State | None:
+    """Reads the newest state under `root` without verifying the checkpoint, to see whose run it is."""
+    return layout.newest_usable(root, layout.numbered(root, "step"), read_state)

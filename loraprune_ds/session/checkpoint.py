@@ -1,0 +1,245 @@
+"""Cuts a fresh model to match a checkpoint of somebody else's loop, which has our state in its folder `pruning/`.
+
+checkpoint-120/pruning/    a step like those of our trainer, with metrics.jsonl (checkpoint/README.md)
+
+The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
+From its files another engine, or other ranks, go on.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
+from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, verify_step
+from loraprune_ds.checkpoint.state import State
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.engine.live import LiveEngine
+from loraprune_ds.engines import full_shape, future_engine, holder
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.model.adapters import ADAPTER, base_parameter
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.adapters import name_in_file
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
+from loraprune_ds.pretrained.weights import ModelWeights
+from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.report.records import METRICS_FILE, History, read_history
+from loraprune_ds.session.live import find_peft_model, live_shape
+from loraprune_ds.session.state import has_plain_adam
+
+TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
+COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
+# (checkpoint, rank, engine) -> the files of its optimizer and schedule that the loop's own trainer lacks
+FindLacking = Callable[[Path, int, LiveEngine], list[str]]
+
+
+@dataclass(frozen=True)
+class PruningCheckpoint(SavedStep):
+    """A verified checkpoint that the live model matches after cuts.
+
+    Attributes:
+        folder: `pruning/` in the checkpoint of the trainer.
+        prune: the settings that it was saved with.
+        dense: the shape before any cut.
+        engine: which will train the model.
+        restores_optimizer: the trainer cannot load LoRA and its optimizer, so they come from `pruning/`. Either another
+            engine, or another number of ZeRO-3's ranks, has saved the checkpoint, or files are missing.
+    """
+
+    prune: PruneConfig
+    dense: ModelShape
+    engine: LiveEngine
+    restores_optimizer: bool = False
+
+    @property
+    def of_trainer(self) -> Path:
+        """The folder of the trainer's checkpoint."""
+        return self.folder.parent
+
+    def history(self) -> History:
+        """Reads the records so far."""
+        return read_history(self.folder / METRICS_FILE)
+
+    def check_schedule(self, steps: int, seed: int) -> None:
+        """Raises UserError if a training with these settings would make other cuts."""
+        origin = self.state.origin
+        require(
+            origin.steps == steps,
+            f"the checkpoint's schedule has {origin.steps} steps, not {steps}",
+        )
+        require(origin.seed == seed, f"the checkpoint's seed is {origin.seed}, not {seed}")
+
+    def restore_lora(self, model: PrunableModel) -> None:
+        """Restores LoRA and Adam's state, which the trainer could not load. Collective."""
+        require(
+            has_plain_adam(model),
+            f"{self.of_trainer} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it",
+        )
+        model.optimizer_state.restore(
+            model.lora_parameters(), self.read_flat, self.resume_state().adam_step or 0, model.comm
+        )
+
+
+def cut_to_checkpoint(
+    model: nn.Module,
+    folder: Path,
+    config: PruneConfig,
+    comm: Communicator,
+    find_lacking: FindLacking = lambda checkpoint, rank, engine: [],
+) -> PruningCheckpoint | None:
+    """Cuts a dense PEFT model to match a checkpoint, before its training begins. None without a checkpoint. Collective.
+
+    Arguments and errors are those of `LoraPruneCallback.resume`. The weights may already be sharded.
+    """
+    checkpoint = comm.all_or_raise(lambda: _find(folder))
+    if checkpoint is None:
+        return None
+    peft_model = find_peft_model(model)
+    step, prune = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
+    state = step.state
+    engine = future_engine(peft_model)
+    lacking = comm.all_or_raise(lambda: find_lacking(checkpoint, comm.rank, engine))
+    obstacle = _obstacle(state, lacking, engine, comm.world_size)
+    # all ranks must load the same way
+    obstacle = next(filter(None, comm.gather_objects(obstacle)), None)
+    if obstacle is not None:
+        _check_restorable(f"{checkpoint} {obstacle}", step, peft_model, engine)
+    if not state.origin.query_heads:
+        # `live_shape` reads it
+        setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)
+    dense = live_shape(peft_model)
+    require(
+        counts_to_lists(dense) == state.origin.groups,
+        f"{checkpoint} belongs to another model: its layers have other sizes",
+    )
+    comm.all_or_raise(lambda: _check_lora_ranks(step, peft_model, dense, engine))
+    keep = step.keep(dense.kinds)
+    engine.cut_before_training(peft_model, dense, keep, comm)
+    _overwrite(peft_model, step.refits(dense.after(keep)), comm)
+    return PruningCheckpoint(
+        **vars(step),
+        prune=prune,
+        dense=dense,
+        engine=engine,
+        restores_optimizer=obstacle is not None,
+    )
+
+
+@torch.no_grad()
+def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> None:
+    """Reads those linears again that `weights` has."""
+    layers = decoder_layers(model)
+    for i, linear in weights.shape.linears():
+        name = f"{weights.shape.prefix(i)}{linear.name}"
+        if name in weights.files:
+            parameter = base_parameter(layers[i], linear.name)
+            read = partial(weights.read_flat, name, dtype=parameter.dtype)
+            holder(parameter).fill(parameter, read, comm)
+
+
+def _find(folder: Path) -> Path | None:
+    checkpoints = [folder / f"checkpoint-{step}" for step in layout.numbered(folder, "checkpoint")]
+    for checkpoint in (folder, *reversed(checkpoints)):
+        if (checkpoint / PRUNING_FOLDER).is_dir():
+            return checkpoint
+    is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
+    if checkpoints or is_checkpoint or (folder / TRAINER_STATE).is_file():
+        newest = checkpoints[-1] if checkpoints else folder
+        raise UserError(
+            f"{newest} has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent"
+        )
+    return None
+
+
+def _obstacle(state: State, lacking: list[str], engine: LiveEngine, world_size: int) -> str | None:
+    """Says why this rank's trainer cannot load LoRA and its optimizer itself, if it cannot."""
+    fits = state.world_size == world_size or not engine.saves_itself
+    if state.engine == engine.name and fits:
+        return f"has no {' and no '.join(lacking)}" if lacking else None
+    return f"was saved by the engine {state.engine} on {state.world_size} ranks"
+
+
+def _check_restorable(obstacle: str, step: SavedStep, model: PeftModel, engine: LiveEngine) -> None:
+    """Refuses a checkpoint whose folder `pruning/` has too little to go on from."""
+    require(
+        step.resume_state().adam_step is not None,
+        f"{obstacle}, and {PRUNING_FOLDER}/ has no state of torch's Adam; {COMPLETE}",
+    )
+    for name, parameter in model.named_parameters():
+        require(
+            ".lora_" in name or not parameter.requires_grad,
+            f"{obstacle}, and {PRUNING_FOLDER}/ has Adam's state of LoRA, but not of {name}; {COMPLETE}",
+        )
+    is_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    require(
+        not (engine.saves_itself and is_fp16),
+        f"{obstacle}, and {PRUNING_FOLDER}/ has no loss scale for {engine.name} in fp16; {COMPLETE}",
+    )
+
+
+def _check_lora_ranks(
+    step: SavedStep, model: PeftModel, shape: ModelShape, engine: LiveEngine
+) -> None:
+    """Refuses a model whose LoRA has other ranks than that in the checkpoint."""
+    in_model = {
+        name.replace(f".{ADAPTER}.", "."): full_shape(parameter)[0]
+        for name, parameter in model.named_parameters()
+        if f".lora_A.{ADAPTER}." in name
+    }
+    for path, ranks in _saved_ranks(step, shape, engine).items():
+        for name in filter(ranks.__contains__, in_model):
+            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            require(
+                ranks[name] == in_model[name],
+                f"{path}: LoRA on {linear} has rank {ranks[name]}, but the model's has {in_model[name]}; "
+                "make the model with the same ranks",
+            )
+
+
+def _saved_ranks(
+    step: SavedStep, shape: ModelShape, engine: LiveEngine
+) -> dict[Path, dict[str, int]]:
+    """Reads the rank of each LoRA factor A, named as in an adapter. DeepSpeed does not read the adapter itself."""
+    headers = dict[Path, dict[str, Any]]()
+    adapter = step.folder.parent / ADAPTER_WEIGHTS
+    if adapter.is_file() and not engine.saves_itself:
+        headers[adapter] = read_header(adapter)
+    for layer in range(len(shape.layers)):
+        path = step.folder / layout.layer_file("lora", layer)
+        if path.is_file():
+            headers[path] = {
+                name_in_file(shape, layer, name): entry for name, entry in read_header(path).items()
+            }
+    return {
+        path: {
+            name: sizes[0] for name, (sizes, _) in header.items() if name.endswith(".lora_A.weight")
+        }
+        for path, header in headers.items()
+    }
+
+
+def _read(
+    checkpoint: Path, config: PruneConfig, comm: Communicator
+) -> tuple[SavedStep, PruneConfig]:
+    """Verifies a checkpoint. Also returns its settings. A default value leaves the choice to it."""
+    step = verify_step(checkpoint / PRUNING_FOLDER, comm, resume=True)
+    raw = {"output_dir": "unknown", **step.state.origin.config}
+    prune = layout.recorded_config(raw, step.folder / layout.STATE_FILE).prune
+    defaults = asdict(PruneConfig())
+    saved = asdict(prune)
+    different = [
+        key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
+    ]
+    require(not different, f"{checkpoint} was saved with other settings: {', '.join(different)}")
+    return step, prune

@@ -1,0 +1,231 @@
+"""Prunes a model while an external loop trains it, by two calls around each optimizer step:
+
+    pruning = Pruning(model, optimizer, PruneConfig(ratio=0.3), steps=100)
+    for batch in batches:
+        pruning.begin_step()
+        ...                     forward and backward passes, the optimizer's update
+        pruning.end_step()
+
+Scores are computed right before the update, from averaged gradients before clipping.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.engine.live import LiveTraining
+from loraprune_ds.engines import connect
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import read_json, remove_folder, remove_leftovers, write_json
+from loraprune_ds.pretrained.adapters import ADAPTER_FILE
+from loraprune_ds.pruning.schedule import plan_pruning
+from loraprune_ds.pruning.target import resolve
+from loraprune_ds.report import records
+from loraprune_ds.session.checkpoint import PruningCheckpoint
+from loraprune_ds.session.checks import check_model
+from loraprune_ds.session.compiled import check_accelerate, check_not_compiled
+from loraprune_ds.session.forward_watch import ForwardWatch
+from loraprune_ds.session.live import base_dtype, find_peft_model, live_shape, model_name
+from loraprune_ds.session.origin import describe_origin
+from loraprune_ds.session.session import PruningSession
+
+log = logging.getLogger(__name__)
+
+
+class Pruning(PruningSession):
+    """Scores and cuts a model that an external loop trains, and exports it: on ZeRO-3, on DDP or in one process.
+
+    Hooks record the passes, and score before each update.
+
+    Args:
+        model: DeepSpeed's engine, DistributedDataParallel, or the PEFT model inside, ready to train.
+        optimizer: torch's, or returned by `accelerator.prepare` or `deepspeed.initialize`. A loss scaler of your own
+            must be its attribute `scaler`, as in accelerate.
+        steps: optimizer steps of the whole training. The schedule is a fraction of them.
+        checkpoint: returned by `cut_to_checkpoint`.
+        ds_config: DeepSpeed's JSON, if `model` is not the engine.
+
+    Raises:
+        UserError: a part of the training cannot be pruned, or the checkpoint has other steps or another seed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: PruneConfig,
+        steps: int,
+        *,
+        seed: int = 0,
+        checkpoint: PruningCheckpoint | None = None,
+        ds_config: dict[str, Any] | None = None,
+        sinks: Sequence[records.Sink] = (),
+    ) -> None:
+        """Checks the model and attaches to it. Collective."""
+        if checkpoint:
+            checkpoint.check_schedule(steps, seed)
+        check_accelerate()
+        peft_model = find_peft_model(model)
+        check_model(peft_model)
+        self.peft_model = peft_model
+        live = connect(
+            LiveTraining(model, peft_model, live_shape(peft_model), optimizer, ds_config)
+        )
+        if checkpoint and checkpoint.restores_optimizer:
+            checkpoint.restore_lora(live)
+        dense = checkpoint.dense if checkpoint else live.shape
+        schedule = plan_pruning(*resolve(config, dense), steps)
+        dtype = base_dtype(peft_model, dense)
+        if checkpoint:
+            origin = checkpoint.state.origin
+        else:
+            origin = describe_origin(live, schedule, dtype, steps=steps, seed=seed)
+        history = checkpoint.history() if checkpoint else records.History()
+        recorder = records.Recorder(history, sinks if live.rank == 0 else ())
+        super().__init__(live, schedule, dtype, origin=origin, recorder=recorder)
+        if checkpoint:
+            self.restore(checkpoint)
+        self._forward = ForwardWatch(self.pruner)
+        self._hooks = ExitStack()
+        self._hooks.callback(
+            live.before_each_update(self._before_update, reads_gradients=config.criterion == "lora")
+        )
+
+    def begin_step(self) -> None:
+        """Begins an optimizer step, before its first forward pass. Raises UserError inside a step."""
+        require(
+            not self._forward.active,
+            f"begin_step was called twice in step {self.step + 1}, without end_step between",
+        )
+        check_not_compiled(self.peft_model)  # it may be by now
+        self._forward.active = True
+        super().begin_step()
+
+    def end_step(
+        self, loss: float = math.nan, *, tokens: int | None = None, flops: float | None = None
+    ) -> records.CutRecord | None:
+        """Ends an optimizer step after its update, and cuts the model if a cut is due.
+
+        Raises:
+            UserError: the optimizer made no update since `begin_step`.
+            RunError: see `Pruner.cut`.
+        """
+        if not self.exchanged and self.model.skips_updates:  # a gradient overflowed
+            self.exchange(tokens=self._forward.take_tokens())
+            self.scored = False
+        if not self.exchanged:
+            raise UserError(
+                f"end_step was called in step {self.step + 1}, but the optimizer has made no update"
+            )
+        self._forward.active = False
+        return super().end_step(loss, tokens=tokens, flops=flops)
+
+    def save(self, folder: str | Path) -> None:
+        """Completes a trainer's checkpoint for `cut_to_checkpoint`. Collective. RunError if a rank cannot write."""
+        folder = Path(folder)
+        if self.model.rank == 0:
+            remove_leftovers(folder)
+        self.save_step(folder / PRUNING_FOLDER, "pruning", with_records=True)
+
+    def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
+        self._export(Path(folder), tokenizer, merge=True)
+
+    def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Writes the model of one of `prune.sizes` into `folder`, if one has ended, over an earlier one. Collective."""
+        sizes = self.schedule.ends()
+        if self.step not in sizes:
+            return
+        target = Path(folder) / records.export_folder(sizes, self.step)
+        self.model.comm.write_on_rank_0(
+            target, lambda: remove_folder(target) if target.exists() else None
+        )
+        self.save_model(target, tokenizer)
+
+    def save_base(
+        self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None
+    ) -> None:
+        """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
+
+        The live adapter cannot name it: at each save PEFT reads the base's config with the class of the dense model,
+        which refuses layers of different sizes.
+
+        Raises:
+            UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
+        """
+        if adapter is None:
+            self._export(Path(folder), tokenizer, merge=False)
+            return
+        comm = self.model.comm
+        path = Path(adapter) / ADAPTER_FILE
+        config = comm.on_rank_0(lambda: read_json(path)) or {}
+        self._export(Path(folder), tokenizer, merge=False)
+        config["base_model_name_or_path"] = str(folder)
+        comm.write_on_rank_0(path, lambda: write_json(path, config))
+
+    def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
+        """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
+        # importing the callback must not load matplotlib
+        from loraprune_ds.session.results import write_results
+
+        folder = Path(folder)
+        config = {
+            "seed": self.origin.seed,
+            "steps": self.origin.steps,
+            "model": {"path": model_name(self.peft_model), "dtype": self.dtype},
+            "prune": asdict(self.pruner.config),
+        }
+        comm = self.model.comm
+        metrics = folder / records.METRICS_FILE
+        comm.write_on_rank_0(metrics, lambda: records.write_history(metrics, self.recorder.history))
+        write_results(
+            folder, self.state(), self.schedule, self.recorder, config | (settings or {}), comm
+        )
+
+    def close(self) -> None:
+        """Detaches from the model and its optimizer. Warns if not all cuts were made."""
+        end = self.schedule.last_cut
+        if self.step < end and self.model.rank == 0:
+            log.warning(
+                "training stopped at step %d, before the last cut at step %d: %.1f %% of %.1f %% are removed",
+                self.step,
+                end,
+                100 * self.reached,
+                100 * self.schedule.ratio,
+            )
+        self._hooks.close()
+        self._forward.close()
+        self.pruner.detach()
+        self.recorder.close()
+
+    def _before_update(self) -> None:
+        """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""
+        step = self.step + 1
+        require(
+            self._forward.active, f"step {step}: the optimizer made an update without a begin_step"
+        )
+        require(
+            not self.exchanged,
+            f"step {step}: the optimizer made two updates between begin_step and end_step",
+        )
+        numbers = self.exchange(tokens=self._forward.take_tokens())
+        require(
+            any(numbers.tokens),
+            f"step {step}: no forward pass was in training mode, so none was recorded; "
+            "call model.train() before",
+        )
+        self.score()
+
+    def _export(self, folder: Path, tokenizer: Any, *, merge: bool) -> None:
+        # importing the callback loads no writer
+        from loraprune_ds.session.live_export import export_live
+
+        export_live(self, self.peft_model, folder, tokenizer, merge=merge)

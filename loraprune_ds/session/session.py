@@ -1,0 +1,299 @@
+"""A training under pruning, one optimizer step after another. Whoever trains makes these calls:
+
+    session.begin_step()
+    with session.record_forward(mask):          for each micro-batch; a refit records its inputs
+        loss = model(...)
+    loss.backward()
+    session.exchange(loss); session.score()     right before the update
+    optimizer.step()
+    session.end_step(loss)                      records the step, and cuts if a cut is due
+
+Our trainer makes them all (train/trainer.py). In a loop of somebody else, hooks make those in the middle (pruning.py).
+"""
+
+import math
+import time
+from collections import Counter
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.checkpoint.load import SavedStep, keep_to_lists
+from loraprune_ds.checkpoint.save import Staging, write_step
+from loraprune_ds.checkpoint.state import Origin, ResumeState, State
+from loraprune_ds.config_types import Dtype
+from loraprune_ds.errors import fail_point
+from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.step import Cut, Pruner
+from loraprune_ds.ranks.device import StepPeak, device_name, is_cpu, peak_flops, trim_heap
+from loraprune_ds.report import records
+from loraprune_ds.session.exchange import RankNumbers, can_update, exchange_numbers, find_bad_layers
+from loraprune_ds.session.state import (
+    has_plain_adam,
+    lora_scalings,
+    param_groups,
+    storage_formats,
+    sum_up,
+)
+
+
+class PruningSession:
+    """Scores, cuts and records a model while it trains.
+
+    Args:
+        dtype: of the frozen weights.
+        origin: what the training began with.
+        own_process: the training has the process for itself, so the peak memory of each step is measured.
+
+    Attributes:
+        step: the last completed step.
+        weight_bytes: of each rank: (world_size,).
+        scored: whether the last step's gradients were finite.
+    """
+
+    def __init__(
+        self,
+        model: PrunableModel,
+        schedule: Schedule,
+        dtype: Dtype,
+        *,
+        origin: Origin,
+        recorder: records.Recorder,
+        own_process: bool = False,
+    ) -> None:
+        self.model = model
+        self.dtype: Dtype = dtype
+        self.origin = origin
+        self.pruner = Pruner(model, schedule, origin.seed)
+        self.recorder = recorder
+        self.step = 0
+        self.resumed_from: list[int] = []
+        self.weight_bytes = model.weight_bytes()
+        self.scored = False
+        self.peak = StepPeak()
+        self._own_process = own_process
+        self._peak_flops = peak_flops(device_name(), dtype) if own_process else None
+        self._recording = ExitStack()
+        self._began = 0.0
+        self._sparsity = 0.0
+        self._learning_rate = 0.0
+        self._numbers: RankNumbers | None = None  # of the open step, once it was exchanged
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.pruner.schedule
+
+    @property
+    def cuts(self) -> list[records.CutRecord]:
+        return self.recorder.history.cuts
+
+    @property
+    def reached(self) -> float:
+        """The removed fraction of the dense decoder-layer linear parameters."""
+        return self.pruner.reached()
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether the ranks know how the open step went."""
+        return self._numbers is not None
+
+    def begin_step(self) -> None:
+        """Begins an optimizer step, before its first forward pass."""
+        self._began = time.perf_counter()
+        self._numbers = None
+        if self._own_process:
+            self.peak.begin()
+        self._recording.enter_context(self.pruner.record_step(self.step + 1))
+
+    def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
+        """Records one micro-batch, around its forward pass alone. `masks` as in `InputMoments.record_forward`."""
+        return self.pruner.record_forward(*masks)
+
+    def exchange(
+        self, loss: Tensor | None = None, tokens: Tensor | None = None, request: int = 0
+    ) -> RankNumbers:
+        """Tells all ranks how this rank's passes went, after the last backward pass. Collective.
+
+        Args:
+            loss: this rank's part of the loss, one fp64 number on the device. None if the loop does not know it.
+            tokens: of this rank's passes, likewise.
+            request: to stop or save (train/stop.py).
+        """
+        groups: Any = cast(torch.optim.Optimizer, self.model.optimizer).param_groups
+        self._learning_rate = float(groups[0]["lr"])  # before the update changes it
+        nothing = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        self._numbers = exchange_numbers(
+            self.model,
+            nothing if loss is None else loss,
+            nothing if tokens is None else tokens,
+            peak=max(0, self.peak.of_step() - self.pruner.moment_bytes()),
+            request=request,
+        )
+        return self._numbers
+
+    def score(self) -> None:
+        """Scores the groups from averaged gradients, right before the update. Fp16 skips a step that overflowed.
+
+        Raises:
+            RunError: the loss is not finite, or a gradient is not.
+        """
+        step = self.step + 1
+        numbers = cast(RankNumbers, self._numbers)
+        bad_layers = find_bad_layers(self.model, numbers)
+        # a loss scaler leaves out the update
+        dtype = "float16" if self.model.skips_updates else self.dtype
+        self.scored = can_update(bad_layers, numbers.losses, dtype=dtype, step=step)
+        if self.scored:
+            self.pruner.score(step)
+        self._recording.close()
+
+    def end_step(
+        self, loss: float = math.nan, *, tokens: int | None = None, flops: float | None = None
+    ) -> records.CutRecord | None:
+        """Records an optimizer step after its update, and cuts the model if a cut is due. Collective.
+
+        Args:
+            loss: mean over the global batch.
+            tokens: of the global batch, without padding. Default: those that the ranks exchanged.
+            flops: that the global batch needed (model/shape.py), for the MFU.
+
+        Raises:
+            RunError: see `Pruner.cut`.
+        """
+        grad_norm = self.model.gradient_norm() if self.scored else None
+        seconds = time.perf_counter() - self._began
+        numbers = cast(RankNumbers, self._numbers)
+        self._recording.close()
+        self._numbers = None
+        self.step += 1
+        if tokens is None:
+            tokens = sum(numbers.tokens)
+        mfu = None
+        if self._peak_flops is not None and flops is not None:
+            mfu = flops / seconds / self._peak_flops / self.model.world_size
+        reserves = self._own_process and not is_cpu()
+        self.recorder.write(
+            records.StepRecord(
+                step=self.step,
+                loss=loss,
+                learning_rate=self._learning_rate,
+                grad_norm=grad_norm,
+                sparsity=self.reached,
+                tokens=tokens,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                weight_bytes=self.weight_bytes,
+                resident_bytes=numbers.resident_bytes,
+                skipped=not self.scored,
+                peak_bytes=numbers.peak_bytes if self._own_process else [],
+                reserved_bytes=numbers.reserved_bytes if reserves else [],
+                mfu=mfu,
+            )
+        )
+        return self.cut()
+
+    def cut(self) -> records.CutRecord | None:
+        """Cuts the model if the schedule says so, and records it. Collective."""
+        cut = self.pruner.cut(self.step, scored=self.scored)
+        if cut is None:
+            return None
+        weight_bytes_before = self.weight_bytes
+        self.weight_bytes = self.model.weight_bytes()
+        trim_heap()
+        record = self._describe(cut, weight_bytes_before)
+        self.recorder.write(record)
+        return record
+
+    def restore(self, saved: SavedStep) -> None:
+        """Goes on from a saved step. The model matches it already."""
+        saved.restore_pruner(self.pruner)
+        self.step = saved.state.step
+        self.resumed_from = [*saved.state.resumed_from, self.step]
+
+    def state(self) -> State:
+        """Describes the training after this step. Collective."""
+        model = self.model
+        scalings = lora_scalings(model)
+        ((most_common, _),) = Counter(scalings.values()).most_common(1)
+        return State(
+            step=self.step,
+            origin=self.origin,
+            kept=keep_to_lists(self.pruner.kept_of_dense, model.shape.kinds),
+            engine=model.engine,
+            world_size=model.world_size,
+            scaling=most_common,
+            scalings={name: value for name, value in scalings.items() if value != most_common},
+            formats=storage_formats(model),
+            trained=[name for named in model.trained_parameters() for name in named],
+            asked=self.schedule.section(self.step).ratio,
+            totals=sum_up(self.recorder.history, self.step),
+            resumed_from=self.resumed_from,
+            accelerator=device_name(),
+            peak_bytes=model.comm.gather_objects(self.peak.of_process()),
+        )
+
+    def _resume_state(
+        self, schedule: dict[str, Any] | None, loss_scale: dict[str, Any] | None
+    ) -> ResumeState:
+        """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
+        state = self.model.optimizer_state
+        is_adam = has_plain_adam(self.model)
+        return ResumeState(
+            adam_step=state.adam_step if is_adam else None,
+            adam_groups=param_groups(state.optimizer) if is_adam else [],
+            schedule=schedule or {},
+            loss_scale=loss_scale or {},
+            updates_since_cut=self.pruner.average.updates_since_cut,
+            moment_tokens=self.pruner.moment_tokens,
+        )
+
+    def save_step(
+        self,
+        target: Path,
+        kind: str,
+        *,
+        schedule: dict[str, Any] | None = None,
+        loss_scale: dict[str, Any] | None = None,
+        with_records: bool = False,
+    ) -> None:
+        """Publishes the folder of this step, which every rank fills. Collective.
+
+        Args:
+            kind: of the folder, in the names of fail points.
+            schedule: state of the learning-rate schedule, if the loop does not save it.
+            loss_scale: state of fp16's loss scaler, likewise.
+            with_records: adds metrics.jsonl.
+
+        Raises:
+            RunError: a rank cannot write.
+        """
+        state = self.state()
+        resume = self._resume_state(schedule, loss_scale)
+        with Staging(self.model.comm, target, kind) as staging:
+            if with_records and self.model.rank == 0:
+                history = self.recorder.history
+                staging.write(
+                    records.METRICS_FILE, lambda path: records.write_history(path, history)
+                )
+            write_step(staging, self.pruner, self.model.optimizer_state, state, resume)
+            fail_point(f"save.{kind}_written")
+            staging.publish()
+
+    def _describe(self, cut: Cut, weight_bytes_before: list[int]) -> records.CutRecord:
+        pruned = self.model.shape
+        kept = {kind: [layer[kind] for layer in pruned.counts] for kind in pruned.kinds}
+        return records.CutRecord(
+            step=cut.step,
+            target=cut.target,
+            reached=cut.reached,
+            removed_fraction=1 - pruned.total_numel() / self.pruner.limits.dense.total_numel(),
+            seconds=cut.seconds,
+            bytes_sent=cut.bytes_sent,
+            weight_bytes_before=weight_bytes_before,
+            weight_bytes_after=self.weight_bytes,
+            **kept,
+        )

@@ -1,0 +1,58 @@
+"""Describes the parts of a live training for the state of a saved step."""
+
+from typing import Any
+
+from torch.optim import Adam, AdamW
+
+from loraprune_ds.checkpoint.state import Totals
+from loraprune_ds.model.adapters import ADAPTER, lora_linear
+from loraprune_ds.model.frozen import DENSE, storage_format
+from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.report.records import History
+
+
+def has_plain_adam(model: PrunableModel) -> bool:
+    """Tells whether torch's Adam or AdamW trains. Checkpoints of others go on with one engine."""
+    optimizer = model.optimizer
+    if not isinstance(optimizer, (Adam, AdamW)):
+        return False
+    return not any(group["amsgrad"] for group in optimizer.param_groups)
+
+
+def param_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Returns param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
+    groups = optimizer.param_groups
+    # DeepSpeed has all in buffers of its own
+    groups = [group for group in groups if group["params"]] or groups
+    return [group | {"params": []} for group in groups]
+
+
+def lora_scalings(model: PrunableModel) -> dict[str, float]:
+    """Returns lora_alpha / r of each linear."""
+    return {
+        f"{layer}.{linear.linear}": lora_linear(model.layers[layer], linear.linear).scaling[ADAPTER]
+        for layer, linear in model.shape.linears()
+    }
+
+
+def storage_formats(model: PrunableModel) -> dict[str, str]:
+    """Names the storage formats of linears that are not stored in the model's dtype."""
+    formats = dict[str, str]()
+    for layer, linear in model.shape.linears():
+        stored_as = storage_format(lora_linear(model.layers[layer], linear.linear).base_layer)
+        if stored_as is not DENSE:
+            formats[f"{layer}.{linear.linear}"] = type(stored_as).__name__.lower()
+    return formats
+
+
+def sum_up(history: History, step: int) -> Totals:
+    """Sums up a history. Only that of rank 0, which writes the state, has the records from before a resume."""
+    perplexity = None
+    for evaluation in history.evaluations:
+        if evaluation.step == step and evaluation.name != "dense":
+            perplexity = evaluation.perplexity
+    return Totals(
+        tokens=sum(record.tokens for record in history.steps),
+        perplexity_dense=history.perplexity("dense"),
+        perplexity=perplexity,
+    )
