@@ -108,23 +108,25 @@ def score_shard(
 
 
 class Tap(torch.autograd.Function):
-    """Returns its input. The backward pass calls a receiver with the gradient and with the input.
+    """Returns its input. The backward pass calls a receiver with the gradient and with a saved tensor.
 
     With activation checkpointing the forward runs twice and the backward once, so the receiver is called once.
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(inputs)
+    def forward(
+        ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(saved)
         ctx.receive = receive
-        return inputs.view_as(inputs)
+        return passed.view_as(passed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (inputs,) = ctx.saved_tensors
-        ctx.receive(gradient, inputs)
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (saved,) = ctx.saved_tensors
+        ctx.receive(gradient, saved)
+        return gradient, None, None
 
 
 class MaskGradients:
@@ -179,7 +181,7 @@ class MaskGradients:
     ) -> Tensor | None:
         if not self._active:
             return None
-        return cast(Tensor, Tap.apply(inputs, partial(self._receive, linear_id, counts)))
+        return cast(Tensor, Tap.apply(inputs, inputs, partial(self._receive, linear_id, counts)))
 
     def _receive(
         self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor
