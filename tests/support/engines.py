@@ -34,7 +34,14 @@ SAMPLES = 4
 TOKENS = 12
 MAX_NORM = 1e-3  # every step is clipped
 HIDDEN = 42
-SIZES = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": HIDDEN, "ffn": 45, "layers": 3}
+SIZES: dict[str, Any] = {
+    "heads": 6,
+    "kv_heads": 3,
+    "head_dim": 8,
+    "hidden": HIDDEN,
+    "ffn": 45,
+    "layers": 3,
+}
 KEEP = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([i for i in range(45) if i % 3]))
 CUT_LAYERS = (1, 2)
 # whose gradients become NaN, and whose weight is overwritten
