@@ -1,1 +1,1 @@
-"""What the engines share: their protocol, AdamW, and the state that a checkpoint holds."""
+"""What engines share: their protocol, how gradients are watched, AdamW, and the state that a checkpoint holds."""

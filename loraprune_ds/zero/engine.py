@@ -65,7 +65,7 @@ class ShardedEngine(TrainingEngine):
         self.deepspeed.step()
         if skipped:
             # our schedule counts skipped steps, DeepSpeed does not
-            self.lr_scheduler.step()
+            self.deepspeed.lr_scheduler.step()
         # orders the updated shards of LoRA before the next forward pass gathers them
         settle_shards()
 

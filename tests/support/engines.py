@@ -1,0 +1,292 @@
+"""One training of a tiny model on each engine that joins other loops. tests/numerics/test_engines.py runs over them.
+
+A new engine adds a function to `ENGINES`: it wraps a PEFT model and the optimizer of its LoRA, as its users do.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from loraprune_ds.engine.live import LiveTraining
+from loraprune_ds.engines import connect, future_engine, holder
+from loraprune_ds.hf.live import live_shape
+from loraprune_ds.model.adapters import base_parameter
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import storage_bytes
+from tests.oracle.models import make_batches
+from tests.support.local_training import make_model
+
+SAMPLES = 4
+TOKENS = 12
+MAX_NORM = 1e-3  # every step is clipped
+HIDDEN = 42
+SIZES: dict[str, Any] = {
+    "heads": 6,
+    "kv_heads": 3,
+    "head_dim": 8,
+    "hidden": HIDDEN,
+    "ffn": 45,
+    "layers": 3,
+}
+KEEP = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([i for i in range(45) if i % 3]))
+CUT_LAYERS = (1, 2)
+# whose gradients become NaN, and whose weight is overwritten
+LAYER = 2
+LINEAR = "mlp.up_proj"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a training loop calls.
+
+    Attributes:
+        model: makes the passes.
+        optimizer: as the loop gets it, for `connect`.
+        backward: of a loss, which is a mean over this rank's samples.
+        update: clips to `MAX_NORM`, makes the update and drops the gradients.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    backward: Callable[[Tensor], Any]
+    update: Callable[[], None]
+
+
+def on_zero_3(peft_model: nn.Module, optimizer: AdamW) -> Loop:
+    engine, *_ = deepspeed.initialize(
+        model=peft_model, optimizer=optimizer, config=ds_config(), dist_init_required=False
+    )
+    return Loop(engine, engine.optimizer, engine.backward, engine.step)
+
+
+def ds_config() -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": SAMPLES // dist.get_world_size(),
+        "gradient_clipping": MAX_NORM,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def locally(peft_model: nn.Module, optimizer: AdamW) -> Loop:
+    model = peft_model
+    if dist.get_world_size() > 1:
+        model = DistributedDataParallel(peft_model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Loop(model, optimizer, torch.Tensor.backward, update)
+
+
+def sharded_at_birth(peft_model: nn.Module) -> None:
+    deepspeed.zero.Init(module=peft_model, config_dict_or_path=ds_config())
+
+
+# name of the engine -> wraps a model; and shards a dense model before there is an optimizer, where users do that
+ENGINES: dict[str, Callable[[nn.Module, AdamW], Loop]] = {"zero3": on_zero_3, "local": locally}
+BEFORE: dict[str, Callable[[nn.Module], None]] = {"zero3": sharded_at_birth}
+
+
+@dataclass
+class Found:
+    """What one training shows. Tensors are full, and on rank 0 alone."""
+
+    engine: str = ""
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step
+    norm: float = 0.0
+    nonfinite: list[int | None] = field(default_factory=list)  # in a good step, then with a NaN
+    losses: list[float] = field(default_factory=list)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)  # after one more step
+    restored: dict[str, Tensor] = field(default_factory=dict)  # from `after`
+    updates: int = 0  # that Adam has counted then
+    overwritten: Tensor | None = None
+    weight_bytes: list[list[int]] = field(default_factory=list)  # before and after the cut
+    freed: int = 0  # bytes of all tensors of this rank
+
+
+class Training:
+    """Trains on one engine, connected with the pruner as `Pruning` does it."""
+
+    def __init__(self, name: str, peft_model: Any) -> None:
+        trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+        self.peft_model = peft_model
+        self.loop = ENGINES[name](peft_model, AdamW(trained, lr=1e-2))
+        self.model: PrunableModel = connect(
+            LiveTraining(
+                self.loop.model, peft_model, live_shape(peft_model), self.loop.optimizer, None
+            )
+        )
+        self.loop.model.train()
+
+    def step(self, number: int) -> float:
+        """Makes the step of a global batch. Returns the mean loss over the ranks."""
+        size = SAMPLES // self.model.world_size
+        first = self.model.rank * size
+        ids = batch(number)[first : first + size]
+        loss = self.loop.model(input_ids=ids, labels=ids).loss
+        self.loop.backward(loss)
+        self.loop.update()
+        return sum(self.model.comm.gather_objects(loss.item())) / self.model.world_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Collects weights by their names, masters, and moments ("{name}/exp_avg"). Collective."""
+        found = dict[str, Tensor]()
+        names = {parameter: name for name, parameter in self.peft_model.named_parameters()}
+        for parameter, name in names.items():
+            full = self.model.collect(parameter, 0)
+            if full is not None:
+                found[name] = full.clone()
+        for layer in self.model.lora_parameters():
+            masters, moments = self.model.optimizer_state.collect(layer, 0, self.model.comm)
+            found |= {f"{names[layer[key]]}/master": x.clone() for key, x in masters.items()}
+            for key, moment in moments.items():
+                short, _, kind = key.rpartition(".")
+                found[f"{names[layer[short]]}/{kind}"] = moment.clone()
+        return found
+
+
+def batch(number: int) -> Tensor:
+    """Returns the samples of a global batch: (SAMPLES, TOKENS)."""
+    return make_batches(steps=number, samples=SAMPLES, tokens=TOKENS, vocab=97, seed=3)[-1][0]
+
+
+def some_keep(shape: ModelShape) -> list[LayerKeep]:
+    """Keeps some groups in two layers, and all in the others."""
+    keep = list[LayerKeep]()
+    for i, counts in enumerate(shape.counts):
+        whole = LayerKeep({kind: torch.arange(count) for kind, count in counts.items()})
+        keep.append(KEEP if i in CUT_LAYERS else whole)
+    return keep
+
+
+def sliced(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cuts full tensors by plain index_select. It asks a whole model in this process which parameters are cut."""
+    model = make_model(folder)
+    shape = live_shape(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    cuts = dict[str, Any]()
+    for i in CUT_LAYERS:
+        layer = model.get_base_model().model.layers[i]
+        cuts |= {names[p]: kept for p, kept in parameter_cuts(layer, shape.layers[i], KEEP)}
+    expected = dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        kept = cuts.get(name.partition("/")[0])
+        expected[name] = tensor if kept is None else tensor.index_select(kept.axis, kept.keep)
+    return expected
+
+
+def train(name: str, folder: Path) -> Found:
+    """Makes two steps, a cut, a step, a return to the state after the cut, and a step with a NaN."""
+    found = Found()
+    training = Training(name, make_model(folder))
+    model = training.model
+    found.engine = model.engine
+
+    def look() -> None:
+        for i, layer in enumerate(model.lora_factors()):
+            for linear, factors in layer.items():
+                name = f"base_model.model.model.layers.{i}.{linear}.lora_"
+                found.gradients.setdefault(f"{name}A.default.weight", factors.grad_A)
+                found.gradients.setdefault(f"{name}B.default.weight", factors.grad_B)
+        found.nonfinite.append(model.nonfinite_layer())
+
+    undo = model.before_each_update(look)
+    found.losses.append(training.step(1))
+    found.norm = model.gradient_norm()
+    undo()
+    found.losses.append(training.step(2))
+    found.before = training.tensors()
+    found.weight_bytes.append(model.weight_bytes())
+    found.freed = live_bytes()
+    model.cut(some_keep(model.shape))
+    found.freed -= live_bytes()
+    found.weight_bytes.append(model.weight_bytes())
+    found.after = training.tensors()
+    found.losses.append(training.step(3))
+    found.trained = training.tensors()
+    _restore(training, found.after)
+    found.restored = training.tensors()
+    found.updates = model.optimizer_state.adam_step
+    found.overwritten = _overwrite(model)
+    _poison(model)
+    model.before_each_update(look)
+    training.step(4)
+    return found
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return storage_bytes(x for x in gc.get_objects() if isinstance(x, Tensor) and not x.is_meta)
+
+
+def _restore(training: Training, saved: dict[str, Tensor]) -> None:
+    """Restores masters and moments from full tensors of rank 0."""
+    model = training.model
+    (saved, *_) = model.comm.gather_objects(saved)
+    names = {parameter: name for name, parameter in training.peft_model.named_parameters()}
+    layers = model.lora_parameters()
+
+    def read(layer: int, short: str, key: str, start: int, end: int) -> Tensor:
+        return saved[f"{names[layers[layer][short]]}/{key}"].reshape(-1)[start:end]
+
+    model.optimizer_state.restore(layers, read, 2, model.comm)
+
+
+def _overwrite(model: PrunableModel) -> Tensor | None:
+    """Overwrites a weight by what the last rank has. Returns it on rank 0."""
+    weight = base_parameter(model.layers[LAYER], f"{LINEAR}.weight")
+    owner = model.world_size - 1
+    with torch.no_grad():
+        model.overwrite(weight, owner, new_weight() if model.rank == owner else None)
+    return model.collect(weight, 0)
+
+
+def new_weight() -> Tensor:
+    """Returns a weight for that linear after the cut. No two elements are equal."""
+    shape = (len(KEEP["channels"]), HIDDEN)
+    return torch.arange(math.prod(shape)).view(shape) / math.prod(shape)
+
+
+def _poison(model: PrunableModel) -> None:
+    """Makes the gradients of one linear's LoRA NaN, and no others."""
+    linear: Any = model.layers[LAYER].get_submodule(LINEAR)
+    linear.lora_A.default.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
+    linear.lora_B.default.register_forward_hook(_return_nan)
+
+
+def _return_nan(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.register_hook(lambda gradient: gradient * math.nan)
+
+
+def cut_before_training(name: str, folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """Cuts a dense model, and fills a weight again. Returns the engine that it expects, and the tensors that it has."""
+    peft_model = make_model(folder)
+    comm = Communicator()
+    if name in BEFORE:
+        BEFORE[name](peft_model)
+    engine = future_engine(peft_model)
+    shape = live_shape(peft_model)
+    engine.cut_before_training(peft_model, shape, some_keep(shape), comm)
+    weight = base_parameter(decoder_layers(peft_model)[LAYER], f"{LINEAR}.weight")
+    with torch.no_grad():
+        holder(weight).fill(weight, lambda start, end: new_weight().view(-1)[start:end], comm)
+    return engine.name, Training(name, peft_model).tensors()
