@@ -23,7 +23,7 @@ FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm
 FIRST = ROOT / "README.md"
 READMES = [FIRST, *sorted(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 MOST_LINES, MOST_WORDS = 150, 1200  # of the first README
-MOST_FILES, MOST_CODE = 7, 1350  # files and lines of its tour
+MOST_FILES, MOST_CODE = 8, 1600  # files and lines of its tour
 CODE_FILES = (".py", ".sh", ".sbatch")
 MADE_BY_RUNS = {"runs"}  # not in the repository, though it may lie in a checkout
 
