@@ -29,6 +29,7 @@ from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.checkpoint import COMPLETE, FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.checks import check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.hf.quantised import prepare_quantised
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
@@ -152,6 +153,7 @@ class LoraPruneCallback(TrainerCallback):
             check_reshardable("the DeepSpeed config", ds_config)
         model = more.get("model")
         if isinstance(model, nn.Module):
+            prepare_quantised(model, sharded=ds_config is not None)
             check_one_dtype(model)
             check_arguments(args, model)  # before TRL starts an engine for generation
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)

@@ -30,10 +30,12 @@ from loraprune_ds.engines import full_shape, future_engine, holder
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import json_text
 from loraprune_ds.hf.live import find_peft_model, live_shape
+from loraprune_ds.hf.quantised import adopt_quantised
 from loraprune_ds.hf.trainer_files import TRAINER_STATE, TrainerFiles
-from loraprune_ds.model.adapters import ADAPTER, base_parameter
+from loraprune_ds.model.adapters import ADAPTER, base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
+from loraprune_ds.model.frozen import storage_format
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import name_in_file
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
@@ -178,6 +180,7 @@ def cut_to_checkpoint(
     if not state.query_heads:
         # `live_shape` reads it
         setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)
+    adopt_quantised(peft_model, refits=state.prune.compensate != "none")
     dense = live_shape(peft_model)
     require(
         group_counts(dense) == state.dense,
@@ -202,11 +205,13 @@ def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> N
     """Reads those linears again that `weights` has."""
     layers = decoder_layers(model)
     for i, linear in weights.shape.linears():
-        name = f"{weights.shape.prefix(i)}{linear.name}"
-        if name in weights.files:
-            parameter = base_parameter(layers[i], linear.name)
-            read = partial(weights.read_flat, name, dtype=parameter.dtype)
-            holder(parameter).fill(parameter, read, comm)
+        stored_as = storage_format(base_linear(layers[i], linear.linear))
+        for part in map(linear.stored_name, stored_as.tensors):
+            name = f"{weights.shape.prefix(i)}{part}"
+            if name in weights.files:
+                parameter = base_parameter(layers[i], part)
+                read = partial(weights.read_flat, name, dtype=parameter.dtype)
+                holder(parameter).fill(parameter, read, comm)
 
 
 def _find(folder: Path) -> Path | None:

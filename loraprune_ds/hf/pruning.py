@@ -34,6 +34,7 @@ from loraprune_ds.hf.compiled import check_accelerate, check_not_compiled
 from loraprune_ds.hf.forward_watch import ForwardWatch
 from loraprune_ds.hf.layers import LiveModel
 from loraprune_ds.hf.live import base_config, base_dtype, find_peft_model, live_shape, model_name
+from loraprune_ds.hf.quantised import adopt_quantised
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pretrained.exported_config import export_config
@@ -85,6 +86,7 @@ class Pruning:
             require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
         check_accelerate()
         self.peft_model = peft_model = find_peft_model(model)
+        adopt_quantised(peft_model, refits=config.compensate != "none")
         check_model(peft_model)
         self.model = connect(
             LiveTraining(model, peft_model, live_shape(peft_model), optimizer, ds_config)

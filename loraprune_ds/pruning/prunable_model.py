@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import EngineName
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights
+from loraprune_ds.model.adapters import (
+    ADAPTER,
+    base_linear,
+    base_parameter,
+    lora_linear,
+    lora_weights,
+)
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DENSE, Slice, StorageFormat, storage_format
 from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
@@ -307,9 +313,7 @@ def parameter_cuts(
     """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
 
     def format_of(tensor: TensorSpec) -> StorageFormat:
-        return (
-            storage_format(lora_linear(layer, tensor.linear).base_layer) if tensor.lora else DENSE
-        )
+        return storage_format(base_linear(layer, tensor.linear)) if tensor.lora else DENSE
 
     for name, kept, linear in spec.cuts(keep, format_of):
         yield base_parameter(layer, name), kept
