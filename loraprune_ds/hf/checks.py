@@ -116,7 +116,7 @@ def check_model(model: PeftModel) -> None:
 def _refuse_unsloth(layer: int, modules: dict[str, Any]) -> None:
     for name, module in modules.items():
         require(
-            not module.forward.__module__.startswith("unsloth"),
+            not str(module.forward.__module__).startswith("unsloth"),
             f"layer {layer} {name} is replaced by Unsloth, whose kernels keep the dense sizes; "
             "load the model by transformers",
         )

@@ -187,10 +187,23 @@ class _Source:
 
     def __init__(self, config: Any) -> None:
         self._config = config
+        self._warned = False
         self.dtype: torch.dtype = config.dtype
 
     def read(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Reads the weight that has these codes, (blocks, BLOCK / 2), onto their device. None if files lack it."""
+        weight = self._matching(name, codes, dtype)
+        if weight is None and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s and others that lose columns are rounded a second time: the files that %r was "
+                "quantised from are not on this machine",
+                name,
+                self._config._name_or_path,
+            )
+        return weight
+
+    def _matching(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self._weights is None or name not in self._weights.files:
             return None
         weight = self._weights.read_full(name, dtype).to(codes.device)

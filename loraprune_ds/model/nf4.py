@@ -110,7 +110,7 @@ def _pairs(device: torch.device) -> Tensor:
 
 def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Returns codes and scales of complete rows, with the operations of bitsandbytes."""
-    blocks = rows.float().reshape(len(rows), -1, BLOCK)
+    blocks = rows.float().contiguous().view(len(rows), -1, BLOCK)
     scale = blocks.abs().amax(2)
     if not torch.isfinite(scale).all():
         raise NotFinite
