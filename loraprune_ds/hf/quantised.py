@@ -11,7 +11,7 @@ No cut quantises anything again. Only a refit does.
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -90,6 +90,7 @@ def adopt_quantised(model: PeftModel, *, refits: bool) -> None:
             module = modules.get(spec.linear)
             linear = getattr(module, "base_layer", None)
             if isinstance(linear, QuantisedLinear):
+                _check_whole(not is_sharded(cast(nn.Parameter, linear.weight)))
                 _prepare_refit(linear, spec, refits)
             elif type(module).__module__ == PEFT_CLASSES:
                 name = f"{shape.prefix(i)}{spec.name}"

@@ -306,12 +306,15 @@ def train_alone(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
+def run_example(
+    script: str, argv: list[str], ids: torch.Tensor, deepspeed: bool = True
+) -> torch.Tensor:
     """Runs a script of launch/examples as `__main__`. Returns the live model's logits (samples, tokens, vocabulary)."""
     with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]):
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
-        PartialState(backend="gloo")
+        if deepspeed:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
+            PartialState(backend="gloo")
         names = runpy.run_path(str(ROOT / "launch" / "examples" / script), run_name="__main__")
         engine = names["trainer"].model_wrapped if "trainer" in names else names["model"]
         engine.eval()

@@ -7,10 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import bitsandbytes
 import pytest
 import torch
-from bitsandbytes import functional, optim
-from bitsandbytes import nn as bnb
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerState
@@ -36,6 +35,7 @@ NF4_BITS: dict[str, Any] = {
 }
 DOUBLE = NF4_BITS | {"bnb_4bit_use_double_quant": True}
 EIGHT: dict[str, Any] = {"load_in_8bit": True}
+BNB: Any = bitsandbytes  # it marks nothing as public
 IDS = torch.arange(5, 85).view(4, 20)
 
 
@@ -89,8 +89,8 @@ def bits_of(module: Any) -> Tensor:
     """Returns the weight of bitsandbytes' linear, by its own functions."""
     weight = module.base_layer.weight
     if hasattr(weight, "quant_state"):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    return functional.int8_vectorwise_dequant(weight.data, weight.SCB).bfloat16()
+        return BNB.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return BNB.functional.int8_vectorwise_dequant(weight.data, weight.SCB).bfloat16()
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
@@ -129,7 +129,7 @@ def test_rows_keep_their_bits_and_columns_come_from_the_files(case: str, folder:
 
 def test_an_evaluation_before_leaves_the_codes(tmp_path: Path) -> None:
     """On some CPUs bitsandbytes packs the weights then, with scales in bf16. It fails where inputs are not 64s."""
-    folder = make_tiny_llama(tmp_path, dtype="bfloat16", **SIZES | {"ffn": 128})
+    folder = make_tiny_llama(tmp_path, dtype="bfloat16", **dict(SIZES, ffn=128))
     fresh, evaluated = load(folder, DOUBLE), load(folder, DOUBLE).eval()
     with torch.no_grad():
         evaluated(IDS)
@@ -152,7 +152,7 @@ def test_without_the_files_columns_are_rounded_a_second_time(
     changed = load(folder, NF4_BITS)
     down = changed.model.layers[0].mlp.down_proj
     other = dense["model.layers.1.mlp.down_proj.weight"]
-    down.weight = bnb.Params4bit(other, False, quant_type="nf4").to("cpu")
+    down.weight = BNB.nn.Params4bit(other, False, quant_type="nf4").to("cpu")
     for base in (stored_and_loaded(tmp_path, folder), changed):
         model = with_lora(base)
         caplog.clear()
@@ -264,9 +264,9 @@ def narrow(folder: Path) -> Any:
 
 
 def by_unsloth(model: Any) -> Any:
-    mlp = decoder_layers(model)[1].mlp
+    mlp = cast(Any, decoder_layers(model)[1]).mlp
     mlp.forward = lambda x: x
-    cast(Any, mlp.forward).__module__ = "unsloth.kernels.fast_lora"
+    mlp.forward.__module__ = "unsloth.kernels.fast_lora"
     return model
 
 
@@ -301,10 +301,14 @@ def changed(name: str, value: object) -> Callable[[Path], Any]:
             torch.optim.AdamW,
             "layer 0 self_attn.q_proj",
         ),
-        (partial(lambda folder: with_lora(load(folder, NF4_BITS))), optim.AdamW8bit, "adamw_torch"),
         (
             partial(lambda folder: with_lora(load(folder, NF4_BITS))),
-            optim.PagedAdamW8bit,
+            BNB.optim.AdamW8bit,
+            "adamw_torch",
+        ),
+        (
+            partial(lambda folder: with_lora(load(folder, NF4_BITS))),
+            BNB.optim.PagedAdamW8bit,
             "adamw_torch",
         ),
     ],
