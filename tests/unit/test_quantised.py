@@ -19,7 +19,7 @@ from loraprune_ds.hf.live import base_shape
 from loraprune_ds.hf.quantised import adopt_quantised
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import stored_tensors
-from loraprune_ds.model.groups import LayerKeep, cut
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.nf4 import NF4
 from tests.oracle.models import make_tiny_llama
@@ -202,7 +202,7 @@ def test_it_is_pruned_like_its_twin_and_every_cut_takes_slices(
         for spec in layer.linears:
             name = f"{dense.prefix(i)}{spec.linear}"
             base = linears(model)[name].base_layer
-            parts = base.stored_as.kept(spec.axis, cut(spec, keep)[1])
+            parts = base.stored_as.kept(spec.axis, spec.kept_indices(keep))
             for first, now, part in zip(
                 start[name], stored_tensors(base), parts.values(), strict=True
             ):
