@@ -56,7 +56,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "llama": {"seed": 1},
     "biased": {"seed": 2, "biases": True, "tie": True, "hidden": 60},
     "mistral": {"seed": 3, "model_type": "mistral"},
-    "blocks": {"seed": 4, "hidden": 64, "biases": True, "dtype": "bfloat16"},
+    "blocks": {"seed": 4, "hidden": 64, "heads": 8, "kv_heads": 4, "biases": True},
 }
 FAMILIES = {"mixtral": "mixtral", "shared": "qwen2_moe", "hybrid": "qwen3_5_text", "t5": "t5"}
 RESULTS = (

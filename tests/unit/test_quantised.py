@@ -10,11 +10,13 @@ from typing import Any, cast
 import bitsandbytes
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerState
 
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
+from loraprune_ds.hf import quantised
 from loraprune_ds.hf.live import base_shape
 from loraprune_ds.hf.quantised import adopt_quantised
 from loraprune_ds.model.classes import decoder_layers
@@ -162,6 +164,28 @@ def test_without_the_files_columns_are_rounded_a_second_time(
         source = dense["model.layers.0.mlp.down_proj.weight"] if base is not changed else other
         weight = weight_of(linears(model)["model.layers.0.mlp.down_proj"])
         assert 0.05 < float((weight - source).norm() / source.norm()) < 0.15
+
+
+def test_the_files_of_a_hub_id_are_in_its_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "snapshots" / "abc").symlink_to(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    find = partial(try_to_load_from_cache, cache_dir=tmp_path)
+    monkeypatch.setattr(quantised, "try_to_load_from_cache", find)
+    for name, warnings in (
+        ("someone/tiny", 0),
+        ("someone/other", 1),
+        ("/a/folder/that/is/gone", 1),
+    ):
+        base = load(folder, NF4_BITS)
+        base.config._name_or_path = name
+        caplog.clear()
+        adopt_quantised(with_lora(base), refits=True)
+        assert len(caplog.messages) == warnings
 
 
 def twins(folder: Path, bits: dict[str, Any]) -> tuple[Any, Any]:
