@@ -114,8 +114,10 @@ def test_rows_keep_their_bits_and_columns_come_from_the_files(case: str, folder:
     dense = load(folder, None).state_dict()
     before = {name: bits_of(module) for name, module in linears(model).items()}
     lora = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    held_by_ddp = [module.base_layer.weight for module in linears(model).values()]
     adopt_quantised(model, refits=True)
     adopt_quantised(model, refits=True)
+    assert not any(weight.numel() or vars(weight) for weight in held_by_ddp)
     assert all(model.get_parameter(name) is parameter for name, parameter in lora.items())
     for name, module in linears(model).items():
         weight = weight_of(module)
