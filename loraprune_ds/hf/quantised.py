@@ -109,7 +109,7 @@ def _adopt(module: Any, spec: TensorSpec, name: str, source: "_Source", refits: 
     module.__class__ = AdoptedLora
     module.is_target_conv_1d_layer = False  # an attribute that only LoraLinear has
     # Otherwise the list of all parameters in DDP keeps the old tensors alive.
-    weight.data = torch.empty(0, dtype=weight.dtype)
+    weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
     vars(weight).clear()
 
 
