@@ -38,7 +38,6 @@ def base_config(model: PeftModel) -> dict[str, Any]:
     """Returns config.json of the dense model, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
     config.pop("use_cache", None)  # trainers switch it off
-    config.pop("quantization_config", None)  # exports are not quantised
     return config | _tied(model.get_base_model())
 
 
