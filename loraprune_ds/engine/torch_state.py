@@ -43,5 +43,5 @@ def check_optimizer(optimizer: Any) -> None:
     require(
         is_torch and kind.__name__ not in OTHER_STATE,
         f"the optimizer state of {kind.__module__}.{kind.__name__} cannot be cut along with LoRA; "
-        "use torch's AdamW",
+        "use torch's AdamW, which is optim='adamw_torch' of a Trainer",
     )

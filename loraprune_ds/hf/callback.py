@@ -34,6 +34,7 @@ from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, s
 from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.checks import check_one_dtype
 from loraprune_ds.session.pruning import Pruning
+from loraprune_ds.session.quantised import prepare_quantised
 
 log = logging.getLogger(__name__)
 REPORTED = (
@@ -149,6 +150,7 @@ class LoraPruneCallback(TrainerCallback):
             check_reshardable("the DeepSpeed config", ds_config)
         model = more.get("model")
         if isinstance(model, nn.Module):
+            prepare_quantised(model, sharded=ds_config is not None)
             check_one_dtype(model)
             check_arguments(args, model)  # before TRL starts an engine for generation
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)

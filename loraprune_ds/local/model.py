@@ -17,7 +17,8 @@ from loraprune_ds.engine.torch_state import TorchState
 from loraprune_ds.engine.watched_model import WatchedModel
 from loraprune_ds.errors import fail_point, require
 from loraprune_ds.model.adapters import set_sizes
-from loraprune_ds.model.groups import LayerKeep, Slice
+from loraprune_ds.model.frozen import Slice, storage_format, stored_tensors
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, cut_whole, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
@@ -57,9 +58,11 @@ class LocalModel(WatchedModel):
             yield self._named_factors(i, weights, map(self.unscaled_gradient, layer.values()))
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
-        weight = self._module(linear_id).base_layer.weight.detach()
+        base = self._module(linear_id).base_layer
+        weight = storage_format(base).join(stored_tensors(base)).detach()
         start, end = owned_range(weight.numel(), self.world_size, self.rank)
-        return OwnedShard(weight.reshape(-1)[start:end], start, tuple(weight.shape))
+        rows, columns = weight.shape
+        return OwnedShard(weight.reshape(-1)[start:end], start, (rows, columns))
 
     # A cut
 

@@ -86,6 +86,12 @@ def lora_linear(layer: nn.Module, name: str) -> LoraLinear:
     return module
 
 
+def base_linear(layer: nn.Module, name: str) -> nn.Module:
+    """Returns the frozen linear inside PEFT's LoRA, or the linear itself if it has no LoRA."""
+    module = layer.get_submodule(name)
+    return module.base_layer if isinstance(module, LoraLinear) else module
+
+
 def lora_weights(module: LoraLinear, adapter: str = ADAPTER) -> tuple[nn.Parameter, nn.Parameter]:
     """Returns the parameters A (r, in_features) and B (out_features, r)."""
     a = cast(nn.Parameter, module.lora_A[adapter].weight)

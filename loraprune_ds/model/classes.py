@@ -25,7 +25,8 @@ from loraprune_ds.model.adapters import base_parameter, set_sizes
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.families.base import PRUNED, Family
 from loraprune_ds.model.family import FAMILIES, LLAMA, family_name
-from loraprune_ds.model.frozen import Int8, Int8Linear
+from loraprune_ds.model.frozen import QuantisedLinear
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shape import ModelShape
 
@@ -125,10 +126,11 @@ def store_as_int8(model: nn.Module, shape: ModelShape) -> None:
         stored_as = linear.format(int8=True)
         assert isinstance(stored_as, Int8)
         stock: Any = layers[i].get_submodule(linear.linear)
+        tensors = stored_as.empty((stock.out_features, stock.in_features), stock.weight)
         if isinstance(stock, ExpertStack):
-            stock.store_as(stored_as, stock.weight)
+            stock.store_as(stored_as, tensors)
         else:
-            layers[i].set_submodule(linear.linear, Int8Linear(stock, stored_as))
+            layers[i].set_submodule(linear.linear, QuantisedLinear(stock, stored_as, tensors))
 
 
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:

@@ -26,7 +26,7 @@ modules without weights, plans and exports all use it.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Self, TypeVar
@@ -37,12 +37,13 @@ from torch import Tensor
 from loraprune_ds.model.frozen import (
     DENSE,
     WEIGHT,
-    Int8,
     Matrix,
     Pieces,
+    Slice,
     StorageFormat,
     StoredTensor,
 )
+from loraprune_ds.model.int8 import Int8
 
 Kind = str
 QUERY_HEADS: Kind = "query_heads"
@@ -105,13 +106,6 @@ class Span(NamedTuple):
 
     def resized(self, counts: Mapping[Kind, int]) -> Self:
         return self._replace(groups=counts[self.kind])
-
-
-class Slice(NamedTuple):
-    """Names the rows (axis 0) or columns (axis 1) that stay: `keep` is (kept,) int64, ascending."""
-
-    axis: int
-    keep: Tensor
 
 
 class Attribute(NamedTuple):
@@ -204,12 +198,13 @@ class TensorSpec:
         outputs, inputs = self.matrix
         return (self.matrices * rank, inputs), (outputs, rank)
 
-    def lora_cuts(self, rank: int, weight: Slice, keep: LayerKeep) -> list[tuple[int, Slice]]:
+    def lora_cuts(self, rank: int, kept: Tensor, keep: LayerKeep) -> list[tuple[int, Slice]]:
         """Lists the LoRA factors that a cut makes smaller, 0 for A or 1 for B, each with the slice that stays.
 
         Args:
-            weight: the slice of the weight that stays.
+            kept: the rows (or columns) of the weight that stay.
         """
+        weight = Slice(self.axis, kept)
         if self.stack:
             experts = keep[self.spans[0].kind]
             return [(0, Slice(0, group_indices(experts, rank))), (1, weight)]
@@ -348,12 +343,15 @@ class LayerSpec:
         return _resized(self, counts)
 
     def cuts(
-        self, keep: LayerKeep, *, int8: bool = False
+        self, keep: LayerKeep, format_of: Callable[[TensorSpec], StorageFormat]
     ) -> Iterator[tuple[str, Slice, TensorSpec | None]]:
         """Yields the stored tensors that get smaller, apart from LoRA: name, slice that stays, and a weight's spec.
 
         Tensors that lose the same rows, such as k_proj and v_proj, share the tensor of indices. A linear that loses
         inputs keeps its full bias.
+
+        Args:
+            format_of: returns the storage format of a tensor.
         """
         kept_by_spans: dict[tuple[Span, ...], Tensor] = {}
         for spec in self.tensors:
@@ -361,10 +359,10 @@ class LayerSpec:
                 continue
             if spec.spans not in kept_by_spans:
                 kept_by_spans[spec.spans] = spec.kept_indices(keep)
-            kept = spec.format(int8).kept(spec.axis, kept_by_spans[spec.spans])
-            for tensor, indices in kept.items():
+            kept = format_of(spec).kept(spec.axis, kept_by_spans[spec.spans])
+            for tensor, part in kept.items():
                 linear = spec if spec.lora and tensor == WEIGHT else None
-                yield spec.stored_name(tensor), Slice(spec.axis, indices), linear
+                yield spec.stored_name(tensor), part, linear
 
 
 @lru_cache(1 << 12)

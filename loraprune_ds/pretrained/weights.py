@@ -16,13 +16,15 @@ from loraprune_ds.model.frozen import (
     READ_CHUNK,
     SCALE,
     WEIGHT,
-    Int8,
     NotFinite,
     Pieces,
+    Slice,
+    StorageFormat,
     StoredTensor,
     fill,
 )
-from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
+from loraprune_ds.model.groups import LayerKeep, TensorSpec
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import Headers
 
@@ -70,7 +72,7 @@ class ModelWeights:
             return self
         slices: dict[str, Slice] = {}
         for i, layer in enumerate(self.shape.layers):
-            for name, part, _ in layer.cuts(keep[i], int8=self.int8):
+            for name, part, _ in layer.cuts(keep[i], self._format):
                 slices[self.shape.prefix(i) + name] = part
         pieces = dict(self.pieces)
         for name in self.pieces.keys() & slices.keys():
@@ -121,7 +123,7 @@ class ModelWeights:
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         spec = self._tensors.get(weight)
-        stored_as = spec.format(self.int8) if spec else DENSE
+        stored_as = self._format(spec) if spec else DENSE
         if not spec or not isinstance(stored_as, Int8) or tensor not in Int8.tensors:
             keeps_fp32 = name in self._tensors and self._tensors[name].keep_fp32
             return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
@@ -148,7 +150,10 @@ class ModelWeights:
         for part, stored in tensor.stored(1, self.int8).items():
             values = self.read_stored(prefix + part, 0, math.prod(stored.shape), dtype)
             parts.append(values.view(stored.shape))
-        return tensor.format(self.int8).join(parts)
+        return self._format(tensor).join(parts)
+
+    def _format(self, tensor: TensorSpec) -> StorageFormat:
+        return tensor.format(self.int8)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSpec]:

@@ -14,10 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import EngineName
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights
+from loraprune_ds.model.adapters import (
+    ADAPTER,
+    base_linear,
+    base_parameter,
+    lora_linear,
+    lora_weights,
+)
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import DENSE, StorageFormat, holds_int8, storage_format
-from loraprune_ds.model.groups import LayerKeep, LayerSpec, Slice, TensorSpec
+from loraprune_ds.model.frozen import DENSE, Slice, StorageFormat, storage_format
+from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
@@ -325,14 +331,18 @@ def parameter_cuts(
     layer: nn.Module, spec: LayerSpec, keep: LayerKeep
 ) -> Iterator[tuple[nn.Parameter, Slice]]:
     """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
-    for name, kept, linear in spec.cuts(keep, int8=holds_int8(layer)):
+
+    def format_of(tensor: TensorSpec) -> StorageFormat:
+        return storage_format(base_linear(layer, tensor.linear)) if tensor.lora else DENSE
+
+    for name, kept, linear in spec.cuts(keep, format_of):
         yield base_parameter(layer, name), kept
         if linear:
             module: Any = lora_linear(layer, linear.linear)
             # the reference model of DPO or GRPO may be a second adapter
             for adapter in module.lora_A:
                 factors = lora_weights(module, adapter)
-                for index, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
+                for index, factor_kept in linear.lora_cuts(module.r[adapter], kept.keep, keep):
                     yield factors[index], factor_kept
 
 

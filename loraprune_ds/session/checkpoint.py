@@ -25,9 +25,10 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.engines import full_shape, future_engine, holder
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.adapters import ADAPTER, base_parameter
+from loraprune_ds.model.adapters import ADAPTER, base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
+from loraprune_ds.model.frozen import storage_format
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import name_in_file
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
@@ -36,7 +37,8 @@ from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE, History, read_history
 from loraprune_ds.session.live import find_peft_model, live_shape
-from loraprune_ds.session.state import has_plain_adam
+from loraprune_ds.session.quantised import adopt_quantised
+from loraprune_ds.session.state import has_plain_adam, storage_formats
 
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
@@ -118,7 +120,14 @@ def cut_to_checkpoint(
     if not state.origin.query_heads:
         # `live_shape` reads it
         setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)
+    adopt_quantised(peft_model, refits=prune.compensate != "none")
     dense = live_shape(peft_model)
+    formats = storage_formats(decoder_layers(peft_model), dense)
+    require(
+        formats == state.formats,
+        f"{checkpoint} has weights stored as {_describe(state.formats)}, but the model as {_describe(formats)}; "
+        "load the base as it was loaded for that training",
+    )
     require(
         counts_to_lists(dense) == state.origin.groups,
         f"{checkpoint} belongs to another model: its layers have other sizes",
@@ -136,16 +145,22 @@ def cut_to_checkpoint(
     )
 
 
+def _describe(formats: dict[str, str]) -> str:
+    return " and ".join(sorted(set(formats.values()))) or "plain numbers"
+
+
 @torch.no_grad()
 def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> None:
     """Reads those linears again that `weights` has."""
     layers = decoder_layers(model)
     for i, linear in weights.shape.linears():
-        name = f"{weights.shape.prefix(i)}{linear.name}"
-        if name in weights.files:
-            parameter = base_parameter(layers[i], linear.name)
-            read = partial(weights.read_flat, name, dtype=parameter.dtype)
-            holder(parameter).fill(parameter, read, comm)
+        stored_as = storage_format(base_linear(layers[i], linear.linear))
+        for part in map(linear.stored_name, stored_as.tensors):
+            name = f"{weights.shape.prefix(i)}{part}"
+            if name in weights.files:
+                parameter = base_parameter(layers[i], part)
+                read = partial(weights.read_flat, name, dtype=parameter.dtype)
+                holder(parameter).fill(parameter, read, comm)
 
 
 def _find(folder: Path) -> Path | None:

@@ -15,13 +15,17 @@ from loraprune_ds.errors import require
 from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
+from loraprune_ds.model.frozen import QuantisedLinear
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.session.live import base_shape
+from loraprune_ds.session.quantised import AdoptedLora, quantisation
 
 log = logging.getLogger(__name__)
 
 Refused = Callable[[Any], bool]
 
+# the class of LoRA, and that of the linear inside
+PLAIN = ((LoraLinear, nn.Linear), (AdoptedLora, QuantisedLinear))
 # (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
 LINEARS: tuple[tuple[Refused, str], ...] = (
     (lambda x: x is None, "does not exist"),
@@ -30,7 +34,7 @@ LINEARS: tuple[tuple[Refused, str], ...] = (
         "has no LoRA, which the criterion needs on every linear: {needed}",
     ),
     (
-        lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear),
+        lambda x: (type(x), type(x.base_layer)) not in PLAIN,
         "is a {kind}, not plain LoRA over a linear",
     ),
     (lambda x: ADAPTER not in x.lora_A, f"has no LoRA of the adapter {ADAPTER!r}: {{needed}}"),
@@ -84,11 +88,12 @@ def check_model(model: PeftModel) -> None:
             name,
             value,
         )
-    quantised = getattr(base.config, "quantization_config", None) or getattr(
-        base, "is_quantized", False
+    method = quantisation(model)
+    require(
+        method in (None, "bitsandbytes"),
+        f"a base quantised by {method} cannot be cut; load it unquantised, or by bitsandbytes: "
+        "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')",
     )
-    unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
-    require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")
     require(
         ADAPTER in model.peft_config,
         f"the trained adapter must be called {ADAPTER!r}, which is PEFT's default",
@@ -99,6 +104,7 @@ def check_model(model: PeftModel) -> None:
     needed = f"target_modules={last_names(linear.linear for _, linear in shape.linears())}"
     for index, layer in enumerate(decoder_layers(model)):
         modules: dict[str, Any] = dict(layer.named_modules())
+        _refuse_unsloth(index, modules)
         for linear in shape.layers[index].linears:
             module = modules.get(linear.linear)
             over = type(getattr(module, "base_layer", None)).__name__
@@ -107,6 +113,15 @@ def check_model(model: PeftModel) -> None:
                 where = f"layer {index} {linear.linear}"
                 require(not refused(module), f"{where} {reason.format(needed=needed, kind=kind)}")
     _check_others(model, shape)
+
+
+def _refuse_unsloth(layer: int, modules: dict[str, Any]) -> None:
+    for name, module in modules.items():
+        require(
+            not str(module.forward.__module__).startswith("unsloth"),
+            f"layer {layer} {name} is replaced by Unsloth, whose kernels keep the dense sizes; "
+            "load the model by transformers",
+        )
 
 
 def _check_others(model: PeftModel, shape: ModelShape) -> None:

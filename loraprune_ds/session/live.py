@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.engines import full_shape
 from loraprune_ds.errors import require
-from loraprune_ds.model.adapters import base_parameter
+from loraprune_ds.model.adapters import base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec
+from loraprune_ds.model.frozen import DTYPES, QuantisedLinear, storage_format, stored_tensors
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, TensorSpec
+from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.session.compiled import check_not_compiled
@@ -69,15 +71,28 @@ def _live_counts(layer: nn.Module, spec: LayerSpec) -> LayerCounts:
     counts = dict[Kind, int]()
     for linear in spec.linears:
         if linear.spans:
-            size = full_shape(base_parameter(layer, linear.name))[linear.axis]
+            size = _matrix(layer, linear)[linear.axis]
             counts[linear.spans[0].kind] = size // linear.group_width
     return LayerCounts(counts)
+
+
+def _matrix(layer: nn.Module, spec: TensorSpec) -> tuple[int, ...]:
+    """Returns the shape of a weight, whatever the shape of the tensors that store it."""
+    linear = base_linear(layer, spec.linear)
+    if isinstance(linear, QuantisedLinear):
+        return linear.out_features, linear.in_features
+    return full_shape(base_parameter(layer, spec.name))
+
+
+def _weight_dtype(linear: nn.Module) -> torch.dtype:
+    stored_as = storage_format(linear)
+    return stored_as.dtype if isinstance(stored_as, NF4) else stored_tensors(linear)[-1].dtype
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     """Returns the dtype of the frozen weights. Raises UserError if no export can have that dtype."""
     name = shape.layers[0].linears[0].name
-    dtype = base_parameter(decoder_layers(model)[0], name).dtype
+    dtype = _weight_dtype(base_linear(decoder_layers(model)[0], name.removesuffix(".weight")))
     dtype_name = next((key for key, value in DTYPES.items() if value == dtype), None)
     require(
         dtype_name is not None,

@@ -35,6 +35,7 @@ from loraprune_ds.session.compiled import check_accelerate, check_not_compiled
 from loraprune_ds.session.forward_watch import ForwardWatch
 from loraprune_ds.session.live import base_dtype, find_peft_model, live_shape, model_name
 from loraprune_ds.session.origin import describe_origin
+from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.session import PruningSession
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Pruning(PruningSession):
             checkpoint.check_schedule(steps, seed)
         check_accelerate()
         peft_model = find_peft_model(model)
+        adopt_quantised(peft_model, refits=config.compensate != "none")
         check_model(peft_model)
         self.peft_model = peft_model
         live = connect(

@@ -227,7 +227,7 @@ class PruningSession:
             world_size=model.world_size,
             scaling=most_common,
             scalings={name: value for name, value in scalings.items() if value != most_common},
-            formats=storage_formats(model),
+            formats=storage_formats(model.layers, model.shape),
             trained=[name for named in model.trained_parameters() for name in named],
             asked=self.schedule.section(self.step).ratio,
             totals=sum_up(self.recorder.history, self.step),

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from torch import nn
 from torch.optim import Adam, AdamW
 
 from loraprune_ds.checkpoint.state import Totals
-from loraprune_ds.model.adapters import ADAPTER, lora_linear
+from loraprune_ds.model.adapters import ADAPTER, base_linear, lora_linear
 from loraprune_ds.model.frozen import DENSE, storage_format
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.report.records import History
 
@@ -35,11 +37,11 @@ def lora_scalings(model: PrunableModel) -> dict[str, float]:
     }
 
 
-def storage_formats(model: PrunableModel) -> dict[str, str]:
+def storage_formats(layers: nn.ModuleList, shape: ModelShape) -> dict[str, str]:
     """Names the storage formats of linears that are not stored in the model's dtype."""
     formats = dict[str, str]()
-    for layer, linear in model.shape.linears():
-        stored_as = storage_format(lora_linear(model.layers[layer], linear.linear).base_layer)
+    for layer, linear in shape.linears():
+        stored_as = storage_format(base_linear(layers[layer], linear.linear))
         if stored_as is not DENSE:
             formats[f"{layer}.{linear.linear}"] = type(stored_as).__name__.lower()
     return formats

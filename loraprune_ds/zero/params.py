@@ -16,7 +16,8 @@ from deepspeed.runtime.zero.partition_parameters import (
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import Int8, Matrix
+from loraprune_ds.model.frozen import Matrix
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.pretrained.build import replace_parameters
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import replace_data

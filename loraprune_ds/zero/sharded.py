@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState, collect_shards
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.frozen import Dense, storage_format
+from loraprune_ds.model.frozen import DENSE, storage_format
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import (
     ComputeWeight,
@@ -82,8 +83,9 @@ class ShardedModel(PrunableModel):
         shape = cast(tuple[int, int], full_shape(base.weight))
         shard = OwnedShard(flat.to(self.device), start, shape)
         stored_as = storage_format(base)
-        if isinstance(stored_as, Dense):
+        if stored_as == DENSE:
             return shard
+        assert isinstance(stored_as, Int8)
         return replace(shard, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
 
     @property

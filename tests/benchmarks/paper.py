@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loraprune_ds.evaluate.evaluation import measure_speed
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.files import read_json
-from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
+from loraprune_ds.model.frozen import QuantisedLinear, storage_format, stored_tensors
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.criterion import gradient_estimate
@@ -187,10 +188,8 @@ def _store_in_int8(model: nn.Module) -> None:
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear) and name in (LORA.target_modules or ()):
                 stored_as = Int8(axis=0)
-                small = Int8Linear(linear, stored_as)
-                for key, tensor in stored_as.split(linear.weight, linear.weight.dtype).items():
-                    getattr(small, key).data.copy_(tensor)
-                setattr(parent, name, small)
+                tensors = stored_as.split(linear.weight, linear.weight.dtype)
+                setattr(parent, name, QuantisedLinear(linear, stored_as, tensors))
 
 
 @torch.no_grad()

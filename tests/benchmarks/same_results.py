@@ -56,6 +56,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "llama": {"seed": 1},
     "biased": {"seed": 2, "biases": True, "tie": True, "hidden": 60},
     "mistral": {"seed": 3, "model_type": "mistral"},
+    "blocks": {"seed": 4, "hidden": 64, "heads": 8, "kv_heads": 4, "biases": True},
 }
 FAMILIES = {"mixtral": "mixtral", "shared": "qwen2_moe", "hybrid": "qwen3_5_text", "t5": "t5"}
 RESULTS = (
@@ -130,6 +131,7 @@ PLAIN: Settings = {
 }
 UNIFORM: Settings = {"prune": {"ranking": "uniform"}}
 LESS: Settings = {"prune": {"ratio": 0.25}}
+NF4: Settings = {"model": {"nf4": True}}
 INT8: Settings = {"model": {"frozen": "int8"}}
 MIXTURE = [{"path": f"{HERE}/text.txt", "weight": 0.7}, {"path": f"{HERE}/more.txt", "weight": 0.3}]
 PART = {"held_out": None, "held_out_fraction": 0.1}
@@ -185,6 +187,16 @@ CASES = [
     Case("tower", "tower", LESS),
     Case("callback", "llama", {}, script=TRAINER),
     Case("callback, paper", "biased", PAPER, script=TRAINER),
+    *(
+        Case(
+            f"callback, nf4, {compensate}",
+            "blocks",
+            {**NF4, "prune": {"compensate": compensate}},
+            n,
+            TRAINER,
+        )
+        for n, compensate in ((2, "least_squares"), (1, "none"))
+    ),
     Case("quickstart", None),
 ]
 

@@ -12,8 +12,8 @@ from loraprune_ds.files import read_json, write_json
 from tests.oracle.models import make_tiny_llama
 from tests.support import resuming
 from tests.support.bad_input import assert_refused
-from tests.support.callback_results import check_results
-from tests.support.examples import DS_CONFIG, OPTIONS, WORDS
+from tests.support.callback_results import check_results, load, logits, relative
+from tests.support.examples import ALONE, DS_CONFIG, OPTIONS, WORDS
 from tests.support.launching import ROOT, run_to_end
 from tests.support.ranks import RankPool
 from tests.support.refusals import edit_tensors
@@ -24,6 +24,14 @@ SCRIPTS = {
     "dpo.py": ("prompt", "chosen", "rejected"),
     "gkd.py": ("prompt",),
     "accelerate_loop.py": ("text",),
+}
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quant_method": "bitsandbytes"}
+QLORA: dict[str, list[str]] = {
+    "qlora.py": [],
+    "dpo.py": [
+        "--model_init_kwargs",
+        json.dumps({"quantization_config": FOUR_BITS, "dtype": "bfloat16"}),
+    ],
 }
 LENGTHS = {"gkd.py": ["--max_completion_length", "16"], "accelerate_loop.py": []}
 
@@ -56,6 +64,24 @@ def test_an_example_prunes_and_what_it_writes_agrees(
     live = ranks.run(2, run_example, script, [str(model), data, *options], ids)[0]
     check_results(model, out, ids, live, has_adapter=not own_loop)
     assert own_loop or list((out / "runs/pruning").iterdir())
+
+
+@pytest.mark.parametrize("script", QLORA)
+def test_on_a_base_in_4_bits_the_export_agrees(
+    ranks: RankPool, model: Path, tmp_path: Path, script: str
+) -> None:
+    """The reference of DPO is the pruned base, which stays in 4 bits."""
+    data = write_rows(tmp_path / "rows.jsonl", SCRIPTS.get(script, ("text",)))
+    options = [*ALONE.split(), "--max_length", "32", *QLORA[script]]
+    options += ["--output_dir", str(tmp_path / "out"), "--activation_checkpointing", "true"]
+    ids = torch.arange(3, 35)[None]
+    arguments = [str(model), str(data), *options]
+    (live,) = ranks.run(1, run_example, script, arguments, ids, False)
+    exported = load(tmp_path / "out/model", "bfloat16")
+    assert "quantization_config" not in read_json(tmp_path / "out/model/config.json")
+    assert exported.num_parameters() < load(model).num_parameters()
+    # merging rounds to bf16, 2⁻⁹ of a weight
+    assert relative(logits(exported, ids), live) < 2e-2
 
 
 def test_layers_that_do_least_are_dropped_and_a_run_prunes_the_rest(

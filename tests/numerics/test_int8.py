@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
+from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.pretrained.weight_files import as_on_disk, write_weight_file
 from loraprune_ds.pruning.step import all_groups
 from tests.support.cutting import whole_state

@@ -20,7 +20,6 @@ from loraprune_ds.config_types import Dtype, Frozen
 from loraprune_ds.engine.optimizer_state import MOMENTS, collect_shards
 from loraprune_ds.engines import run_engine
 from loraprune_ds.model.experts import as_in_peft
-from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.layer_scores import LayerScores
@@ -366,7 +365,7 @@ def expected_bytes(job: Job, model: ShardedModel) -> int:
         model.zero_optimizer.ipg_buckets.values(),
         4 if job.dtype == "float32" else 2,
     )
-    stored = model.shape.stored(element_size, int8=holds_int8(model.module)).values()
+    stored = model.shape.stored(element_size, int8=job.frozen == "int8").values()
     frozen = sum(
         x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored
     )

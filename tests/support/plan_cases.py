@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds import config
-from loraprune_ds.model.groups import LayerKeep, LayerSpec
+from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.activations import saved_in_layer
@@ -195,12 +196,12 @@ def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tupl
         for spec in layer.tensors
         for name, x in spec.stored(element_size, request.int8).items()
     }
-    for name, kept, linear in layer.cuts(keep, int8=request.int8):
+    for name, kept, linear in layer.cuts(keep, partial(TensorSpec.format, int8=request.int8)):
         stored = of_layer[name]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:
             factors = linear.lora_shapes(lora_rank)
-            for which, stays in linear.lora_cuts(lora_rank, kept, keep):
+            for which, stays in linear.lora_cuts(lora_rank, kept.keep, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 

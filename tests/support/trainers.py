@@ -6,7 +6,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -19,7 +19,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
@@ -107,12 +113,14 @@ class Setup:
         reentrant: how activation checkpointing recomputes. None: there is none.
         fp32_lora: LoRA is in fp32 on a base of less, PEFT's default.
         whole: modules that also train, whole, by PEFT's `modules_to_save`.
+        quantised: arguments of BitsAndBytesConfig.
     """
 
     reference: bool = False
     reentrant: bool | None = None
     fp32_lora: bool = False
     whole: tuple[str, ...] = ()
+    quantised: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
         if self.reentrant is None:
@@ -217,7 +225,10 @@ def deepspeed_config(*, fp32_gradients: bool = True) -> dict[str, Any]:
 
 
 def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
-    model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype))
+    bits = BitsAndBytesConfig(**setup.quantised) if setup.quantised else None
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job.folder, dtype=getattr(torch, job.dtype), quantization_config=bits
+    )
     if setup.reentrant is not None:
         model.enable_input_require_grads()
     if setup.whole:
@@ -295,12 +306,15 @@ def train_alone(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
+def run_example(
+    script: str, argv: list[str], ids: torch.Tensor, deepspeed: bool = True
+) -> torch.Tensor:
     """Runs a script of launch/examples as `__main__`. Returns the live model's logits (samples, tokens, vocabulary)."""
     with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]):
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
-        PartialState(backend="gloo")
+        if deepspeed:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
+            PartialState(backend="gloo")
         names = runpy.run_path(str(ROOT / "launch" / "examples" / script), run_name="__main__")
         engine = names["trainer"].model_wrapped if "trainer" in names else names["model"]
         engine.eval()

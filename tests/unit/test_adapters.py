@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format
+from loraprune_ds.model.frozen import QuantisedLinear
+from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.lora_product import FusedLoraLinear, draw_mask
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained import adapters as adapters_on_disk
@@ -201,11 +202,9 @@ def pair(
     dense.requires_grad_(False)
     base = dense
     if int8:
-        base = Int8Linear(dense, Int8(0))
-        tensors = storage_format(base).split(dense.weight, dtype)
-        for name, tensor in tensors.items():
-            getattr(base, name).data = tensor
-        dense.weight.data = storage_format(base).join(tensors.values())
+        tensors = Int8(0).split(dense.weight, dtype)
+        base = QuantisedLinear(dense, Int8(0), tensors)
+        dense.weight.data = Int8(0).join(tensors.values())
     settings: Any = {
         "config": PEFT_CONFIG,
         "r": PEFT_CONFIG.r,

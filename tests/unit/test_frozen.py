@@ -10,19 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model import frozen
+from loraprune_ds.model import frozen, int8
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import (
-    BLOCK,
-    SCALE,
-    UNSTACKED,
-    WEIGHT,
-    FrozenLinear,
-    Int8,
-    Int8Linear,
-)
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, QuantisedLinear
+from loraprune_ds.model.groups import TensorSpec
+from loraprune_ds.model.int8 import UNSTACKED, Int8
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import needed_scales
@@ -84,7 +78,7 @@ def test_a_cut_commutes_with_it(form: Int8, shape: tuple[int, int]) -> None:
         form.split(x, torch.bfloat16) for x in (weight.index_select(axis, keep), weight)
     )
     for name, kept in form.kept(axis, keep).items():
-        assert torch.equal(cut_first[name], cut_last[name].index_select(axis, kept))
+        assert torch.equal(cut_first[name], cut_last[name].index_select(*kept))
 
 
 @pytest.mark.parametrize(("form", "shape"), OF_STACKS)
@@ -106,7 +100,7 @@ def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> 
 def test_every_rank_reads_its_own_part(
     form: Int8, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen, "READ_CHUNK", 3 * shape[1])
+    monkeypatch.setattr(int8, "READ_CHUNK", 3 * shape[1])
     weight = weight_of(shape)
     whole = form.split(weight, torch.bfloat16)
     for name, expected in whole.items():
@@ -159,7 +153,9 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(
     cuts = {
         f"{dense.shape.prefix(i)}{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, kept, _ in dense.shape.layers[i].cuts(layer_keep, int8=True)
+        for name, kept, _ in dense.shape.layers[i].cuts(
+            layer_keep, partial(TensorSpec.format, int8=True)
+        )
     }
     assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
     for name, cut in cuts.items():
@@ -202,8 +198,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(
 ) -> None:
     stock = nn.Linear(70, 45, bias=bias)
     held = form.split(stock.weight.detach(), torch.float32)
-    linear = Int8Linear(stock, form)
-    linear.weight.data, linear.weight_scale.data = held[WEIGHT], held[SCALE]
+    linear = QuantisedLinear(stock, form, held)
     stock.weight.data = form.join(held.values())
     x = torch.randn(*batch, 70)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -225,9 +220,8 @@ def test_one_expert_at_a_time(
     held = form.split(weight_of((experts * shape[0], shape[1])), torch.float32)
     whole = form.join(held.values()).view(experts, *shape)
     stack = ExpertStack(torch.zeros(experts, *shape), transposed)
-    stack.store_as(form, torch.empty(0))
-    stack.weight.data, stack.weight_scale.data = held[WEIGHT], held[SCALE]  # type: ignore[assignment]
-    monkeypatch.setattr(frozen, "dequantise", dequantise := Mock(wraps=frozen.dequantise))
+    stack.store_as(form, held)
+    monkeypatch.setattr(int8, "dequantise", dequantise := Mock(wraps=int8.dequantise))
     x = torch.randn(
         sum(counts), inputs, generator=torch.Generator().manual_seed(1)
     ).requires_grad_()
