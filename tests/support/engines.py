@@ -19,7 +19,6 @@ from torch.optim import AdamW
 
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect, future_engine, holder
-from loraprune_ds.hf.live import live_shape
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
@@ -27,6 +26,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
+from loraprune_ds.session.live import live_shape
 from tests.oracle.models import make_batches
 from tests.support.local_training import make_model
 
