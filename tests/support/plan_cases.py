@@ -244,7 +244,7 @@ def _measured_step(
     pruning = planned["scoring"] + planned["input_moments"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "magnitude")
     of_lora = 8 * request.lora_shards(shape) * (world_size - 1) if lora_scored else 0
-    agreed = 6 * 8 * (world_size - 1)  # fp64 numbers of a step (`RankNumbers`)
+    agreed = 7 * 8 * (world_size - 1)  # fp64 numbers of a step (`RankNumbers`)
     return {
         "step": step,
         "weights": {
