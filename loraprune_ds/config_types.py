@@ -61,7 +61,7 @@ AmountText = Annotated[
 ]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
-EngineName = Literal["zero3", "local"]  # which saved states record
+EngineName = Literal["zero3", "local", "fsdp2"]  # which saved states record
 Criterion = Literal["lora", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "step", "none"]

@@ -5,11 +5,16 @@ from torch import Tensor
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.engine.training import Engine
+from loraprune_ds.fsdp.live import LiveFsdp
 from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.zero.live import LiveZero3
 
-LIVE: tuple[LiveEngine, ...] = (LiveZero3(), LiveLocal())  # the last takes what no other does
+LIVE: tuple[LiveEngine, ...] = (
+    LiveZero3(),
+    LiveFsdp(),
+    LiveLocal(),
+)  # the last takes what no other does
 
 
 def run_engine(*, sharded: bool) -> Engine:

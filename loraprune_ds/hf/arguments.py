@@ -19,7 +19,11 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
         "the best checkpoint may be from before a cut, and then does not fit the model",
     ),
     ("auto_find_batch_size", bool, "a second attempt would begin with a pruned model"),
-    ("fsdp", bool, "FSDP's flat shards cannot be cut; use DDP, or DeepSpeed ZeRO-3"),
+    (
+        "fsdp_config",
+        lambda config: _is_fsdp1(config or {}),
+        "FSDP1's flat shards cannot be cut; set version to 2",
+    ),
     (
         "n_gpu",
         lambda count: (count or 0) > 1,
@@ -67,3 +71,7 @@ def check_arguments(args: Any, model: nn.Module) -> None:
     require(
         cache in GROWING_CACHES, f"generation_config.cache_implementation={cache}: {KEEPS_HEADS}"
     )
+
+
+def _is_fsdp1(fsdp_config: dict[str, Any]) -> bool:
+    return int(fsdp_config.get("version", 2)) == 1 or bool(fsdp_config.get("xla"))

@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.engines import is_sharded
+from loraprune_ds.engines import holder
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.arguments import check_arguments
@@ -117,6 +117,10 @@ class LoraPruneCallback(TrainerCallback):
         lost = files.lost(of_trainer, comm.world_size)
         if lost and comm.rank == 0:
             log.warning("%s cannot bring back %s", of_trainer, " and ".join(lost))
+        require(
+            not checkpoint.restores_optimizer or checkpoint.engine.name != "fsdp2",
+            f"{of_trainer} cannot go on under FSDP2, which did not save its optimizer",
+        )
         if not (checkpoint.restores_optimizer and files.ds_config):
             return str(of_trainer)
         self._stand_in = tempfile.TemporaryDirectory()
@@ -248,7 +252,7 @@ class LoraPruneCallback(TrainerCallback):
         if self._checkpoint is not None:
             return
         parameters = dict(module.named_parameters())
-        in_engine = all(map(is_sharded, parameters.values()))
+        in_engine = all(holder(parameter).name == "zero3" for parameter in parameters.values())
         common = parameters.keys() & state.keys()
         if in_engine or any(state[name].shape != parameters[name].shape for name in common):
             raise UserError(

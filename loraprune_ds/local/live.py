@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
 from loraprune_ds.engine.torch_state import check_optimizer
@@ -50,15 +50,7 @@ class LiveLocal(LiveEngine):
         return True
 
     def connect(self, training: LiveTraining) -> LocalModel:
-        model = training.model
         peft_model = training.peft_model
-        kind = type(model).__name__
-        replicated = not isinstance(model, nn.DataParallel) and not kind.startswith(
-            ("FSDP", "FullySharded")
-        )
-        require(
-            replicated, f"{kind} cannot be cut; use DistributedDataParallel or DeepSpeed ZeRO-3"
-        )
         devices = sorted({str(parameter.device) for parameter in peft_model.parameters()})
         require(
             len(devices) == 1,

@@ -31,6 +31,7 @@ from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shape import ModelShape
 
 _pruned = cache(pruned_classes)  # each family has one set of classes
+IN_WRAPPER = "_checkpoint_wrapped_module"  # of a layer, by torch's activation checkpointing
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
@@ -161,5 +162,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the layers of a language model, an encoder's first, wrapped by PEFT or not."""
     lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     family = FAMILIES.get(family_name(lm.config.model_type), LLAMA)
-    lists = [lm.get_submodule(layers.path) for layers in family.layer_lists]
-    return lists[0] if len(lists) == 1 else nn.ModuleList(chain(*lists))
+    lists: list[Any] = [lm.get_submodule(layers.path) for layers in family.layer_lists]
+    own = list(chain(*lists))
+    layers = [getattr(layer, IN_WRAPPER, layer) for layer in own]
+    if len(lists) == 1 and layers == own:
+        return lists[0]
+    return nn.ModuleList(layers)

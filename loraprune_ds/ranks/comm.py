@@ -33,9 +33,9 @@ def stop_ranks() -> None:
 
 
 class Communicator:
-    """Runs collectives over the ranks that train one model. Counts the bytes that this rank sends.
+    """Runs collectives over the ranks that train one model, or a group of them. Counts the bytes that this rank sends.
 
-    Without a process group there is one rank.
+    Without a process group there is one rank. The number of a rank is that in the group.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class Communicator:
             return local[None]
         if self.rank == owner:
             gathered = [torch.empty_like(local) for _ in range(self.world_size)]
-            dist.gather(local.contiguous(), gathered, dst=owner, group=self.group)
+            dist.gather(local.contiguous(), gathered, group=self.group, group_dst=owner)
             return torch.stack(gathered)
-        dist.gather(local.contiguous(), dst=owner, group=self.group)
+        dist.gather(local.contiguous(), group=self.group, group_dst=owner)
         self.bytes_sent += local.nbytes
         return None
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         """Sums over ranks, on `owner` only. Overwrites `values`."""
         if self.world_size > 1:
-            dist.reduce(values, owner, group=self.group)
+            dist.reduce(values, group=self.group, group_dst=owner)
         if self.rank == owner:
             return values
         self.bytes_sent += values.nbytes
@@ -101,20 +101,20 @@ class Communicator:
     def broadcast_from(self, owner: int, tensor: Tensor) -> None:
         """Overwrites the tensor of every rank by the tensor of `owner`."""
         if self.world_size > 1:
-            dist.broadcast(tensor, owner, group=self.group)
+            dist.broadcast(tensor, group=self.group, group_src=owner)
         if self.rank == owner:
             self.bytes_sent += tensor.nbytes * (self.world_size - 1)
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
         if flat is None:
-            dist.scatter(shard, src=owner, group=self.group)
+            dist.scatter(shard, group=self.group, group_src=owner)
             return
         padded = pad(flat, len(shard) * self.world_size)
         if self.world_size == 1:
             shard.copy_(padded)
             return
-        dist.scatter(shard, list(padded.split(len(shard))), src=owner, group=self.group)
+        dist.scatter(shard, list(padded.split(len(shard))), group=self.group, group_src=owner)
         self.bytes_sent += shard.nbytes * (self.world_size - 1)
 
     def gather_objects(self, value: T) -> list[T]:

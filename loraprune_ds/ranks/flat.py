@@ -127,12 +127,12 @@ class ReshardPlan:
             width = min(columns - column, end - position)
             first, count = (row, rows) if axis == 0 else (column, width)
             block = shard[position - start :][: rows * width].view(rows, width)
-            kept = block.index_select(axis, self._kept_within(first, first + count))
+            kept = block.index_select(axis, self.kept_within(first, first + count))
             parts.append(kept.reshape(-1))
             position += rows * width
         return torch.cat(parts) if parts else shard[:0]
 
-    def _kept_within(self, first: int, end: int) -> Tensor:
+    def kept_within(self, first: int, end: int) -> Tensor:
         start, stop = map(int, torch.searchsorted(self.cut.keep, torch.tensor([first, end])))
         return self._keep[start:stop] - first
 

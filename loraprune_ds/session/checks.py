@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from loraprune_ds.engines import is_sharded
+from loraprune_ds.engines import holder
 from loraprune_ds.errors import require
 from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
@@ -67,7 +67,8 @@ def check_one_dtype(model: nn.Module) -> None:
     several = (
         f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer"
     )
-    fits = len(dtypes) < 2 or not any(map(is_sharded, model.parameters()))
+    on_zero_3 = any(holder(parameter).name == "zero3" for parameter in model.parameters())
+    fits = len(dtypes) < 2 or not on_zero_3
     require(fits, f"{several}; call get_peft_model with autocast_adapter_dtype=False")
 
 

@@ -20,10 +20,18 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.session.compiled import check_not_compiled
 
+WRAPPERS = ("FullyShardedDataParallel", "DataParallel")  # FSDP1, and copies of a whole model
+
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """Finds the PEFT model inside an engine. Raises UserError if there is none, or a part is compiled."""
+    """Finds the PEFT model inside an engine. Raises UserError if there is none, or a part cannot be cut."""
     check_not_compiled(model)
+    for module in model.modules():
+        kind = type(module).__name__
+        require(
+            kind not in WRAPPERS,
+            f"{kind} cannot be cut; use DistributedDataParallel, FSDP2 (fully_shard) or ZeRO-3",
+        )
     inner: Any = model
     while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
         inner = inner.module

@@ -47,7 +47,7 @@ class Pruning(PruningSession):
     Hooks record the passes, and score before each update.
 
     Args:
-        model: DeepSpeed's engine, DistributedDataParallel, or the PEFT model inside, ready to train.
+        model: DeepSpeed's engine, DistributedDataParallel, or the PEFT model inside, sharded or not, ready to train.
         optimizer: torch's, or returned by `accelerator.prepare` or `deepspeed.initialize`. A loss scaler of your own
             must be its attribute `scaler`, as in accelerate.
         steps: optimizer steps of the whole training. The schedule is a fraction of them.

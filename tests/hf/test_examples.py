@@ -13,7 +13,7 @@ from tests.oracle.models import make_tiny_llama
 from tests.support import resuming
 from tests.support.bad_input import assert_refused
 from tests.support.callback_results import check_results, load, logits, relative
-from tests.support.examples import ALONE, DS_CONFIG, OPTIONS, WORDS
+from tests.support.examples import ALONE, DS_CONFIG, OPTIONS, write_rows
 from tests.support.launching import ROOT, run_to_end
 from tests.support.ranks import RankPool
 from tests.support.refusals import edit_tensors
@@ -34,15 +34,6 @@ QLORA: dict[str, list[str]] = {
     ],
 }
 LENGTHS = {"gkd.py": ["--max_completion_length", "16"], "accelerate_loop.py": []}
-
-
-def write_rows(path: Path, fields: tuple[str, ...]) -> Path:
-    def sentence(i: int) -> str:
-        return " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 9))
-
-    rows = ({field: sentence(3 * i + j) for j, field in enumerate(fields)} for i in range(16))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
@@ -95,13 +98,39 @@ def locally(peft_model: nn.Module, optimizer: AdamW) -> Loop:
     return Loop(model, optimizer, torch.Tensor.backward, update)
 
 
+def on_fsdp2(peft_model: nn.Module, optimizer: AdamW) -> Loop:
+    shard_rows(peft_model)
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    optimizer.param_groups[0]["params"] = trained
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Loop(peft_model, optimizer, torch.Tensor.backward, update)
+
+
+def shard_rows(peft_model: nn.Module) -> None:
+    if isinstance(peft_model, FSDPModule):
+        return
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in decoder_layers(peft_model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(peft_model, mesh=mesh)
+
+
 def sharded_at_birth(peft_model: nn.Module) -> None:
     deepspeed.zero.Init(module=peft_model, config_dict_or_path=ds_config())
 
 
 # name of the engine -> wraps a model; and shards a dense model before there is an optimizer, where users do that
-ENGINES: dict[str, Callable[[nn.Module, AdamW], Loop]] = {"zero3": on_zero_3, "local": locally}
-BEFORE: dict[str, Callable[[nn.Module], None]] = {"zero3": sharded_at_birth}
+ENGINES: dict[str, Callable[[nn.Module, AdamW], Loop]] = {
+    "zero3": on_zero_3,
+    "fsdp2": on_fsdp2,
+    "local": locally,
+}
+BEFORE: dict[str, Callable[[nn.Module], None]] = {"zero3": sharded_at_birth, "fsdp2": shard_rows}
 
 
 @dataclass
@@ -235,7 +264,9 @@ def train(name: str, folder: Path) -> Found:
 
 def live_bytes() -> int:
     gc.collect()
-    return storage_bytes(x for x in gc.get_objects() if isinstance(x, Tensor) and not x.is_meta)
+    tensors = (x for x in gc.get_objects() if isinstance(x, Tensor) and not x.is_meta)
+    # the rows of a DTensor are a tensor of their own
+    return storage_bytes(x for x in tensors if not isinstance(x, DTensor))
 
 
 def _restore(training: Training, saved: dict[str, Tensor]) -> None:

@@ -201,7 +201,11 @@ def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
     args = SimpleNamespace(
         cache_implementation=None, parallelism_config=SimpleNamespace(sp_size=1, cp_size=1)
     )
-    value = {"cache_implementation": "static"} if name == "generation_kwargs" else value
+    sections = {
+        "generation_kwargs": {"cache_implementation": "static"},
+        "fsdp_config": {"version": 1},
+    }
+    value = sections.get(name, value)
     check_arguments(args, model)
     owners = {
         "generation_config": cast(Any, model).generation_config,

@@ -33,7 +33,7 @@ LAYERS = (
     ("pretrained",),
     ("pruning",),
     ("engine",),
-    ("zero", "local"),
+    ("zero", "local", "fsdp"),
     ("engines",),
     ("checkpoint", "report"),
     ("export",),
@@ -45,6 +45,7 @@ LAYERS = (
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 KNOWS_DEEPSPEED = "zero"
+KNOWS_FSDP = "fsdp"  # its private modules
 
 SCRIPTS = ("launch", "slurm")
 FILES = sorted(path for folder in (PACKAGE, *SCRIPTS) for path in (ROOT / folder).rglob("*.py"))
@@ -72,6 +73,8 @@ def import_faults(part: str, source: str) -> list[str]:
         root, target = module.split(".")[0], part_of(module)
         if root == "deepspeed" and part != KNOWS_DEEPSPEED:
             faults.append(f"{part} imports {module}; only {KNOWS_DEEPSPEED} may know DeepSpeed")
+        if "._fully_shard" in module and part != KNOWS_FSDP:
+            faults.append(f"{part} imports {module}; only {KNOWS_FSDP} may know FSDP2's insides")
         if (
             root in (PACKAGE, *SCRIPTS)
             and target in LEVEL

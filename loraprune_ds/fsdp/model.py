@@ -1,0 +1,193 @@
+"""The FSDP2 model under pruning, and the optimizer state of its LoRA. Every rank cuts its rows in place.
+
+FSDP2 swaps the parameters of a unit for gathered ones in a forward pass. After one without a backward pass, as in an
+evaluation, the last units stay gathered. So everything here reshards before it reads parameters of a module.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from loraprune_ds.engine.torch_state import TorchState
+from loraprune_ds.engine.watched_model import WatchedModel
+from loraprune_ds.errors import fail_point
+from loraprune_ds.fsdp.private import Slot, find_slots, install, like_parameter
+from loraprune_ds.fsdp.rows import RowShards
+from loraprune_ds.model.adapters import set_sizes
+from loraprune_ds.model.groups import LayerKeep, Slice
+from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, parameter_cuts
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import current_device
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, AxisCut, gather_rounds, owned_range
+
+
+class FsdpModel(WatchedModel):
+    """A PEFT model whose parameters FSDP2 has sharded by rows, and the torch optimizer of its LoRA.
+
+    Under CPU offload rows and optimizer state are on the host. Scoring and cutting copy them to the device and back.
+
+    Args:
+        optimizer: None before there is one.
+        scaler: fp16's `torch.amp.GradScaler`, if the trainer has one.
+    """
+
+    engine = "fsdp2"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shape: ModelShape,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: Any = None,
+    ) -> None:
+        self._units = sharded_units(module)
+        self._reshard()
+        mesh = next(p for p in module.parameters() if isinstance(p, DTensor)).device_mesh
+        device = torch.device("cpu") if mesh.device_type == "cpu" else current_device()
+        super().__init__(module, shape, Communicator(device=device), optimizer, scaler)
+        self._rows = RowShards(mesh, device)
+        self.optimizer_state = None if optimizer is None else RowState(optimizer, self._rows)
+
+    def held(self, parameter: Tensor) -> Tensor:
+        return held(parameter)
+
+    def _reshard(self) -> None:
+        """Gives every unit its sharded parameters back. FSDP2 gathers them in the next forward pass."""
+        for unit in self._units:
+            unit.reshard()
+
+    # Scoring
+
+    @torch.no_grad()
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        """Gathers A, B and their averaged gradients on every rank, several layers by one all-gather."""
+        parameters = [list(layer.values()) for layer in self.lora_parameters()]
+        sizes = [2 * sum(parameter.numel() for parameter in layer) for layer in parameters]
+        for layers in gather_rounds(sizes, GATHERED_NUMEL):
+            of_round = [parameter for layer in layers for parameter in parameters[layer]]
+            rows = [held(parameter).float() for parameter in of_round]
+            gradients = [self.unscaled_gradient(parameter) for parameter in of_round]
+            shapes = [tuple(parameter.shape) for parameter in of_round]
+            gathered = self._rows.gather(rows + gradients, shapes + shapes)
+            weights = iter(gathered[: len(of_round)])
+            grads = iter(gathered[len(of_round) :])
+            for layer in layers:
+                yield self._named_factors(layer, weights, grads)
+
+    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
+        weight = self._module(linear_id).base_layer.weight
+        shape = cast(tuple[int, int], tuple(weight.shape))
+        flat = held(weight).to(self.device).reshape(-1)
+        start, _ = self._rows.owned_flat(shape)
+        # every replica has these rows, so each scores a part
+        low, high = owned_range(len(flat), self._rows.replica_count, self._rows.replica)
+        return OwnedShard(flat[low:high], start + low, shape)
+
+    # A cut
+
+    @torch.no_grad()
+    def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
+        self._rows.overwrite(held(parameter), parameter.shape, owner, tensor)
+        self._forget_event()
+
+    @torch.no_grad()
+    def cut(self, keep: list[LayerKeep]) -> int:
+        """Cuts one parameter after another, with the state of the optimizer. Each stays the same object."""
+        before = self._rows.shards.bytes_sent
+        self._reshard()
+        slots = find_slots(self._units)
+        for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
+            for parameter, kept in parameter_cuts(layer, spec, layer_keep):
+                self._select(parameter, kept, slots[parameter])
+            set_sizes(layer, spec.resized(layer_keep.counts))
+            fail_point("cut.layer")
+        self.shape = self.shape.after(keep)
+        self._forget_event()
+        return sum(self.comm.gather_objects(self._rows.shards.bytes_sent - before))
+
+    def _select(self, parameter: nn.Parameter, kept: Slice, slot: Slot) -> None:
+        shape = tuple(parameter.shape)
+        new_shape = AxisCut(shape, kept.axis, kept.keep).new_shape
+        state: dict[str, Any] = {}
+        if self.optimizer is not None:
+            state = self.optimizer.state.get(parameter, state)
+        for key, value in state.items():
+            if isinstance(value, DTensor) and value.shape == parameter.shape:
+                rows = self._rows.cut(held(value), shape, kept)
+                state[key] = like_parameter(rows, parameter, new_shape)
+        parameter.grad = None
+        install(slot, parameter, self._rows.cut(held(parameter), shape, kept), new_shape)
+
+    def _forget_event(self) -> None:
+        """Orders new weights before the next gather.
+
+        A trainer may have named an event after its update, which is all that the next gather would wait for. Without
+        one it waits for everything before it.
+        """
+        for unit in self._units:
+            unit.set_post_optim_event(cast(Any, None))
+
+    # Checkpoints and exports
+
+    @torch.no_grad()
+    def collect(
+        self, parameter: nn.Parameter, owner: int, *, master: bool = False
+    ) -> Tensor | None:
+        if not isinstance(parameter, DTensor):  # outside all units
+            return parameter.detach() if self.rank == owner else None
+        rows = held(parameter)
+        if master:
+            rows = rows.float()
+        return self._rows.collect(rows, parameter.shape, owner)
+
+    def collect_stored(self, linear_id: LinearId) -> dict[str, Tensor]:
+        self._reshard()
+        return super().collect_stored(linear_id)
+
+    def weight_bytes(self) -> list[int]:
+        self._reshard()
+        return super().weight_bytes()
+
+    # Training
+
+    def lora_parameters(self) -> list[dict[str, nn.Parameter]]:
+        self._reshard()
+        return super().lora_parameters()
+
+    def norm_over_ranks(self, norm: Tensor) -> Tensor:
+        return self._rows.norm(norm)
+
+
+class RowState(TorchState):
+    """The state of Adam over rows of LoRA. Each rank has that of its rows."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rows: RowShards) -> None:
+        super().__init__(optimizer)
+        self._rows = rows
+
+    def held(self, tensor: Tensor) -> Tensor:
+        return held(tensor)
+
+    def part(self, shape: Sequence[int], comm: Communicator) -> tuple[int, int]:
+        return self._rows.owned_flat(shape)
+
+    def gather(
+        self, parameter: nn.Parameter, key: str, owner: int, comm: Communicator
+    ) -> Tensor | None:
+        return self._rows.collect(self.shard(parameter, key), parameter.shape, owner)
+
+
+@torch.no_grad()
+def held(tensor: Tensor) -> Tensor:
+    """Returns the rows of a sharded tensor that this rank holds. A view, or all of a tensor that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_units(module: nn.Module) -> list[FSDPModule]:
+    """Lists the modules that FSDP2 gathers as one, outer ones first."""
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]

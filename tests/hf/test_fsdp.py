@@ -1,0 +1,101 @@
+"""The callback in Trainers that shard by FSDP2, on CPU ranks: equal to our own trainer, which holds the model whole."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle.models import make_tiny_llama
+from tests.support import callback_run, fsdp_trainers, trainers
+from tests.support.callback_results import check_results
+from tests.support.driver import Job
+from tests.support.examples import DS_CONFIG, OPTIONS, write_rows
+from tests.support.families import heavy
+from tests.support.fsdp_trainers import fsdp, train_with_callback
+from tests.support.ranks import RankPool
+from tests.support.resuming import assert_equal_tensors
+from tests.support.trainer_runs import PRUNE, REFIT, SAVES, assert_same_course, course
+from tests.support.trainers import PLAIN, WITHOUT, Setup, train_alone
+
+# of launch/examples, by the options of their tests
+TRAINER = OPTIONS.replace(f"--deepspeed {DS_CONFIG}", "--fsdp --max_length 32")
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 20}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return callback_run.make_job(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("prune", "more", "setup", "size"),
+    [
+        (REFIT, fsdp() | EVALUATED, PLAIN, 2),
+        (PRUNE, fsdp(activation_checkpointing=True, reshard_after_forward=False), PLAIN, 2),
+        heavy(PRUNE, fsdp(), Setup(reference=True, reentrant=False), 2),
+        heavy(PRUNE, fsdp(cpu_ram_efficient_loading=True), Setup(whole=("embed_tokens",)), 2),
+        heavy(REFIT, fsdp(reshard_after_forward=False) | EVALUATED, Setup(reference=True), 4),
+    ],
+    ids=["refit", "checkpointing", "reference", "modules_to_save", "four ranks"],
+)
+def test_the_callback_cuts_as_our_own_trainer(
+    ranks: RankPool, job: Job, tmp_path: Path, prune: Any, more: Any, setup: Setup, size: int
+) -> None:
+    job = replace(job, prune=prune, batches=job.batches[:6])  # cuts after 2, 4 and 5
+    rows, _ = ranks.run(size, train_with_callback, job, tmp_path, more, None, setup)[0]
+    if not setup.whole:  # our trainer trains nothing beside LoRA
+        assert_same_course(rows, ranks.run(1, train_alone, replace(job, deepspeed=None))[0], cuts=3)
+
+
+@pytest.mark.parametrize(
+    ("script", "fields"),
+    [
+        ("sft.py", ("text",)),
+        ("fsdp_loop.py", ("text",)),
+        heavy("dpo.py", ("prompt", "chosen", "rejected")),
+    ],
+)
+def test_an_example_prunes_and_what_it_writes_agrees(
+    ranks: RankPool, tmp_path: Path, script: str, fields: tuple[str, ...]
+) -> None:
+    model = make_tiny_llama(tmp_path / "dense", heads=8, kv_heads=4, hidden=64, ffn=640, layers=4)
+    data = str(write_rows(tmp_path / "rows.jsonl", fields))
+    out = tmp_path / "out"
+    own_loop = script == "fsdp_loop.py"
+    options = [str(out)] if own_loop else ["--output_dir", str(out), *TRAINER.split()]
+    ids = torch.arange(3, 35)[None]
+    arguments = [str(model), data, *options]
+    live = ranks.run(2, fsdp_trainers.run_example, script, arguments, ids)[0]
+    check_results(model, out, ids, live, has_adapter=not own_loop)
+
+
+@pytest.mark.parametrize("size", [2, heavy(4)])
+def test_a_resume_across_a_cut_changes_no_bit_and_other_ranks_go_on(
+    ranks: RankPool, job: Job, tmp_path: Path, size: int
+) -> None:
+    job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
+    saves = SAVES | fsdp()
+    rows, weights = ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0]
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    again, resumed = ranks.run(size, train_with_callback, job, tmp_path / "b", fsdp(), checkpoint)[
+        0
+    ]
+    assert rows[1]["kept"] != rows[0]["kept"]
+    if size == 2:
+        assert course(again) == course(rows[2:])
+        assert_equal_tensors(resumed, weights)
+    else:
+        assert_same_course(again, rows[2:], cuts=2)
+
+
+def test_what_another_engine_has_saved_is_refused_in_a_line(
+    ranks: RankPool, job: Job, tmp_path: Path
+) -> None:
+    job = replace(job, batches=job.batches[:2])
+    ranks.run(2, trainers.train_with_callback, job, tmp_path / "a", SAVES | WITHOUT)
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    for line in ranks.run(2, fsdp_trainers.refusal_of_resume, job, tmp_path, checkpoint):
+        assert checkpoint in line
+        assert "FSDP2" in line
