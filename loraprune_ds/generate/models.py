@@ -15,7 +15,7 @@ from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.huggingface import has_tokenizer
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
@@ -34,7 +34,7 @@ class PruningResult:
 
     pretrained: PretrainedModel = field(repr=False)
     # report.json. None for an export without its run
-    report: dict[str, Any] | None = field(repr=False)
+    report: JsonObject | None = field(repr=False)
     run: Path  # the folder of the run, or of the export without one
 
     @property
@@ -42,7 +42,7 @@ class PruningResult:
         return self.pretrained.folder
 
     @property
-    def kept_groups(self) -> list[dict[str, Any]] | None:
+    def kept_groups(self) -> list[JsonObject] | None:
         """The layers of kept_groups.json. None for an export without its run."""
         return read_json(self.run / records.KEPT_GROUPS_FILE, missing_ok=True).get("layers")
 

@@ -11,6 +11,7 @@ from torch import nn
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.engines import full_shape
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES, QuantisedLinear, storage_format, stored_tensors
@@ -34,7 +35,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     return inner
 
 
-def base_config(model: PeftModel) -> dict[str, Any]:
+def base_config(model: PeftModel) -> JsonObject:
     """Returns config.json of the dense model, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
     config.pop("use_cache", None)  # trainers switch it off

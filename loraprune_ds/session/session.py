@@ -26,6 +26,7 @@ from loraprune_ds.checkpoint.save import Staging, write_step
 from loraprune_ds.checkpoint.state import Origin, ResumeState, State
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import fail_point
+from loraprune_ds.files import JsonObject
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Cut, Pruner
@@ -237,7 +238,7 @@ class PruningSession:
         )
 
     def _resume_state(
-        self, schedule: dict[str, Any] | None, loss_scale: dict[str, Any] | None
+        self, schedule: JsonObject | None, loss_scale: JsonObject | None
     ) -> ResumeState:
         """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
         state = self.model.optimizer_state
@@ -256,8 +257,8 @@ class PruningSession:
         target: Path,
         kind: str,
         *,
-        schedule: dict[str, Any] | None = None,
-        loss_scale: dict[str, Any] | None = None,
+        schedule: JsonObject | None = None,
+        loss_scale: JsonObject | None = None,
         with_records: bool = False,
     ) -> None:
         """Publishes the folder of this step, which every rank fills. Collective.

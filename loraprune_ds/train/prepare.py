@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from loraprune_ds.engine.training import Engine
 from loraprune_ds.engines import run_engine
 from loraprune_ds.errors import require
 from loraprune_ds.export.model_card import model_name
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.groups import QUERY_HEADS
@@ -54,7 +54,7 @@ class Prepared:
     held_out: list[Labelled]  # batches of the held-out text
     schedule: Schedule
     engine: Engine
-    ds_config: dict[str, Any]  # with every "auto" replaced. Empty without DeepSpeed
+    ds_config: JsonObject  # with every "auto" replaced. Empty without DeepSpeed
     origin: Origin
 
 
@@ -118,7 +118,7 @@ def _open_model(config: RunConfig, query_heads: bool) -> PretrainedModel:
 def _prepare(
     config: RunConfig,
     pretrained: PretrainedModel,
-    ds_config: dict[str, Any],
+    ds_config: JsonObject,
     commits: dict[str, str],
     check_tokenizer: CheckTokenizer,
 ) -> Prepared:

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import (
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.frozen import Matrix
 from loraprune_ds.model.int8 import Int8
 from loraprune_ds.pretrained.build import replace_parameters
@@ -27,7 +28,7 @@ from loraprune_ds.zero.device import accelerator, settle_shards
 
 
 def shard_at_birth(
-    model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype
+    model: nn.Module, weights: ModelWeights, ds_config: JsonObject, dtype: torch.dtype
 ) -> None:
     """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk. Collective.
 
