@@ -14,7 +14,6 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.export.contents import find_contents
-from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
 from loraprune_ds.model.frozen import DTYPES
@@ -22,7 +21,7 @@ from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import in_files
-from loraprune_ds.pretrained.tokenizer import load_tokenizer
+from loraprune_ds.pretrained.tokenizer import has_tokenizer, load_tokenizer
 from loraprune_ds.report import records
 
 Ids = list[int]

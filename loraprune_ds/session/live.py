@@ -49,7 +49,7 @@ def _tied(base: Any) -> dict[str, bool]:
     return {"tie_word_embeddings": head is embedding}
 
 
-def model_name(model: PeftModel) -> str:
+def base_name(model: PeftModel) -> str:
     """Names the dense model: a hub id or the last part of a folder."""
     base = cast(Any, model.get_base_model())
     return Path(base.config._name_or_path).name or type(base).__name__
@@ -58,7 +58,7 @@ def model_name(model: PeftModel) -> str:
 def base_shape(model: PeftModel) -> ModelShape:
     """Returns the shape in the model's config, which stays the dense shape."""
     base = cast(Any, model.get_base_model())
-    return shape_from_config(base.config.to_dict() | _tied(base), model_name(model))
+    return shape_from_config(base.config.to_dict() | _tied(base), base_name(model))
 
 
 def live_shape(model: PeftModel) -> ModelShape:

@@ -33,7 +33,7 @@ from loraprune_ds.session.checkpoint import PruningCheckpoint
 from loraprune_ds.session.checks import check_model
 from loraprune_ds.session.compiled import check_accelerate, check_not_compiled
 from loraprune_ds.session.forward_watch import ForwardWatch
-from loraprune_ds.session.live import base_dtype, find_peft_model, live_shape, model_name
+from loraprune_ds.session.live import base_dtype, base_name, find_peft_model, live_shape
 from loraprune_ds.session.origin import describe_origin
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.session import PruningSession
@@ -182,7 +182,7 @@ class Pruning(PruningSession):
         config = {
             "seed": self.origin.seed,
             "steps": self.origin.steps,
-            "model": {"path": model_name(self.peft_model), "dtype": self.dtype},
+            "model": {"path": base_name(self.peft_model), "dtype": self.dtype},
             "prune": asdict(self.pruner.config),
         }
         comm = self.model.comm

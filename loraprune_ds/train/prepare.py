@@ -1,6 +1,5 @@
 """Prepares a run, and finds every error in its input before any long work."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,11 +82,8 @@ def prepare(
         ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size, ranks_per_node)
         return _prepare(config, pretrained, ds_config, commits, check_tokenizer)
 
-    # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    with comm.patient() as waiting:
-        first = waiting.all_or_raise(lambda: prepare_here() if is_first else None)
-        prepared = waiting.all_or_raise(lambda: first or prepare_here())
+    # downloads, converts and tokenises. The other ranks find the results in the node's caches
+    prepared = comm.first_per_node(prepare_here)
     rank = comm.differing_rank((prepared.origin.digest, prepared.origin.data))
     require(
         rank is None,
