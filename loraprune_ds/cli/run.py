@@ -185,12 +185,13 @@ def summary_table(report: JsonObject, folder: Path) -> str:
     ranks = "one process"
     if report["config"]["deepspeed"] is not None:
         ranks = _plural(report["world_size"], "ZeRO-3 rank")
+    cuts = _plural(len(report["prune_steps"]), "cut")
     head = ("", "dense", "pruned", "")
     rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
     gpus = ", ".join(map(str, report["serving"]["tensor_parallel"]))
     groups = ", ".join(map(str, report["serving"]["quantisation_groups"])) or "none"
     lines = [
-        f"{report['steps']} steps, {_plural(len(report['prune_steps']), 'cut')}, {ranks}",
+        f"{report['steps']} steps, {cuts}, {ranks}",
         "",
         *aligned(rows, "<>><"),
         "",

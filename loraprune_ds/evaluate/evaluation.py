@@ -280,6 +280,9 @@ def _measure(
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
+    removed_fraction = None
+    if dense is not None:
+        removed_fraction = 1 - shape.total_numel() / dense
     element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
         path=source.path,
@@ -287,7 +290,7 @@ def _measure(
         method=source.method,
         model_type=shape.model_type,
         dtype=prepared.dtype,
-        removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
+        removed_fraction=removed_fraction,
         cost=count_cost(shape, source.pretrained.config, settings.window, element_size),
         perplexity=perplexity,
         tasks=tasks,

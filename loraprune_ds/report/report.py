@@ -74,14 +74,13 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:
     """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
     dense = outcome.schedule.limits.dense
     history = outcome.history
+    evaluations = ("dense", "after_last_cut", "pruned")
     return {
         "params": _parameters(dense, outcome.pruned, outcome.schedule.ratio),
         "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
         "shelf": list(_shelf(dense, history, sizes)),
         "serving": _serving(outcome.pruned),
-        "perplexity": {
-            name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")
-        },
+        "perplexity": {name: history.perplexity(name) for name in evaluations},
         "world_size": len(outcome.peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_without_counts(cut) for cut in history.cuts],
@@ -133,16 +132,13 @@ def _speed_and_memory(
     def at_ends(name: str) -> JsonObject:
         return {part: getattr(end[0], name) if end else None for part, end in ends.items()}
 
+    without_refit = _without_refit(before, schedule)
+    seconds = {"before": _seconds_per_step(warm(before)), "after": _seconds_per_step(warm(after))}
+    peaks = {"before": _step_peak(warm(without_refit)), "after": _step_peak(warm(after))}
     return {
-        "seconds_per_step": {
-            "before": _seconds_per_step(warm(before)),
-            "after": _seconds_per_step(warm(after)),
-        },
+        "seconds_per_step": seconds,
         "resident_bytes": at_ends("resident_bytes"),
-        "step_peak_bytes": {
-            "before": _step_peak(warm(_without_refit(before, schedule))),
-            "after": _step_peak(warm(after)),
-        },
+        "step_peak_bytes": peaks,
         "reserved_bytes": steps[-1].reserved_bytes if steps else [],
         "mfu": at_ends("mfu"),
     }
@@ -156,14 +152,16 @@ def _shelf(
         cuts = [cut for cut in history.cuts if cut.step <= step]
         # there is no cut if no group could leave
         shape = _cut_shape(dense, cuts[-1]) if cuts else dense
+        numel = shape.total_numel()
+        tokens = sum(s.tokens for s in history.steps if s.step <= step)
         name = "pruned" if step == max(sizes) else "size"
         yield {
             "size": size,
             "folder": records.export_folder(sizes, step),
             "step": step,
-            "tokens": sum(s.tokens for s in history.steps if s.step <= step),
-            "parameters": shape.total_numel(),
-            "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
+            "tokens": tokens,
+            "parameters": numel,
+            "removed_fraction": 1 - numel / dense.total_numel(),
             "kv_bytes_per_token": 2 * cached_numel(shape),
             "perplexity": history.perplexity(name, step),
         }

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -218,8 +219,10 @@ class PruningSession:
     def state(self) -> State:
         """Describes the training after this step. Collective."""
         model = self.model
+        trained = list(chain.from_iterable(model.trained_parameters()))
         scalings = lora_scalings(model)
         ((most_common, _),) = Counter(scalings.values()).most_common(1)
+        others = {name: scaling for name, scaling in scalings.items() if scaling != most_common}
         return State(
             step=self.step,
             origin=self.origin,
@@ -227,9 +230,9 @@ class PruningSession:
             engine=model.engine,
             world_size=model.world_size,
             scaling=most_common,
-            scalings={name: value for name, value in scalings.items() if value != most_common},
+            scalings=others,
             formats=storage_formats(model.layers, model.shape),
-            trained=[name for named in model.trained_parameters() for name in named],
+            trained=trained,
             asked=self.schedule.section(self.step).ratio,
             totals=sum_up(self.recorder.history, self.step),
             resumed_from=self.resumed_from,

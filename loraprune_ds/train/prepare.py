@@ -148,6 +148,19 @@ def _prepare(
         config.evaluate.batch_size,
         shape.vocab_size,
     )
+    data = RunData(
+        samples=loaded.samples.digest(), held_out=loaded.held_out_digest(), commits=commits
+    )
+    origin = Origin(
+        config=config.to_dict(),
+        steps=schedule.steps,
+        seed=config.seed,
+        query_heads=QUERY_HEADS in shape.kinds,
+        folder=str(pretrained.folder.resolve()),
+        digest=source_digest(pretrained.folder),
+        groups=counts_to_lists(shape),
+        data=data,
+    )
     return Prepared(
         config=config,
         pretrained=pretrained,
@@ -157,18 +170,7 @@ def _prepare(
         schedule=schedule,
         engine=run_engine(sharded=config.deepspeed is not None),
         ds_config=ds_config,
-        origin=Origin(
-            config=config.to_dict(),
-            steps=schedule.steps,
-            seed=config.seed,
-            query_heads=QUERY_HEADS in shape.kinds,
-            folder=str(pretrained.folder.resolve()),
-            digest=source_digest(pretrained.folder),
-            groups=counts_to_lists(shape),
-            data=RunData(
-                samples=loaded.samples.digest(), held_out=loaded.held_out_digest(), commits=commits
-            ),
-        ),
+        origin=origin,
     )
 
 
