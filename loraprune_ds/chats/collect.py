@@ -38,7 +38,7 @@ def collect(options: Namespace, ranks: Communicator) -> Selection:
     selection = Selection(options)
     journal = options.out.with_suffix(".draws.jsonl")
     earlier = ranks.write_on_rank_0(journal, lambda: _open_journal(journal, options.out, settings))
-    for draw in ranks.gather_objects(earlier)[0] or []:
+    for draw in ranks.from_rank_0(earlier) or []:
         selection.add(draw)
     half = "" if settings["engine"] == "vllm" else settings["dtype"]  # vLLM has its own products
     display = _Display(selection, drawer)

@@ -74,7 +74,7 @@ def prepare(
     query_heads = earlier is None or earlier.origin.query_heads
     # From rank 0, since the hub may change from rank to rank.
     resolved = comm.on_rank_0(lambda: recorded or resolve_commits(config.data))
-    commits = comm.gather_objects(resolved)[0] or {}
+    commits = comm.from_rank_0(resolved) or {}
     ranks_per_node = comm.ranks_per_node()
 
     def prepare_here() -> Prepared:
