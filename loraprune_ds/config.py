@@ -5,7 +5,7 @@ pydantic checks every value once, here. The rest of the package trusts the types
 
 import dataclasses
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
@@ -40,6 +40,7 @@ from loraprune_ds.config_types import (
     require_one,
 )
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import JsonObject
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -376,6 +377,6 @@ class RunConfig:
             parts.append(f"{self.train.distill_weight:.0%} distillation")
         return ", ".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns the nested dictionary of `<output_dir>/config.yaml`."""
         return dataclasses.asdict(self)

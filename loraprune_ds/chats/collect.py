@@ -15,14 +15,14 @@ from tqdm import tqdm
 from loraprune_ds.chats.draws import Draw, Drawer
 from loraprune_ds.chats.selection import Selection
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import json_text, write_json, write_text
+from loraprune_ds.files import JsonObject, json_text, write_json, write_text
 from loraprune_ds.generate.models import find_model
 from loraprune_ds.pretrained.tokenizer import load_tokenizer
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
 
 HOPELESS = 1000  # draws of which one must be kept
-SETTINGS = TypeAdapter(dict[str, Any])  # the first line of a journal
+SETTINGS = TypeAdapter(JsonObject)  # the first line of a journal
 DRAW = TypeAdapter(Draw)  # each other line
 
 
@@ -38,7 +38,7 @@ def collect(options: Namespace, ranks: Communicator) -> Selection:
     selection = Selection(options)
     journal = options.out.with_suffix(".draws.jsonl")
     earlier = ranks.write_on_rank_0(journal, lambda: _open_journal(journal, options.out, settings))
-    for draw in ranks.gather_objects(earlier)[0] or []:
+    for draw in ranks.from_rank_0(earlier) or []:
         selection.add(draw)
     half = "" if settings["engine"] == "vllm" else settings["dtype"]  # vLLM has its own products
     display = _Display(selection, drawer)
@@ -93,7 +93,7 @@ class _Display:
         self.bar.update(selection.done - self.bar.n)
 
 
-def _open_journal(journal: Path, out: Path, settings: dict[str, Any]) -> list[Draw]:
+def _open_journal(journal: Path, out: Path, settings: JsonObject) -> list[Draw]:
     """Returns the draws of an earlier start. Drops a line that was not finished."""
     if not journal.exists():
         require(
@@ -132,7 +132,7 @@ def _append(journal: Path, draws: Sequence[Draw]) -> None:
         file.write(_lines(*draws))
 
 
-def _write(selection: Selection, out: Path, settings: dict[str, Any]) -> None:
+def _write(selection: Selection, out: Path, settings: JsonObject) -> None:
     write_text(out, _lines(*(draw.row for draw in selection.kept)))
     facts = {
         **settings,

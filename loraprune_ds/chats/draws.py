@@ -19,7 +19,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.generate.encoding import encode_prompts
 from loraprune_ds.generate.models import Ids, ModelSource, choose_dtype, load_model
 from loraprune_ds.generate.prompts import AnswerSettings, Message, Prompt
@@ -55,7 +55,7 @@ class Draw:
     refused: str | None = None
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> JsonObject:
         """The row of `data.format` chat or text."""
         prompt = self.messages if len(self.messages) != 1 else self.messages[0]["content"]
         return {"prompt": prompt, "completion": self.answer} if prompt else {"text": self.answer}
@@ -81,7 +81,7 @@ class Drawer:
     in_work: list[Turn] = field(default_factory=list)
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """What decides the draws. Raises UserError if the model cannot make them."""
         options = self.options
         folder = self.source.pretrained.folder

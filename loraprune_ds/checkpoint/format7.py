@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.files import JsonObject
 
 # fields of a callback's state that a resume alone needs
 OF_RESUME = ("updates_since_cut", "moment_tokens")
@@ -22,14 +23,14 @@ def is_flat(folder: Path) -> bool:
     return isinstance(raw, dict) and raw.get("format") == 7 and "prune" in raw
 
 
-def upgrade_state(raw: dict[str, Any]) -> dict[str, Any]:
+def upgrade_state(raw: JsonObject) -> JsonObject:
     """Returns the fields of `State`. A field that no format has stays, and is refused."""
     fields = dict(raw)
     upgrade = _upgrade_callback if "prune" in raw else _upgrade_run
     return fields | upgrade(fields) | {"scalings": {}, "formats": {}, "trained": []}
 
 
-def _upgrade_run(fields: dict[str, Any]) -> dict[str, Any]:
+def _upgrade_run(fields: JsonObject) -> JsonObject:
     """Takes the fields that have other places now. A run has one scaling, and its settings tell the formats."""
     config = fields.pop("config")
     data = fields.pop("data")
@@ -51,7 +52,7 @@ def _upgrade_run(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _upgrade_callback(fields: dict[str, Any]) -> dict[str, Any]:
+def _upgrade_callback(fields: JsonObject) -> JsonObject:
     """Takes the fields that have other places now. The dense model was not recorded, so only a resume is possible."""
     prune = fields.pop("prune")
     for name in (*OF_RESUME, "adam"):
@@ -74,7 +75,7 @@ def _upgrade_callback(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def upgrade_resume_state(raw: dict[str, Any]) -> dict[str, Any]:
+def upgrade_resume_state(raw: JsonObject) -> JsonObject:
     """Returns the fields of `ResumeState`."""
     if "prune" not in raw:
         return raw

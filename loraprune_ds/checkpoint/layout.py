@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 from uuid import uuid4
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, without_removed
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.files import flush, write_json
+from loraprune_ds.files import JsonObject, flush, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
 FORMAT = 8
@@ -44,7 +44,7 @@ class CheckpointMismatch(UserError):
     """An undamaged checkpoint that this start cannot use. A run from step 0 would remove it at its first save."""
 
 
-def recorded_config(raw: dict[str, Any], path: Path) -> RunConfig:
+def recorded_config(raw: JsonObject, path: Path) -> RunConfig:
     """Reads the config in `path`. Raises CheckpointMismatch if another version with other settings wrote it."""
     try:
         return config_from_dict(without_removed(raw))
@@ -106,9 +106,7 @@ def read_status(folder: Path) -> Status | None:
     return read_record(path, Status) if path.exists() else None
 
 
-def read_record(
-    path: Path, kind: type[T], upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict
-) -> T:
+def read_record(path: Path, kind: type[T], upgrade: Callable[[JsonObject], JsonObject] = dict) -> T:
     """Reads a file that holds a dataclass, and checks every value.
 
     Args:
@@ -165,13 +163,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> JsonObject:
     """Flushes a file to the disk and returns its entry for the manifest."""
     flush(path)
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+def write_manifest(folder: Path, files: dict[str, JsonObject]) -> None:
     path = folder / MANIFEST
     path.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
     flush(path)

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE
 from loraprune_ds.checkpoint.state import ResumeState, State
 from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import fail_point
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.weight_files import write_weight_file
 from loraprune_ds.pruning.compensate import refitted_linears
@@ -38,7 +38,7 @@ class Staging(AbstractContextManager["Staging"]):
         self._comm = comm
         self._kind = kind
         self._writes = LocalWrites(comm, self.folder)
-        self._sealed: dict[str, dict[str, Any]] = {}
+        self._sealed: dict[str, JsonObject] = {}
         empty_cache()  # torch may hold memory that NCCL needs for the gathers
         self._writes.do_on_rank_0(lambda: files.begin_folder(target, self._mark))
 
@@ -63,14 +63,14 @@ class Staging(AbstractContextManager["Staging"]):
     def publish(self) -> None:
         """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
         self._writes.agree()
-        manifests: dict[str, dict[str, Any]] = {}  # folder -> file -> entry
+        manifests: dict[str, JsonObject] = {}  # folder -> file -> entry
         for sealed in self._comm.gather_objects(self._sealed):
             for path, entry in sealed.items():
                 folder, name = os.path.split(path)
                 manifests.setdefault(folder, {})[name] = entry
         self._writes.do_on_rank_0(lambda: self._rename(manifests))
 
-    def _rename(self, manifests: dict[str, dict[str, Any]]) -> None:
+    def _rename(self, manifests: dict[str, JsonObject]) -> None:
         for folder, entries in manifests.items():
             layout.write_manifest(self.folder / folder, entries)
             files.flush(self.folder / folder)

@@ -5,11 +5,11 @@ README.md in this folder describes a step's files.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loraprune_ds.checkpoint import format7, layout
 from loraprune_ds.config_types import EngineName
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Origin:
         data: None if somebody else's loop trains.
     """
 
-    config: dict[str, Any]
+    config: JsonObject
     steps: int
     seed: int
     query_heads: bool
@@ -103,9 +103,9 @@ class ResumeState:
     adam_step: int | None
     updates_since_cut: int
     moment_tokens: float
-    adam_groups: list[dict[str, Any]] = field(default_factory=list)
-    schedule: dict[str, Any] = field(default_factory=dict)
-    loss_scale: dict[str, Any] = field(default_factory=dict)
+    adam_groups: list[JsonObject] = field(default_factory=list)
+    schedule: JsonObject = field(default_factory=dict)
+    loss_scale: JsonObject = field(default_factory=dict)
     format: int = layout.FORMAT
     __pydantic_config__ = layout.NO_MORE
 

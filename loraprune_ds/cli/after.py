@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
-from loraprune_ds.files import read_json, write_json, write_text, writes_into
+from loraprune_ds.files import JsonObject, read_json, write_json, write_text, writes_into
 from loraprune_ds.generate.prompts import DEFAULT_PROMPTS, read_prompts
 from loraprune_ds.report.pictures import draw_shelf
 from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
@@ -108,11 +108,11 @@ def _evaluate(folder: Path, arguments: list[str]) -> str:
     return process.stdout
 
 
-def _without_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_texts(pairs: list[tuple[str, Any]]) -> JsonObject:
     return {key: value for key, value in pairs if key not in TEXTS}
 
 
-def _results(text: str) -> dict[str, Any]:
+def _results(text: str) -> JsonObject:
     """Returns the part of an evaluation for report.json, without texts, which evaluation.json keeps."""
     result = json.loads(text, object_pairs_hook=_without_texts)
     dense = result["dense"]

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraprune_ds.arguments import Parser
 from loraprune_ds.checkpoint.layout import STATUS_FILE, read_status
 from loraprune_ds.errors import UserError, require, run_command
 from loraprune_ds.evaluate.result import MEASURES, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import GYM
-from loraprune_ds.files import json_text, read_json
+from loraprune_ds.files import JsonObject, json_text, read_json
 from loraprune_ds.report import pictures
 from loraprune_ds.report.pictures import Label
 from loraprune_ds.report.records import REPORT_FILE, describe_method
@@ -123,7 +123,7 @@ def _read_run(folder: Path) -> list[ComparedModel]:
         raise UserError(f"{path} is damaged or of another version: {error!r}") from None
 
 
-def _models_of_run(run: str, report: dict[str, Any]) -> list[ComparedModel]:
+def _models_of_run(run: str, report: JsonObject) -> list[ComparedModel]:
     config = report["config"]
     params = report["params"]
     perplexity = report["perplexity"]
@@ -145,7 +145,7 @@ def _models_of_run(run: str, report: dict[str, Any]) -> list[ComparedModel]:
     return models
 
 
-def _held_out(data: dict[str, Any]) -> str:
+def _held_out(data: JsonObject) -> str:
     """Names the text that a run held out: a file, or a part of its sources."""
     if data["held_out"]:
         return data["held_out"]
@@ -176,7 +176,7 @@ def _read_evaluation(path: Path) -> ComparedModel:
         raise UserError(f"{path} is not a result of launch/evaluate.py --json: {error!r}") from None
 
 
-def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> Measured:
+def _tasks_and_answers(model: JsonObject, dense: JsonObject | None) -> Measured:
     """Returns the measures of tasks and greedy answers, from an evaluation or a run's `after`."""
     measured: Measured = {}
     if model.get("tasks"):
@@ -203,7 +203,7 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> M
     return measured
 
 
-def _counts(settings: dict[str, Any]) -> list[str]:
+def _counts(settings: JsonObject) -> list[str]:
     """Describes the number of documents of tasks, where it is known and limited."""
     documents: dict[str, int] = (settings.get(GYM) or {}).get("documents", {})
     counts = [f"{count} questions" for count in sorted(set(documents.values()))]
@@ -222,7 +222,7 @@ def _add(
     measured[name] = Value(value, dense, basis)
 
 
-def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
+def _describe(name: str, protocol: JsonObject, dtype: str) -> str:
     most = "" if protocol["max_windows"] is None else f"first {protocol['max_windows']} "
     return f"{name}, {most}windows of {protocol['window']}, {dtype}"
 

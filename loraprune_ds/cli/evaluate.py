@@ -29,7 +29,7 @@ from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.cli.run import join_ranks
@@ -37,7 +37,7 @@ from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
 from loraprune_ds.evaluate.result import answers_page, make_result, result_table
-from loraprune_ds.files import json_text, read_text, write_text, writes_into
+from loraprune_ds.files import JsonObject, json_text, read_text, write_text, writes_into
 from loraprune_ds.generate import prompts
 from loraprune_ds.ranks import job
 
@@ -124,7 +124,7 @@ def show(arguments: argparse.Namespace) -> None:
             print(f"page: {arguments.page}", file=sys.stderr)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> JsonObject:
     """Carries out the evaluation on all ranks. Collective."""
     sharded = arguments.sharded or job.several_ranks(os.environ)
     require(

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.checkpoint import layout
@@ -20,7 +20,7 @@ from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.config_types import read_amount
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate.result import answers_table, mean_metric, tasks_with
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.ranks import job
 from loraprune_ds.report import records
 from loraprune_ds.train.output import OutputFolder
@@ -180,17 +180,18 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     return finished
 
 
-def summary_table(report: dict[str, Any], folder: Path) -> str:
+def summary_table(report: JsonObject, folder: Path) -> str:
     """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
     ranks = "one process"
     if report["config"]["deepspeed"] is not None:
         ranks = _plural(report["world_size"], "ZeRO-3 rank")
+    cuts = _plural(len(report["prune_steps"]), "cut")
     head = ("", "dense", "pruned", "")
     rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
     gpus = ", ".join(map(str, report["serving"]["tensor_parallel"]))
     groups = ", ".join(map(str, report["serving"]["quantisation_groups"])) or "none"
     lines = [
-        f"{report['steps']} steps, {_plural(len(report['prune_steps']), 'cut')}, {ranks}",
+        f"{report['steps']} steps, {cuts}, {ranks}",
         "",
         *aligned(rows, "<>><"),
         "",
@@ -203,7 +204,7 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _shelf_lines(shelf: list[dict[str, Any]]) -> Iterable[str]:
+def _shelf_lines(shelf: list[JsonObject]) -> Iterable[str]:
     """Yields a table with a line per size."""
     if not shelf:
         return
@@ -224,7 +225,7 @@ def _shelf_lines(shelf: list[dict[str, Any]]) -> Iterable[str]:
     yield ""
 
 
-def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
+def _size_rows(report: JsonObject) -> Iterable[SummaryRow]:
     params = report["params"]
     yield (
         "parameters, whole model",
@@ -253,7 +254,7 @@ def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
     )
 
 
-def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
+def _quality_rows(report: JsonObject) -> Iterable[SummaryRow]:
     """Yields perplexity and the measurements of `evaluate.after`."""
     perplexity = report["perplexity"]
     after_cut = perplexity["after_last_cut"]
@@ -278,13 +279,13 @@ def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
         yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
 
 
-def _measured_models(report: dict[str, Any]) -> list[dict[str, Any]]:
+def _measured_models(report: JsonObject) -> list[JsonObject]:
     """Lists the measurements of `evaluate.after`: the dense model's, and the pruned one's."""
     pruned = report.get("after", {})
     return [model for model in (pruned.get("dense"), pruned) if model]
 
 
-def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
+def _answer_lines(report: JsonObject) -> Iterable[str]:
     """Yields a table of the greedy answers."""
     answers = [model["answers"] for model in _measured_models(report) if model.get("answers")]
     if answers:
@@ -292,7 +293,7 @@ def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
         yield ""
 
 
-def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
+def _cost_rows(report: JsonObject) -> Iterable[SummaryRow]:
     cuts = report["prune_steps"]
     weights: dict[str, int] = {}
     if cuts:
@@ -306,7 +307,7 @@ def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
 
 def _cost_row(
     name: str,
-    values: dict[str, Any],
+    values: JsonObject,
     write: Callable[[float], str],
     compare: Callable[[float, float], str],
 ) -> SummaryRow:

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import EngineName
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -43,7 +44,7 @@ class LiveTraining:
     peft_model: PeftModel
     shape: ModelShape
     optimizer: Any
-    ds_config: dict[str, Any] | None
+    ds_config: JsonObject | None
 
     def optimizers(self) -> Iterator[Any]:
         """Yields the optimizer, then those that it wraps. The last is torch's."""
@@ -85,7 +86,7 @@ class LiveEngine(ABC):
 
     @abstractmethod
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+        self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
     ) -> None:
         """Writes the files that a Trainer must find before a callback can restore the state.
 

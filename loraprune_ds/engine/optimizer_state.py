@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range, pad
+from loraprune_ds.ranks.flat import owned_range, pad, without_padding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
@@ -105,4 +105,4 @@ def collect_shards(
     """Gathers a tensor of `shape` from the flat, padded shards of all ranks, on rank `owner`. Collective."""
     # an offloaded shard is on the host
     gathered = comm.gather_to(owner, shard.detach().to(comm.device))
-    return None if gathered is None else gathered.reshape(-1)[: math.prod(shape)].view(tuple(shape))
+    return None if gathered is None else without_padding(gathered, shape)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype, EngineName
 from loraprune_ds.engine.optimizer_state import OptimizerState
+from loraprune_ds.files import JsonObject
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
@@ -60,13 +61,11 @@ class TrainingEngine(InferenceEngine):
         self.module.train()
         return outputs
 
-    def loss_scale(self) -> dict[str, Any]:
+    def loss_scale(self) -> JsonObject:
         """Returns the state of fp16's loss scaler for JSON, if there is one."""
         return {}
 
-    def restore_counters(
-        self, step: int, lr_scheduler: dict[str, Any], loss_scale: dict[str, Any]
-    ) -> None:
+    def restore_counters(self, step: int, lr_scheduler: JsonObject, loss_scale: JsonObject) -> None:
         """Restores the learning-rate schedule, the loss scale and the counts of steps."""
         self.lr_scheduler.load_state_dict(lr_scheduler)
         groups = self.lr_scheduler.optimizer.param_groups
@@ -91,7 +90,7 @@ class Engine(ABC):
     def build_training_engine(
         self,
         pretrained: PretrainedModel,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         cycles: Sequence[int],
         config: RunConfig,
     ) -> TrainingEngine:
@@ -110,7 +109,7 @@ class Engine(ABC):
         pretrained: PretrainedModel,
         attn_implementation: str,
         dtype: Dtype,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         *,
         head: bool = True,
     ) -> InferenceEngine:

@@ -182,8 +182,9 @@ def _summarise(
         pairs = list(zip(settings.targets, texts, strict=True))
         exact_match = fmean(target.strip() == text.strip() for target, text in pairs)
         rouge_l = _rouge_l(pairs)
+    overall = means([*range(len(answers))])
     return Answers(
-        **vars(means([*range(len(answers))])),
+        **vars(overall),
         by_kind={kind: means(of_kind) for kind, of_kind in rows.items()},
         exact_match=exact_match,
         rouge_l=rouge_l,

@@ -29,6 +29,7 @@ from loraprune_ds.errors import require
 from loraprune_ds.evaluate.answers import Generation, losses_of, write_answers
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
+from loraprune_ds.files import JsonObject
 from loraprune_ds.generate.encoding import encode_prompts
 from loraprune_ds.generate.models import Ids, ModelSource, choose_dtype, find_model, load_model
 from loraprune_ds.generate.writer import Writer
@@ -114,7 +115,7 @@ class Measurement:
     removed_fraction: float | None
     cost: ModelCost
     perplexity: Perplexity | None
-    tasks: dict[str, Any] | None
+    tasks: JsonObject | None
     speed: Speed | None = None
     answers: Generation | None = None
 
@@ -213,9 +214,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
 
-def count_cost(
-    shape: ModelShape, config: dict[str, Any], window: int, element_size: int
-) -> ModelCost:
+def count_cost(shape: ModelShape, config: JsonObject, window: int, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `config` says which layers have sliding windows."""
     parts = len(shape.layer_lists)
     heads = [attention.queries for attention in shape.attention]
@@ -236,7 +235,7 @@ def count_cost(
     )
 
 
-def _contexts(shape: ModelShape, config: dict[str, Any], window: int) -> list[float]:
+def _contexts(shape: ModelShape, config: JsonObject, window: int) -> list[float]:
     """Returns the mean context of each layer, and then of a decoder's cross-attention."""
     whole = _mean_context(window, None)
     first, *decoder = shape.layer_lists
@@ -281,6 +280,9 @@ def _measure(
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
+    removed_fraction = None
+    if dense is not None:
+        removed_fraction = 1 - shape.total_numel() / dense
     element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
         path=source.path,
@@ -288,7 +290,7 @@ def _measure(
         method=source.method,
         model_type=shape.model_type,
         dtype=prepared.dtype,
-        removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
+        removed_fraction=removed_fraction,
         cost=count_cost(shape, source.pretrained.config, settings.window, element_size),
         perplexity=perplexity,
         tasks=tasks,

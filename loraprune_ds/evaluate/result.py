@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from loraprune_ds.evaluate.settings import EvaluationSettings
+from loraprune_ds.files import JsonObject
 from loraprune_ds.units import aligned, format_change, format_percent, format_perplexity
 
 if TYPE_CHECKING:
     from loraprune_ds.evaluate.evaluation import Measurement
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
-NamedModel = tuple[str, dict[str, Any]]  # its column, and its part of the result
+NamedModel = tuple[str, JsonObject]  # its column, and its part of the result
 KINDS = ("greedy", "sampled")
 FACTS = ("kind", "method", "model_type", "dtype")  # of a model, in the first lines
 # its columns become rows if two do not fit, as on a phone
@@ -58,17 +59,17 @@ ANSWER_MEASURES: dict[str, Callable[[float], str]] = {
 }
 
 
-def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
+def mean_metric(tasks: JsonObject, metric: str) -> float | None:
     """Returns the mean over the tasks with a metric, such as "acc" or "exact_match". None without such tasks."""
     values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
     return sum(values) / len(values) if values else None
 
 
-def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
+def tasks_with(tasks: JsonObject, metric: str) -> list[str]:
     return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
 
 
-def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
+def answers_table(title: str, answers: list[JsonObject]) -> Iterator[str]:
     """Yields the lines of a table, with a row for all answers and one for each kind of prompt.
 
     Args:
@@ -87,7 +88,7 @@ def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
     yield from aligned(rows, "<" + ">" * len(keys))
 
 
-def _answers_row(name: str, keys: list[str], answers: list[dict[str, Any]]) -> list[str]:
+def _answers_row(name: str, keys: list[str], answers: list[JsonObject]) -> list[str]:
     """Returns a row such as ["all", "100.0 % -> 87.5 %", "1.2 % -> 9.0 %"]."""
     row = [name]
     for key in keys:
@@ -100,8 +101,8 @@ def make_result(
     measurements: "list[Measurement]",
     settings: EvaluationSettings,
     world_size: int,
-    provenance: dict[str, Any],
-) -> dict[str, Any]:
+    provenance: JsonObject,
+) -> JsonObject:
     """Builds the object of `--json`: the first model's values, the second's under `dense`, settings, provenance."""
     model, *others = map(_model_entries, measurements)
     text = settings.text
@@ -119,13 +120,13 @@ def make_result(
     }
 
 
-def _model_entries(model: "Measurement") -> dict[str, Any]:
+def _model_entries(model: "Measurement") -> JsonObject:
     entries = asdict(model)
     perplexity = entries.pop("perplexity") or {"perplexity": None, "tokens": None, "windows": None}
     return perplexity | entries
 
 
-def result_table(result: dict[str, Any]) -> str:
+def result_table(result: JsonObject) -> str:
     """Builds plain text of about 100 columns at most. The dense model is on the left."""
     names, models = zip(*_models(result), strict=True)
     cells = [("", *names, "")]
@@ -137,13 +138,13 @@ def result_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _models(result: dict[str, Any]) -> list[NamedModel]:
+def _models(result: JsonObject) -> list[NamedModel]:
     """Returns the measured models in the order of columns."""
     pruned = ("model", result)
     return [("dense", result["dense"]), pruned] if result["dense"] else [pruned]
 
 
-def _heading(result: dict[str, Any]) -> Iterator[str]:
+def _heading(result: JsonObject) -> Iterator[str]:
     for name, model in _models(result):
         facts = [model[key] for key in FACTS if model[key]]
         yield f"{name:<6} {model['path']} ({', '.join(facts)})"
@@ -157,7 +158,7 @@ def _heading(result: dict[str, Any]) -> Iterator[str]:
         yield f"text   {text_name}: {windows}, {result['tokens']:,} predictions"
 
 
-def _answer_lines(result: dict[str, Any]) -> Iterator[str]:
+def _answer_lines(result: JsonObject) -> Iterator[str]:
     if result["answers"] is None:
         return
     yield f"answers {describe_plan(result['answers_plan'])}"
@@ -171,7 +172,7 @@ def _answer_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"draft   accepted at the overlap's rate; pays off only below about {share}"
 
 
-def _rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
+def _rows(models: Sequence[JsonObject]) -> Iterator[Row]:
     yield from _size_rows(models)
     for key, rows in (
         ("perplexity", _perplexity_rows),
@@ -183,7 +184,7 @@ def _rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
             yield from rows([model[key] for model in models])
 
 
-def _size_rows(models: Sequence[dict[str, Any]]) -> Iterator[Row]:
+def _size_rows(models: Sequence[JsonObject]) -> Iterator[Row]:
     costs = [model["cost"] for model in models]
     parameters = [f"{cost['parameters']:,}" for cost in costs]
     removed = models[-1]["removed_fraction"]
@@ -213,7 +214,7 @@ def _perplexity_rows(values: list[float]) -> Iterator[Row]:
     yield "perplexity", [format_perplexity(value, 3) for value in values], ratio
 
 
-def _task_rows(tasks: list[dict[str, Any]]) -> Iterator[Row]:
+def _task_rows(tasks: list[JsonObject]) -> Iterator[Row]:
     """Yields every metric of every task, with the standard error of lm-eval."""
     first = tasks[0]["results"]
     for task, metrics in first.items():
@@ -229,14 +230,14 @@ def _task_rows(tasks: list[dict[str, Any]]) -> Iterator[Row]:
             yield f"mean {metric}", [f"{mean:.4f}" for mean in means], ""
 
 
-def _metric(metrics: dict[str, Any], metric: str, filter_name: str) -> str:
+def _metric(metrics: JsonObject, metric: str, filter_name: str) -> str:
     """Writes a metric such as "0.5000 ± 0.0158"."""
     value = f"{metrics[f'{metric},{filter_name}']:.4f}"
     error = metrics.get(f"{metric}_stderr,{filter_name}")
     return f"{value} ± {error:.4f}" if isinstance(error, float) else value
 
 
-def _answer_rows(answers: list[dict[str, Any]]) -> Iterator[Row]:
+def _answer_rows(answers: list[JsonObject]) -> Iterator[Row]:
     for kind in KINDS:
         of_kind = [model[kind] for model in answers]
         if of_kind[0]["exact_match"] is not None:
@@ -251,7 +252,7 @@ def _answer_rows(answers: list[dict[str, Any]]) -> Iterator[Row]:
         yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
 
 
-def _answer_tables(models: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _answer_tables(models: Sequence[JsonObject]) -> Iterator[str]:
     if not models[0]["answers"]:
         return
     for kind in KINDS:
@@ -259,7 +260,7 @@ def _answer_tables(models: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield from answers_table(f"{kind} answers", [model["answers"][kind] for model in models])
 
 
-def _speed_rows(speeds: list[dict[str, Any]]) -> Iterator[Row]:
+def _speed_rows(speeds: list[JsonObject]) -> Iterator[Row]:
     for name in ("prefill", "decode"):
         values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
         cells = [f"{value:,.1f}" for value in values]
@@ -272,7 +273,7 @@ def _speed_rows(speeds: list[dict[str, Any]]) -> Iterator[Row]:
         yield _cost_row("peak memory beyond weights, MB", peaks)
 
 
-def answers_page(result: dict[str, Any]) -> str:
+def answers_page(result: JsonObject) -> str:
     """Builds one HTML file without server or script from the object of `--json`. All texts are escaped."""
     from jinja2 import Environment
 
@@ -291,7 +292,7 @@ def answers_page(result: dict[str, Any]) -> str:
     return text + "\n"
 
 
-def describe_plan(plan: dict[str, Any]) -> str:
+def describe_plan(plan: JsonObject) -> str:
     """Describes how the answers were written, in one line."""
     return (
         f"{plan['name']}: {len(plan['prompts'])} prompts, at most {plan['max_new_tokens']} tokens each; sampled at "

@@ -18,14 +18,15 @@ from typing import Any
 
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.generate.encoding import encode_prompts
 from loraprune_ds.generate.prompts import AnswerSettings, Message, Prompt
 from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
 
+Question = dict[str, Any]  # of reasoning-gym: its question, answer and metadata
 # task -> metric -> value, and settings for the result
-ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]
+ResultsAndSettings = tuple[JsonObject, JsonObject]
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
 PAPER_TASKS = (
     "boolq",
@@ -86,7 +87,7 @@ def check_tasks(settings: TaskSettings) -> None:
 
 def run_tasks(
     settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """Runs all tasks. Collective.
 
     Returns:
@@ -94,8 +95,8 @@ def run_tasks(
         reasoning-gym's settings under its name. None elsewhere.
     """
     gym, others = _split(settings)
-    results: dict[str, Any] = {}
-    reported: dict[str, Any] = {}
+    results: JsonObject = {}
+    reported: JsonObject = {}
     if others.names:
         results, reported = _run_lm_eval(others, writer, batch_size, comm)
     if gym.names:
@@ -176,12 +177,12 @@ def _lm_eval(module: str) -> Any:
 
 @dataclass(frozen=True)
 class GymTask:
-    """A task with its questions: dictionaries of reasoning-gym with `question`, `answer` and `metadata`."""
+    """A task with its questions."""
 
     name: str  # as in the results
     dataset: Any
-    questions: list[dict[str, Any]]
-    examples: list[dict[str, Any]]
+    questions: list[Question]
+    examples: list[Question]
 
     @property
     def digest(self) -> str:
@@ -189,7 +190,7 @@ class GymTask:
         questions = [entry["question"] for entry in (*self.examples, *self.questions)]
         return hashlib.sha256("\0".join(questions).encode()).hexdigest()
 
-    def score(self, answer: str, question: dict[str, Any]) -> float:
+    def score(self, answer: str, question: Question) -> float:
         """Returns the package's own score, from 0 to 1."""
         try:
             return float(self.dataset.score_answer(answer, question))
@@ -231,7 +232,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
         candidates = make(EXAMPLES_SEED, 4 * fewshot + 8)
         questions = [dataset[i] for i in range(count)]
         texts = {entry["question"] for entry in questions}
-        examples: list[dict[str, Any]] = []
+        examples: list[Question] = []
         for i in range(len(candidates)):
             entry = candidates[i]
             if entry["question"] not in texts:

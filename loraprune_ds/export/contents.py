@@ -5,11 +5,10 @@ Exports, evaluations and `open_result` begin here, so this is the place for anot
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.report.records import MODEL_FOLDER, REPORT_FILE
 
@@ -42,7 +41,7 @@ class FolderContents:
             raise UserError(f"{self.folder} has no model: it {self.summary}{advice}")
         return self.model
 
-    def read_report(self) -> dict[str, Any] | None:
+    def read_report(self) -> JsonObject | None:
         """Reads the report, if there is one."""
         return read_json(self.results / REPORT_FILE) if self.results else None
 

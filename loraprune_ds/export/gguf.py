@@ -26,6 +26,7 @@ from loraprune_ds.export.gguf_architecture import (
 )
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import NotInGguf, add_tokenizer
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import PretrainedModel
@@ -72,7 +73,7 @@ def write_gguf(
     return remarks
 
 
-def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
+def llama3_factors(rope: JsonObject, head_dim: int) -> Array:
     """Returns the divisor of each rotary frequency under Llama 3.1's scaling: (head_dim / 2,), fp32.
 
     Long wavelengths are stretched by `factor`, short ones are kept, and between them the factor changes smoothly
@@ -191,7 +192,7 @@ def _add_rope(
 
 
 def _lacking_rope(
-    full: dict[str, Any], sliding: dict[str, Any] | None, architecture: Architecture
+    full: JsonObject, sliding: JsonObject | None, architecture: Architecture
 ) -> str | None:
     """Names the rotary embedding of full or sliding attention that the architecture lacks, if any."""
     rope_type = full["rope_type"]

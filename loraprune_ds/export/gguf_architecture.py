@@ -13,6 +13,7 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import NotInGguf
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.shape import ModelShape
@@ -194,7 +195,7 @@ def attention_interval(config: Any) -> int:
     return [*config.layer_types, "full_attention"].index("full_attention") + 1
 
 
-def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
+def architecture_name(config: JsonObject, shape: ModelShape) -> str | None:
     """Returns llama.cpp's name of the architecture for a model, or None. `config` belongs to the export."""
     try:
         _, arch = architecture_of(config_object(text_config(config, "")), shape, "")

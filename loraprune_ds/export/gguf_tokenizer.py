@@ -8,14 +8,13 @@ from base64 import b64decode
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.pretrained.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
 # A name in llama-vocab.cpp -> the steps that split text into words before byte-level merges, as `_describe` names them.
@@ -159,16 +158,14 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
     writer.add_add_space_prefix(first_token.startswith(SPACE))
 
 
-def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]]:
+def _steps(part: JsonObject | None, of_sequence: str) -> list[JsonObject]:
     """Returns the steps of a pipeline of tokenizer.json, which may be one step, a `Sequence` or missing."""
     if part is None:
         return []
     return part[of_sequence] if part["type"] == "Sequence" else [part]
 
 
-def _byte_level(
-    fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path
-) -> Vocabulary:
+def _byte_level(fast: JsonObject, pre_tokenizer: list[JsonObject], path: Path) -> Vocabulary:
     steps = [_describe(step) for step in pre_tokenizer]
     pre_tokenizers = read_json(PRE_TOKENIZERS)
     pre = next((name for name in pre_tokenizers if pre_tokenizers[name] == steps), None)
@@ -182,7 +179,7 @@ def _byte_level(
     return Vocabulary("gpt2", pre, tokens, types, merges=merges, remarks=remarks)
 
 
-def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
+def _unigrams(fast: JsonObject, path: Path) -> Vocabulary:
     """Reads sentencepiece's unigrams. The tokens of a text are its most probable sequence of pieces."""
     normalizer = _steps(fast["normalizer"], "normalizers")
     tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
@@ -206,7 +203,7 @@ def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
     )
 
 
-def _describe(step: dict[str, Any]) -> str:
+def _describe(step: JsonObject) -> str:
     """Names a step of a pre-tokenizer. A split by a regular expression has the expression as its name."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
@@ -223,7 +220,7 @@ def _describe(step: dict[str, Any]) -> str:
     return json.dumps(step)
 
 
-def _tokens_and_merges(model: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+def _tokens_and_merges(model: JsonObject) -> tuple[list[str], list[tuple[str, str]]]:
     """Returns the tokens by id, without gaps, and the pairs to merge, in order."""
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     merges = model["merges"]
@@ -249,7 +246,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
     )
 
 
-def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
+def _sentencepiece_from_merges(fast: JsonObject, path: Path) -> Vocabulary:
     """Rebuilds a sentencepiece model from transformers' conversion to merges.
 
     The conversion lists every pair that makes a token, best token first, so a token's score is its place.
@@ -271,7 +268,7 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     return Vocabulary("llama", "default", tokens, types, scores)
 
 
-def _all_pairs(fast: dict[str, Any], tokens: list[str]) -> set[tuple[str, str]]:
+def _all_pairs(fast: JsonObject, tokens: list[str]) -> set[tuple[str, str]]:
     """Returns the pairs of tokens that make a token, apart from added tokens."""
     added = {token["content"] for token in fast["added_tokens"]}
     pieces = set(tokens) - added

@@ -35,18 +35,14 @@ from loraprune_ds.pretrained import weight_files
 from loraprune_ds.pretrained.exported_config import MODELLING_FILE, ExportedConfig, name_our_code
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pretrained.text_part import MULTIMODAL, Tower, in_files
-from loraprune_ds.pretrained.tokenizer import (
-    SENTENCEPIECE_FILE,
-    T5_SENTENCEPIECE_FILE,
-    load_tokenizer,
-)
+from loraprune_ds.pretrained.tokenizer import has_sentencepiece_alone, has_tokenizer, load_tokenizer
 from loraprune_ds.ranks.comm import Communicator, LocalWrites
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
 
 
 class LayerSource(Protocol):
-    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (session/layers.py)."""
+    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (session/live_export.py)."""
 
     @property
     def exported(self) -> ExportedConfig: ...
@@ -177,8 +173,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     alone, so the files that the run derived from it are written, too.
     """
     weight_files.copy_named(source, out, weight_files.TOKENIZER_FILES)
-    has_sentencepiece = _has_any(source, SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE)
-    is_alone = has_sentencepiece and not _has_any(source, "tokenizer.json")
+    is_alone = has_sentencepiece_alone(source)
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
     path = out / weight_files.TOKENIZER_CONFIG
@@ -195,14 +190,6 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
         write_json(path, portable)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return _has_any(folder, "tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
-
-
-def _has_any(folder: Path, *names: str) -> bool:
-    return any((folder / name).is_file() for name in names)
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, get_token
 from huggingface_hub import ModelCard as HubCard
@@ -21,7 +20,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists
 from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import ExportedConfig
@@ -148,7 +147,7 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
     )
 
 
-def answers_section(result: dict[str, Any]) -> str:
+def answers_section(result: JsonObject) -> str:
     """Makes a section with a few greedy answers from an evaluation, over all kinds of prompts."""
     count = len(result["answers_plan"]["prompts"])
     shown = sorted({i * count // SHOWN for i in range(SHOWN)})
@@ -235,7 +234,7 @@ def _row(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _run_results(report: dict[str, Any], model: str) -> Iterator[EvalResult]:
+def _run_results(report: JsonObject, model: str) -> Iterator[EvalResult]:
     value = report["perplexity"][model]
     if value is None:
         return
@@ -249,7 +248,7 @@ def _run_results(report: dict[str, Any], model: str) -> Iterator[EvalResult]:
     yield _perplexity_result(value, text, config["evaluate"]["window"])
 
 
-def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
+def _evaluation_results(result: JsonObject, model: JsonObject) -> Iterator[EvalResult]:
     perplexity = model.get("perplexity")
     if perplexity is not None:
         yield _perplexity_result(perplexity, result["text"]["name"], result["protocol"]["window"])
@@ -259,7 +258,7 @@ def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterat
             yield from _task_results(task, metrics)
 
 
-def _task_results(task: str, metrics: dict[str, Any]) -> Iterator[EvalResult]:
+def _task_results(task: str, metrics: JsonObject) -> Iterator[EvalResult]:
     harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
     for metric, value in metrics.items():
         name, _, variant = metric.partition(",")  # such as "acc,none"

@@ -14,15 +14,14 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.export.contents import find_contents
-from loraprune_ds.export.huggingface import has_tokenizer
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import in_files
-from loraprune_ds.pretrained.tokenizer import load_tokenizer
+from loraprune_ds.pretrained.tokenizer import has_tokenizer, load_tokenizer
 from loraprune_ds.report import records
 
 Ids = list[int]
@@ -34,7 +33,7 @@ class PruningResult:
 
     pretrained: PretrainedModel = field(repr=False)
     # report.json. None for an export without its run
-    report: dict[str, Any] | None = field(repr=False)
+    report: JsonObject | None = field(repr=False)
     run: Path  # the folder of the run, or of the export without one
 
     @property
@@ -42,7 +41,7 @@ class PruningResult:
         return self.pretrained.folder
 
     @property
-    def kept_groups(self) -> list[dict[str, Any]] | None:
+    def kept_groups(self) -> list[JsonObject] | None:
         """The layers of kept_groups.json. None for an export without its run."""
         return read_json(self.run / records.KEPT_GROUPS_FILE, missing_ok=True).get("layers")
 

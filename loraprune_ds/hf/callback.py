@@ -25,7 +25,7 @@ from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engines import holder
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import remove_folder
+from loraprune_ds.files import JsonObject, remove_folder
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
@@ -260,7 +260,7 @@ class LoraPruneCallback(TrainerCallback):
             )
 
 
-def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
+def _ds_config(args: TrainingArguments) -> JsonObject | None:
     plugin = getattr(args, "deepspeed_plugin", None)
     return None if plugin is None else plugin.hf_ds_config.config
 

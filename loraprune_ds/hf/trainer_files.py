@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.trainer import SCALER_NAME, SCHEDULER_NAME
 
 from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session.checkpoint import TRAINER_STATE, PruningCheckpoint
@@ -26,7 +26,7 @@ class TrainerFiles:
         fp16: a loss scaler of torch trains along, if DeepSpeed does not.
     """
 
-    ds_config: dict[str, Any] | None = None
+    ds_config: JsonObject | None = None
     fp16: bool = False
 
     @property

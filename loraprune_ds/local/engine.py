@@ -16,6 +16,7 @@ from loraprune_ds.config_types import Dtype
 from loraprune_ds.engine.optimizer import build_lora
 from loraprune_ds.engine.training import Engine, InferenceEngine, TrainingEngine
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
@@ -92,7 +93,7 @@ class Local(Engine):
     def build_training_engine(
         self,
         pretrained: PretrainedModel,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         cycles: Sequence[int],
         config: RunConfig,
     ) -> LocalEngine:
@@ -110,7 +111,7 @@ class Local(Engine):
         pretrained: PretrainedModel,
         attn_implementation: str,
         dtype: Dtype,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         *,
         head: bool = True,
     ) -> LocalInference:

@@ -1,7 +1,6 @@
 """Connects the pruner with a training whose every process holds the model whole."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -11,6 +10,7 @@ from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
 from loraprune_ds.engine.torch_state import check_optimizer
 from loraprune_ds.engine.watched_model import check_private_names
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import PRIVATE, LocalModel
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
@@ -36,7 +36,7 @@ class LiveLocal(LiveEngine):
         return [] if (folder / OPTIMIZER_NAME).is_file() else [OPTIMIZER_NAME]
 
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+        self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
     ) -> None:
         """Writes nothing, because a callback restores the state in time."""
 

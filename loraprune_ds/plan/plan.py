@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from loraprune_ds.config_file import apply_override, merge
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
@@ -89,14 +90,14 @@ def make_plan(request: Request) -> Plan:
     return Plan(request, after, final, plan_stages(request, after, final))
 
 
-def suggestions(plan: Plan) -> list[dict[str, Any]]:
+def suggestions(plan: Plan) -> list[JsonObject]:
     """Plans each change that saves memory, then all together, then more GPUs.
 
     Leaves out what a run would refuse.
     """
     request = plan.request
-    rows: list[dict[str, Any]] = []
-    together: dict[str, Any] = {}
+    rows: list[JsonObject] = []
+    together: JsonObject = {}
     for change, setting, values in _changes(request):
         if smaller := _try_plan(request, **values):
             rows.append(_suggestion(change, setting, smaller))
@@ -111,7 +112,7 @@ def suggestions(plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def _suggestion(change: str, setting: str, plan: Plan) -> dict[str, Any]:
+def _suggestion(change: str, setting: str, plan: Plan) -> JsonObject:
     return {
         "change": change,
         "setting": setting,
@@ -124,11 +125,11 @@ def _suggestion(change: str, setting: str, plan: Plan) -> dict[str, Any]:
 class _Change(NamedTuple):
     change: str
     setting: str
-    values: dict[str, Any]  # keywords of `changed`
+    values: JsonObject  # settings, as keywords of `changed`
 
 
 def _override(change: str, override: str) -> _Change:
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     apply_override(values, override)
     return _Change(change, f"--set {override}", values)
 
@@ -174,7 +175,7 @@ def largest_micro_batch(plan: Plan) -> int | None:
 
 
 def _try_plan(
-    request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]
+    request: Request, cluster: Cluster | None = None, **sections: JsonObject
 ) -> Plan | None:
     """Plans a changed run. Returns None if such a run would be refused."""
     try:
@@ -209,7 +210,7 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
     return plan or make_plan(request), reason
 
 
-def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
+def plan_json(plan: Plan, server_gib: float | None = None) -> JsonObject:
     """Returns bytes, seconds and counts. `server_gib` adds a server with that memory for weights and KV cache."""
     request = plan.request
     prune = request.config.prune
@@ -222,7 +223,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
         for step, size in schedule.ends().items()
     ]
-    serving: list[dict[str, Any]] = []
+    serving: list[JsonObject] = []
     if server_gib:
         for name, shape in (("dense", request.shape), ("pruned", plan.final)):
             serving.append({"model": name} | on_a_server(prune, shape, server_gib * GIB))

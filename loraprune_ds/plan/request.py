@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import apply_override, config_from_dict, merge, read_config
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
@@ -63,12 +63,12 @@ class Request:
     """Describes a run on a cluster."""
 
     model: str
-    source: dict[str, Any]  # config.json, or its text part
+    source: JsonObject  # config.json, or its text part
     shape: ModelShape
     config: RunConfig
     cluster: Cluster
     schedule: Schedule
-    ds_config: dict[str, Any]  # with every "auto" replaced
+    ds_config: JsonObject  # with every "auto" replaced
     samples: int | None = None  # in the training data, if known
 
     @property
@@ -184,7 +184,7 @@ def make_request(
     if model in LLAMA_SIZES:
         config_path = config_path or f"launch/configs/paper/{model}.yaml"
     require(model is not None or config_path is not None, "give a model or --config")
-    raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
+    raw: JsonObject = {"output_dir": "unused", "train": {"steps": 100}}
     if config_path is not None:
         raw = read_config(config_path)
     for override in overrides:
@@ -198,7 +198,7 @@ def make_request(
 
 def build_request(
     name: str,
-    source: dict[str, Any],
+    source: JsonObject,
     shape: ModelShape,
     config: RunConfig,
     cluster: Cluster,
@@ -242,9 +242,7 @@ def build_request(
     return Request(name, text, shape, config, cluster, schedule, ds_config, samples)
 
 
-def changed(
-    request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]
-) -> Request:
+def changed(request: Request, cluster: Cluster | None = None, **sections: JsonObject) -> Request:
     """Builds the same request with another cluster, or other values in sections: `train={...}`.
 
     `deepspeed={...}` are keys of zero_optimization. hpZ's "auto" depends on the cluster and is resolved again.

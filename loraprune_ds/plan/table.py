@@ -1,8 +1,8 @@
 """The plan of a run as a table, and in one line."""
 
 from collections.abc import Iterable
-from typing import Any
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.plan.cluster import GIB
 from loraprune_ds.plan.plan import Plan
@@ -18,7 +18,7 @@ def verdict(plan: Plan) -> str:
     return f"{plan.request.model} {fits} on {cluster.world_size} GPUs of {cluster.gpu_memory:g} GiB: {device}, {host}"
 
 
-def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
+def plan_table(plan: Plan, facts: JsonObject) -> str:
     """Lays out the `facts` of `plan_json`."""
     lines = _head_lines(plan, facts)
     lines += ["", *_memory_rows(facts["stages"])]
@@ -41,7 +41,7 @@ def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _head_lines(plan: Plan, facts: dict[str, Any]) -> list[str]:
+def _head_lines(plan: Plan, facts: JsonObject) -> list[str]:
     """Describes the model, the cluster, the batches and the sizes."""
     request = plan.request
     cluster = request.cluster
@@ -67,7 +67,7 @@ def _head_lines(plan: Plan, facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
+def _memory_rows(stages: list[JsonObject]) -> list[str]:
     """Returns a column per stage, with its state and its worst phase."""
     names = [stage["name"] for stage in stages]
     states = [stage["state"] for stage in stages]
@@ -100,7 +100,7 @@ def _terms(columns: Iterable[Terms]) -> list[str]:
     return list(dict.fromkeys(term for term, count in counts if count))
 
 
-def _cost_rows(costs: dict[str, dict[str, Any]]) -> list[str]:
+def _cost_rows(costs: dict[str, JsonObject]) -> list[str]:
     """Returns a column per kind of step and for the cut."""
     columns = costs.values()
     sent = [cost["sent"] for cost in columns]
@@ -117,7 +117,7 @@ def _cost_rows(costs: dict[str, dict[str, Any]]) -> list[str]:
     return rows
 
 
-def _total_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
+def _total_rows(facts: JsonObject, *, steps_known: bool) -> list[str]:
     """Returns the hours, bytes and files of the whole run."""
     total = facts["in_all"]
     hours = f"{total['at_least'] / 3600:.1f} to {total['at_most'] / 3600:.1f} hours"

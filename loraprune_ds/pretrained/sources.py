@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, first_line, one_line, require, run_command
-from loraprune_ds.files import make_once, read_json, user_cache, write_json
+from loraprune_ds.files import JsonObject, make_once, read_json, user_cache, write_json
 
 EMBEDDED = "embedded"
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt", "*.jinja"]
@@ -156,7 +156,7 @@ def _convert(source: Path, folder: Path) -> None:
     write_json(path, settings)
 
 
-def _config_json(config: Any) -> dict[str, Any]:
+def _config_json(config: Any) -> JsonObject:
     """Returns a config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
     theta = config.rope_parameters["rope_theta"]
     return {

@@ -24,6 +24,20 @@ T5_SENTENCEPIECE_FILE = "spiece.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return _has_any(folder, "tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
+
+
+def has_sentencepiece_alone(folder: Path) -> bool:
+    """Tells whether a folder's tokenizer is in the format of sentencepiece alone."""
+    has_sentencepiece = _has_any(folder, SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE)
+    return has_sentencepiece and not _has_any(folder, "tokenizer.json")
+
+
+def _has_any(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, possibly from LLaMA's sentencepiece file alone."""
     has_sentencepiece = (folder / SENTENCEPIECE_FILE).is_file()

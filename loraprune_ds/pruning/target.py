@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_types import Amount, read_amount
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
 from loraprune_ds.pruning.limits import (
@@ -251,7 +251,7 @@ def measure(config: PruneConfig, shape: ModelShape, amount: Amount) -> float:
 
 def describe_target(
     config: PruneConfig, dense: ModelShape, pruned: ModelShape
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """Makes the report's entry about the target, or None without a target."""
     amount = config.target_amount
     if amount is None:

@@ -124,6 +124,10 @@ class Communicator:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def from_rank_0(self, value: T) -> T:
+        """Returns the value of rank 0 on every rank. Collective."""
+        return self.gather_objects(value)[0]
+
     def differing_rank(self, value: object) -> int | None:
         """Returns the first rank whose value differs from rank 0's. None if all ranks have the same. Collective."""
         values = self.gather_objects(value)
@@ -134,7 +138,7 @@ class Communicator:
 
     def draw_mark(self) -> str:
         """Returns eight random hexadecimal digits, the same on all ranks. Collective."""
-        return self.gather_objects(uuid4().hex[:8])[0]
+        return self.from_rank_0(uuid4().hex[:8])
 
     def all_or_raise(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank. If it fails on some, all raise the error of the lowest of these.

@@ -6,6 +6,7 @@ elements of a shard [s, e) are [kept_before(s), kept_before(e)) of the smaller t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +31,11 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
 def pad(flat: Tensor, numel: int) -> Tensor:
     """Pads a flat tensor with zeros to `numel` elements. Copies only if needed."""
     return flat if len(flat) == numel else torch.nn.functional.pad(flat, (0, numel - len(flat)))
+
+
+def without_padding(shards: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns the tensor of `shape` from the padded shards of all ranks: (world_size, shard)."""
+    return shards.reshape(-1)[: math.prod(shape)].view(tuple(shape))
 
 
 def layer_owner(layer: int, world_size: int) -> int:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.report.records import (
     CutRecord,
     EvaluationName,
@@ -346,7 +347,7 @@ def _draw_bytes(
     axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * (max(most, 1) / scale)))
 
 
-def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> bool:
+def draw_shelf(path: Path, shelf: Sequence[JsonObject], dense: float | None) -> bool:
     """Draws perplexity and agreement over parameters, with the dense perplexity. `shelf` is report.json's.
 
     Returns:
@@ -376,6 +377,6 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
     return True
 
 
-def _describe_size(row: dict[str, Any]) -> str:
+def _describe_size(row: JsonObject) -> str:
     agrees = f", agrees {format_percent(row['agreement'])}" if row.get("agreement") else ""
     return f"{row['size']}: {format_perplexity(row['perplexity'])}{agrees}"

@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 from pydantic import BeforeValidator, TypeAdapter
 
 from loraprune_ds.errors import RankError, UserError, require
-from loraprune_ds.files import json_text, write_text, writes_into
+from loraprune_ds.files import JsonObject, json_text, write_text, writes_into
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
 REPORT_FILE = "report.json"
@@ -240,7 +240,7 @@ def export_folder(sizes: Mapping[int, str], step: int) -> str:
     return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
 
 
-def describe_method(report: dict[str, Any]) -> str:
+def describe_method(report: JsonObject) -> str:
     """Names criterion and ranking of the run that wrote this report.json."""
     prune = report["config"]["prune"]
     return f"{prune['criterion']}, {prune['ranking']}"

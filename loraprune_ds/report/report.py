@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from loraprune_ds.errors import fail_point
-from loraprune_ds.files import write_json, write_text
+from loraprune_ds.files import JsonObject, write_json, write_text
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pruning.schedule import Schedule
@@ -34,7 +33,7 @@ RESULTS = "tests/benchmarks/results"  # a benchmark's output, not its code
 class Outcome:
     """Describes a run after its training."""
 
-    config: dict[str, Any]
+    config: JsonObject
     history: records.History
     schedule: Schedule
     pruned: ModelShape
@@ -71,18 +70,17 @@ def _exported_sizes(folder: Path, sizes: dict[int, str]) -> dict[int, str]:
     }
 
 
-def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
+def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:
     """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
     dense = outcome.schedule.limits.dense
     history = outcome.history
+    evaluations = ("dense", "after_last_cut", "pruned")
     return {
         "params": _parameters(dense, outcome.pruned, outcome.schedule.ratio),
         "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
         "shelf": list(_shelf(dense, history, sizes)),
         "serving": _serving(outcome.pruned),
-        "perplexity": {
-            name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")
-        },
+        "perplexity": {name: history.perplexity(name) for name in evaluations},
         "world_size": len(outcome.peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_without_counts(cut) for cut in history.cuts],
@@ -110,14 +108,14 @@ def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str
     }
 
 
-def _without_counts(cut: records.CutRecord) -> dict[str, Any]:
+def _without_counts(cut: records.CutRecord) -> JsonObject:
     """Returns a cut without the lists that have an entry per layer."""
     return {name: value for name, value in asdict(cut).items() if name not in PANELS}
 
 
 def _speed_and_memory(
     history: records.History, schedule: Schedule, resumed_from: Sequence[int]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Compares the steps up to the first cut with the steps after the last cut."""
     warm_up = {1, *(step + 1 for step in resumed_from)}  # the first steps of every process
 
@@ -131,19 +129,16 @@ def _speed_and_memory(
     after = [s for s in steps if s.step > last_cut]
     ends = {"before": before[-1:], "after": steps[-1:] if history.cuts else []}
 
-    def at_ends(name: str) -> dict[str, Any]:
+    def at_ends(name: str) -> JsonObject:
         return {part: getattr(end[0], name) if end else None for part, end in ends.items()}
 
+    without_refit = _without_refit(before, schedule)
+    seconds = {"before": _seconds_per_step(warm(before)), "after": _seconds_per_step(warm(after))}
+    peaks = {"before": _step_peak(warm(without_refit)), "after": _step_peak(warm(after))}
     return {
-        "seconds_per_step": {
-            "before": _seconds_per_step(warm(before)),
-            "after": _seconds_per_step(warm(after)),
-        },
+        "seconds_per_step": seconds,
         "resident_bytes": at_ends("resident_bytes"),
-        "step_peak_bytes": {
-            "before": _step_peak(warm(_without_refit(before, schedule))),
-            "after": _step_peak(warm(after)),
-        },
+        "step_peak_bytes": peaks,
         "reserved_bytes": steps[-1].reserved_bytes if steps else [],
         "mfu": at_ends("mfu"),
     }
@@ -151,20 +146,22 @@ def _speed_and_memory(
 
 def _shelf(
     dense: ModelShape, history: records.History, sizes: dict[int, str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Yields a row per size, in order. KV bytes are per token, in 16 bits."""
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
         # there is no cut if no group could leave
         shape = _cut_shape(dense, cuts[-1]) if cuts else dense
+        numel = shape.total_numel()
+        tokens = sum(s.tokens for s in history.steps if s.step <= step)
         name = "pruned" if step == max(sizes) else "size"
         yield {
             "size": size,
             "folder": records.export_folder(sizes, step),
             "step": step,
-            "tokens": sum(s.tokens for s in history.steps if s.step <= step),
-            "parameters": shape.total_numel(),
-            "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
+            "tokens": tokens,
+            "parameters": numel,
+            "removed_fraction": 1 - numel / dense.total_numel(),
             "kv_bytes_per_token": 2 * cached_numel(shape),
             "perplexity": history.perplexity(name, step),
         }
@@ -257,7 +254,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def hardware(accelerator: str) -> dict[str, Any]:
+def hardware(accelerator: str) -> JsonObject:
     """Describes this machine. `instructions` are the widest ones that torch uses, for example "AVX2"."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -14,7 +14,7 @@ from typing import Any
 
 from loraprune_ds.config_file import dotted_values
 from loraprune_ds.errors import RankError, first_line, require
-from loraprune_ds.files import writes_into
+from loraprune_ds.files import JsonObject, writes_into
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Sink, StepRecord
 
 PROJECT = "loraprune_ds"
@@ -97,7 +97,7 @@ class Wandb:
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def start(self, folder: Path, settings: dict[str, Any]) -> None:
+    def start(self, folder: Path, settings: JsonObject) -> None:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.module.init(project=project, name=folder.name, dir=str(folder), config=settings)
         self.module.define_metric("*", step_metric=STEP_AXIS)
@@ -118,7 +118,7 @@ class Wandb:
 
 
 class Trackio(Wandb):
-    def start(self, folder: Path, settings: dict[str, Any]) -> None:
+    def start(self, folder: Path, settings: JsonObject) -> None:
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         self.module.init(
             project=project, name=folder.name, config=settings, resume="allow", embed=False
@@ -129,7 +129,7 @@ class Trackio(Wandb):
 
 
 class Mlflow(Wandb):
-    def start(self, folder: Path, settings: dict[str, Any]) -> None:
+    def start(self, folder: Path, settings: JsonObject) -> None:
         # its own 7 take minutes, while all ranks wait
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
@@ -208,7 +208,7 @@ class ReportedRun(ModuleLog):
     """Opens a new run with the settings and logs to it. Raises RankError if it cannot be opened."""
 
     def __init__(
-        self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]
+        self, name: str, folder: Path, settings: JsonObject, warn: Callable[[str], None]
     ) -> None:
         super().__init__(name, warn)
 

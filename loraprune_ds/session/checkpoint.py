@@ -31,7 +31,7 @@ from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.frozen import storage_format
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import name_in_file
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, Header, read_header
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
@@ -226,7 +226,7 @@ def _saved_ranks(
     step: SavedStep, shape: ModelShape, engine: LiveEngine
 ) -> dict[Path, dict[str, int]]:
     """Reads the rank of each LoRA factor A, named as in an adapter. DeepSpeed does not read the adapter itself."""
-    headers = dict[Path, dict[str, Any]]()
+    headers = dict[Path, Header]()
     adapter = step.folder.parent / ADAPTER_WEIGHTS
     if adapter.is_file() and not engine.saves_itself:
         headers[adapter] = read_header(adapter)

@@ -52,8 +52,10 @@ LINEARS: tuple[tuple[Refused, str], ...] = (
 
 def refuse_mixture(family: Family, where: str) -> None:
     """Refuses families with experts, because only a run builds stacks of experts with LoRA."""
-    line = f"{where}: the callback cannot prune families with experts, not even dense models; use launch/run.py"
-    require(not family.has_experts, line)
+    require(
+        not family.has_experts,
+        f"{where}: the callback cannot prune families with experts, not even dense models; use launch/run.py",
+    )
 
 
 def check_one_dtype(model: nn.Module) -> None:
@@ -64,12 +66,12 @@ def check_one_dtype(model: nn.Module) -> None:
     dtypes = sorted(
         {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     )
-    several = (
-        f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer"
-    )
     on_zero_3 = any(holder(parameter).name == "zero3" for parameter in model.parameters())
-    fits = len(dtypes) < 2 or not on_zero_3
-    require(fits, f"{several}; call get_peft_model with autocast_adapter_dtype=False")
+    require(
+        len(dtypes) < 2 or not on_zero_3,
+        f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer; "
+        "call get_peft_model with autocast_adapter_dtype=False",
+    )
 
 
 def check_model(model: PeftModel) -> None:
@@ -80,8 +82,11 @@ def check_model(model: PeftModel) -> None:
     shape = base_shape(model)
     family = shape.family
     refuse_mixture(family, shape.model_type)
-    shared = f"the layers of a {shape.model_type} share one bias, so their heads cannot differ"
-    require(family.shared_bias is None, f"{shared}; pass unshare_bias(model) to get_peft_model")
+    require(
+        family.shared_bias is None,
+        f"the layers of a {shape.model_type} share one bias, so their heads cannot differ; "
+        "pass unshare_bias(model) to get_peft_model",
+    )
     base = cast(Any, model.get_base_model())
     for name, value in family.changed_in_memory(base.config).items():
         log.warning(
@@ -133,10 +138,11 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
     cut_along = tuple(f".{name.rpartition('.')[0]}" for name in others)
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")
-        exported = not isinstance(module, BaseTunerLayer) or id(module) in pruned
-        where = f"{name} has LoRA, which an export would lose: only linears of the decoder layers may have it"
-        advice = "Use target_modules=linear_names(model), and modules_to_save for other modules"
-        require(exported, f"{where}. {advice}")
+        require(
+            not isinstance(module, BaseTunerLayer) or id(module) in pruned,
+            f"{name} has LoRA, which an export would lose: only linears of the decoder layers may have it. "
+            "Use target_modules=linear_names(model), and modules_to_save for other modules",
+        )
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
         require(
@@ -147,5 +153,7 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
             not name.endswith(cut_along),
             f"modules_to_save: a cut makes {name} smaller, so it cannot train",
         )
-        lost = "modules_to_save with tied embeddings: the exported model would lose one of the two"
-        require(not shape.tie_word_embeddings, lost)
+        require(
+            not shape.tie_word_embeddings,
+            "modules_to_save with tied embeddings: the exported model would lose one of the two",
+        )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +37,23 @@ def exchange_numbers(
         loss: `RankNumbers.losses` of this rank, fp64 and on the device.
         tokens: `RankNumbers.tokens` of this rank, fp64 and on the device.
     """
-    on_device = torch.stack([loss, model.gradient_sum().to(loss), tokens])
+    gradient_sum = model.gradient_sum().to(loss)
+    on_device = torch.stack([loss, gradient_sum, tokens])
     on_host = torch.tensor([resident_bytes(), reserved_bytes(), peak, request], dtype=torch.float64)
-    gathered = model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
-    table = cast(list[list[float]], cast(Any, gathered).T.tolist())  # a row for each number
-    losses, gradient_sums, *rows = table
-    tokens_of_ranks, *others = (list(map(int, row)) for row in rows)
-    return RankNumbers(losses, tokens_of_ranks, gradient_sums, *others)
+    numbers = torch.cat([on_device, to_device(on_host)])
+    by_rank: Any = model.comm.all_gather(numbers)
+    losses, gradient_sums, *rows = by_rank.T.tolist()  # a row for each number
+    integers = [list(map(int, row)) for row in rows]
+    tokens_by_rank, resident, reserved, peaks, requests = integers
+    return RankNumbers(
+        losses=losses,
+        tokens=tokens_by_rank,
+        gradient_sums=gradient_sums,
+        resident_bytes=resident,
+        reserved_bytes=reserved,
+        peak_bytes=peaks,
+        requests=requests,
+    )
 
 
 def find_bad_layers(model: PrunableModel, numbers: RankNumbers) -> list[int | None]:

@@ -11,6 +11,7 @@ from torch import nn
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.engines import full_shape
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES, QuantisedLinear, storage_format, stored_tensors
@@ -42,7 +43,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     return inner
 
 
-def base_config(model: PeftModel) -> dict[str, Any]:
+def base_config(model: PeftModel) -> JsonObject:
     """Returns config.json of the dense model, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
     config.pop("use_cache", None)  # trainers switch it off
@@ -56,7 +57,7 @@ def _tied(base: Any) -> dict[str, bool]:
     return {"tie_word_embeddings": head is embedding}
 
 
-def model_name(model: PeftModel) -> str:
+def base_name(model: PeftModel) -> str:
     """Names the dense model: a hub id or the last part of a folder."""
     base = cast(Any, model.get_base_model())
     return Path(base.config._name_or_path).name or type(base).__name__
@@ -65,7 +66,7 @@ def model_name(model: PeftModel) -> str:
 def base_shape(model: PeftModel) -> ModelShape:
     """Returns the shape in the model's config, which stays the dense shape."""
     base = cast(Any, model.get_base_model())
-    return shape_from_config(base.config.to_dict() | _tied(base), model_name(model))
+    return shape_from_config(base.config.to_dict() | _tied(base), base_name(model))
 
 
 def live_shape(model: PeftModel) -> ModelShape:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_state
-from loraprune_ds.files import staging_of, write_json
+from loraprune_ds.files import JsonObject, staging_of, write_json
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import TensorSpec
@@ -45,9 +45,7 @@ def export_live(
     comm.write_on_rank_0(folder, lambda: publish(folder))
 
 
-def _save_settings(
-    dense: Path, peft_model: PeftModel, config: dict[str, Any], tokenizer: Any
-) -> None:
+def _save_settings(dense: Path, peft_model: PeftModel, config: JsonObject, tokenizer: Any) -> None:
     base: Any = peft_model.get_base_model()
     write_json(dense / "config.json", config)
     if base.generation_config is not None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,13 +36,11 @@ def describe_origin(
     query_heads = QUERY_HEADS in model.shape.kinds
     folder = _find_folder(name, getattr(config, "_commit_hash", None))
     is_same = folder is not None and _holds(folder, model, query_heads=query_heads)
-    is_same = all(model.comm.gather_objects(is_same))
+    if not all(model.comm.gather_objects(is_same)):
+        folder = None
     digest = None
-    if folder is not None and is_same:
-        dense_folder = folder
-        digest = model.comm.gather_objects(
-            model.comm.on_rank_0(lambda: source_digest(dense_folder))
-        )[0]
+    if folder is not None:
+        digest = model.comm.from_rank_0(model.comm.on_rank_0(partial(source_digest, folder)))
     r, alpha = _most_common_lora(model)
     return Origin(
         config={
@@ -54,7 +53,7 @@ def describe_origin(
         steps=steps,
         seed=seed,
         query_heads=query_heads,
-        folder=str(folder.resolve()) if folder is not None and is_same else None,
+        folder=None if folder is None else str(folder.resolve()),
         digest=digest,
         groups=counts_to_lists(model.shape),
     )

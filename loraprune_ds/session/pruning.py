@@ -24,7 +24,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import read_json, remove_folder, remove_leftovers, write_json
+from loraprune_ds.files import JsonObject, read_json, remove_folder, remove_leftovers, write_json
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
@@ -33,7 +33,7 @@ from loraprune_ds.session.checkpoint import PruningCheckpoint
 from loraprune_ds.session.checks import check_model
 from loraprune_ds.session.compiled import check_accelerate, check_not_compiled
 from loraprune_ds.session.forward_watch import ForwardWatch
-from loraprune_ds.session.live import base_dtype, find_peft_model, live_shape, model_name
+from loraprune_ds.session.live import base_dtype, base_name, find_peft_model, live_shape
 from loraprune_ds.session.origin import describe_origin
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.session import PruningSession
@@ -67,7 +67,7 @@ class Pruning(PruningSession):
         *,
         seed: int = 0,
         checkpoint: PruningCheckpoint | None = None,
-        ds_config: dict[str, Any] | None = None,
+        ds_config: JsonObject | None = None,
         sinks: Sequence[records.Sink] = (),
     ) -> None:
         """Checks the model and attaches to it. Collective."""
@@ -173,7 +173,7 @@ class Pruning(PruningSession):
         config["base_model_name_or_path"] = str(folder)
         comm.write_on_rank_0(path, lambda: write_json(path, config))
 
-    def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
+    def write_results(self, folder: str | Path, settings: JsonObject | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
         # importing the callback must not load matplotlib
         from loraprune_ds.session.results import write_results
@@ -182,7 +182,7 @@ class Pruning(PruningSession):
         config = {
             "seed": self.origin.seed,
             "steps": self.origin.steps,
-            "model": {"path": model_name(self.peft_model), "dtype": self.dtype},
+            "model": {"path": base_name(self.peft_model), "dtype": self.dtype},
             "prune": asdict(self.pruner.config),
         }
         comm = self.model.comm

@@ -1,10 +1,10 @@
 """Writes the results of a training: report, kept groups and pictures."""
 
 from pathlib import Path
-from typing import Any
 
 from loraprune_ds.checkpoint.load import keep_from_lists
 from loraprune_ds.checkpoint.state import State
+from loraprune_ds.files import JsonObject
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report import report
@@ -16,7 +16,7 @@ def write_results(
     state: State,
     schedule: Schedule,
     recorder: Recorder,
-    config: dict[str, Any],
+    config: JsonObject,
     comm: Communicator,
 ) -> None:
     """Writes the results of a training that ended with `state`, on rank 0, and shows their pictures. Collective.

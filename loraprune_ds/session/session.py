@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from loraprune_ds.checkpoint.save import Staging, write_step
 from loraprune_ds.checkpoint.state import Origin, ResumeState, State
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import fail_point
+from loraprune_ds.files import JsonObject
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Cut, Pruner
@@ -217,8 +219,10 @@ class PruningSession:
     def state(self) -> State:
         """Describes the training after this step. Collective."""
         model = self.model
+        trained = list(chain.from_iterable(model.trained_parameters()))
         scalings = lora_scalings(model)
         ((most_common, _),) = Counter(scalings.values()).most_common(1)
+        others = {name: scaling for name, scaling in scalings.items() if scaling != most_common}
         return State(
             step=self.step,
             origin=self.origin,
@@ -226,9 +230,9 @@ class PruningSession:
             engine=model.engine,
             world_size=model.world_size,
             scaling=most_common,
-            scalings={name: value for name, value in scalings.items() if value != most_common},
+            scalings=others,
             formats=storage_formats(model.layers, model.shape),
-            trained=[name for named in model.trained_parameters() for name in named],
+            trained=trained,
             asked=self.schedule.section(self.step).ratio,
             totals=sum_up(self.recorder.history, self.step),
             resumed_from=self.resumed_from,
@@ -237,7 +241,7 @@ class PruningSession:
         )
 
     def _resume_state(
-        self, schedule: dict[str, Any] | None, loss_scale: dict[str, Any] | None
+        self, schedule: JsonObject | None, loss_scale: JsonObject | None
     ) -> ResumeState:
         """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
         state = self.model.optimizer_state
@@ -256,8 +260,8 @@ class PruningSession:
         target: Path,
         kind: str,
         *,
-        schedule: dict[str, Any] | None = None,
-        loss_scale: dict[str, Any] | None = None,
+        schedule: JsonObject | None = None,
+        loss_scale: JsonObject | None = None,
         with_records: bool = False,
     ) -> None:
         """Publishes the folder of this step, which every rank fills. Collective.

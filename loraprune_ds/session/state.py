@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Adam, AdamW
 
 from loraprune_ds.checkpoint.state import Totals
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER, base_linear, lora_linear
 from loraprune_ds.model.frozen import DENSE, storage_format
 from loraprune_ds.model.shape import ModelShape
@@ -21,7 +22,7 @@ def has_plain_adam(model: PrunableModel) -> bool:
     return not any(group["amsgrad"] for group in optimizer.param_groups)
 
 
-def param_groups(optimizer: Any) -> list[dict[str, Any]]:
+def param_groups(optimizer: Any) -> list[JsonObject]:
     """Returns param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
     groups = optimizer.param_groups
     # DeepSpeed has all in buffers of its own

@@ -79,7 +79,7 @@ def find_checkpoint(
             root /= layout.CHECKPOINTS_FOLDER
         # This comes before full reads, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, output.config))
-        steps = comm.gather_objects(layout.numbered(root, "step"))[0]
+        steps = comm.from_rank_0(layout.numbered(root, "step"))
         checkpoint = layout.newest_usable(root, steps, open_step, warnings.append)
     if checkpoint is not None:
         _check_settings(checkpoint.state, checkpoint.folder, output.config)

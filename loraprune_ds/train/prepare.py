@@ -1,10 +1,8 @@
 """Prepares a run, and finds every error in its input before any long work."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +13,7 @@ from loraprune_ds.engine.training import Engine
 from loraprune_ds.engines import run_engine
 from loraprune_ds.errors import require
 from loraprune_ds.export.model_card import model_name
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.groups import QUERY_HEADS
@@ -54,7 +53,7 @@ class Prepared:
     held_out: list[Labelled]  # batches of the held-out text
     schedule: Schedule
     engine: Engine
-    ds_config: dict[str, Any]  # with every "auto" replaced. Empty without DeepSpeed
+    ds_config: JsonObject  # with every "auto" replaced. Empty without DeepSpeed
     origin: Origin
 
 
@@ -75,7 +74,7 @@ def prepare(
     query_heads = earlier is None or earlier.origin.query_heads
     # From rank 0, since the hub may change from rank to rank.
     resolved = comm.on_rank_0(lambda: recorded or resolve_commits(config.data))
-    commits = comm.gather_objects(resolved)[0] or {}
+    commits = comm.from_rank_0(resolved) or {}
     ranks_per_node = comm.ranks_per_node()
 
     def prepare_here() -> Prepared:
@@ -83,11 +82,8 @@ def prepare(
         ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size, ranks_per_node)
         return _prepare(config, pretrained, ds_config, commits, check_tokenizer)
 
-    # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    with comm.patient() as waiting:
-        first = waiting.all_or_raise(lambda: prepare_here() if is_first else None)
-        prepared = waiting.all_or_raise(lambda: first or prepare_here())
+    # downloads, converts and tokenises. The other ranks find the results in the node's caches
+    prepared = comm.first_per_node(prepare_here)
     rank = comm.differing_rank((prepared.origin.digest, prepared.origin.data))
     require(
         rank is None,
@@ -118,7 +114,7 @@ def _open_model(config: RunConfig, query_heads: bool) -> PretrainedModel:
 def _prepare(
     config: RunConfig,
     pretrained: PretrainedModel,
-    ds_config: dict[str, Any],
+    ds_config: JsonObject,
     commits: dict[str, str],
     check_tokenizer: CheckTokenizer,
 ) -> Prepared:
@@ -152,6 +148,19 @@ def _prepare(
         config.evaluate.batch_size,
         shape.vocab_size,
     )
+    data = RunData(
+        samples=loaded.samples.digest(), held_out=loaded.held_out_digest(), commits=commits
+    )
+    origin = Origin(
+        config=config.to_dict(),
+        steps=schedule.steps,
+        seed=config.seed,
+        query_heads=QUERY_HEADS in shape.kinds,
+        folder=str(pretrained.folder.resolve()),
+        digest=source_digest(pretrained.folder),
+        groups=counts_to_lists(shape),
+        data=data,
+    )
     return Prepared(
         config=config,
         pretrained=pretrained,
@@ -161,18 +170,7 @@ def _prepare(
         schedule=schedule,
         engine=run_engine(sharded=config.deepspeed is not None),
         ds_config=ds_config,
-        origin=Origin(
-            config=config.to_dict(),
-            steps=schedule.steps,
-            seed=config.seed,
-            query_heads=QUERY_HEADS in shape.kinds,
-            folder=str(pretrained.folder.resolve()),
-            digest=source_digest(pretrained.folder),
-            groups=counts_to_lists(shape),
-            data=RunData(
-                samples=loaded.samples.digest(), held_out=loaded.held_out_digest(), commits=commits
-            ),
-        ),
+        origin=origin,
     )
 
 

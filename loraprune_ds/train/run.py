@@ -142,7 +142,7 @@ def export_models(context: RunContext) -> bool:
     """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
     schedule = context.prepared.schedule
     for step, names in _targets(schedule.ends(), schedule.steps).items():
-        if any(context.comm.gather_objects((context.folder / name).exists())[0] for name in names):
+        if any(context.comm.from_rank_0((context.folder / name).exists()) for name in names):
             continue
         checkpoint = _open_step(context, step)
         if checkpoint is None:
@@ -163,7 +163,7 @@ def _open_step(context: RunContext, step: int) -> TrainingCheckpoint | None:
     if context.checkpoint:
         candidates.append(step_folder(context.checkpoint.folder.parent, step))
     folder = next(filter(Path.is_dir, candidates), None)
-    folder = comm.gather_objects(folder)[0]
+    folder = comm.from_rank_0(folder)
     return None if folder is None else open_checkpoint(folder, comm, context.prepared.pretrained)
 
 
@@ -200,7 +200,7 @@ def measure_model(context: RunContext) -> str | None:
     exported = folder / EXPORTED
     target = folder / records.MODEL_FOLDER
     # An earlier start may have been killed right after it had named the folder.
-    is_named = comm.gather_objects(target.exists())[0]
+    is_named = comm.from_rank_0(target.exists())
     model = target if is_named else exported
     try:
         measured = _read_back(model, context)

@@ -3,6 +3,7 @@
 Nothing is gathered. Every rank computes from the mask which of its elements go to which rank (flat.py).
 """
 
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -27,13 +28,16 @@ def cut_layer(
     """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
     # New shards of the optimizer state go into the old slots. `ShardedState.rebuild` shortens these later.
     cuts = shard_cuts(layer, spec, keep, comm)
-    carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
-    state_shards = reshard(
-        [(state.shard(p, key).to(comm.device), plan) for p, plan, key in carried], comm
-    )
+    trained = [cut for cut in cuts if cut[0].requires_grad]
+    carried: list[tuple[nn.Parameter, str]] = []
+    state_cuts: list[ShardCut] = []
+    for (parameter, plan), key in product(trained, state.keys()):
+        carried.append((parameter, key))
+        state_cuts.append((state.shard(parameter, key).to(comm.device), plan))
+    new_shards = reshard(state_cuts, comm)
     cut_parameters(cuts, comm)
     set_sizes(layer, spec.resized(keep.counts))
-    for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
+    for (parameter, key), shard in zip(carried, new_shards, strict=True):
         state.shard(parameter, key).copy_(shard)
 
 
@@ -43,12 +47,11 @@ def shard_cuts(
     """Lists the parameters of a layer that get smaller, with the plan of the exchange."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for parameter, stays in parameter_cuts(layer, spec, keep):
-        key = (full_shape(parameter), stays.axis, id(stays.keep))
+    for parameter, kept in parameter_cuts(layer, spec, keep):
+        shape = full_shape(parameter)
+        key = (shape, kept.axis, id(kept.keep))
         if key not in plans:
-            plans[key] = ReshardPlan(
-                AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank
-            )
+            plans[key] = ReshardPlan(AxisCut(shape, *kept), comm.world_size, comm.rank)
         cuts.append((parameter, plans[key]))
     return cuts
 
@@ -71,15 +74,17 @@ def reshard(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
     new: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(shard.dtype for shard, _ in cuts):  # LoRA may be fp32 on a bf16 base
         same = [i for i, (shard, _) in enumerate(cuts) if shard.dtype == dtype]
-        outgoing, plans = _by_destination([cuts[i] for i in same]), [cuts[i][1] for i in same]
-        send = _totals_by_rank([plan.send for plan in plans], comm.world_size)
-        incoming = comm.all_to_all(
-            outgoing, send, _totals_by_rank([plan.receive for plan in plans], comm.world_size)
-        )
-        del outgoing
-        new |= zip(same, _by_tensor(incoming, plans), strict=True)
-        del incoming
+        new |= zip(same, _exchange([cuts[i] for i in same], comm), strict=True)
     return [new[i] for i in range(len(cuts))]
+
+
+def _exchange(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
+    """Exchanges the shards of one dtype."""
+    plans = [plan for _, plan in cuts]
+    send = _totals_by_rank([plan.send for plan in plans], comm.world_size)
+    receive = _totals_by_rank([plan.receive for plan in plans], comm.world_size)
+    incoming = comm.all_to_all(_by_destination(cuts), send, receive)
+    return _by_tensor(incoming, plans)
 
 
 def _totals_by_rank(counts: list[dict[int, int]], world_size: int) -> list[int]:
@@ -98,12 +103,14 @@ def _by_destination(cuts: list[ShardCut]) -> Tensor:
 
 def _by_tensor(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
     """Makes the padded new shards from a buffer ordered by source rank, then by tensor."""
-    order = sorted((source, i) for i, plan in enumerate(plans) for source in plan.receive)
-    arrived = incoming.split([plans[i].receive[source] for source, i in order])
     parts: list[list[Tensor]] = [[] for _ in plans]
-    for (_, i), part in zip(order, arrived, strict=True):
-        parts[i].append(part)
-    return [
-        torch.cat([*own, incoming.new_zeros(plan.new_partition - sum(plan.receive.values()))])
-        for plan, own in zip(plans, parts, strict=True)
-    ]
+    position = 0
+    for source in sorted({source for plan in plans for source in plan.receive}):
+        for plan, parts_of_tensor in zip(plans, parts, strict=True):
+            count = plan.receive.get(source, 0)
+            parts_of_tensor.append(incoming[position:][:count])
+            position += count
+    for plan, parts_of_tensor in zip(plans, parts, strict=True):
+        padding = plan.new_partition - sum(plan.receive.values())
+        parts_of_tensor.append(incoming.new_zeros(padding))
+    return list(map(torch.cat, parts))

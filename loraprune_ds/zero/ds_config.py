@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import dotted_values, find_shipped
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
 
@@ -126,7 +126,7 @@ class ZeroSettings(BaseModel, populate_by_name=True):
 
 def resolve_ds_config(
     config: RunConfig, shape: ModelShape, world_size: int, ranks_per_node: int | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Reads the DeepSpeed JSON of a run, or the shipped file of that name, and replaces every "auto".
 
     Args:
@@ -203,14 +203,14 @@ def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
     return max(max(per_layer), min(sum(per_layer), MAX_BUCKET))
 
 
-def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
+def _look_up(raw: JsonObject, keys: tuple[str, ...]) -> Any:
     value: Any = raw
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
+def check_reshardable(where: str, raw: JsonObject, element_sizes: Collection[int] = ()) -> None:
     """Checks that the config `where` is ZeRO-3 and works with a cut of weights that have elements of these sizes."""
     zero = raw.get("zero_optimization")
     require(
@@ -227,7 +227,7 @@ def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection
         _refuse(where, raw, dict.fromkeys(ONE_DTYPE, reason))
 
 
-def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]) -> None:
+def _refuse(where: str, raw: JsonObject, refused: dict[tuple[str, ...], str]) -> None:
     for keys, reason in refused.items():
         value = _look_up(raw, keys)
         off = value in (None, False, NEUTRAL.get(keys[-1]))
@@ -236,7 +236,7 @@ def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]
         require(off, f"{where}: {'.'.join(keys)}: {reason}")
 
 
-def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
+def _check_known(path: Path, raw: JsonObject, owned: set[str]) -> None:
     """Refuses unknown keys, which DeepSpeed ignores, and bad values, on which it fails after loading."""
     known = {*owned, *FLAGS, "steps_per_print"}
     for key, value in raw.items():
@@ -252,7 +252,7 @@ def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
             raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
 
 
-def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+def _fill(path: Path, resolved: JsonObject, keys: tuple[str, ...], value: Any) -> None:
     section = resolved
     for key in keys[:-1]:
         section = section.setdefault(key, {})
@@ -270,7 +270,7 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
         )
 
 
-def _validate(path: Path, resolved: dict[str, Any]) -> None:
+def _validate(path: Path, resolved: JsonObject) -> None:
     """Makes DeepSpeed check its sections before the model is loaded. Without DeepSpeed only the plan's are checked."""
     sections: dict[str, type[BaseModel]] = {"zero_optimization": ZeroSettings}
     if find_spec("deepspeed") is not None:

@@ -19,6 +19,7 @@ from loraprune_ds.config_types import Dtype
 from loraprune_ds.engine.optimizer import build_lora
 from loraprune_ds.engine.training import Engine, InferenceEngine, TrainingEngine
 from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import differentiate_input, leaf_modules
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
@@ -78,13 +79,11 @@ class ShardedEngine(TrainingEngine):
         self.model.forget_trace()
         return outputs
 
-    def loss_scale(self) -> dict[str, Any]:
+    def loss_scale(self) -> JsonObject:
         scaler = self.deepspeed.optimizer.loss_scaler
         return {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
 
-    def restore_counters(
-        self, step: int, lr_scheduler: dict[str, Any], loss_scale: dict[str, Any]
-    ) -> None:
+    def restore_counters(self, step: int, lr_scheduler: JsonObject, loss_scale: JsonObject) -> None:
         super().restore_counters(step, lr_scheduler, loss_scale)
         deepspeed = self.deepspeed
         for name, value in loss_scale.items():
@@ -180,7 +179,7 @@ class Zero3(Engine):
     def build_training_engine(
         self,
         pretrained: PretrainedModel,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         cycles: Sequence[int],
         config: RunConfig,
     ) -> ShardedEngine:
@@ -206,7 +205,7 @@ class Zero3(Engine):
         pretrained: PretrainedModel,
         attn_implementation: str,
         dtype: Dtype,
-        ds_config: dict[str, Any],
+        ds_config: JsonObject,
         *,
         head: bool = True,
     ) -> ShardedInference:

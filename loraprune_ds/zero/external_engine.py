@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
@@ -76,9 +77,7 @@ def _rank_name(rank: int) -> str:
     return f"zero_pp_rank_{rank}_mp_rank_00"
 
 
-def write_stand_in(
-    folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
-) -> None:
+def write_stand_in(folder: Path, step: int, groups: list[JsonObject], comm: Communicator) -> None:
     """Writes this rank's files of a checkpoint that DeepSpeed loads without a change of weights or moments.
 
     Args:

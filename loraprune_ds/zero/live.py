@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -41,7 +42,7 @@ class LiveZero3(LiveEngine):
         return [] if can_load(folder, rank) else ["complete global_step*"]
 
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+        self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
     ) -> None:
         """Writes a checkpoint of DeepSpeed, which needs files of its own ranks."""
         from loraprune_ds.zero.external_engine import write_stand_in
@@ -76,7 +77,7 @@ class LiveZero3(LiveEngine):
         return share_model(training.peft_model, zero_optimizer, training.shape)
 
 
-def _ds_config(training: LiveTraining) -> dict[str, Any] | None:
+def _ds_config(training: LiveTraining) -> JsonObject | None:
     # of DeepSpeed's engine. PEFT's has another type
     ds_config = training.ds_config or getattr(training.model, "config", None)
     return ds_config if isinstance(ds_config, dict) else None

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import (
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.frozen import Matrix
 from loraprune_ds.model.int8 import Int8
 from loraprune_ds.pretrained.build import replace_parameters
@@ -27,7 +28,7 @@ from loraprune_ds.zero.device import accelerator, settle_shards
 
 
 def shard_at_birth(
-    model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype
+    model: nn.Module, weights: ModelWeights, ds_config: JsonObject, dtype: torch.dtype
 ) -> None:
     """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk. Collective.
 
@@ -148,11 +149,15 @@ def decode_int8(
     needed = needed_scales(int8, shape, comm.world_size)
     owned = _owned_ranges(rows * columns, comm.world_size)
     # How many scales a rank (row) has and another (column) needs: (world_size, world_size).
-    sent = overlap(owned[:, None, 0], owned[:, None, 1], needed[None, :, 0], needed[None, :, 1])
+    has_start, has_end = owned.unsqueeze(1).unbind(-1)
+    needs_start, needs_end = needed.unbind(-1)
+    sent = overlap(has_start, has_end, needs_start, needs_end)
+    send = sent[rank].tolist()
+    receive = sent[:, rank].tolist()
 
     flat, start = owned_flat(scale, comm.world_size, rank)
-    parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in needed.tolist()]
-    outgoing = torch.cat(parts).to(comm.device)
-    scales = comm.all_to_all(outgoing, sent[rank].tolist(), sent[:, rank].tolist())
+    slices = (needed - start).clamp(min=0).tolist()
+    outgoing = torch.cat([flat[low:high] for low, high in slices])
+    scales = comm.all_to_all(outgoing.to(comm.device), send, receive)
     first_band = int(needed[rank, 0]) // columns
     return partial(int8.decode, scales=scales.view(-1, columns), first_band=first_band)

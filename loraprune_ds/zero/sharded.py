@@ -21,7 +21,7 @@ from loraprune_ds.pruning.prunable_model import (
     PrunableModel,
 )
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds, without_padding
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
@@ -65,15 +65,19 @@ class ShardedModel(PrunableModel):
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather."""
         # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 gradients are unscaled here.
-        parameters = [list(layer.values()) for layer in self.lora_parameters()]
-        sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
+        lora = [list(layer.values()) for layer in self.lora_parameters()]
+        sizes: list[int] = []
+        for layer in lora:
+            numel = sum(math.prod(full_shape(p)) for p in layer)
+            sizes.append(2 * numel)  # with the gradients
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
-            of_round = [p for layer in layers for p in parameters[layer]]
-            masters = [self.optimizer_state.shard(p, "master") for p in of_round]
-            gradients = [self.unscaled_gradient(p) for p in of_round]
-            gathered = self._gather(masters + gradients, of_round + of_round)
-            weights = iter(gathered[: len(of_round)])
-            grads = iter(gathered[len(of_round) :])
+            parameters = [p for layer in layers for p in lora[layer]]
+            count = len(parameters)
+            masters = [self.optimizer_state.shard(p, "master") for p in parameters]
+            gradients = [self.unscaled_gradient(p) for p in parameters]
+            gathered = self._gather(masters + gradients, parameters * 2)
+            weights = iter(gathered[:count])
+            grads = iter(gathered[count:])
             for layer in layers:
                 yield self._named_factors(layer, weights, grads)
 
@@ -181,12 +185,9 @@ class ShardedModel(PrunableModel):
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""
         gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
-        parts = gathered.split([len(shard) for shard in shards], dim=1)
-        tensors: list[Tensor] = []
-        for part, parameter in zip(parts, parameters, strict=True):
-            shape = full_shape(parameter)
-            tensors.append(part.reshape(-1)[: math.prod(shape)].view(shape))
-        return tensors
+        parts = gathered.split(list(map(len, shards)), dim=1)
+        pairs = zip(parts, parameters, strict=True)
+        return [without_padding(part, full_shape(parameter)) for part, parameter in pairs]
 
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. The record of the module order stays valid."""

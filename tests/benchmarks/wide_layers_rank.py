@@ -154,13 +154,14 @@ def train_and_export(
     trainer = phases.measure("load", lambda: assemble(*given, FixedSection))
     model = trainer.model
     losses = train(trainer, phases)
-    step: TrainingCheckpoint = phases.measure(
+    checkpoint: TrainingCheckpoint = phases.measure(
         "checkpoint", lambda: save(trainer, config, folder / "saved")
     )
     saved = sum(path.stat().st_size for path in (folder / "saved").rglob("*") if path.is_file())
     exported = folder / "exported"
     comm.on_rank_0(exported.mkdir)
-    phases.measure("export", lambda: write_model(step, exported, card_of_step(step), comm))
+    card = card_of_step(checkpoint)
+    phases.measure("export", lambda: write_model(checkpoint, exported, card, comm))
     trained = evaluate(trainer.engine.deepspeed, ids)
     layers = [dict(layer) for layer in model.shape.counts]
     return {

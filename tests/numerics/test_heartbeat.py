@@ -82,7 +82,9 @@ def test_a_count_that_stands_still_is_found_and_one_late_look_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    comm: Any = SimpleNamespace(rank=0, gather_objects=lambda mine: [mine, mine])
+    comm: Any = SimpleNamespace(
+        rank=0, gather_objects=lambda mine: [mine, mine], from_rank_0=lambda mine: mine
+    )
     heartbeat = Heartbeat(comm, silence=1e6)
     for look in range(LOOKS):
         assert heartbeat.look([look, 7]) is None  # the first look sees 7 for the first time
