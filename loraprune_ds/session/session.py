@@ -81,7 +81,6 @@ class PruningSession:
         self._peak_flops = peak_flops(device_name(), dtype) if own_process else None
         self._recording = ExitStack()
         self._began = 0.0
-        self._sparsity = 0.0
         self._learning_rate = 0.0
         self._numbers: RankNumbers | None = None  # of the open step, once it was exchanged
 
