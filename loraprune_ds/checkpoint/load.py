@@ -160,8 +160,9 @@ class TrainingCheckpoint(SavedStep):
             a = lora[f"{linear.linear}.lora_A"]
             b = lora[f"{linear.linear}.lora_B"]
             scaling = self.scaling(layer, linear.linear)
-            weight = tensors[prefix + linear.name]
-            tensors[prefix + linear.name] = merge_lora(weight, a, b, scaling, weight.dtype)
+            name = prefix + linear.name
+            weight = tensors[name]
+            tensors[name] = merge_lora(weight, a, b, scaling, weight.dtype)
         return tensors
 
     def _read(self, weights: ModelWeights, names: Iterable[str]) -> dict[str, Tensor]:

@@ -154,7 +154,8 @@ def _held_out(data: JsonObject) -> str:
     for source in sources:
         words = [source.get(key) for key in ("path", "name", "split")]
         names.append(" ".join(word for word in words if word and word != "train"))
-    return f"a held-out {100 * data['held_out_fraction']:g} % of {' + '.join(names)}"
+    percent = 100 * data["held_out_fraction"]
+    return f"a held-out {percent:g} % of {' + '.join(names)}"
 
 
 def _read_evaluation(path: Path) -> ComparedModel:

@@ -238,9 +238,10 @@ def count_cost(shape: ModelShape, config: JsonObject, window: int, element_size:
 def _contexts(shape: ModelShape, config: JsonObject, window: int) -> list[float]:
     """Returns the mean context of each layer, and then of a decoder's cross-attention."""
     whole = _mean_context(window, None)
-    first, *decoder = shape.layer_lists
-    if decoder:  # all heads see the whole window, except in the decoder's self-attention
-        return [window] * len(first) + [whole] * len(*decoder) + [window]
+    if shape.family.has_encoder:
+        encoder, decoder = shape.layer_lists
+        # all heads see the whole window, except in the decoder's self-attention
+        return [window] * len(encoder) + [whole] * len(decoder) + [window]
     settings = config_object(config)
     narrow = _mean_context(window, sliding_window(settings))
     # transformers finds the layers with a sliding window

@@ -132,8 +132,9 @@ def result_table(result: JsonObject) -> str:
     cells = [("", *names, "")]
     for name, values, remark in _rows(models):
         cells.append((name, *values, remark))
+    sides = "<" + ">" * len(models) + "<"
     lines = [*_heading(result), *_answer_lines(result), ""]
-    lines += aligned(cells, f"<{'>' * len(models)}<")
+    lines += aligned(cells, sides)
     lines += _answer_tables(models)
     return "\n".join(lines) + "\n"
 
@@ -146,8 +147,8 @@ def _models(result: JsonObject) -> list[NamedModel]:
 
 def _heading(result: JsonObject) -> Iterator[str]:
     for name, model in _models(result):
-        facts = [model[key] for key in FACTS if model[key]]
-        yield f"{name:<6} {model['path']} ({', '.join(facts)})"
+        facts = ", ".join(filter(None, map(model.get, FACTS)))
+        yield f"{name:<6} {model['path']} ({facts})"
     text = result["text"]
     if text:
         text_name = text["name"]

@@ -141,9 +141,8 @@ def _place(label: "Annotation", axes: "Axes", taken: "list[Bbox]") -> None:
     for distance, (x, y, side) in (*places, places[0]):
         label.set(position=(distance * x, distance * y), ha=side)
         box = label.get_window_extent()
-        is_free = not box.count_overlaps(taken) and not any(
-            curve.intersects_bbox(box, filled=False) for curve in curves
-        )
+        crosses = any(curve.intersects_bbox(box, filled=False) for curve in curves)
+        is_free = not crosses and not box.count_overlaps(taken)
         if is_free and inside.contains(*box.min) and inside.contains(*box.max):
             break
 
@@ -152,11 +151,13 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
     """Draws which groups of each kind every layer kept, as a strip per layer, and their number."""
     from matplotlib.ticker import MaxNLocator
 
-    height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
+    layers = len(dense.layers)
+    height = 1.3 + min(max(0.115 * layers, 1.4), 9.0)
     dense_counts = {kind: [layer[kind] for layer in dense.counts] for kind in dense.kinds}
     widths: list[int] = []
     for counts in dense_counts.values():
-        widths += (3 if max(counts) <= MOST_CELLS_APART else 6, 1)
+        cells_are_apart = max(counts) <= MOST_CELLS_APART
+        widths += (3 if cells_are_apart else 6, 1)  # of the strips, and of their bars
     with picture(path, (11, height), {"axes.grid": False}) as figure:
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
         for kind, strips, bars in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
@@ -170,7 +171,7 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
             total_kept = sum(kept_counts)
             percent = 100 * total_kept / total
             strips.set_title(f"{title}: {total_kept:,} of {total:,} kept ({percent:.0f} %)")
-        axes[0].set(ylabel="decoder layer", ylim=(len(dense.layers) - 0.5, -0.5))
+        axes[0].set(ylabel="decoder layer", ylim=(layers - 0.5, -0.5))
         axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
@@ -339,12 +340,17 @@ def _draw_bytes(
     steps = [record.step for record in records]
     per_rank = [getattr(record, name) for record in records]
     most = max(map(max, per_rank), default=0)
-    scale, unit = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    scale = 1e6
+    unit = "MB"
+    if most >= 1e9:
+        scale = 1e9
+        unit = "GB"
     top = [max(ranks) / scale for ranks in per_rank]
     bottom = [min(ranks) / scale for ranks in per_rank]
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
     axes.fill_between(steps, bottom, top, step="pre", color=colour, alpha=0.25, lw=0)
-    axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * (max(most, 1) / scale)))
+    highest = max(most, 1) / scale
+    axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * highest))
 
 
 def draw_shelf(path: Path, shelf: Sequence[JsonObject], dense: float | None) -> bool:

@@ -181,9 +181,9 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
         widths = [count for kind, count in layer.items() if kind != "experts"]
         divisor = math.gcd(divisor, *widths)
     inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
-    parts = [n for n in range(1, divisor + 1) if divisor % n == 0]
+    divisors = [n for n in range(1, divisor + 1) if divisor % n == 0]
     return {
-        "tensor_parallel": [n for n in parts if pruned.has_heads_for(n)],
+        "tensor_parallel": list(filter(pruned.has_heads_for, divisors)),
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
 

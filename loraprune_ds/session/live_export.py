@@ -87,17 +87,18 @@ class LiveModel:
     def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
         """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
         shape = self.model.shape
-        tensors = dict[str, Tensor]()
         if k == len(shape.layers):
             base = cast(Any, self.model.module).get_base_model()
             return self._gather_others(k, base, shape.outer, merge)
+        layer = shape.layers[k]
         prefix = shape.prefix(k)
-        for linear in shape.layers[k].linears:
+        tensors = dict[str, Tensor]()
+        for linear in layer.linears:
             collected = self.model.collect_linear(LinearId(k, linear.linear))
             if collected is not None:  # converted before the next linear arrives
                 tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
             del collected
-        others = self._gather_others(k, self.model.layers[k], shape.layers[k].others, merge)
+        others = self._gather_others(k, self.model.layers[k], layer.others, merge)
         return tensors | {prefix + name: tensor for name, tensor in others.items()}
 
     def _gather_others(
