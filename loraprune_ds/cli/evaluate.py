@@ -171,8 +171,8 @@ def measure(arguments: argparse.Namespace) -> JsonObject:
         return read_evaluation_text(arguments)
 
     chosen = replace(chosen, text=comm.first_per_node(read_inputs))
-    # None: on a terminal
-    bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)
+    disable = None if comm.rank == 0 else True  # None: without a terminal
+    bar = partial(tqdm, unit="batch", leave=False, disable=disable)
     measurements = evaluate(models, chosen, comm, bar)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, chosen, comm.world_size, provenance)

@@ -38,8 +38,10 @@ def describe_origin(
     is_same = folder is not None and _holds(folder, model, query_heads=query_heads)
     if not all(model.comm.gather_objects(is_same)):
         folder = None
+    resolved = None
     digest = None
     if folder is not None:
+        resolved = str(folder.resolve())
         digest = model.comm.from_rank_0(model.comm.on_rank_0(partial(source_digest, folder)))
     r, alpha = _most_common_lora(model)
     return Origin(
@@ -53,7 +55,7 @@ def describe_origin(
         steps=steps,
         seed=seed,
         query_heads=query_heads,
-        folder=None if folder is None else str(folder.resolve()),
+        folder=resolved,
         digest=digest,
         groups=counts_to_lists(model.shape),
     )

@@ -127,13 +127,12 @@ class PruningSession:
         groups: Any = cast(torch.optim.Optimizer, self.model.optimizer).param_groups
         self._learning_rate = float(groups[0]["lr"])  # before the update changes it
         nothing = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        self._numbers = exchange_numbers(
-            self.model,
-            nothing if loss is None else loss,
-            nothing if tokens is None else tokens,
-            peak=max(0, self.peak.of_step() - self.pruner.moment_bytes()),
-            request=request,
-        )
+        if loss is None:
+            loss = nothing
+        if tokens is None:
+            tokens = nothing
+        peak = max(0, self.peak.of_step() - self.pruner.moment_bytes())
+        self._numbers = exchange_numbers(self.model, loss, tokens, peak=peak, request=request)
         return self._numbers
 
     def score(self) -> None:
@@ -176,7 +175,12 @@ class PruningSession:
         mfu = None
         if self._peak_flops is not None and flops is not None:
             mfu = flops / seconds / self._peak_flops / self.model.world_size
-        reserves = self._own_process and not is_cpu()
+        peak_bytes: list[int] = []
+        reserved_bytes: list[int] = []
+        if self._own_process:
+            peak_bytes = numbers.peak_bytes
+            if not is_cpu():
+                reserved_bytes = numbers.reserved_bytes
         self.recorder.write(
             records.StepRecord(
                 step=self.step,
@@ -190,8 +194,8 @@ class PruningSession:
                 weight_bytes=self.weight_bytes,
                 resident_bytes=numbers.resident_bytes,
                 skipped=not self.scored,
-                peak_bytes=numbers.peak_bytes if self._own_process else [],
-                reserved_bytes=numbers.reserved_bytes if reserves else [],
+                peak_bytes=peak_bytes,
+                reserved_bytes=reserved_bytes,
                 mfu=mfu,
             )
         )
@@ -244,10 +248,14 @@ class PruningSession:
     ) -> ResumeState:
         """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
         state = self.model.optimizer_state
-        is_adam = has_plain_adam(self.model)
+        adam_step = None
+        adam_groups: list[JsonObject] = []
+        if has_plain_adam(self.model):
+            adam_step = state.adam_step
+            adam_groups = param_groups(state.optimizer)
         return ResumeState(
-            adam_step=state.adam_step if is_adam else None,
-            adam_groups=param_groups(state.optimizer) if is_adam else [],
+            adam_step=adam_step,
+            adam_groups=adam_groups,
             schedule=schedule or {},
             loss_scale=loss_scale or {},
             updates_since_cut=self.pruner.average.updates_since_cut,

@@ -64,7 +64,8 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         finished = _train(context) and export_models(context)
         error = measure_model(context) if finished else None
         context.check_owner()
-        context.status.end("finished" if finished else "stopped", error)
+        status = "finished" if finished else "stopped"
+        context.status.end(status, error)
         # the launcher ends the other ranks if one exits early with a code other than 0
         comm.barrier()
     return finished

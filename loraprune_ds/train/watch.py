@@ -136,8 +136,13 @@ class Heartbeat(threading.Thread):
         self._counts = [0] * len(self._nodes)
         self._looks_without_beat = [0] * len(self._nodes)
         host = os.environ["MASTER_ADDR"]
-        self._store = _open_store(host, 0, is_master=True) if comm.rank == 0 else None
-        port = comm.from_rank_0(0 if self._store is None else self._store.port)
+        self._store = None
+        port = 0
+        if comm.rank == 0:
+            self._store = _open_store(host, 0, is_master=True)
+            if self._store is not None:
+                port = self._store.port
+        port = comm.from_rank_0(port)
         if comm.rank > 0 and port:
             self._store = _open_store(host, port, is_master=False)
         if self._store is not None:
