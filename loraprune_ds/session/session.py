@@ -24,7 +24,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.load import SavedStep, keep_to_lists
 from loraprune_ds.checkpoint.save import Staging, write_step
-from loraprune_ds.checkpoint.state import Origin, ResumeState, State
+from loraprune_ds.checkpoint.state import Origin, State
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import JsonObject
@@ -34,13 +34,7 @@ from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.ranks.device import StepPeak, device_name, is_cpu, peak_flops, trim_heap
 from loraprune_ds.report import records
 from loraprune_ds.session.exchange import RankNumbers, can_update, exchange_numbers, find_bad_layers
-from loraprune_ds.session.state import (
-    has_plain_adam,
-    lora_scalings,
-    param_groups,
-    storage_formats,
-    sum_up,
-)
+from loraprune_ds.session.state import describe_resume, lora_scalings, storage_formats, sum_up
 
 
 class PruningSession:
@@ -243,25 +237,6 @@ class PruningSession:
             peak_bytes=model.comm.gather_objects(self.peak.of_process()),
         )
 
-    def _resume_state(
-        self, schedule: JsonObject | None, loss_scale: JsonObject | None
-    ) -> ResumeState:
-        """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
-        state = self.model.optimizer_state
-        adam_step = None
-        adam_groups: list[JsonObject] = []
-        if has_plain_adam(self.model):
-            adam_step = state.adam_step
-            adam_groups = param_groups(state.optimizer)
-        return ResumeState(
-            adam_step=adam_step,
-            adam_groups=adam_groups,
-            schedule=schedule or {},
-            loss_scale=loss_scale or {},
-            updates_since_cut=self.pruner.average.updates_since_cut,
-            moment_tokens=self.pruner.moment_tokens,
-        )
-
     def save_step(
         self,
         target: Path,
@@ -283,7 +258,7 @@ class PruningSession:
             RunError: a rank cannot write.
         """
         state = self.state()
-        resume = self._resume_state(schedule, loss_scale)
+        resume = describe_resume(self.pruner, schedule or {}, loss_scale or {})
         with Staging(self.model.comm, target, kind) as staging:
             if with_records and self.model.rank == 0:
                 history = self.recorder.history

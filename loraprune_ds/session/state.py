@@ -5,12 +5,13 @@ from typing import Any
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from loraprune_ds.checkpoint.state import Totals
+from loraprune_ds.checkpoint.state import ResumeState, Totals
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER, base_linear, lora_linear
 from loraprune_ds.model.frozen import DENSE, storage_format
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import History
 
 
@@ -22,7 +23,25 @@ def has_plain_adam(model: PrunableModel) -> bool:
     return not any(group["amsgrad"] for group in optimizer.param_groups)
 
 
-def param_groups(optimizer: Any) -> list[JsonObject]:
+def describe_resume(pruner: Pruner, schedule: JsonObject, loss_scale: JsonObject) -> ResumeState:
+    """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
+    state = pruner.model.optimizer_state
+    adam_step = None
+    adam_groups: list[JsonObject] = []
+    if has_plain_adam(pruner.model):
+        adam_step = state.adam_step
+        adam_groups = _param_groups(state.optimizer)
+    return ResumeState(
+        adam_step=adam_step,
+        adam_groups=adam_groups,
+        schedule=schedule,
+        loss_scale=loss_scale,
+        updates_since_cut=pruner.average.updates_since_cut,
+        moment_tokens=pruner.moment_tokens,
+    )
+
+
+def _param_groups(optimizer: Any) -> list[JsonObject]:
     """Returns param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
     groups = optimizer.param_groups
     # DeepSpeed has all in buffers of its own
