@@ -57,7 +57,7 @@ def _upgrade_callback(fields: dict[str, Any]) -> dict[str, Any]:
     for name in (*OF_RESUME, "adam"):
         fields.pop(name, None)
     origin = {
-        "config": {"prune": prune},
+        "config": {"output_dir": "unknown", "prune": prune},
         "steps": fields.pop("steps"),
         "seed": fields.pop("seed"),
         "query_heads": fields.pop("query_heads", False),
