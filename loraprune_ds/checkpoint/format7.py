@@ -58,7 +58,7 @@ def _upgrade_callback(fields: JsonObject) -> JsonObject:
     for name in (*OF_RESUME, "adam"):
         fields.pop(name, None)
     origin = {
-        "config": {"prune": prune},
+        "config": {"output_dir": "unknown", "prune": prune},
         "steps": fields.pop("steps"),
         "seed": fields.pop("seed"),
         "query_heads": fields.pop("query_heads", False),

@@ -101,7 +101,7 @@ class TrainingCheckpoint(SavedStep):
 
     config: RunConfig  # the settings of the run that wrote the step
     source: Path  # folder of the dense model at the start of the run, or where it was moved
-    dense: PretrainedModel  # at `model.path`
+    dense: PretrainedModel  # at `model.path` of the run that goes on, or in `source`
 
     @cached_property
     def frozen_model(self) -> PretrainedModel:
@@ -192,7 +192,7 @@ def open_checkpoint(
     """Verifies a step, and finds its dense model. Ranks share the reading and raise one error. Collective.
 
     Args:
-        dense: the model at the run's `model.path`, if it is open.
+        dense: the model at the run's `model.path`, if it is open. Default: that in `source`.
         resume: to go on from it.
 
     Raises:
@@ -204,9 +204,7 @@ def open_checkpoint(
         origin = step.state.origin
         config = recorded_config(origin.config, folder / layout.STATE_FILE)
         source = _find_source(folder, origin, config)
-        model = dense or open_for_pruning(
-            locate_model(config.model), config.model, query_heads=origin.query_heads
-        )
+        model = dense or open_for_pruning(source, config.model, query_heads=origin.query_heads)
         return TrainingCheckpoint(**vars(step), config=config, source=source, dense=model)
 
     return ranks.all_or_raise(check)

@@ -235,25 +235,35 @@ class PrunableModel(ABC):
             parameters[layer] |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
         return parameters
 
-    def trained_parameters(self) -> list[dict[str, nn.Parameter]]:
-        """Returns what trains beside LoRA, by the names in exports. Not collective.
+    def other_parameters(self, *, trained: bool) -> list[dict[str, nn.Parameter]]:
+        """Returns the parameters that have no LoRA, by the names in exports. Not collective.
+
+        Args:
+            trained: take the learned copies of PEFT's `modules_to_save`, otherwise the initial ones.
 
         Returns:
             a dictionary for each layer, and one for the parameters outside of them.
         """
-        trained = [dict[str, nn.Parameter]() for _ in range(len(self.layers) + 1)]
-        if all(".lora_" in n for n, p in self.module.named_parameters() if p.requires_grad):
-            return trained
         base: Any = self.module
         parents = [*self.layers, base.get_base_model()]
         prefixes = [*map(self.shape.prefix, range(len(self.layers))), ""]
         tensors = [*(layer.others for layer in self.shape.layers), self.shape.outer]
-        for named, parent, prefix, specs in zip(trained, parents, prefixes, tensors, strict=True):
-            for spec in specs:
-                parameter = base_parameter(parent, spec.name, trained=True)
-                if parameter.requires_grad:
-                    named[prefix + spec.name] = parameter
-        return trained
+        return [
+            {
+                prefix + spec.name: base_parameter(parent, spec.name, trained=trained)
+                for spec in specs
+            }
+            for parent, prefix, specs in zip(parents, prefixes, tensors, strict=True)
+        ]
+
+    def trained_parameters(self) -> list[dict[str, nn.Parameter]]:
+        """Returns those of `other_parameters` that train. Not collective."""
+        if all(".lora_" in n for n, p in self.module.named_parameters() if p.requires_grad):
+            return [{} for _ in range(len(self.layers) + 1)]
+        return [
+            {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+            for named in self.other_parameters(trained=True)
+        ]
 
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor:

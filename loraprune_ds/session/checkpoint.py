@@ -249,8 +249,8 @@ def _read(
 ) -> tuple[SavedStep, PruneConfig]:
     """Verifies a checkpoint. Also returns its settings. A default value leaves the choice to it."""
     step = verify_step(checkpoint / PRUNING_FOLDER, comm, resume=True)
-    raw = {"output_dir": "unknown", **step.state.origin.config}
-    prune = layout.recorded_config(raw, step.folder / layout.STATE_FILE).prune
+    settings = layout.recorded_config(step.state.origin.config, step.folder / layout.STATE_FILE)
+    prune = settings.prune
     defaults = asdict(PruneConfig())
     saved = asdict(prune)
     different = [

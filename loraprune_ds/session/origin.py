@@ -1,6 +1,7 @@
 """Describes what a training of somebody else's loop began with, and finds the files of its dense model."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,49 +10,42 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from torch import Tensor
 
 from loraprune_ds.checkpoint.load import counts_to_lists, source_digest
 from loraprune_ds.checkpoint.state import Origin
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import ADAPTER, lora_linear
-from loraprune_ds.model.frozen import DENSE, storage_format
+from loraprune_ds.model.frozen import DENSE, DTYPES, storage_format
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.sources import HUB_ERRORS
+from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 
-SAMPLE = 64  # elements of each linear that are compared with its file
+SAMPLE = 64  # elements of each linear, and of each end of other tensors, that are compared with their files
 
 
 def describe_origin(
     model: PrunableModel, schedule: Schedule, dtype: Dtype, *, steps: int, seed: int
 ) -> Origin:
     """Describes a training before its first step. Collective."""
-    peft_model = cast(PeftModel, model.module)
-    config = cast(Any, peft_model.get_base_model()).config
-    name = str(config._name_or_path) or type(peft_model.get_base_model()).__name__
+    config = cast(Any, model.module).get_base_model().config
+    settings = describe_settings(model, schedule, dtype)
     query_heads = QUERY_HEADS in model.shape.kinds
-    folder = _find_folder(name, getattr(config, "_commit_hash", None))
-    is_same = folder is not None and _holds(folder, model, query_heads=query_heads)
-    if not all(model.comm.gather_objects(is_same)):
+    folder = _find_folder(settings["model"]["path"], getattr(config, "_commit_hash", None))
+    if not _holds(folder, model, DTYPES[dtype], query_heads=query_heads):
         folder = None
     resolved = None
     digest = None
     if folder is not None:
         resolved = str(folder.resolve())
         digest = model.comm.from_rank_0(model.comm.on_rank_0(partial(source_digest, folder)))
-    r, alpha = _most_common_lora(model)
     return Origin(
-        config={
-            "output_dir": "unknown",
-            # a live model has no tower, and an export of its steps gets none
-            "model": {"path": name, "dtype": dtype, "text_only": True},
-            "lora": {"r": r, "lora_alpha": alpha},
-            "prune": asdict(schedule.config),
-        },
+        config=settings,
         steps=steps,
         seed=seed,
         query_heads=query_heads,
@@ -59,6 +53,22 @@ def describe_origin(
         digest=digest,
         groups=counts_to_lists(model.shape),
     )
+
+
+def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) -> dict[str, Any]:
+    """Describes those settings of a run that results need. Steps of format 7 have those of `prune` alone."""
+    base = cast(PeftModel, model.module).get_base_model()
+    name = str(cast(Any, base).config._name_or_path) or type(base).__name__
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())  # commands may start elsewhere
+    r, alpha = _most_common_lora(model)
+    return {
+        "output_dir": "unknown",
+        # a live model has no tower, and an export of its steps gets none
+        "model": {"path": name, "dtype": dtype, "text_only": True},
+        "lora": {"r": r, "lora_alpha": alpha},
+        "prune": asdict(schedule.config),
+    }
 
 
 def _find_folder(name: str, revision: str | None) -> Path | None:
@@ -71,31 +81,57 @@ def _find_folder(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _holds(folder: Path, model: PrunableModel, *, query_heads: bool) -> bool:
-    """Tells whether a folder has the weights of a live model, by samples of this rank's part of each linear."""
-    try:
-        on_disk = open_pretrained(folder, query_heads=query_heads)
-    except UserError:
-        return False
-    if on_disk.shape.layers != model.shape.layers:
-        return False
-    return all(
-        _is_equal(on_disk, model, LinearId(layer, linear.linear), linear.name)
-        for layer, linear in model.shape.linears()
-    )
-
-
-def _is_equal(
-    on_disk: PretrainedModel, model: PrunableModel, linear_id: LinearId, name: str
+def _holds(
+    folder: Path | None, model: PrunableModel, dtype: torch.dtype, *, query_heads: bool
 ) -> bool:
-    base = lora_linear(model.layers[linear_id.layer], linear_id.name).base_layer
-    if storage_format(base) is not DENSE:
-        return True
-    shard = model.owned_weight(linear_id)
-    sample = shard.flat[:SAMPLE].cpu()
-    full_name = model.shape.prefix(linear_id.layer) + name
-    end = shard.start + len(sample)
-    return torch.equal(on_disk.weights.read_flat(full_name, shard.start, end, sample.dtype), sample)
+    """Tells whether a folder has the weights of a live model on every rank, by samples. Collective."""
+    weights = None if folder is None else _open_weights(folder, model, query_heads=query_heads)
+    if not all(model.comm.gather_objects(weights is not None)):
+        return False
+    pairs = _linear_samples(cast(ModelWeights, weights), model)
+    others = _other_samples(cast(ModelWeights, weights), model, dtype)
+    # a rank may not leave before the collectives of another
+    is_equal = [torch.equal(on_disk, live) for on_disk, live in (*pairs, *others)]
+    return all(model.comm.gather_objects(all(is_equal)))
+
+
+def _open_weights(folder: Path, model: PrunableModel, *, query_heads: bool) -> ModelWeights | None:
+    """Opens the weights in a folder. None if they do not have the shape of the live model."""
+    try:
+        weights = open_pretrained(folder, query_heads=query_heads).weights
+    except UserError:
+        return None
+    shape = weights.shape
+    is_same = (shape.layers, shape.outer) == (model.shape.layers, model.shape.outer)
+    return weights if is_same else None
+
+
+def _linear_samples(weights: ModelWeights, model: PrunableModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields a sample of this rank's part of each linear that is not quantised, from disk and live."""
+    for layer, linear in model.shape.linears():
+        linear_id = LinearId(layer, linear.linear)
+        if storage_format(lora_linear(model.layers[layer], linear.linear).base_layer) is DENSE:
+            shard = model.owned_weight(linear_id)
+            live = shard.flat[:SAMPLE].cpu()
+            name = model.shape.prefix(layer) + linear.name
+            end = shard.start + len(live)
+            yield weights.read_flat(name, shard.start, end, live.dtype), live
+
+
+def _other_samples(
+    weights: ModelWeights, model: PrunableModel, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields both ends of each other tensor on the owner of its layer, in the dtype of exports. Collective."""
+    for layer, named in enumerate(model.other_parameters(trained=False)):
+        for name, parameter in named.items():
+            live = model.collect(parameter, model.owner(layer))
+            if live is None:
+                continue
+            flat = live.detach().reshape(-1)
+            for start in (0, max(0, len(flat) - SAMPLE)):
+                part = flat[start : start + SAMPLE].cpu()
+                on_disk = weights.read_stored(name, start, start + len(part), dtype)
+                yield on_disk, part.to(on_disk.dtype)
 
 
 def _most_common_lora(model: PrunableModel) -> tuple[int, float]:

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from loraprune_ds.session.checks import check_model
 from loraprune_ds.session.compiled import check_accelerate, check_not_compiled
 from loraprune_ds.session.forward_watch import ForwardWatch
 from loraprune_ds.session.live import base_dtype, base_name, find_peft_model, live_shape
-from loraprune_ds.session.origin import describe_origin
+from loraprune_ds.session.origin import describe_origin, describe_settings
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.session import PruningSession
 
@@ -88,6 +88,8 @@ class Pruning(PruningSession):
         dtype = base_dtype(peft_model, dense)
         if checkpoint:
             origin = checkpoint.state.origin
+            settings = describe_settings(live, schedule, dtype) | origin.config
+            origin = replace(origin, config=settings)
         else:
             origin = describe_origin(live, schedule, dtype, steps=steps, seed=seed)
         history = checkpoint.history() if checkpoint else records.History()

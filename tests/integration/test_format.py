@@ -73,6 +73,16 @@ def test_a_callbacks_checkpoint_goes_on(folder: Path) -> None:
         for layer in pruning.pruning.pruner.kept_of_dense
     ]
     assert kept == EXPECTED["trainer"]["kept_groups"]
+    pruning.save_model(folder / "model")
+    assert "# source, pruned" in (folder / "model/README.md").read_text()
+
+
+@pytest.mark.parametrize("commit", TRAINERS)
+def test_a_callbacks_checkpoint_without_its_dense_model_is_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    contents = find_contents(folder / "trainer")
+    must_name("checkpoint-6 dense save_model", export, contents, "hf", tmp_path / "model")
 
 
 @pytest.mark.parametrize("commit", ["3483bfff"])

@@ -1,12 +1,14 @@
 """A callback's checkpoint is a step: exports and evaluations read it like a step of a run."""
 
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
 
@@ -104,28 +106,49 @@ def merge_a_lora(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] += 1
 
 
-def unlike_its_folder(dense: Path) -> None:
-    """Changes the files after the model was loaded, as it looks when the model was changed in memory."""
-    path = dense / "model.safetensors"
-    tensors = load_file(path)
-    merge_a_lora(tensors)
-    save_file(tensors, path, {"format": "pt"})
+def add_to(name: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model.get_parameter(name).data += 1
+
+    return change
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_to("model.layers.1.mlp.up_proj.weight"),
+        add_to("model.layers.1.input_layernorm.weight"),
+        add_to("model.norm.weight"),
+        lambda model: model.resize_token_embeddings(101),
+    ],
+)
 def test_a_model_that_is_on_no_disk_is_named(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
 ) -> None:
     load = AutoModelForCausalLM.from_pretrained
 
     def load_then_change(*args: Any, **options: Any) -> Any:
         model = load(*args, **options)
-        unlike_its_folder(dense)
+        change(model)
         return model
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_then_change)
     train(dense, tmp_path)
     contents = find_contents(tmp_path / "checkpoint-4")
     must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["dense", "."])
+def test_a_model_with_a_relative_path_is_exported_from_elsewhere(
+    dense: Path, tmp_path: Path, name: str
+) -> None:
+    with chdir(dense.parent if name == "dense" else dense):
+        train(Path(name), tmp_path)
+    out = tmp_path / "exported"
+    export(find_contents(tmp_path / "checkpoint-4"), "hf", out)
+    assert tensors_in(out).keys() == tensors_in(tmp_path / "live").keys()
+    for card in (out, tmp_path / "live"):
+        assert "# dense, pruned" in (card / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
