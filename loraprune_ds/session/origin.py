@@ -17,7 +17,7 @@ from loraprune_ds.checkpoint.state import Origin
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import ADAPTER, lora_linear
-from loraprune_ds.model.frozen import DENSE, DTYPES, storage_format
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.pretrained import open_pretrained
@@ -25,6 +25,7 @@ from loraprune_ds.pretrained.sources import HUB_ERRORS
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.session.state import storage_formats
 
 SAMPLE = 64  # elements of each linear, and of each end of other tensors, that are compared with their files
 
@@ -96,7 +97,9 @@ def _holds(
 
 
 def _open_weights(folder: Path, model: PrunableModel, *, query_heads: bool) -> ModelWeights | None:
-    """Opens the weights in a folder. None if they do not have the shape of the live model."""
+    """Opens the weights in a folder. None if they have another shape than the live model, or it is quantised."""
+    if storage_formats(model.layers, model.shape):
+        return None
     try:
         weights = open_pretrained(folder, query_heads=query_heads).weights
     except UserError:
@@ -107,15 +110,12 @@ def _open_weights(folder: Path, model: PrunableModel, *, query_heads: bool) -> M
 
 
 def _linear_samples(weights: ModelWeights, model: PrunableModel) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields a sample of this rank's part of each linear that is not quantised, from disk and live."""
+    """Yields a sample of this rank's part of each linear, from disk and live."""
     for layer, linear in model.shape.linears():
-        linear_id = LinearId(layer, linear.linear)
-        if storage_format(lora_linear(model.layers[layer], linear.linear).base_layer) is DENSE:
-            shard = model.owned_weight(linear_id)
-            live = shard.flat[:SAMPLE].cpu()
-            name = model.shape.prefix(layer) + linear.name
-            end = shard.start + len(live)
-            yield weights.read_flat(name, shard.start, end, live.dtype), live
+        shard = model.owned_weight(LinearId(layer, linear.linear))
+        live = shard.flat[:SAMPLE].cpu()
+        name = model.shape.prefix(layer) + linear.name
+        yield weights.read_flat(name, shard.start, shard.start + len(live), live.dtype), live
 
 
 def _other_samples(
