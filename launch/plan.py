@@ -3,7 +3,8 @@
 The code is in loraprune_ds/cli/plan.py. `loraprune-ds plan` runs the same.
 """
 
-from start import start
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == "__main__":
-    start("plan")
+    run_path(str(Path(__file__).with_name("start.py")))["start"]("plan")

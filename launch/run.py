@@ -3,7 +3,8 @@
 The code is in loraprune_ds/cli/run.py. `loraprune-ds run` runs the same.
 """
 
-from start import start
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == "__main__":
-    start("run")
+    run_path(str(Path(__file__).with_name("start.py")))["start"]("run")

@@ -49,9 +49,7 @@ def recorded_config(raw: JsonObject, path: Path) -> RunConfig:
     try:
         return config_from_dict(without_removed(raw))
     except UserError as error:
-        raise CheckpointMismatch(
-            f"{path} has format {FORMAT} with settings of another version: {error}"
-        ) from None
+        raise CheckpointMismatch(f"{path} has settings of another version: {error}") from None
 
 
 def _reader(version: object) -> str:
@@ -137,7 +135,7 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
         first = error.errors()[0]
         field_name = ".".join(map(str, first["loc"]))
         raise UserError(f"{path} is damaged: {field_name}: {first['msg']}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 

@@ -5,6 +5,7 @@ README.md in this folder describes a step's files.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from loraprune_ds.checkpoint import format7, layout
 from loraprune_ds.config_types import EngineName
@@ -72,7 +73,7 @@ class State:
     step: int
     origin: Origin
     kept: list[list[list[int]]]
-    engine: EngineName
+    engine: str
     world_size: int
     scaling: float
     scalings: dict[str, float]
@@ -112,7 +113,13 @@ class ResumeState:
 
 def read_state(folder: Path) -> State:
     """Reads the state in a step's folder like `layout.read_record`."""
-    return layout.read_record(folder / layout.STATE_FILE, State, format7.upgrade_state)
+    path = folder / layout.STATE_FILE
+    state = layout.read_record(path, State, format7.upgrade_state)
+    if state.engine not in get_args(EngineName):
+        raise layout.CheckpointMismatch(
+            f"{path} is of the engine {state.engine!r}, which a later version knows"
+        )
+    return state
 
 
 def read_resume_state(folder: Path) -> ResumeState:

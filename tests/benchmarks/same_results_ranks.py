@@ -56,7 +56,6 @@ def fork(job: dict[str, Any], environment: dict[str, str]) -> int:
             os.dup2(log, number)
         os.environ |= environment
         sys.argv = job["argv"]
-        sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a script
         runpy.run_path(sys.argv[0], run_name="__main__")
         os._exit(0)
     except BaseException:  # noqa: BLE001  # nothing may return into the copy of the loop below

@@ -92,7 +92,9 @@ def run_out_of_memory() -> None:
     """Runs out of memory at the first step. Leaving the process group then waits, as NCCL does for other ranks."""
     from loraprune_ds.train.trainer import Trainer
 
-    mock.patch.object(Trainer, "step", side_effect=torch.OutOfMemoryError("of the device")).start()
+    mock.patch.object(
+        Trainer, "train_step", side_effect=torch.OutOfMemoryError("of the device")
+    ).start()
 
     def leave(group: object = None) -> None:
         if group is None:  # not one of a few ranks or for one purpose

@@ -218,6 +218,7 @@ CHANGES: list[tuple[dict[str, object], str]] = [
     ({"kept": 3}, "damaged"),
     ({"step": "7"}, "step"),
     ({"engine": {}}, "engine"),
+    ({"engine": "fsdp3"}, "fsdp3 later"),
 ]
 
 

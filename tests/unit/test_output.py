@@ -100,8 +100,8 @@ CASES: list[tuple[Make, str | None, str]] = [
     (of_another_seed, "auto", "seed"),
     (partial(of_another_seed, state="finished"), None, "seed"),
     (of_an_earlier_commit, "auto", "prune.score_every"),
-    (of_an_earlier_commit, "auto", f"format {layout.FORMAT}"),
-    (partial(of_an_earlier_commit, state="finished"), None, f"format {layout.FORMAT}"),
+    (of_an_earlier_commit, "auto", "another version"),
+    (partial(of_an_earlier_commit, state="finished"), None, "another version"),
     (partial(of_an_earlier_commit, setting="depth_ratio: 0.0"), "auto", "resume"),
     (
         partial(of_an_earlier_commit, setting="depth_ratio: 0.1"),
