@@ -1,7 +1,12 @@
 """Writes numbers and tables for people."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+
+def or_dash(value: float | None, write: Callable[[float], str]) -> str:
+    """Writes a value, or '-' if there is none."""
+    return "-" if value is None else write(value)
 
 
 def format_count(count: float) -> str:

@@ -24,7 +24,7 @@ from loraprune_ds.files import JsonObject, json_text, read_json
 from loraprune_ds.report import pictures
 from loraprune_ds.report.pictures import Label
 from loraprune_ds.report.records import REPORT_FILE, describe_method
-from loraprune_ds.units import aligned, format_perplexity
+from loraprune_ds.units import aligned, format_perplexity, or_dash
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -258,8 +258,8 @@ def _row(model: ComparedModel) -> dict[str, str]:
     }
     for name, measure in MEASURES.items():
         value, dense, _ = model.measured.get(name, (None, None, ""))
-        row[name] = "-" if value is None else measure.cell(value)
-        row[f"dense {name}"] = "-" if dense is None else measure.cell(dense)
+        row[name] = or_dash(value, measure.cell)
+        row[f"dense {name}"] = or_dash(dense, measure.cell)
         if name == "perplexity":
             times = None if value is None or dense is None else value / dense
             row["times"] = format_perplexity(times)

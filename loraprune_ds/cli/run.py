@@ -33,6 +33,7 @@ from loraprune_ds.units import (
     format_duration,
     format_percent,
     format_perplexity,
+    or_dash,
 )
 
 if TYPE_CHECKING:
@@ -210,14 +211,13 @@ def _shelf_lines(shelf: list[JsonObject]) -> Iterable[str]:
         return
     rows = [("size", "parameters", "removed", "KV per token", "perplexity", "agreement", "model")]
     for row in shelf:
-        agreement = row.get("agreement")
         cells = (
             row["size"],
             format_count(row["parameters"]),
             format_percent(row["removed_fraction"]),
             format_bytes(row["kv_bytes_per_token"]),
             format_perplexity(row["perplexity"]),
-            "-" if agreement is None else format_percent(agreement),
+            or_dash(row.get("agreement"), format_percent),
             f"{row['folder']}/",
         )
         rows.append(cells)
@@ -314,7 +314,7 @@ def _cost_row(
     """Returns the row of a value "before" and "after" the cuts. Both may be absent."""
     before = values.get("before")
     after = values.get("after")
-    cells = ["-" if value is None else write(value) for value in (before, after)]
+    cells = [or_dash(value, write) for value in (before, after)]
     change = compare(before, after) if before and after else ""
     return (name, *cells, change)
 

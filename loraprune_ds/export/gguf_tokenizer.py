@@ -165,14 +165,22 @@ def _steps(part: JsonObject | None, of_sequence: str) -> list[JsonObject]:
     return part[of_sequence] if part["type"] == "Sequence" else [part]
 
 
+def _name_of(pre_tokenizer: list[JsonObject]) -> str | None:
+    """Returns llama.cpp's name of a pre-tokenizer, if it has one."""
+    steps = list(map(_describe, pre_tokenizer))
+    for name, steps_of_name in read_json(PRE_TOKENIZERS).items():
+        if steps_of_name == steps:
+            return name
+    return None
+
+
 def _byte_level(fast: JsonObject, pre_tokenizer: list[JsonObject], path: Path) -> Vocabulary:
-    steps = [_describe(step) for step in pre_tokenizer]
-    pre_tokenizers = read_json(PRE_TOKENIZERS)
-    pre = next((name for name in pre_tokenizers if pre_tokenizers[name] == steps), None)
+    model = fast["model"]
+    pre = _name_of(pre_tokenizer)
     normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
-    if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
+    if model["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
         raise NotInGguf(path, "llama.cpp has no name for the way this tokenizer prepares text")
-    tokens, pairs = _tokens_and_merges(fast["model"])
+    tokens, pairs = _tokens_and_merges(model)
     types: list[int] = [TokenType.NORMAL] * len(tokens)
     merges = [" ".join(pair) for pair in pairs]
     remarks = [NOT_COMPOSED] if normalizer else []

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,13 +138,14 @@ def _place(label: "Annotation", axes: "Axes", taken: "list[Bbox]") -> None:
     """Moves a label to the first free place near its point, or to the very first place if none is free."""
     inside = axes.get_window_extent()
     curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
-    places = [(distance, direction) for distance in DISTANCES for direction in DIRECTIONS]
+    places = list(product(DISTANCES, DIRECTIONS))
     for distance, (x, y, side) in (*places, places[0]):
         label.set(position=(distance * x, distance * y), ha=side)
         box = label.get_window_extent()
         crosses = any(curve.intersects_bbox(box, filled=False) for curve in curves)
-        is_free = not crosses and not box.count_overlaps(taken)
-        if is_free and inside.contains(*box.min) and inside.contains(*box.max):
+        if crosses or box.count_overlaps(taken):
+            continue
+        if inside.contains(*box.min) and inside.contains(*box.max):
             break
 
 
