@@ -77,7 +77,7 @@ def test_a_callbacks_checkpoint_goes_on(folder: Path) -> None:
     assert "# source, pruned" in (folder / "model/README.md").read_text()
 
 
-@pytest.mark.parametrize("commit", TRAINERS)
+@pytest.mark.parametrize("commit", ["2bcadf3c", "6ec3512a"])  # format 7 does not record it
 def test_a_callbacks_checkpoint_without_its_dense_model_is_named(
     folder: Path, tmp_path: Path
 ) -> None:
