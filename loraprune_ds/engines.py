@@ -18,7 +18,7 @@ LIVE: tuple[LiveEngine, ...] = (
 
 
 def run_engine(*, sharded: bool) -> Engine:
-    """Returns the engine of a run: ZeRO-3, or that of one process, which needs no DeepSpeed."""
+    """Returns the engine of a run: ZeRO-3, or one process, which needs no DeepSpeed."""
     if sharded:
         from loraprune_ds.zero.engine import Zero3
 

@@ -1,6 +1,6 @@
 """Reads states of format 7 as if they were of format 8. Nothing else knows that format.
 
-A run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, beside all its tensors.
+A run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, in one folder with all tensors.
 """
 
 import json
@@ -16,7 +16,7 @@ OF_RESUME = ("updates_since_cut", "moment_tokens")
 
 
 def is_flat(folder: Path) -> bool:
-    """Tells whether a callback has written the folder in format 7, whose tensors have no folder of their own."""
+    """Returns True if a callback has written the folder in format 7, whose tensors have no separate folder."""
     raw: Any = None
     with suppress(OSError, ValueError):
         raw = json.loads((folder / layout.STATE_FILE).read_text(encoding="utf-8"))

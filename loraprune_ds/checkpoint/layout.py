@@ -26,7 +26,7 @@ READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")
 
 STATUS_FILE = "status.json"
 CHECKPOINTS_FOLDER = "checkpoints"
-PRUNING_FOLDER = "pruning"  # a step in the checkpoint of somebody else's loop
+PRUNING_FOLDER = "pruning"  # our step in the checkpoint of another trainer
 # In a step.
 STATE_FILE = "state.json"
 MANIFEST = "manifest.json"

@@ -43,7 +43,7 @@ SAMPLES = "samples:"
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A step of a run, or the folder `pruning/` in the checkpoint of somebody else's loop. Its files are verified."""
+    """A step of a run, or the folder `pruning/` in the checkpoint of another trainer. Its files are verified."""
 
     folder: Path
     state: State
@@ -116,7 +116,7 @@ class TrainingCheckpoint(SavedStep):
 
     @cached_property
     def _merged_weights(self) -> ModelWeights:
-        """The frozen weights, but for those that train beside LoRA."""
+        """The frozen weights, with the trained copies of other modules."""
         trained = open_tensors(self.shape, self.folder, layout.TRAINED)
         return self.frozen_model.weights.overlaid(trained)
 

@@ -1,4 +1,4 @@
-"""What a step says beside its tensors, the same for a run and for a training of somebody else's loop.
+"""The contents of a step's state.json, the same for a run and for another trainer.
 
 README.md in this folder describes a step's files.
 """
@@ -41,7 +41,7 @@ class Origin:
         folder: of the dense model. Weights that no refit changed are its slices. None: no folder has the same weights.
         digest: of that folder (`load.source_digest`).
         groups: of each kind in each layer of the dense model. Empty in a run of format 7.
-        data: None if somebody else's loop trains.
+        data: None if another trainer's loop trains.
     """
 
     config: JsonObject
@@ -63,7 +63,7 @@ class State:
         engine: that trains (engines.py).
         scaling: lora_alpha / r of most linears. `scalings` has the others, as "{layer}.{linear}".
         formats: storage formats of linears that are not stored in the model's dtype, by the same names.
-        trained: tensors that train beside LoRA, by the names of the text class.
+        trained: other tensors than LoRA that train, by the names of the text class.
         asked: fraction of the linear parameters to remove, up to the end or to the next size.
         resumed_from: steps of earlier resumes.
         accelerator: the name of the ranks' device.

@@ -5,7 +5,7 @@ A new engine takes these steps, in this order:
 1. Its `PrunableModel` passes tests/numerics/test_engines.py, which runs over the list in tests/support/engines.py.
    A model that an optimizer of torch trains is a `WatchedModel`. Its state is a `TorchState`.
 2. Its `LiveEngine` stands in loraprune_ds/engines.py, before the one that takes any training.
-3. Private names of its library stand in one file of its own. `connect` checks them.
+3. Private names of its library stand in one file. `connect` checks them.
 4. It has a row in LAYERS of tests/unit/test_layering.py. Importing its `LiveEngine` must not import its library.
 """
 
@@ -90,7 +90,7 @@ class LiveEngine(ABC):
     ) -> None:
         """Writes the files that a Trainer must find before a callback can restore the state.
 
-        They change neither weights nor moments.
+        They change no weight and no moment.
 
         Args:
             groups: Adam's, without parameters.

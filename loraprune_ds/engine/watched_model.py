@@ -57,7 +57,7 @@ class WatchedModel(PrunableModel, ABC):
         # One walk over the modules: a cut keeps the parameters.
         self._lora = [parameter for layer in self.lora_parameters() for parameter in layer.values()]
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # Of the last backward pass.
+        # The last backward pass left these.
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._norms: Tensor | None = None
         self._zero = torch.zeros((), device=self.device)
@@ -92,7 +92,7 @@ class WatchedModel(PrunableModel, ABC):
         self._norm = norm
 
     def norm_over_ranks(self, norm: Tensor) -> Tensor:
-        """Returns the norm of whole gradients from that of the parts that this rank holds, by default all of them."""
+        """Returns the norm of whole gradients. `norm` is of the parts that this rank holds, by default all."""
         return norm
 
     def before_each_update(

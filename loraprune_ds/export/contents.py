@@ -15,7 +15,7 @@ from loraprune_ds.report.records import MODEL_FOLDER, REPORT_FILE
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What commands can read in a folder. Of its files only the status of a run has been read.
+    """What commands can read in a folder. It has read only the status of a run.
 
     Attributes:
         summary: for messages, such as "is a checkpoint".

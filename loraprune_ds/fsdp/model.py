@@ -1,7 +1,7 @@
 """The FSDP2 model under pruning, and the optimizer state of its LoRA. Every rank cuts its rows in place.
 
 FSDP2 swaps the parameters of a unit for gathered ones in a forward pass. After one without a backward pass, as in an
-evaluation, the last units stay gathered. So everything here reshards before it reads parameters of a module.
+evaluation, the last units stay gathered. Therefore everything here reshards before it reads parameters of a module.
 """
 
 from collections.abc import Iterator, Sequence
@@ -164,7 +164,7 @@ class FsdpModel(WatchedModel):
 
 
 class RowState(TorchState):
-    """The state of Adam over rows of LoRA. Each rank has that of its rows."""
+    """The state of Adam over rows of LoRA. Each rank has the state of its rows."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, rows: RowShards) -> None:
         super().__init__(optimizer)

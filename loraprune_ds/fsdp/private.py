@@ -105,7 +105,7 @@ def find_slots(units: Iterable[FSDPModule]) -> dict[nn.Parameter, Slot]:
         groups = getattr(state, SEVERAL_GROUPS, None)
         if groups is None:
             groups = [state._fsdp_param_group]
-        for group in filter(None, groups):  # a unit may have no parameters of its own
+        for group in filter(None, groups):  # a unit may have no parameters
             params = group.fsdp_params
             slots |= {param.sharded_param: Slot(params, i) for i, param in enumerate(params)}
     return slots

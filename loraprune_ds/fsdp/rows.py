@@ -39,7 +39,7 @@ class RowShards:
         return 1 if self.replicas is None else self.replicas.world_size
 
     def norm(self, norm: Tensor) -> Tensor:
-        """Returns the norm of full tensors from that of the rows of this rank."""
+        """Returns the norm of full tensors. `norm` is of this rank's rows."""
         return self.shards.all_reduce(norm.double().square()).sqrt()
 
     def place(self, rank: int) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class RowShards:
         return None if gathered is None else _without_padding(gathered, shape)
 
     def overwrite(self, local: Tensor, shape: Shape, owner: int, full: Tensor | None) -> None:
-        """Overwrites this rank's rows, in every replica, by those of `full` on rank `owner`."""
+        """Overwrites this rank's rows, in every replica, by the rows of `full` on rank `owner`."""
         replica, shard = self.place(owner)
         rows = torch.empty_like(self.padded(local, shape))
         if replica == self.replica:

@@ -1,6 +1,6 @@
 """Stores the frozen weight of a linear in 4 bits, as NF4 of QLoRA (arXiv 2305.14314).
 
-For rows that may leave, codes and scales are those of bitsandbytes, bit by bit. Its blocks run along the inputs. Where
+Where rows may leave, codes and scales equal bitsandbytes' bit by bit. Its blocks run along the inputs. Where
 columns may leave, W is stored transposed, so blocks run along the hidden axis as well.
 """
 

@@ -257,7 +257,7 @@ class PrunableModel(ABC):
         ]
 
     def trained_parameters(self) -> list[dict[str, nn.Parameter]]:
-        """Returns those of `other_parameters` that train. Not collective."""
+        """Returns the `other_parameters` that train. Not collective."""
         if all(".lora_" in n for n, p in self.module.named_parameters() if p.requires_grad):
             return [{} for _ in range(len(self.layers) + 1)]
         return [

@@ -1,6 +1,6 @@
-"""Cuts a fresh model to match a checkpoint of somebody else's loop, which has our state in its folder `pruning/`.
+"""Cuts a fresh model to match the checkpoint of another trainer, which has our state in its folder `pruning/`.
 
-checkpoint-120/pruning/    a step like those of our trainer, with metrics.jsonl (checkpoint/README.md)
+checkpoint-120/pruning/    a step like our trainer's, with metrics.jsonl (checkpoint/README.md)
 
 The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
 From its files another engine, or other ranks, go on.
@@ -102,7 +102,7 @@ def cut_to_checkpoint(
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to match a checkpoint, before its training begins. None without a checkpoint. Collective.
 
-    Arguments and errors are those of `LoraPruneCallback.resume`. The weights may already be sharded.
+    Arguments and errors are as in `LoraPruneCallback.resume`. The weights may already be sharded.
     """
     checkpoint = comm.all_or_raise(lambda: _find(folder))
     if checkpoint is None:

@@ -1,4 +1,4 @@
-"""Describes what a training of somebody else's loop began with, and finds the files of its dense model."""
+"""Describes how the training of another loop began, and finds the files of its dense model."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def describe_origin(
 
 
 def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) -> dict[str, Any]:
-    """Describes those settings of a run that results need. Steps of format 7 have those of `prune` alone."""
+    """Describes those settings of a run that results need. Steps of format 7 have section `prune` alone."""
     base = cast(PeftModel, model.module).get_base_model()
     name = str(cast(Any, base).config._name_or_path) or type(base).__name__
     if Path(name).is_dir():

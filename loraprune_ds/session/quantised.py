@@ -1,7 +1,7 @@
 """Takes over the linears of a base that bitsandbytes holds in 4 or 8 bits (QLoRA), so that a cut makes them smaller.
 
 4 bits  Linears that lose rows keep their codes and scales bit by bit. Double quantisation of the scales is undone: its
-        blocks of 256 scales span rows. Linears that lose columns (o_proj, down_proj) are stored anew, with blocks along
+        blocks of 256 scales span rows. Linears that lose columns (o_proj, down_proj) are stored again, with blocks along
         the hidden axis: as int8 if refits rewrite them, otherwise as NF4.
 8 bits  The scale of a row becomes scales of blocks. The threshold for outliers (llm_int8_threshold) ends.
 
@@ -98,7 +98,7 @@ def adopt_quantised(model: PeftModel, *, refits: bool) -> None:
 
 
 def _adopt(module: Any, spec: TensorSpec, name: str, source: "_Source", refits: bool) -> None:
-    """Replaces the linear in a module of PEFT. `name` is that of its weight in files."""
+    """Replaces the linear in a module of PEFT. `name` is its weight's name in files."""
     linear = module.base_layer
     weight = linear.weight
     _check_whole(type(weight).__name__ in ("Params4bit", "Int8Params") and not is_sharded(weight))

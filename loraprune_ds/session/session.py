@@ -8,7 +8,7 @@
     optimizer.step()
     session.end_step(loss)                      records the step, and cuts if a cut is due
 
-Our trainer makes them all (train/trainer.py). In a loop of somebody else, hooks make those in the middle (pruning.py).
+Our trainer makes them all (train/trainer.py). In another loop, hooks make the calls in the middle (pruning.py).
 """
 
 import math

@@ -44,7 +44,7 @@ def describe_resume(pruner: Pruner, schedule: JsonObject, loss_scale: JsonObject
 def _param_groups(optimizer: Any) -> list[JsonObject]:
     """Returns param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
     groups = optimizer.param_groups
-    # DeepSpeed has all in buffers of its own
+    # DeepSpeed has all in separate buffers
     groups = [group for group in groups if group["params"]] or groups
     return [group | {"params": []} for group in groups]
 
@@ -68,7 +68,7 @@ def storage_formats(layers: nn.ModuleList, shape: ModelShape) -> dict[str, str]:
 
 
 def sum_up(history: History, step: int) -> Totals:
-    """Sums up a history. Only that of rank 0, which writes the state, has the records from before a resume."""
+    """Sums up a history. Only rank 0, which writes the state, has the records from before a resume."""
     perplexity = None
     for evaluation in history.evaluations:
         if evaluation.step == step and evaluation.name != "dense":

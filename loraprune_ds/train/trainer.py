@@ -144,7 +144,7 @@ def build_trainer(
     checkpoint: TrainingCheckpoint | None = None,
     current_request: Callable[[], int] = lambda: NOTHING,
 ) -> Trainer:
-    """Builds the trainer of a run, fresh or from the checkpoint. Arguments are those of `Trainer`. Collective."""
+    """Builds the trainer of a run, fresh or from the checkpoint. Arguments are as in `Trainer`. Collective."""
     config = prepared.config
     engine = build_engine(prepared, checkpoint)
     teacher = None

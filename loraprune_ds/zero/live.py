@@ -44,7 +44,7 @@ class LiveZero3(LiveEngine):
     def write_stand_in(
         self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
     ) -> None:
-        """Writes a checkpoint of DeepSpeed, which needs files of its own ranks."""
+        """Writes a checkpoint of DeepSpeed, which needs files of the same ranks."""
         from loraprune_ds.zero.external_engine import write_stand_in
 
         write_stand_in(folder, step, groups, comm)
