@@ -1,6 +1,7 @@
 """Reads states of format 7 as if they were of format 8. Nothing else knows that format.
 
-A run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, in one folder with all tensors.
+A run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, in one
+folder with all tensors.
 """
 
 import json

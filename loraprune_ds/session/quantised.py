@@ -1,8 +1,8 @@
 """Takes over the linears of a base that bitsandbytes holds in 4 or 8 bits (QLoRA), so that a cut makes them smaller.
 
 4 bits  Linears that lose rows keep their codes and scales bit by bit. Double quantisation of the scales is undone: its
-        blocks of 256 scales span rows. Linears that lose columns (o_proj, down_proj) are stored again, with blocks along
-        the hidden axis: as int8 if refits rewrite them, otherwise as NF4.
+        blocks of 256 scales span rows. Linears that lose columns (o_proj, down_proj) are stored again, with blocks
+        along the hidden axis: as int8 if refits rewrite them, otherwise as NF4.
 8 bits  The scale of a row becomes scales of blocks. The threshold for outliers (llm_int8_threshold) ends.
 
 No cut quantises anything again. Only a refit does.
