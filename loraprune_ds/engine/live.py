@@ -86,11 +86,16 @@ class LiveEngine(ABC):
 
     @abstractmethod
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
+        self,
+        folder: Path,
+        model: PeftModel,
+        step: int,
+        groups: list[JsonObject],
+        comm: Communicator,
     ) -> None:
-        """Writes the files that a Trainer must find before a callback can restore the state.
+        """Writes into an empty folder what a Trainer must find before a callback can restore the state.
 
-        They change no weight and no moment.
+        The files change no weight of `model` and no moment.
 
         Args:
             groups: Adam's, without parameters.

@@ -2,23 +2,25 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
-from loraprune_ds.errors import UserError
-from loraprune_ds.model.adapters import set_sizes
+from loraprune_ds.files import JsonObject
+from loraprune_ds.model.adapters import ADAPTER, set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 
-# accelerate's state of the optimizer, of a FULL_STATE_DICT and of a SHARDED_STATE_DICT
+# accelerate's states, of a FULL_STATE_DICT and of a SHARDED_STATE_DICT
+MODEL_NAMES = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
 OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
 FSDP_IS_ON = "ACCELERATE_USE_FSDP"  # accelerate sets it, also for a Trainer
 
@@ -47,13 +49,25 @@ class LiveFsdp(LiveEngine):
             set_sizes(layer, spec.resized(layer_keep.counts))
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        has_state = any((folder / name).exists() for name in OPTIMIZER_NAMES)
-        return [] if has_state else [" or ".join(OPTIMIZER_NAMES)]
+        return [
+            " or ".join(names)
+            for names in (MODEL_NAMES, OPTIMIZER_NAMES)
+            if not any((folder / name).exists() for name in names)
+        ]
 
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator
+        self,
+        folder: Path,
+        model: PeftModel,
+        step: int,
+        groups: list[JsonObject],
+        comm: Communicator,
     ) -> None:
-        raise UserError(f"{folder}: only what FSDP2 has saved goes on under FSDP2")
+        """Writes both kinds of accelerate's state of the model. Without an optimizer's file it reads no other state."""
+        full, sharded = MODEL_NAMES
+        torch.save({}, folder / full)
+        lora = {"model": get_peft_model_state_dict(model, adapter_name=ADAPTER)}
+        save(lora, checkpoint_id=folder / sharded, no_dist=True)
 
     def holds(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor)

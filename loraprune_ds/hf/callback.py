@@ -33,6 +33,7 @@ from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
 from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.checks import check_one_dtype
+from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.session.quantised import prepare_quantised
 
@@ -117,14 +118,10 @@ class LoraPruneCallback(TrainerCallback):
         lost = files.lost(of_trainer, comm.world_size)
         if lost and comm.rank == 0:
             log.warning("%s cannot bring back %s", of_trainer, " and ".join(lost))
-        require(
-            not checkpoint.restores_optimizer or checkpoint.engine.name != "fsdp2",
-            f"{of_trainer} cannot go on under FSDP2, which did not save its optimizer",
-        )
-        if not (checkpoint.restores_optimizer and files.ds_config):
+        if not checkpoint.restores_optimizer:
             return str(of_trainer)
         self._stand_in = tempfile.TemporaryDirectory()
-        files.write_stand_in(checkpoint, Path(self._stand_in.name), comm)
+        files.write_stand_in(checkpoint, find_peft_model(model), Path(self._stand_in.name), comm)
         return self._stand_in.name
 
     def save_model(self, folder: str | Path) -> None:

@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers.trainer import SCALER_NAME, SCHEDULER_NAME
 
 from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session.checkpoint import TRAINER_STATE, PruningCheckpoint
 
 # begin the names of files that need the same engine
-OF_ENGINE = ("global_step", "latest", "optimizer", "scheduler")
+OF_ENGINE = ("global_step", "latest", "optimizer", "pytorch_model_fsdp", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -35,41 +35,39 @@ class TrainerFiles:
         return sorted({"optimizer", "scheduler"} & (self.ds_config or {}).keys())
 
     def lacking(self, folder: Path, rank: int, engine: LiveEngine) -> list[str]:
-        """Names the missing files of the optimizer and its schedule. Without one of them the Trainer loads none.
+        """Names the missing files of LoRA, the optimizer and its schedule. Without one of them all must be restored.
 
         Raises:
             UserError: the Trainer cannot load the checkpoint at all.
         """
-        # DeepSpeed has LoRA in its own files
-        needed = [TRAINER_STATE] if self.ds_config else [TRAINER_STATE, ADAPTER_WEIGHTS]
-        for name in needed:
-            path = folder / name
-            require(
-                path.is_file(),
-                f"{path} is missing, and the Trainer needs it; resume from another checkpoint",
-            )
+        path = folder / TRAINER_STATE
+        require(
+            path.is_file(),
+            f"{path} is missing, and the Trainer needs it; resume from another checkpoint",
+        )
         lacking = engine.lacks_state(folder, rank)
         if not self.of_deepspeed and not (folder / SCHEDULER_NAME).is_file():
             lacking.append(SCHEDULER_NAME)
         return lacking
 
     def write_stand_in(
-        self, checkpoint: PruningCheckpoint, folder: Path, comm: Communicator
+        self, checkpoint: PruningCheckpoint, model: PeftModel, folder: Path, comm: Communicator
     ) -> None:
-        """Fills a folder, on each rank its own, from which a Trainer goes on with the engine of `checkpoint`."""
+        """Fills an empty folder, on each rank its own, from which a Trainer goes on with the engine of `checkpoint`."""
         of_trainer = checkpoint.of_trainer
         sections = " and ".join(self.of_deepspeed)
         require(
             not sections,
             f"{of_trainer} goes on here only without {sections} in the DeepSpeed config",
         )
+        groups = checkpoint.resume_state().adam_groups
+        checkpoint.engine.write_stand_in(folder, model, checkpoint.state.step, groups, comm)
         for path in of_trainer.iterdir():
-            if not path.name.startswith(OF_ENGINE):
-                (folder / path.name).symlink_to(path.resolve())
+            link = folder / path.name
+            if not (path.name.startswith(OF_ENGINE) or link.exists()):
+                link.symlink_to(path.resolve())
         # a schedule that changes nothing
         torch.save({"lr_lambdas": [None]}, folder / SCHEDULER_NAME)
-        groups = checkpoint.resume_state().adam_groups
-        checkpoint.engine.write_stand_in(folder, checkpoint.state.step, groups, comm)
 
     def lost(self, folder: Path, ranks: int) -> list[str]:
         """Says what no other file can bring back. Names the file of the first rank that has none."""

@@ -12,8 +12,10 @@ from loraprune_ds.engine.watched_model import check_private_names
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import PRIVATE, LocalModel
+from loraprune_ds.model.adapters import ADAPTER
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 from loraprune_ds.ranks.comm import Communicator
 
 OPTIMIZER_NAME = "optimizer.pt"  # of transformers' Trainer
@@ -33,12 +35,18 @@ class LiveLocal(LiveEngine):
         LocalModel(model, shape).cut(keep)
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        return [] if (folder / OPTIMIZER_NAME).is_file() else [OPTIMIZER_NAME]
+        return [name for name in (ADAPTER_WEIGHTS, OPTIMIZER_NAME) if not (folder / name).is_file()]
 
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
+        self,
+        folder: Path,
+        model: PeftModel,
+        step: int,
+        groups: list[JsonObject],
+        comm: Communicator,
     ) -> None:
-        """Writes nothing, because a callback restores the state in time."""
+        """Writes the adapter of `model`. Without an optimizer's file the Trainer reads no other state."""
+        model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
 
     def holds(self, parameter: Tensor) -> bool:
         return True

@@ -42,7 +42,12 @@ class LiveZero3(LiveEngine):
         return [] if can_load(folder, rank) else ["complete global_step*"]
 
     def write_stand_in(
-        self, folder: Path, step: int, groups: list[JsonObject], comm: Communicator
+        self,
+        folder: Path,
+        model: PeftModel,
+        step: int,
+        groups: list[JsonObject],
+        comm: Communicator,
     ) -> None:
         """Writes a checkpoint of DeepSpeed, which needs files of the same ranks."""
         from loraprune_ds.zero.external_engine import write_stand_in

@@ -71,31 +71,38 @@ def test_an_example_prunes_and_what_it_writes_agrees(
     check_results(model, out, ids, live, has_adapter=not own_loop)
 
 
-@pytest.mark.parametrize("size", [2, heavy(4)])
-def test_a_resume_across_a_cut_changes_no_bit_and_other_ranks_go_on(
-    ranks: RankPool, job: Job, tmp_path: Path, size: int
+@pytest.mark.parametrize(("kind", "size"), [("FULL", 2), ("SHARDED", 2), heavy("FULL", 4)], ids=str)
+def test_a_resume_across_a_cut_changes_no_bit_and_other_engines_and_ranks_go_on(
+    ranks: RankPool, job: Job, tmp_path: Path, kind: str, size: int
 ) -> None:
     job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
-    saves = SAVES | fsdp()
-    rows, weights = ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0]
+    more = fsdp(state_dict_type=f"{kind}_STATE_DICT")
+    rows, weights = ranks.run(2, train_with_callback, job, tmp_path / "a", SAVES | more)[0]
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    again, resumed = ranks.run(size, train_with_callback, job, tmp_path / "b", fsdp(), checkpoint)[
-        0
-    ]
+    again, resumed = ranks.run(size, train_with_callback, job, tmp_path / "b", more, checkpoint)[0]
     assert rows[1]["kept"] != rows[0]["kept"]
     if size == 2:
         assert course(again) == course(rows[2:])
         assert_equal_tensors(resumed, weights)
     else:
         assert_same_course(again, rows[2:], cuts=2)
+    alone, _ = ranks.run(1, trainers.train_with_callback, job, tmp_path / "c", WITHOUT, checkpoint)[
+        0
+    ]
+    assert_same_course(alone, rows[2:], cuts=2)
 
 
-def test_what_another_engine_has_saved_is_refused_in_a_line(
-    ranks: RankPool, job: Job, tmp_path: Path
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [(WITHOUT, "FULL"), (WITHOUT, "SHARDED"), ({}, "FULL")],
+    ids=["FULL from DDP", "SHARDED from DDP", "FULL from ZeRO-3"],
+)
+def test_what_another_engine_has_saved_goes_on(
+    ranks: RankPool, job: Job, tmp_path: Path, engine: dict[str, Any], kind: str
 ) -> None:
-    job = replace(job, batches=job.batches[:2])
-    ranks.run(2, trainers.train_with_callback, job, tmp_path / "a", SAVES | WITHOUT)
+    job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
+    rows, _ = ranks.run(2, trainers.train_with_callback, job, tmp_path / "a", SAVES | engine)[0]
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    for line in ranks.run(2, fsdp_trainers.refusal_of_resume, job, tmp_path, checkpoint):
-        assert checkpoint in line
-        assert "FSDP2" in line
+    more = fsdp(state_dict_type=f"{kind}_STATE_DICT")
+    again, _ = ranks.run(2, train_with_callback, job, tmp_path / "b", more, checkpoint)[0]
+    assert_same_course(again, rows[2:], cuts=2)

@@ -57,7 +57,11 @@ def test_a_checkpoint_without_files_of_its_optimizer_goes_on_from_the_folder_of_
     straight = Run(*ranks.run(1, train_with_callback, job, tmp_path, SAVES | falling)[0], tmp_path)
     assert len({row["rate"] for row in straight.rows}) == len(job.batches)
     # as save_only_model
-    lost = ["optimizer.pt"], ["scheduler.pt"], ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    lost = (
+        ["optimizer.pt", "adapter_model.safetensors"],
+        ["scheduler.pt"],
+        ["optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    )
     for n, names in enumerate(lost):
         run = replace(straight, out=tmp_path / f"{n}")
         checkpoint = shutil.copytree(tmp_path / "checkpoint-4", run.out / "checkpoint-4")

@@ -37,9 +37,10 @@ def touch(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("config", "names", "lacking"),
     [
-        (None, [OPTIMIZER, SCHEDULE], []),
-        (None, [OPTIMIZER], [SCHEDULE]),
-        (None, [SCHEDULE], [OPTIMIZER]),
+        (None, [ADAPTER, OPTIMIZER, SCHEDULE], []),
+        (None, [ADAPTER, OPTIMIZER], [SCHEDULE]),
+        (None, [ADAPTER, SCHEDULE], [OPTIMIZER]),
+        (None, [OPTIMIZER, SCHEDULE], [ADAPTER]),
         (ZERO, [SCHEDULE, "latest", *OF_RANK_1], []),
         (ZERO, ["latest", *OF_RANK_1], [SCHEDULE]),
         # DeepSpeed's files have the schedule, too
@@ -55,7 +56,7 @@ def test_files_without_which_no_optimizer_is_loaded_are_named(
     touch(tmp_path, *names)
     if "latest" in names:
         (tmp_path / "latest").write_text(TAG)
-    touch(tmp_path, ADAPTER, "trainer_state.json")
+    touch(tmp_path, "trainer_state.json")
     engine = LiveZero3() if config else LiveLocal()
     assert TrainerFiles(config).lacking(tmp_path, 1, engine) == lacking
 
@@ -119,7 +120,6 @@ def test_a_checkpoint_without_an_optimizer_is_restored_and_says_what_is_lost(
 @pytest.mark.parametrize(
     ("make", "missing", "r", "names"),
     [
-        (AdamW, ADAPTER, 4, ADAPTER),
         (AdamW, "trainer_state.json", 4, "trainer_state.json"),
         (AdamW, None, 2, f"{ADAPTER} layers.0. _proj 4 2"),
         (SGD, None, 4, f"{OPTIMIZER} {SCHEDULE} Adam"),
