@@ -172,7 +172,7 @@ class MaskGradients:
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of the sums over t, float64, for each linear that reads groups (LayerScores)."""
-        # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 adds a factor.
+        # The loss was multiplied by the number of ranks, to undo ZeRO-3's average, and in fp16 by a scale.
         scale = self._model.world_size * self._model.loss_scale
         return [self._squares[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
 

@@ -119,11 +119,11 @@ def rank_global(
     """Removes the least important groups of all open layers until the budget is spent. Arguments as for `rank_uniform`.
 
     Heads give their share of the ratio, channels the rest. The total ends within one group (or multiple) of the ratio.
-    If an earlier cut took channels in place of a head, they stay gone, so it may end half a multiple beyond.
+    Channels that an earlier cut removed cannot return, so the total may exceed the ratio by half a multiple.
     """
     removal = _Removal(scores, current, limits)
     numel = round(limits.leaving(budget.ratio))
-    *coarse, fine = current.kinds
+    *coarse, fine = current.kinds  # from the largest groups to the smallest
     for kind in coarse:
         share = round(numel * budget.shares[kind])
         removal.take(kind, share + removal.gone_beside(kind))

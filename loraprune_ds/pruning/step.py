@@ -18,11 +18,12 @@ micro-batches, and each rank scores its shard of W (criterion.py).
 
     group          removed together: one key-value head with its query heads, one query head, MLP channel or expert
     kind           heads, channels or experts, depending on the model (model/groups.py)
-    run            all groups of one kind along an axis of a tensor (model/groups.py)
+    span           all groups of one kind along an axis of a tensor (model/groups.py)
     dense          the model before any cut
     keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the remaining groups, as indices into the groups of the dense model
     shard          the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
+    refit          new values for the kept weights, so that outputs change least (compensate.py)
     owner          the rank that holds the full tensors of a layer, if any
     W              the frozen weight of a linear
 """

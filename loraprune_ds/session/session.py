@@ -8,7 +8,7 @@
     optimizer.step()
     session.end_step(loss)                      records the step, and cuts if a cut is due
 
-Our trainer makes them all (train/trainer.py). In another loop, hooks make the calls in the middle (pruning.py).
+Our trainer makes them all (train/trainer.py). In another loop, hooks make the calls in the middle (session/pruning.py).
 """
 
 import math
@@ -130,7 +130,7 @@ class PruningSession:
         return self._numbers
 
     def score(self) -> None:
-        """Scores the groups from averaged gradients, right before the update. Fp16 skips a step that overflowed.
+        """Scores the groups, if due and all gradients are finite, right before the update. Fp16 skips other steps.
 
         Raises:
             RunError: the loss is not finite, or a gradient is not.

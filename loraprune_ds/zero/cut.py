@@ -1,6 +1,6 @@
 """Cuts a decoder layer in place: frozen weights, biases, LoRA and its optimizer state. Shards travel by all-to-all.
 
-Nothing is gathered. Every rank computes from the mask which of its elements go to which rank (flat.py).
+Nothing is gathered. Every rank computes from the mask which of its elements go to which rank (ranks/flat.py).
 """
 
 from itertools import product
@@ -38,6 +38,7 @@ def cut_layer(
     cut_parameters(cuts, comm)
     set_sizes(layer, spec.resized(keep.counts))
     for (parameter, key), shard in zip(carried, new_shards, strict=True):
+        # by now the shard is the smaller view of the old slot
         state.shard(parameter, key).copy_(shard)
 
 

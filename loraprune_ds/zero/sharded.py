@@ -101,7 +101,7 @@ class ShardedModel(PrunableModel):
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
         super().replace_weights(linear_ids, compute)
-        # Orders the refitted weights before the next gather, also without the cut that follows.
+        # Waits for the device: the stream of the next gather would read the old weights. A cut may not follow.
         settle_shards()
 
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
