@@ -51,7 +51,7 @@ class SavedStep:
     resume_folder: Path
 
     def resume_state(self) -> ResumeState:
-        return read_resume_state(self.folder)
+        return read_resume_state(self.resume_folder)
 
     def lora(self, layer: int) -> dict[str, Tensor]:
         """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""

@@ -123,13 +123,12 @@ def read_state(folder: Path) -> State:
 
 
 def read_resume_state(folder: Path) -> ResumeState:
-    """Reads the counters of a step like `layout.read_record`."""
-    path = resume_folder(folder) / layout.STATE_FILE
+    """Reads the counters in a step's `resume_folder` like `layout.read_record`."""
     require(
-        path.parent.is_dir(),
-        f"{folder} has no {layout.RESUME_FOLDER}/: only exports need the step of an earlier size",
+        folder.is_dir(),
+        f"{folder.parent} has no {folder.name}/: only exports need the step of an earlier size",
     )
-    return layout.read_record(path, ResumeState, format7.upgrade_resume_state)
+    return layout.read_record(folder / layout.STATE_FILE, ResumeState, format7.upgrade_resume_state)
 
 
 def resume_folder(folder: Path) -> Path:

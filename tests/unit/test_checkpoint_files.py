@@ -204,7 +204,9 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
     assert not any(name.startswith(".") for name in names(tmp_path))
     for step, resumable in found.items():
         layout.verify(tmp_path / f"step-{step}")
-        assert resumable or "resume" in refused(read_resume_state, tmp_path / f"step-{step}")
+        assert resumable or "resume" in refused(
+            read_resume_state, tmp_path / f"step-{step}" / layout.RESUME_FOLDER
+        )
 
 
 STATE = json.loads(json_text(make_state(7)))
