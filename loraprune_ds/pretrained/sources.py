@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -82,6 +82,21 @@ def locate_model(
         raise UserError(
             f"{key}no folder {config.path}, and not available from the hub: {reason}"
         ) from None
+
+
+def folder_on_disk(name: str, revision: str | None = None) -> Path | None:
+    """Finds the folder of a model by the name that transformers loaded it by, without a download.
+
+    Returns:
+        a local folder, or the snapshot of a hub id in the cache, which may lack files. None if there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is gone
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def embedded_model_dir() -> Path:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from loraprune_ds.pretrained.sources import HUB_ERRORS
+from loraprune_ds.pretrained.sources import folder_on_disk
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
@@ -37,7 +36,7 @@ def describe_origin(
     config = cast(Any, model.module).get_base_model().config
     settings = describe_settings(model, schedule, dtype)
     query_heads = QUERY_HEADS in model.shape.kinds
-    folder = _find_folder(settings["model"]["path"], getattr(config, "_commit_hash", None))
+    folder = folder_on_disk(settings["model"]["path"], getattr(config, "_commit_hash", None))
     if not _holds(folder, model, DTYPES[dtype], query_heads=query_heads):
         folder = None
     resolved = None
@@ -70,16 +69,6 @@ def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) ->
         "lora": {"r": r, "lora_alpha": alpha},
         "prune": asdict(schedule.config),
     }
-
-
-def _find_folder(name: str, revision: str | None) -> Path | None:
-    """Finds the folder of a model by the name that it was loaded by, without a download."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except HUB_ERRORS:
-        return None
 
 
 def _holds(

@@ -10,12 +10,9 @@ No cut quantises anything again. Only a refit does.
 
 import logging
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -27,6 +24,7 @@ from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, QuantisedLinear, sto
 from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.sources import folder_on_disk
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.session.live import base_shape
 
@@ -216,21 +214,11 @@ class _Source:
 
     @cached_property
     def _weights(self) -> ModelWeights | None:
-        folder = self._folder()
+        config = self._config
+        folder = folder_on_disk(str(config._name_or_path), getattr(config, "_commit_hash", None))
         if folder is None:
             return None
         try:
             return open_pretrained(folder).weights
         except UserError:  # the files are quantised themselves
             return None
-
-    def _folder(self) -> Path | None:
-        name = str(self._config._name_or_path)
-        if Path(name).is_dir():
-            return Path(name)
-        revision = getattr(self._config, "_commit_hash", None)
-        try:
-            cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        except HFValidationError:  # a folder that is gone
-            return None
-        return Path(cached).parent if isinstance(cached, str) else None

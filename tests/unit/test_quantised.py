@@ -21,7 +21,7 @@ from loraprune_ds.model.frozen import stored_tensors
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.nf4 import NF4
-from loraprune_ds.session import quantised
+from loraprune_ds.pretrained import sources
 from loraprune_ds.session.live import base_shape
 from loraprune_ds.session.quantised import adopt_quantised
 from tests.oracle.models import make_tiny_llama
@@ -177,7 +177,7 @@ def test_the_files_of_a_hub_id_are_in_its_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     find = partial(try_to_load_from_cache, cache_dir=tmp_path)
-    monkeypatch.setattr(quantised, "try_to_load_from_cache", find)
+    monkeypatch.setattr(sources, "try_to_load_from_cache", find)
     for name, warnings in (
         ("someone/tiny", 0),
         ("someone/other", 1),
