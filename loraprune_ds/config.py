@@ -199,10 +199,6 @@ class PruneConfig:
     tensor_parallel: Count = 1
     # `least_squares` refits linears that lose inputs, such as o_proj and down_proj. None: where those leave
     compensate: Compensation | None = None
-    # steps whose inputs are measured before a cut, its own step included
-    compensate_steps: Count = 4
-    # weight of earlier measured steps when one more is measured
-    compensate_decay: FractionOr0 = 0.9
 
     _target = replaces_default("ratio", "target", "sizes")
 
@@ -372,7 +368,7 @@ class RunConfig:
         prune = self.prune
         parts = [f"criterion {prune.criterion}", f"ranking {prune.ranking}"]
         if prune.compensate == "least_squares":
-            parts.append(f"refit on the inputs of {prune.compensate_steps} steps before a cut")
+            parts.append("refit on the last passes before a cut")
         if self.train.distill_weight:
             parts.append(f"{self.train.distill_weight:.0%} distillation")
         return ", ".join(parts)

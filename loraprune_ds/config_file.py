@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from loraprune_ds.config_types import LIST, ONE
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import JsonObject, read_text
 
+log = logging.getLogger(__name__)
 # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 SHIPPED = Path(__file__).parent / "shipped"
 RUN = TypeAdapter(RunConfig)
@@ -25,11 +29,31 @@ SECTIONS: dict[Any, Any] = {
 SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]
 
 
-# Settings of earlier commits, and their defaults, which changed nothing. Files of runs and callbacks have them, which
-# must stay readable.
-REMOVED: dict[str, Any] = {"model.drop_layers": [], "prune.depth_ratio": 0.0}
-LAST_READER = "6ec3512a"  # the last commit that reads another value
+@dataclasses.dataclass(frozen=True)
+class Removed:
+    """A setting of earlier commits. Files of runs and callbacks have it, which must stay readable.
+
+    Attributes:
+        default: with this value a training goes on unchanged.
+        advice: what to do instead.
+        last_reader: the last commit that reads another value. Empty: any value is left out.
+    """
+
+    default: Any
+    advice: str
+    last_reader: str = ""
+
+
 DROP_BEFORE = "drop layers before the run, as launch/examples/drop_layers.py does"
+REPEATED = (
+    "remove it: a refit now repeats the last passes, with ten tokens for each input of a linear"
+)
+REMOVED = {
+    "model.drop_layers": Removed([], DROP_BEFORE, "6ec3512a"),
+    "prune.depth_ratio": Removed(0.0, DROP_BEFORE, "6ec3512a"),
+    "prune.compensate_steps": Removed(4, REPEATED),
+    "prune.compensate_decay": Removed(0.9, REPEATED),
+}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -99,19 +123,29 @@ def config_from_dict(raw: JsonObject) -> RunConfig:
 def without_removed(saved: JsonObject) -> JsonObject:
     """Returns a config that an earlier commit saved, without the keys in `REMOVED`.
 
-    Raises UserError if one has another value than its default. The line names the commit that reads it.
+    Raises UserError if the training cannot go on with its value. The line names the commit that reads it.
     """
     config = dict(saved)
-    for dotted, default in REMOVED.items():
+    for dotted, removed in REMOVED.items():
         section, key = dotted.split(".")
         values = config.get(section)
         if isinstance(values, dict) and key in values:
-            require(
-                values[key] == default,
-                f"{dotted} is {values[key]}; go on with commit {LAST_READER}, the last that reads it",
-            )
+            if values[key] != removed.default:
+                require(
+                    not removed.last_reader,
+                    f"{dotted} is {values[key]}; go on with commit {removed.last_reader}, "
+                    "the last that reads it",
+                )
+                _say_left_out(dotted, values[key])
             config[section] = {name: value for name, value in values.items() if name != key}
     return config
+
+
+@cache
+def _say_left_out(dotted: str, value: Any) -> None:
+    """Says once that a saved setting no longer counts."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        log.warning("the saved %s: %s no longer counts; %s", dotted, value, REMOVED[dotted].advice)
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -200,7 +234,7 @@ def _describe(error: ValidationError) -> str:
 def _advice(key: str, path: list[str | int]) -> str:
     """Says what to do in place of a removed key, or which keys exist there."""
     if key in REMOVED:
-        return DROP_BEFORE
+        return REMOVED[key].advice
     section = RunConfig
     if len(path) == 2:
         section = SECTIONS[path[0]]

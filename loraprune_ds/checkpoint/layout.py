@@ -19,8 +19,8 @@ from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import JsonObject, flush, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
-FORMAT = 8
-PROMISED = 7  # the first that every later version reads (format7.py)
+FORMAT = 9
+PROMISED = 7  # the first that every later version reads (older_formats.py)
 # the last commit that reads a format
 READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")
 
@@ -34,6 +34,8 @@ RESUME_FOLDER = "resume"
 REFITS = "refit-*.safetensors"
 TRAINED = "trained-*.safetensors"
 SCORES_FILE = "scores.safetensors"
+PASSES = "passes-{:05d}.pt"  # of a rank
+PASSES_OF_ALL = "passes-*.pt"
 
 State = Literal["running", "stopped", "finished", "failed"]
 T = TypeVar("T")
@@ -62,7 +64,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def layer_file(part: str, layer: int) -> str:
-    """Names the file of a layer's `part`: lora, refit, trained, adam or inputs."""
+    """Names the file of a layer's `part`: lora, refit, trained or adam."""
     return f"{part}-{layer:05d}.safetensors"
 
 
@@ -108,18 +110,18 @@ def read_record(path: Path, kind: type[T], upgrade: Callable[[JsonObject], JsonO
     """Reads a file that holds a dataclass, and checks every value.
 
     Args:
-        upgrade: turns the fields of format `PROMISED` into those of `kind`.
+        upgrade: turns the fields of an older format into those of `kind`.
 
     Raises UserError if it is missing or damaged, and CheckpointMismatch for another format.
     """
     with _damage_in_one_line(path):
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = int(raw.get("format", 4))
-        if version == PROMISED:
+        if PROMISED <= version < FORMAT:
             raw = upgrade(raw)
         elif version != FORMAT:
             raise CheckpointMismatch(
-                f"{path} has format {version}, {_reader(version)}; this version reads {PROMISED} and {FORMAT}"
+                f"{path} has format {version}, {_reader(version)}; this version reads {PROMISED} to {FORMAT}"
             )
         fields = json.dumps({**raw, "format": FORMAT})
         return TypeAdapter(kind).validate_json(fields, strict=True)

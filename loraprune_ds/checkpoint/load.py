@@ -86,13 +86,10 @@ class SavedStep:
         pruner.kept_of_dense = self.keep(kinds)
         pruner.average.scores = _read_scores(path, kinds) if path.exists() else None
         pruner.average.updates_since_cut = counters.updates_since_cut
-
-        def read_moments(layer: int) -> dict[str, Tensor]:
-            path = self.resume_folder / layout.layer_file("inputs", layer)
-            return load_file(path) if path.exists() else {}
-
-        if pruner.moments is not None:
-            pruner.moments.restore(read_moments, counters.moment_tokens)
+        if pruner.passes is not None:
+            paths = sorted(self.resume_folder.glob(layout.PASSES_OF_ALL))
+            device = pruner.model.device
+            pruner.passes.restore([torch.load(path, device, weights_only=True) for path in paths])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loraprune_ds import files
@@ -88,7 +89,7 @@ def write_step(
     state: State,
     resume: ResumeState,
 ) -> None:
-    """Writes the files of a step. Each layer is written by its owner, which has its input moments. Collective."""
+    """Writes the files of a step. Each layer is written by its owner. Collective."""
     model = pruner.model
     if model.rank == 0:
         staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
@@ -123,7 +124,7 @@ def _write_lora(
 
 def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> None:
     """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
-    if not pruner.moments:
+    if pruner.passes is None:
         return
     model = pruner.model
     collected: dict[int, dict[str, Tensor]] = {}
@@ -139,7 +140,7 @@ def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> No
 
 
 def _write_pruner(staging: Staging, pruner: Pruner) -> None:
-    """Writes the moving averages in float64, on rank 0, and half of the input moments of each layer, on its owner."""
+    """Writes the moving averages in float64, on rank 0, and the inputs of the passes that each rank keeps."""
     scores = pruner.average.on_host() if pruner.model.rank == 0 else None
     if scores:
         tensors: dict[str, Tensor] = {}
@@ -149,9 +150,10 @@ def _write_pruner(staging: Staging, pruner: Pruner) -> None:
         staging.write(
             f"{RESUME_FOLDER}/{layout.SCORES_FILE}", lambda path: write_weight_file(path, tensors)
         )
-    if pruner.moments is not None:
-        for layer in range(len(pruner.model.layers)):
-            _write_layer(staging, f"{RESUME_FOLDER}/inputs", layer, pruner.moments.halves(layer))
+    if pruner.passes is not None and pruner.passes.steps:
+        passes = pruner.passes.to_plain()
+        name = layout.PASSES.format(pruner.model.rank)
+        staging.write(f"{RESUME_FOLDER}/{name}", lambda path: torch.save(passes, path))
 
 
 def _write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:

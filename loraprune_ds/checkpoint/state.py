@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from loraprune_ds.checkpoint import format7, layout
+from loraprune_ds.checkpoint import layout, older_formats
 from loraprune_ds.config_types import EngineName
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
@@ -98,12 +98,10 @@ class ResumeState:
         schedule: state of the learning-rate schedule of a run.
         loss_scale: state of fp16's loss scaler of a run, otherwise empty.
         updates_since_cut: of the scores.
-        moment_tokens: the number of tokens in the sums of the input moments.
     """
 
     adam_step: int | None
     updates_since_cut: int
-    moment_tokens: float
     adam_groups: list[JsonObject] = field(default_factory=list)
     schedule: JsonObject = field(default_factory=dict)
     loss_scale: JsonObject = field(default_factory=dict)
@@ -114,7 +112,7 @@ class ResumeState:
 def read_state(folder: Path) -> State:
     """Reads the state in a step's folder like `layout.read_record`."""
     path = folder / layout.STATE_FILE
-    state = layout.read_record(path, State, format7.upgrade_state)
+    state = layout.read_record(path, State, older_formats.upgrade_state)
     if state.engine not in get_args(EngineName):
         raise layout.CheckpointMismatch(
             f"{path} is of the engine {state.engine!r}, which a later version knows"
@@ -128,12 +126,14 @@ def read_resume_state(folder: Path) -> ResumeState:
         folder.is_dir(),
         f"{folder.parent} has no {folder.name}/: only exports need the step of an earlier size",
     )
-    return layout.read_record(folder / layout.STATE_FILE, ResumeState, format7.upgrade_resume_state)
+    return layout.read_record(
+        folder / layout.STATE_FILE, ResumeState, older_formats.upgrade_resume_state
+    )
 
 
 def resume_folder(folder: Path) -> Path:
     """Returns the folder of the files that only a resume needs."""
-    return folder if format7.is_flat(folder) else folder / layout.RESUME_FOLDER
+    return folder if older_formats.is_flat(folder) else folder / layout.RESUME_FOLDER
 
 
 def newest_state(root: Path) -> State | None:

@@ -4,7 +4,8 @@ FSDP2 swaps the parameters of a unit for gathered ones in a forward pass. After 
 evaluation, the last units stay gathered. Therefore everything here reshards before it reads parameters of a module.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -89,6 +90,16 @@ class FsdpModel(WatchedModel):
         return OwnedShard(flat[low:high], start + low, shape)
 
     # A cut
+
+    @contextmanager
+    def repeating_passes(self) -> Generator[None]:
+        """Gathers the outermost unit, whose own forward pass does not run. Others are gathered in theirs."""
+        outermost = self._units[0]
+        outermost.unshard()
+        try:
+            yield
+        finally:
+            self._reshard()
 
     @torch.no_grad()
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:

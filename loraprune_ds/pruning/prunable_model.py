@@ -5,7 +5,7 @@ Each engine has one: zero/sharded.py on the ranks of ZeRO-3, and local/model.py 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -138,6 +138,14 @@ class PrunableModel(ABC):
         """The factor on gradients during a backward: 1 unless fp16. Not collective."""
 
     # A cut
+
+    def repeating_passes(self) -> AbstractContextManager[None]:
+        """Lets forward passes run a layer at a time, outside of a training step."""
+        return nullcontext()
+
+    def gathered(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """Gathers the weights of a decoder layer once for all passes that go through it."""
+        return nullcontext()
 
     def owner(self, layer: int) -> int:
         """Returns the rank that holds the full tensors of a layer. Not collective."""

@@ -4,14 +4,14 @@ What a training does in an optimizer step (session/session.py), and what the pru
 
     with pruner.record_step(step):
         for each micro-batch:
-            with pruner.record_forward(mask): loss = engine.module(...)     a refit records inputs (compensate.py)
+            with pruner.record_forward(mask): loss = engine.module(...)     a refit keeps its ids (passes.py)
             engine.backward(loss)             `fisher` records the gradients of masks on groups (criterion.py)
         pruner.score(step)                    sums the squared gradients over the ranks, then averages the sums over
                                               steps (importance.py)
     engine.update()                           the optimizer's own step
     pruner.cut(step)                          at a step of the schedule (schedule.py): ranks the groups (ranking.py,
                                               limits.py), compares the masks of all ranks, refits the kept weights
-                                              (compensate.py), cuts (zero/sharded.py)
+                                              (replay.py), cuts (zero/sharded.py)
 
 The paper's criterion `lora` records nothing. `score` gathers LoRA's gradients, which ZeRO-3 has averaged over ranks and
 micro-batches, and each rank scores its shard of W (criterion.py).
@@ -41,14 +41,15 @@ from torch import Tensor
 from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.compensate import InputMoments
+from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.criterion import MaskGradients
 from loraprune_ds.pruning.importance import GroupSums, MovingAverage, score_groups
 from loraprune_ds.pruning.layer_scores import LayerScores, random_scores
+from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.ranks.device import storage_bytes
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,9 @@ class Pruner:
         self.limits = limits
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
-        self.moments: InputMoments | None = None
-        if config.compensate != "none":
-            self.moments = InputMoments(model, limits.open_layers, config.compensate_decay)
-        self._measures = False  # the moments record this step
+        # for a refit
+        self.passes = KeptPasses(model) if config.compensate != "none" else None
+        self._keeps = False  # the passes of this step
         self.mask_gradients = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
@@ -86,19 +86,27 @@ class Pruner:
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
         """Lets hooks record for `fisher` and a refit. Open it around all passes and `score`."""
+        is_scored = self.schedule.is_scored(step)
+        self._keeps = is_scored
+        if self.passes is not None and is_scored:
+            self.passes.begin_step()
         with ExitStack() as recordings:
-            self._measures = self.schedule.precedes_cut(step, self.config.compensate_steps)
-            if self.moments is not None and self._measures:
-                recordings.enter_context(self.moments.record_step())
-            if self.mask_gradients is not None and self.schedule.is_scored(step):
+            if self.mask_gradients is not None and is_scored:
                 recordings.enter_context(self.mask_gradients.record())
             yield
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch, around its forward pass alone. `masks` as in `InputMoments.record_forward`."""
-        if self.moments is None or not self._measures:
+        """Records one micro-batch, around its forward pass alone. `masks` as in `KeptPasses.record_forward`."""
+        if self.passes is None or not self._keeps:
             return nullcontext()
-        return self.moments.record_forward(*masks)
+        return self.passes.record_forward(*masks)
+
+    def note_tokens(self, tokens: int) -> None:
+        """Notes how many tokens the passes of this step had on all ranks, without padding."""
+        if self.passes is not None and self._keeps:
+            linears = measured_linears(self.model.shape, self.limits.open_layers)
+            widest = max((linear.inputs for _, linear in linears), default=0)
+            self.passes.end_step(tokens, widest)
 
     def score(self, step: int) -> None:
         """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
@@ -139,12 +147,10 @@ class Pruner:
         if self.model.shape.after(keep).counts == self.model.shape.counts:
             return None
         fail_point("cut.agreed")
-        if self.moments is not None:
-            self.moments.compensate(keep, step)
+        if self.passes is not None:
+            refit_by_replay(self.model, keep, self.passes.passes(), step)
             if step == self.schedule.last_cut:
-                self.moments.clear()
-            else:
-                self.moments.cut(keep)
+                self.passes.steps.clear()
             fail_point("cut.compensated")
         sent = self.model.cut(keep)
         self.average.cut(keep)
@@ -154,18 +160,9 @@ class Pruner:
 
     def detach(self) -> None:
         """Removes the hooks from the model. Nothing is recorded afterwards."""
-        for recorder in (self.moments, self.mask_gradients):
+        for recorder in (self.passes, self.mask_gradients):
             if recorder is not None:
                 recorder.detach()
-
-    @property
-    def moment_tokens(self) -> float:
-        """The tokens that the input moments are sums over."""
-        return 0.0 if self.moments is None else self.moments.tokens
-
-    def moment_bytes(self) -> int:
-        """Returns the memory of the input moments on this rank."""
-        return 0 if self.moments is None else storage_bytes(self.moments.sums.values())
 
     def reached(self) -> float:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""

@@ -47,7 +47,7 @@ class StepRecord:
     resident_bytes: list[int]  # current memory, not its peak
     skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
     reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
-    # of the step, without a refit's moments. 0 or empty: unknown
+    # of the step. 0 or empty: unknown
     peak_bytes: list[int] = field(default_factory=list)
     # needed operations (model/shape.py) / the GPUs' peak. None if the peak is unknown
     mfu: float | None = None

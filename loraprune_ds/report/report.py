@@ -132,9 +132,8 @@ def _speed_and_memory(
     def at_ends(name: str) -> JsonObject:
         return {part: getattr(end[0], name) if end else None for part, end in ends.items()}
 
-    without_refit = _without_refit(before, schedule)
     seconds = {"before": _seconds_per_step(warm(before)), "after": _seconds_per_step(warm(after))}
-    peaks = {"before": _step_peak(warm(without_refit)), "after": _step_peak(warm(after))}
+    peaks = {"before": _step_peak(warm(before)), "after": _step_peak(warm(after))}
     return {
         "seconds_per_step": seconds,
         "resident_bytes": at_ends("resident_bytes"),
@@ -186,17 +185,6 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
         "tensor_parallel": list(filter(pruned.has_heads_for, divisors)),
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
-
-
-def _without_refit(
-    steps: Sequence[records.StepRecord], schedule: Schedule
-) -> Sequence[records.StepRecord]:
-    """Leaves out steps that record inputs for a refit, which takes memory. If all do, all stay."""
-    prune = schedule.config
-    if prune.compensate == "none":
-        return steps
-    plain = [s for s in steps if not schedule.precedes_cut(s.step, prune.compensate_steps)]
-    return plain or steps
 
 
 def _step_peak(steps: Sequence[records.StepRecord]) -> int | None:

@@ -23,7 +23,7 @@ class RankNumbers:
     gradient_sums: list[float]
     resident_bytes: list[int]
     reserved_bytes: list[int]
-    # of this step, without a refit's moments. 0 if a rank has not measured it
+    # of this step. 0 if a rank has not measured it
     peak_bytes: list[int]
     requests: list[int]  # to stop or save (train/stop.py)
 

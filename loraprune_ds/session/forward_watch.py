@@ -32,7 +32,11 @@ class ForwardWatch:
         for layers in self._layer_lists:
             module = base.get_submodule(layers.path.rpartition(".")[0])
             self._hooks.enter_context(
-                module.register_forward_pre_hook(self._begin, with_kwargs=True)
+                module.register_forward_pre_hook(
+                    self._begin,
+                    with_kwargs=True,
+                    prepend=True,  # before the hook that keeps the inputs
+                )
             )
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
 

@@ -1,7 +1,7 @@
 """A training under pruning, one optimizer step after another. Whoever trains makes these calls:
 
     session.begin_step()
-    with session.record_forward(mask):          for each micro-batch; a refit records its inputs
+    with session.record_forward(mask):          for each micro-batch; a refit keeps its ids
         loss = model(...)
     loss.backward()
     session.exchange(loss); session.score()     right before the update
@@ -105,7 +105,7 @@ class PruningSession:
         self._recording.enter_context(self.pruner.record_step(self.step + 1))
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch, around its forward pass alone. `masks` as in `InputMoments.record_forward`."""
+        """Records one micro-batch, around its forward pass alone. `masks` as in `KeptPasses.record_forward`."""
         return self.pruner.record_forward(*masks)
 
     def exchange(
@@ -125,8 +125,9 @@ class PruningSession:
             loss = nothing
         if tokens is None:
             tokens = nothing
-        peak = max(0, self.peak.of_step() - self.pruner.moment_bytes())
-        self._numbers = exchange_numbers(self.model, loss, tokens, peak=peak, request=request)
+        self._numbers = exchange_numbers(
+            self.model, loss, tokens, peak=self.peak.of_step(), request=request
+        )
         return self._numbers
 
     def score(self) -> None:
@@ -166,6 +167,7 @@ class PruningSession:
         self.step += 1
         if tokens is None:
             tokens = sum(numbers.tokens)
+        self.pruner.note_tokens(tokens)
         mfu = None
         if self._peak_flops is not None and flops is not None:
             mfu = flops / seconds / self._peak_flops / self.model.world_size

@@ -37,7 +37,6 @@ def describe_resume(pruner: Pruner, schedule: JsonObject, loss_scale: JsonObject
         schedule=schedule,
         loss_scale=loss_scale,
         updates_since_cut=pruner.average.updates_since_cut,
-        moment_tokens=pruner.moment_tokens,
     )
 
 

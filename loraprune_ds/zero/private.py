@@ -95,7 +95,12 @@ METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeRoOffload, ("mark_persistent_parameters", "get_param_coordinator")),
     (
         PartitionedParameterCoordinator,
-        ("is_invalid_trace", "_invalidate_trace", _MANGLED + "params_to_release"),
+        (
+            "is_invalid_trace",
+            "_invalidate_trace",
+            "release_and_reset_all",
+            _MANGLED + "params_to_release",
+        ),
     ),
     (partitioned_param_coordinator, ("iter_params",)),
     (Init, ("_convert_to_deepspeed_param",)),

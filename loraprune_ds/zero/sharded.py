@@ -1,7 +1,8 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from loraprune_ds.zero.params import decode_int8, overwrite_shard, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.shards import NAME, full_shape, held
 
+OF_ALL_PASSES = -1  # no module's number
+
 
 class ShardedModel(PrunableModel):
     """A PEFT LoRA model that ZeRO-3 has sharded. Any trainer may train it.
@@ -55,7 +58,8 @@ class ShardedModel(PrunableModel):
         self.zero_optimizer = zero_optimizer
         self.optimizer = zero_optimizer.optimizer
         self.optimizer_state = ShardedState(zero_optimizer, trained)
-        self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
+        self._coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
+        self._releases = decide_releases(self._coordinator)
         self._empty_partition_cache = empty_partition_cache
         self._trained = True  # in the last forward pass
 
@@ -97,6 +101,28 @@ class ShardedModel(PrunableModel):
         return float(self.zero_optimizer.loss_scale)
 
     # A cut
+
+    @contextmanager
+    def repeating_passes(self) -> Generator[None]:
+        self.forget_trace()
+        try:
+            yield
+        finally:
+            self.forget_trace()
+            self._empty_partition_cache()
+
+    @contextmanager
+    def gathered(self, layer: nn.Module) -> Generator[None]:
+        """Keeps what ZeRO-3 gathers in the first pass, because another module seems to use it."""
+        parameters = cast(Any, list(layer.parameters()))
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(OF_ALL_PASSES)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(OF_ALL_PASSES)
+            self._coordinator.release_and_reset_all(layer)
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
@@ -178,9 +204,8 @@ class ShardedModel(PrunableModel):
 
     def forget_trace(self) -> None:
         """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
-        coordinator = self.zero_optimizer.parameter_offload.get_param_coordinator()
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
+        if not self._coordinator.is_invalid_trace():
+            self._coordinator._invalidate_trace()
 
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""

@@ -1,7 +1,7 @@
-"""Reads states of format 7 as if they were of format 8. Nothing else knows that format.
+"""Reads states of formats 7 and 8 as if they were of today's. Nothing else knows those formats.
 
-A run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, in one
-folder with all tensors.
+In 7 a run had RunState in step-N/ and ResumeState in its resume/. A callback had one state for both, in one
+folder with all tensors. In both the second moments for a refit were kept between cuts. They are not read any more.
 """
 
 import json
@@ -27,6 +27,8 @@ def is_flat(folder: Path) -> bool:
 def upgrade_state(raw: JsonObject) -> JsonObject:
     """Returns the fields of `State`. A field that no format has stays, and is refused."""
     fields = dict(raw)
+    if raw["format"] == 8:
+        return fields
     upgrade = _upgrade_callback if "prune" in raw else _upgrade_run
     return fields | upgrade(fields) | {"scalings": {}, "formats": {}, "trained": []}
 
@@ -79,7 +81,10 @@ def _upgrade_callback(fields: JsonObject) -> JsonObject:
 def upgrade_resume_state(raw: JsonObject) -> JsonObject:
     """Returns the fields of `ResumeState`."""
     if "prune" not in raw:
-        return raw
+        return {name: value for name, value in raw.items() if name != "moment_tokens"}
     adam = raw.get("adam") or {"step": None, "param_groups": []}
-    counters = {name: raw[name] for name in OF_RESUME}
-    return counters | {"adam_step": adam["step"], "adam_groups": adam["param_groups"]}
+    return {
+        "updates_since_cut": raw["updates_since_cut"],
+        "adam_step": adam["step"],
+        "adam_groups": adam["param_groups"],
+    }

@@ -1,0 +1,182 @@
+"""Keeps the inputs of the last forward passes, by which a cut can repeat them (replay.py).
+
+Token ids and masks are tiny beside what a pass computes. A model with its own embeddings of images is called with
+hidden states instead of ids, and those are kept.
+"""
+
+import math
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loraprune_ds.files import JsonObject
+from loraprune_ds.pruning.prunable_model import PrunableModel
+
+# Fewer lose part of what a refit gains, and more gain nothing (tests/benchmarks/README.md, "Tokens of a refit").
+TOKENS_PER_INPUT = 10
+MOST_STEPS = 16
+# the pass that is repeated makes its own
+OF_THE_PASS = ("use_cache", "encoder_hidden_states")
+
+
+@dataclass
+class Call:
+    """How a list of layers was called in a forward pass.
+
+    Attributes:
+        inputs: by the parameters of the module that holds the layers.
+        mask: (batch, window), False at padding. None without padding.
+        autocast: its dtype. None if it was off.
+    """
+
+    inputs: dict[str, Any]
+    mask: Tensor | None
+    autocast: torch.dtype | None
+
+
+# The calls of one forward pass by the number of the list: an encoder has 0 and its decoder 1.
+Pass = dict[int, Call]
+
+
+@dataclass
+class StepPasses:
+    """The passes of this rank in an optimizer step, and the tokens of all ranks in it, without padding."""
+
+    passes: list[Pass]
+    tokens: int = 0
+
+
+class KeptPasses:
+    """Keeps this rank's passes of the last steps: all that a refit needs, and at most `MOST_STEPS`.
+
+    Attributes:
+        steps: oldest first. All ranks have the same steps.
+        detach: removes the hooks from the model.
+    """
+
+    def __init__(self, model: PrunableModel) -> None:
+        self.steps: deque[StepPasses] = deque(maxlen=MOST_STEPS)
+        self._model = model
+        self._masks: tuple[Tensor | None, ...] | None = None  # of the pass that is kept
+        hooks = ExitStack()
+        for number, stack in enumerate(layer_stacks(model)):
+            hook = self._keeper(number)
+            hooks.enter_context(stack.register_forward_pre_hook(hook, with_kwargs=True))
+        self.detach = hooks.close
+
+    def begin_step(self) -> None:
+        self.steps.append(StepPasses([]))
+
+    @contextmanager
+    def record_forward(self, *masks: Tensor | None) -> Generator[None]:
+        """Keeps the inputs of one micro-batch. Close it before the backward pass.
+
+        A mask, (batch, window), is False at padding. An encoder's is first.
+        """
+        self._masks = masks
+        self.steps[-1].passes.append({})
+        try:
+            yield
+        finally:
+            self._masks = None
+
+    def end_step(self, tokens: int, inputs: int) -> None:
+        """Notes the tokens of the global batch, and forgets the steps that linears of so many inputs do not need."""
+        self.steps[-1].tokens = tokens
+        enough = TOKENS_PER_INPUT * inputs * len(self._model.shape.family.layer_lists)
+        while self.tokens - self.steps[0].tokens >= enough:
+            self.steps.popleft()
+
+    def to_plain(self) -> JsonObject:
+        """Returns tensors and plain values, for a checkpoint. Every rank writes its own."""
+        steps = [
+            [{n: asdict(call) for n, call in kept.items()} for kept in step.passes]
+            for step in self.steps
+        ]
+        return {"tokens": [step.tokens for step in self.steps], "steps": steps}
+
+    def restore(self, of_ranks: Sequence[JsonObject]) -> None:
+        """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing."""
+        self.steps.clear()
+        if not of_ranks:
+            return
+        world_size = self._model.world_size
+        for index, tokens in enumerate(of_ranks[0]["tokens"]):
+            passes = _in_turn([plain["steps"][index] for plain in of_ranks])
+            own = passes[self._model.rank :: world_size]
+            if len(own) < math.ceil(len(passes) / world_size):  # all ranks make equally many
+                own.append(_without_tokens(passes[-1]))
+            self.steps.append(StepPasses(own, tokens))
+
+    @property
+    def tokens(self) -> int:
+        return sum(step.tokens for step in self.steps)
+
+    def passes(self) -> list[Pass]:
+        return [kept for step in self.steps for kept in step.passes]
+
+    def _keeper(self, number: int) -> Any:
+        def keep(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._masks is None:
+                return
+            device_type = self._model.device.type
+            autocast = None
+            if torch.is_autocast_enabled(device_type):
+                autocast = torch.get_autocast_dtype(device_type)
+            inputs = kwargs
+            if args:
+                inputs = signature(stack.forward).bind_partial(*args).arguments | kwargs
+            kept = {
+                name: _plain(value)
+                for name, value in inputs.items()
+                if value is not None and name not in OF_THE_PASS
+            }
+            self.steps[-1].passes[-1][number] = Call(kept, self._masks[number], autocast)
+
+        return keep
+
+
+def _in_turn(of_ranks: Sequence[Sequence[JsonObject]]) -> list[Pass]:
+    """Lists the first pass of each rank, then the second of each, as micro-batches went to the ranks."""
+    return [
+        {number: Call(**call) for number, call in cast(dict[int, Any], kept).items()}
+        for round_of_ranks in zip(*of_ranks, strict=True)
+        for kept in round_of_ranks
+    ]
+
+
+def _without_tokens(kept: Pass) -> Pass:
+    """Returns the pass with all of its tokens as padding."""
+    empty: Pass = {}
+    for number, call in kept.items():
+        names = ("input_ids", "inputs_embeds")
+        inputs: Tensor = next(call.inputs[name] for name in names if name in call.inputs)
+        mask = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        empty[number] = replace(call, mask=mask)
+    return empty
+
+
+def layer_stacks(model: PrunableModel) -> list[nn.Module]:
+    """Lists the modules whose forward passes go through a list of layers, an encoder's first."""
+    base = cast(PeftModel, model.module).get_base_model()
+    paths = [layers.path.rpartition(".")[0] for layers in model.shape.family.layer_lists]
+    return [base.get_submodule(path) for path in paths]
+
+
+def _plain(value: Any) -> Any:
+    """Returns tensors without their graph, also inside of lists and dicts. Other objects, as a cache, become None."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        parts = cast(dict[str, Any], value)
+        return {name: _plain(part) for name, part in parts.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in cast(list[Any], value)]
+    return value if isinstance(value, bool | int | float | str) else None

@@ -1,0 +1,185 @@
+"""Refits the linears that lose inputs in a cut, from forward passes that are repeated right before it.
+
+Nothing is measured between cuts. Once the groups to keep are known, the last passes run again (passes.py), in
+evaluation mode and layer by layer: all passes go through a layer before one enters the next. So only the second moments
+of `world_size` layers exist at a time, one layer's on each rank. Hidden states go on with the weights of before the
+refit. Therefore layers do not depend on each other, and the ranks solve theirs side by side.
+
+A pass is a greenlet that stops before every layer. Its frame holds whatever the model hands from layer to layer.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from loraprune_ds.errors import RunError
+from loraprune_ds.model.groups import LayerKeep, TensorSpec
+from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning.compensate import (
+    add_half_of_product,
+    empty_half,
+    from_half,
+    measured_linears,
+    refit,
+)
+from loraprune_ds.pruning.passes import Call, Pass, layer_stacks
+from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
+
+Halves = dict[LinearId, Tensor]  # half of each second moment, flat (compensate.py)
+
+
+@torch.no_grad()
+def refit_by_replay(
+    model: PrunableModel, keep: list[LayerKeep], passes: Sequence[Pass], step: int
+) -> None:
+    """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective.
+
+    Args:
+        passes: of this rank. All ranks have equally many.
+
+    Raises:
+        RunError: the moments of a linear cannot be inverted. The line names the step and the linear.
+    """
+    shrinking: dict[LinearId, TensorSpec] = {}
+    for i, linear in measured_linears(model.shape):
+        if linear.shrinks(keep[i]):
+            shrinking[LinearId(i, linear.linear)] = linear
+    if not shrinking:
+        return
+
+    def compute(halves: Halves, key: LinearId, linear: CollectedLinear) -> Tensor:
+        spec = shrinking[key]
+        moment = from_half(halves.pop(key), spec.inputs)
+        kept = spec.kept_indices(keep[key.layer]).to(moment.device)
+        try:
+            return refit(linear, moment, kept)
+        except RunError as error:
+            raise RunError(f"step {step}: layer {key.layer} {key.name}: {error}") from None
+
+    with evaluating(model.module), model.repeating_passes():
+        for linear_ids, halves in _measure(model, shrinking, passes):
+            model.replace_weights(linear_ids, partial(compute, halves))
+
+
+def _measure(
+    model: PrunableModel, shrinking: dict[LinearId, TensorSpec], passes: Sequence[Pass]
+) -> Iterator[tuple[list[LinearId], Halves]]:
+    """Yields the linears of at most `world_size` layers, and half of their moments, each on its layer's owner."""
+    linear_ids: list[LinearId] = []
+    halves: Halves = {}
+    for layer, lanes in _enter_layers(model, passes, max(key.layer for key in shrinking)):
+        if linear_ids and linear_ids[0].layer // model.world_size < layer // model.world_size:
+            yield linear_ids, halves
+            linear_ids, halves = [], {}
+        of_layer = [key for key in shrinking if key.layer == layer]
+        parts = {key: empty_half(shrinking[key].inputs, model.device) for key in of_layer}
+        with model.gathered(model.layers[layer]):
+            for lane in lanes:
+                with lane.seeing_inputs(
+                    model, [(layer, shrinking[key]) for key in of_layer], parts
+                ):
+                    lane.advance()
+        for key, part in parts.items():
+            total = model.comm.reduce_to(model.owner(layer), part)
+            if total is not None:
+                halves[key] = total
+        linear_ids += of_layer
+    if linear_ids:
+        yield linear_ids, halves
+
+
+def _enter_layers(
+    model: PrunableModel, passes: Sequence[Pass], last: int
+) -> Iterator[tuple[int, list["Lane"]]]:
+    """Yields each layer up to the `last`, with all passes right before it. They must be advanced behind it."""
+    encoded: list[Tensor | None] = [None] * len(passes)
+    for number, stack in enumerate(layer_stacks(model)):
+        layers = model.shape.layer_lists[number]
+        if layers.start > last:
+            return
+        with _stops(model.layers[layer] for layer in layers):
+            lanes = [
+                Lane(stack, kept[number], states, model.device.type)
+                for kept, states in zip(passes, encoded, strict=True)
+            ]
+            for lane in lanes:
+                lane.advance()  # computes its embeddings
+            for layer in layers[: last + 1 - layers.start]:
+                yield layer, lanes
+            encoded = [lane.close() for lane in lanes]
+
+
+class Lane:
+    """A pass through one list of layers, which stops before each layer."""
+
+    def __init__(
+        self, stack: nn.Module, call: Call, encoded: Tensor | None, device_type: str
+    ) -> None:
+        inputs = call.inputs | {"use_cache": False}
+        if encoded is not None:
+            inputs["encoder_hidden_states"] = encoded
+        self._call = call
+        self._device_type = device_type
+        self._pass = greenlet(partial(stack, **inputs))
+        self._output: Any = None
+
+    def advance(self) -> None:
+        """Runs to the next layer, or behind the last one to the end."""
+        dtype = self._call.autocast
+        with torch.autocast(self._device_type, dtype=dtype, enabled=dtype is not None):
+            self._output = self._pass.switch()
+
+    def close(self) -> Tensor | None:
+        """Ends the pass. Returns its last hidden states if it has come to its end."""
+        if self._pass.dead:
+            return self._output.last_hidden_state
+        self._pass.throw()
+        return None
+
+    @contextmanager
+    def seeing_inputs(
+        self, model: PrunableModel, linears: list[tuple[int, TensorSpec]], halves: Halves
+    ) -> Generator[None]:
+        """Adds the inputs of these linears, without padding, to half of their second moments."""
+        mask = self._call.mask
+
+        def see(key: LinearId, inputs: Tensor) -> None:
+            rows = inputs.flatten(0, 1) if mask is None else inputs[mask.to(inputs.device)]
+            add_half_of_product(halves[key], rows)
+
+        remove = hook_inputs(model, linears, see)
+        try:
+            yield
+        finally:
+            remove()
+
+
+@contextmanager
+def _stops(layers: Iterator[nn.Module]) -> Generator[None]:
+    """Makes every pass in a greenlet stop before each of these layers."""
+
+    def stop(layer: nn.Module, args: Any) -> None:
+        cast(greenlet, getcurrent().parent).switch()
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            # an engine's own hooks gather the layer, so they must come after
+            hooks.enter_context(layer.register_forward_pre_hook(stop, prepend=True))
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Generator[None]:
+    """Turns off dropout, then restores the mode of each module."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

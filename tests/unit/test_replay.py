@@ -1,0 +1,103 @@
+"""A refit repeats passes layer by layer. It must see what an ordinary forward pass shows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraprune_ds.local.model import LocalModel
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning.compensate import measured_linears, refit
+from loraprune_ds.pruning.passes import KeptPasses
+from loraprune_ds.pruning.prunable_model import CollectedLinear, hook_inputs
+from loraprune_ds.pruning.replay import refit_by_replay
+from tests.support.families import TINY, is_seq2seq
+from tests.support.family_cuts import FEW, dense, draw
+
+Batch = tuple[dict[str, Tensor], tuple[Tensor | None, ...]]
+
+
+def batches(family: str) -> list[Batch]:
+    """Draws two micro-batches. The second has padding."""
+    generator = torch.Generator().manual_seed(7)
+    drawn: list[Batch] = []
+    for length in (17, 11):
+        ids = torch.randint(3, 60, (2, 17), generator=generator)
+        mask = torch.arange(17) < torch.tensor([[17], [length]])
+        inputs = {"input_ids": ids}
+        masks: tuple[Tensor | None, ...] = (mask,)
+        if is_seq2seq(family):
+            inputs |= {"attention_mask": mask, "decoder_input_ids": ids[:, :5]}
+            masks = (mask, None)
+        drawn.append((inputs, masks))
+    return drawn
+
+
+@torch.no_grad()
+def refit_from_ordinary_passes(model: LocalModel, keep: list[LayerKeep], of: list[Batch]) -> None:
+    """Refits by moments that hooks on all linears gather in whole forward passes."""
+    moments: dict[LinearId, Tensor] = {}
+    masks: list[tuple[Tensor | None, ...]] = []
+    shrinking = {
+        LinearId(i, linear.linear): linear
+        for i, linear in measured_linears(model.shape)
+        if linear.shrinks(keep[i])
+    }
+
+    def see(key: LinearId, inputs: Tensor) -> None:
+        mask = masks[-1][model.shape.layers[key.layer].layer_list]
+        rows = inputs.flatten(0, 1) if mask is None else inputs[mask]
+        moments[key] = moments.get(key, torch.zeros(())) + rows.T @ rows
+
+    remove = hook_inputs(model, [(key.layer, linear) for key, linear in shrinking.items()], see)
+    for inputs, of_batch in of:
+        masks.append(of_batch)
+        model.module(**inputs)
+    remove()
+
+    def compute(key: LinearId, linear: CollectedLinear) -> Tensor:
+        return refit(linear, moments[key], shrinking[key].kept_indices(keep[key.layer]))
+
+    model.replace_weights(list(shrinking), compute)
+
+
+def base_weights(model: LocalModel) -> dict[LinearId, Tensor]:
+    return {
+        LinearId(i, linear.linear): lora_linear(model.layers[i], linear.linear)
+        .base_layer.weight.detach()
+        .clone()
+        for i, linear in measured_linears(model.shape)
+    }
+
+
+def live(family: str) -> LocalModel:
+    network = dense(family)
+    return LocalModel(network.model, network.shape)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_replay_refits_like_moments_of_ordinary_forward_passes(family: str) -> None:
+    model = live(family)
+    keep = draw(model.shape, FEW)
+    before = base_weights(model)
+    kept = KeptPasses(model)
+    kept.begin_step()
+    of = batches(family)
+    model.module.train()  # a refit turns dropout off
+    for inputs, masks in of:
+        with kept.record_forward(*masks):
+            model.module(**inputs)
+    model.module.eval()
+    refit_by_replay(model, keep, kept.passes(), step=1)
+    replayed = base_weights(model)
+    expected_model = live(family)
+    refit_from_ordinary_passes(expected_model, keep, of)
+    expected = base_weights(expected_model)
+    shrinking = {
+        LinearId(i, x.linear) for i, x in measured_linears(model.shape) if x.shrinks(keep[i])
+    }
+    assert {key for key in before if not torch.equal(before[key], expected[key])} == shrinking
+    for key, weight in expected.items():
+        # both sum in fp32, in another order, which the inverse enlarges
+        torch.testing.assert_close(replayed[key], weight, rtol=1e-4, atol=1e-5, msg=str(key))
