@@ -143,8 +143,8 @@ class PrunableModel(ABC):
         """Lets forward passes run a layer at a time, outside of a training step."""
         return nullcontext()
 
-    def gathered(self, layer: nn.Module) -> AbstractContextManager[None]:
-        """Gathers the weights of a decoder layer once for all passes that go through it."""
+    def gathered(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Gathers the weights of modules once for all passes that go through them."""
         return nullcontext()
 
     def owner(self, layer: int) -> int:

@@ -107,11 +107,17 @@ def _enter_layers(
                 Lane(stack, kept[number], states, model.device.type)
                 for kept, states in zip(passes, encoded, strict=True)
             ]
-            for lane in lanes:
-                lane.advance()  # computes its embeddings
+            with model.gathered(*_outside_of_layers(stack, model.layers[layers.start])):
+                for lane in lanes:
+                    lane.advance()  # computes its embeddings
             for layer in layers[: last + 1 - layers.start]:
                 yield layer, lanes
             encoded = [lane.close() for lane in lanes]
+
+
+def _outside_of_layers(stack: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """Lists the children of a stack that do not hold its layers: embeddings and norms."""
+    return [child for child in stack.children() if layer not in child.children()]
 
 
 class Lane:

@@ -112,9 +112,9 @@ class ShardedModel(PrunableModel):
             self._empty_partition_cache()
 
     @contextmanager
-    def gathered(self, layer: nn.Module) -> Generator[None]:
+    def gathered(self, *modules: nn.Module) -> Generator[None]:
         """Keeps what ZeRO-3 gathers in the first pass, because another module seems to use it."""
-        parameters = cast(Any, list(layer.parameters()))
+        parameters: list[Any] = [p for module in modules for p in module.parameters()]
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(OF_ALL_PASSES)
         try:
@@ -122,7 +122,8 @@ class ShardedModel(PrunableModel):
         finally:
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(OF_ALL_PASSES)
-            self._coordinator.release_and_reset_all(layer)
+            for module in modules:
+                self._coordinator.release_and_reset_all(module)
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
