@@ -76,21 +76,29 @@ def _measure(
         if linear_ids and linear_ids[0].layer // model.world_size < layer // model.world_size:
             yield linear_ids, halves
             linear_ids, halves = [], {}
-        of_layer = [key for key in shrinking if key.layer == layer]
-        parts = {key: empty_half(shrinking[key].inputs, model.device) for key in of_layer}
-        with model.gathered(model.layers[layer]):
-            for lane in lanes:
-                with lane.seeing_inputs(
-                    model, [(layer, shrinking[key]) for key in of_layer], parts
-                ):
-                    lane.advance()
-        for key, part in parts.items():
-            total = model.comm.reduce_to(model.owner(layer), part)
-            if total is not None:
-                halves[key] = total
-        linear_ids += of_layer
+        linears = {key: spec for key, spec in shrinking.items() if key.layer == layer}
+        halves |= _measure_layer(model, layer, linears, lanes)
+        linear_ids += linears
     if linear_ids:
         yield linear_ids, halves
+
+
+def _measure_layer(
+    model: PrunableModel, layer: int, linears: dict[LinearId, TensorSpec], lanes: Sequence["Lane"]
+) -> Halves:
+    """Sends all passes through a layer. Returns half of the moments of its linears, on its owner alone."""
+    parts = {key: empty_half(spec.inputs, model.device) for key, spec in linears.items()}
+    inputs = [(layer, spec) for spec in linears.values()]
+    with model.gathered(model.layers[layer]):
+        for lane in lanes:
+            with lane.seeing_inputs(model, inputs, parts):
+                lane.advance()
+    halves: Halves = {}
+    for key, part in parts.items():
+        total = model.comm.reduce_to(model.owner(layer), part)
+        if total is not None:
+            halves[key] = total
+    return halves
 
 
 def _enter_layers(

@@ -84,7 +84,7 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:
         "world_size": len(outcome.peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_without_counts(cut) for cut in history.cuts],
-        **_speed_and_memory(history, outcome.schedule, outcome.resumed_from),
+        **_speed_and_memory(history, outcome.resumed_from),
         "peak_memory_bytes": outcome.peak_bytes,
         "seed": outcome.config["seed"],
         "resumed_from": outcome.resumed_from,
@@ -113,9 +113,7 @@ def _without_counts(cut: records.CutRecord) -> JsonObject:
     return {name: value for name, value in asdict(cut).items() if name not in PANELS}
 
 
-def _speed_and_memory(
-    history: records.History, schedule: Schedule, resumed_from: Sequence[int]
-) -> JsonObject:
+def _speed_and_memory(history: records.History, resumed_from: Sequence[int]) -> JsonObject:
     """Compares the steps up to the first cut with the steps after the last cut."""
     warm_up = {1, *(step + 1 for step in resumed_from)}  # the first steps of every process
 

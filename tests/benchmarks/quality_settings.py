@@ -8,7 +8,6 @@ DISTILL = "train.distill_weight=0.5"
 QUARTER, WARM = "train.distill_weight=0.25", "train.distill_temperature=2"
 FISHER = ("prune.criterion=fisher", "prune.normalize=none")
 GLOBAL = ("prune.ranking=global", "prune.normalize=none")
-EVERY_STEP = ("prune.compensate_steps=4", "prune.compensate_decay=0.9")  # measured for the refit
 INT8 = "model.frozen=int8"
 UNIFORM = "prune.ranking=uniform"
 PROTECTED = ("prune.protected_first=null", "prune.protected_last=1")
@@ -19,8 +18,6 @@ PLAIN = (
     "prune.normalize=l2",
     *PROTECTED,
     "prune.compensate=none",
-    "prune.compensate_steps=2",
-    "prune.compensate_decay=0.5",
     "train.distill_weight=0",
     "train.distill_temperature=1",
 )
@@ -62,10 +59,9 @@ def _recipe(
 
 def _settings() -> list[Setting]:
     refit = (*FISHER, REFIT)
-    tuned = (*refit, *EVERY_STEP)
-    general = (*refit, DISTILL, *GLOBAL, *EVERY_STEP)
+    general = (*refit, DISTILL, *GLOBAL)
     quarter = (*general, QUARTER, WARM)
-    stock = (*refit, *STOCK, *EVERY_STEP)
+    stock = (*refit, *STOCK)
     late = (*stock, "prune.cooldown_fraction=0.5")
     short = [
         _short("levers", "plain"),
@@ -78,14 +74,14 @@ def _settings() -> list[Setting]:
         _short("fisher", "fisher-refit-distillation-global", *refit, DISTILL, *GLOBAL),
         _short("fisher", "fisher-refit-distillation-global-4-steps", *general),
         _short("fisher", "fisher-refit-stock", *refit, *STOCK),
-        _short("fisher", "fisher-refit-4-steps-half", *tuned, HALF),
-        _short("fisher", "fisher-refit-4-steps", *tuned),
+        _short("fisher", "fisher-refit-4-steps-half", *refit, HALF),
+        _short("fisher", "fisher-refit-4-steps", *refit),
         _short("quarter", "general-0.25-temperature-2", *quarter),
         _short("quarter", "general-0.25-temperature-2-by-step", *quarter, "prune.normalize=step"),
         _short("quarter", "general-0.25-temperature-2-half", *quarter, HALF),
-        _short("quarter", "general-0.25-temperature-2-uniform", *refit, QUARTER, WARM, *EVERY_STEP),
-        _short("quick", "fisher-refit-20480", *tuned, "train.steps=20", "prune.prune_every=1"),
-        _short("quick", "fisher-refit-10240", *tuned, "train.steps=10", "prune.prune_every=1"),
+        _short("quarter", "general-0.25-temperature-2-uniform", *refit, QUARTER, WARM),
+        _short("quick", "fisher-refit-20480", *refit, "train.steps=20", "prune.prune_every=1"),
+        _short("quick", "fisher-refit-10240", *refit, "train.steps=10", "prune.prune_every=1"),
         _short("stock", "fisher-refit-stock-4-steps", *stock),
         _short("stock", "fisher-refit-stock-4-steps-end-0.5", *late),
         _short("stock", "fisher-refit-stock-4-steps-end-0.5-distillation", *late, QUARTER, WARM),
@@ -102,7 +98,7 @@ def _settings() -> list[Setting]:
         Setting("long", f"{name}-409600", (*LONG, DEEP, UNTUNED_RATE, *PLAIN, *changes))
         for name, changes in {
             "plain": (),
-            "fisher-refit-4-steps": tuned,
+            "fisher-refit-4-steps": refit,
             "fisher-refit-distillation-global-4-steps": general,
             "general-0.25-temperature-2": quarter,
         }.items()
@@ -113,7 +109,7 @@ def _settings() -> list[Setting]:
     ]
     gqa = [
         _short("gqa", "gqa-plain", model="gqa"),
-        _short("gqa", "gqa-fisher-refit-4-steps", *tuned, model="gqa"),
+        _short("gqa", "gqa-fisher-refit-4-steps", *refit, model="gqa"),
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
     ]
     protected = [

@@ -1,4 +1,7 @@
-"""The refit after a cut, on 1, 2 and 3 ZeRO-3 ranks, against torch.linalg.lstsq on the same activations."""
+"""The refit before a cut, on 1, 2 and 3 ZeRO-3 ranks, against torch.linalg.lstsq on the inputs of ordinary passes.
+
+Those passes are made with the weights that the cut finds, without dropout, over all samples of all kept steps.
+"""
 
 import math
 from dataclasses import replace
@@ -9,9 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.plan.stages import moment_bytes
-from loraprune_ds.pretrained.pretrained import open_pretrained
-from loraprune_ds.pruning.compensate import measured_linears
 from tests.support import quality_settings
 from tests.support.driver import Job, family_job, tiny_job, train
 from tests.support.ranks import RankPool
@@ -19,11 +19,11 @@ from tests.support.ranks import RankPool
 # MLP weights do not divide by 2 or 3
 LAYERS, KV_HEADS, QUERIES, HEAD_DIM, HIDDEN, FFN = 5, 5, 5, 4, 25, 61
 HEADS, CHANNELS = [0, 2, 3], [c for c in range(FFN) if c % 3]
-RIDGE, DECAY, SCALING = 0.05, 0.5, 2.0
+RIDGE, SCALING = 0.05, 2.0
 # The refit is solved in fp64 from moments that are summed in fp32. Their rounding is 1e-7. It grows by the condition
 # number of C[K, K] + ridge, which is below 100 for these activations.
 TOLERANCE = 1e-5
-OPEN = range(1, LAYERS - 1)  # the first layer and the last are protected, and not measured
+TOKENS = 12 * 16  # of a step
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +37,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         "ffn": FFN,
     }
     sizes |= {"layers": LAYERS, "biases": True}
+    # the first cut follows the fourth step
     prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
-    # from the first step: the first cut follows the fourth
-    prune |= {"compensate_steps": 4, "compensate_decay": 0.5}
-    return tiny_job(folder, prune, steps=6, model=sizes)
+    return tiny_job(folder, prune, steps=6, model=sizes, lora_dropout=0.3)
 
 
 def kept_columns(name: str) -> list[int]:
     width = QUERIES * HEAD_DIM
     return CHANNELS if "mlp" in name else [h * width + j for h in HEADS for j in range(width)]
-
-
-def weighted_inputs(result: dict[str, Any], name: str) -> Tensor:
-    """Returns (tokens of both steps, in_features) fp64, such that the moving average is their second moment."""
-    first, second = (step[name].double() for step in result["steps"])
-    return torch.cat(
-        [first * math.sqrt(DECAY / len(first)), second * math.sqrt((1 - DECAY) / len(second))]
-    )
 
 
 def effective(layer: dict[str, Tensor]) -> Tensor:
@@ -82,45 +73,44 @@ def own_error(
     return float((remaining - inputs @ effective(before).T).square().sum())
 
 
+def assert_refitted(result: dict[str, Any], name: str, kept: list[int]) -> None:
+    """Checks the refit of a linear of a layer that is cut."""
+    inputs = result["inputs"][name].double()
+    assert len(inputs) == sum(result["tokens"])
+    layer = result["before"][name]
+    after = result["after"][name]
+    expected = dense_refit(inputs, layer, kept)
+    assert (after["base_layer"][:, kept] - expected).abs().max() < TOLERANCE, name
+    for missing in (inputs[:-16], inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]):
+        other = dense_refit(missing, layer, kept)
+        assert (other - expected).abs().max() > 10 * TOLERANCE, "every token must matter"
+    assert all(torch.equal(layer[n], after[n]) for n in layer if n != "base_layer")
+    assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_refit_is_the_dense_least_squares_solution(
     ranks: RankPool, job: Job, world_size: int
 ) -> None:
     results = ranks.run(world_size, quality_settings.compensate_once, job, HEADS, CHANNELS)
     result = results[0]
+    assert result["tokens"] == [TOKENS, TOKENS]
+    assert result["before"].keys() == {
+        f"{i}.{linear}" for i in range(LAYERS) for linear in quality_settings.INPUTS
+    }
     for name, layer in result["before"].items():
-        after, kept, inputs = (
-            result["after"][name],
-            kept_columns(name),
-            weighted_inputs(result, name),
-        )
-        assert len(inputs) == 2 * 12 * 16  # every token of both global batches, once
-        assert all(torch.equal(layer[n], result["untouched"][name][n]) for n in layer), (
-            f"{name}: nothing was removed"
-        )
-        if int(name[0]) not in quality_settings.CUT_LAYERS:
-            assert torch.equal(layer["base_layer"], after["base_layer"]), name
-            continue
-        expected = dense_refit(inputs, layer, kept)
-        assert (after["base_layer"][:, kept] - expected).abs().max() < TOLERANCE, name
-        assert (after["base_layer"] - layer["base_layer"])[
-            :, kept
-        ].abs().max() > 1000 * TOLERANCE, "a refit of nothing"
-        assert all(torch.equal(layer[n], after[n]) for n in layer if n != "base_layer")
-        assert own_error(inputs, layer, after, kept) < 0.99 * own_error(
-            inputs, layer, layer, kept
-        ), name
-        # after the cut, on one rank
-        (moment,) = (r["moments"][name] for r in results if name in r["moments"])
-        wanted = inputs[:, kept].T @ inputs[:, kept]
-        assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
-    shape = open_pretrained(job.folder).shape
-    planned = moment_bytes(measured_linears(shape, OPEN), world_size)
-    for rank, other in enumerate(results):  # each layer's moments on one rank
-        assert other["moment_bytes"] == planned[rank]
-        assert {int(name[0]) for name in other["owned"]} == {
-            i for i in OPEN if i % world_size == rank
-        }
+        for part, tensor in layer.items():
+            assert torch.equal(tensor, result["untouched"][name][part]), "nothing was removed"
+        if int(name[0]) in quality_settings.CUT_LAYERS:
+            assert_refitted(result, name, kept_columns(name))
+        else:
+            assert torch.equal(layer["base_layer"], result["after"][name]["base_layer"]), name
+    for rank, other in enumerate(results):
+        assert other["passes"] == [6 / world_size] * 2
+        own = {i for i in quality_settings.CUT_LAYERS if i % world_size == rank}
+        assert other["computed"] == own
+        # its own layer, and the one that is measured
+        assert other["halves"] <= 2 * (2 if world_size > 1 else 1)
         assert math.isfinite(other["next_loss"])
 
 
@@ -133,73 +123,45 @@ def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> No
         "warmup_fraction": 0.5,
         "compensate": "least_squares",
     }
-    prune |= {"compensate_steps": 4, "compensate_decay": 0.5}
     mixture, _ = family_job(
         tmp_path, "mixtral", prune, steps=6, model={"num_hidden_layers": LAYERS}
     )
     experts = [e for e in range(23) if e % 4]
-    results = ranks.run(2, quality_settings.compensate_once, mixture, HEADS, experts)
-    result = results[0]
+    result = ranks.run(2, quality_settings.compensate_once, mixture, HEADS, experts)[0]
     assert result["before"].keys() == {f"{i}.self_attn.o_proj" for i in range(LAYERS)}
     for name, layer in result["before"].items():
-        after, kept, inputs = (
-            result["after"][name],
-            [h * 20 + j for h in HEADS for j in range(20)],
-            None,
-        )
         if int(name[0]) in quality_settings.CUT_LAYERS:
-            inputs = weighted_inputs(result, name)
-            assert (
-                after["base_layer"][:, kept] - dense_refit(inputs, layer, kept)
-            ).abs().max() < TOLERANCE, name
-            assert own_error(inputs, layer, after, kept) < 0.99 * own_error(
-                inputs, layer, layer, kept
-            ), name
-        assert (inputs is None) == torch.equal(layer["base_layer"], after["base_layer"])
-    shape = open_pretrained(mixture.folder).shape
-    planned = moment_bytes(measured_linears(shape, OPEN), 2)
-    assert [other["moment_bytes"] for other in results] == planned
+            assert_refitted(result, name, [h * 20 + j for h in HEADS for j in range(20)])
+        else:
+            assert torch.equal(layer["base_layer"], result["after"][name]["base_layer"]), name
     assert math.isfinite(result["next_loss"])
 
 
 def test_padding_is_not_measured(ranks: RankPool, job: Job) -> None:
+    """Every token weighs the same, whatever its step has besides."""
     lengths = [3 + 5 * i % 14 for i in range(6 * 12)]
-    results = ranks.run(
-        2, quality_settings.compensate_once, replace(job, lengths=lengths), HEADS, CHANNELS
-    )
-    for name in (name for name in results[0]["before"] if int(name[0]) in OPEN):
-        steps = [step[name].double() for step in results[0]["steps"]]
-        assert [len(step) for step in steps] == [sum(lengths[:12]), sum(lengths[12:24])]
-        (moment,) = (r["moments"][name] for r in results if name in r["moments"])
-        first, second = (s.T @ s for s in steps)
-        tokens = DECAY * len(steps[0]) + (1 - DECAY) * len(steps[1])
-        # every token of a step weighs the same
-        wanted = (DECAY * first + (1 - DECAY) * second) / tokens
+    padded = replace(job, lengths=lengths)
+    result = ranks.run(2, quality_settings.compensate_once, padded, HEADS, CHANNELS)[0]
+    assert result["tokens"] == [sum(lengths[:12]), sum(lengths[12:24])]
+    for name in result["before"]:
         if int(name[0]) in quality_settings.CUT_LAYERS:
-            wanted = wanted[kept_columns(name)][:, kept_columns(name)]
-        assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
+            assert_refitted(result, name, kept_columns(name))
 
 
-def test_activation_checkpointing_measures_every_token_once(ranks: RankPool, job: Job) -> None:
+def test_activation_checkpointing_changes_no_refit(ranks: RankPool, job: Job) -> None:
+    """A backward pass computes layers again, which are no passes to keep."""
     plain, checkpointed = (
-        ranks.run(
-            2,
-            quality_settings.compensate_once,
-            replace(job, gradient_checkpointing=on),
-            HEADS,
-            CHANNELS,
-        )[0]
-        for on in (False, True)
+        ranks.run(2, quality_settings.compensate_once, changed, HEADS, CHANNELS)[0]
+        for changed in (job, replace(job, gradient_checkpointing=True))
     )
-    assert plain["moments"].keys() == checkpointed["moments"].keys()
-    assert all(
-        torch.equal(moment, checkpointed["moments"][name])
-        for name, moment in plain["moments"].items()
-    )
+    assert plain["passes"] == checkpointed["passes"]
+    for name, layer in plain["after"].items():
+        for part, tensor in layer.items():
+            assert torch.equal(tensor, checkpointed["after"][name][part]), name
 
 
 def test_whole_runs_agree_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
-    """Carries moments across several cuts. fp32 sums are in another order, as in test_sharded_equals_dense."""
+    """Keeps passes across several cuts. fp32 sums are in another order, as in test_sharded_equals_dense."""
     first, *others = (ranks.run(world_size, train, job)[0] for world_size in (1, 3))
     uncompensated = {
         key: value for key, value in job.prune.items() if not key.startswith("compensate")

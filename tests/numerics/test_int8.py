@@ -186,12 +186,7 @@ def test_so_do_other_settings(
 def test_a_refit_is_quantised_by_the_owner_of_the_layer(
     ranks: RankPool, job: Job, meant: Path
 ) -> None:
-    everywhere = {
-        "protected_first": 0,
-        "protected_last": 0,
-        "warmup_fraction": 0.5,
-        "compensate_steps": 4,
-    }
+    everywhere = {"protected_first": 0, "protected_last": 0, "warmup_fraction": 0.5}
     refit = replace(job, prune=job.prune | everywhere | {"compensate": "least_squares"})
     found, dense = (
         ranks.run(3, refit_once, x)[0] for x in (refit, replace(refit, folder=meant, frozen=None))

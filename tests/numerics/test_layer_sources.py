@@ -17,7 +17,7 @@ from loraprune_ds.session.live_export import LiveModel
 from tests.support.driver import Job, build, config_of, family_job, save, tiny_job
 from tests.support.ranks import RankPool
 
-REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}
+REFIT: dict[str, Any] = {"compensate": "least_squares"}
 
 
 def compare(job: Job, root: Path) -> Counter[str]:

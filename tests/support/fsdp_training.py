@@ -38,7 +38,7 @@ from tests.support.refusals import refused
 
 LORA = PAPER | {"normalize": "step"}
 FISHER = LORA | {"criterion": "fisher"}
-REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 2}
+REFIT: dict[str, Any] = {"compensate": "least_squares"}
 
 
 @dataclass(frozen=True)

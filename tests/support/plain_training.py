@@ -96,6 +96,7 @@ class PlainRun:
         with self.pruner.record_step(step):
             self.backward(batch)
             self.pruner.score(step)
+        self.pruner.note_tokens(batch[0].numel())
         assert self.pruner.average.scores is not None
         self.averages.append(
             [tuple(s.clone() for s in layer.values()) for layer in self.pruner.average.scores]

@@ -1,52 +1,89 @@
 """Runs refit, `fisher` and distillation on real ranks. Returns what a dense computation is compared with."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning import replay
+from loraprune_ds.pruning.compensate import empty_half
+from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, PrunableModel
 from loraprune_ds.pruning.step import all_groups
-from loraprune_ds.ranks.device import storage_bytes
-from loraprune_ds.train.data.samples import PADDING_ID
 from tests.support.cutting import whole_state
 from tests.support.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
-CUT_LAYERS = (1, 2)
+CUT_LAYERS = (1, 2, 3)
 
 
-@contextmanager
-def seen_inputs(trainer: ShardedTrainer) -> Iterator[dict[str, list[Tensor]]]:
-    """Yields what enters o_proj and down_proj in the measured passes, without padding, by hooks of our own."""
-    seen: dict[str, list[Tensor]] = {}
-    attention_mask: list[Tensor] = []
+@torch.no_grad()
+def inputs_of_whole_passes(trainer: ShardedTrainer, job: Job, steps: int) -> dict[str, Tensor]:
+    """Returns what enters o_proj and down_proj in the samples of the first steps, without padding.
 
-    def see_ids(module: Any, args: tuple[Any, ...], fields: dict[str, Tensor]) -> None:
-        ids = fields["input_ids"]
-        padded = int(trainer.samples.lengths().min()) < trainer.samples.window
-        attention_mask[:] = [ids != PADDING_ID if padded else torch.ones_like(ids).bool()]
+    Every rank makes one ordinary forward pass over all of them, in evaluation mode.
+    """
+    samples = torch.arange(steps * len(job.batches[0][0]))
+    ids = trainer.samples.inputs(samples)["input_ids"]
+    inside = torch.ones_like(ids).bool()
+    if job.lengths is not None:
+        inside = torch.arange(ids.shape[1]) < torch.tensor(job.lengths)[samples, None]
+    seen: dict[str, Tensor] = {}
 
     def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
-        if trainer.pruner.moments is not None and trainer.pruner.moments._masks is not None:
-            seen.setdefault(key, []).append(inputs[0].detach()[attention_mask[0]].clone())
+        seen[key] = inputs[0][inside].clone()
 
-    handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
-    handles += [
+    handles = [
         lora_linear(trainer.model.layers[i], linear.linear).register_forward_pre_hook(
             partial(see, f"{i}.{linear.linear}")
         )
         for i, linear in trainer.model.shape.linears()
         if linear.linear in INPUTS
     ]
-    yield seen
+    trainer.engine.infer(input_ids=ids, labels=ids)
     for handle in handles:
         handle.remove()
+    return seen
+
+
+@contextmanager
+def counted_halves() -> Iterator[list[int]]:
+    """Lists how many halves of moments this rank holds, whenever there is one more."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def make(*arguments: Any) -> Tensor:
+        half = empty_half(*arguments)
+        made.append(weakref.ref(half))
+        alive.append(sum(reference() is not None for reference in made))
+        return half
+
+    with patch.object(replay, "empty_half", make):
+        yield alive
+
+
+@contextmanager
+def computed_weights(model: PrunableModel) -> Iterator[list[LinearId]]:
+    """Lists the linears whose new weights this rank computes."""
+    computed: list[LinearId] = []
+    replace_weights = model.replace_weights
+
+    def watch(linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
+        def compute_here(key: LinearId, linear: CollectedLinear) -> Tensor:
+            computed.append(key)
+            return compute(key, linear)
+
+        replace_weights(linear_ids, compute_here)
+
+    with patch.object(model, "replace_weights", watch):
+        yield computed
 
 
 def whole_layers(
@@ -68,40 +105,36 @@ def whole_layers(
 
 
 def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
-    """Makes two measured steps, a refit for a cut of nothing, and one for a cut of layers 1 and 2 to `kept`."""
+    """Makes two steps, a refit for a cut of nothing, and one for a cut of some layers to `kept`."""
     trainer = build(job)
-    moments = trainer.pruner.moments
-    assert moments is not None
-    steps: list[dict[str, Tensor]] = []
+    model = trainer.model
     for step in (1, 2):
-        with seen_inputs(trainer) as seen:
-            trainer.step(step)
-        mine = {key: torch.cat(parts) for key, parts in seen.items()}
-        parts = trainer.model.comm.gather_objects(mine)
-        steps.append({key: torch.cat([part[key] for part in parts]) for key in mine})
+        trainer.step(step)
+    passes = trainer.pruner.passes
+    assert passes is not None
+    inputs = inputs_of_whole_passes(trainer, job, steps=2)
     before = whole_layers(trainer)
-    everything = all_groups(trainer.model.shape)
-    moments.compensate(everything, 1)
+    modes = [module.training for module in model.module.modules()]
+    everything = all_groups(model.shape)
+    replay.refit_by_replay(model, everything, passes.passes(), 2)
     untouched = whole_layers(trainer)
-    chosen = LayerKeep(zip(trainer.model.shape.kinds, map(torch.tensor, kept), strict=True))
+    chosen = LayerKeep(zip(model.shape.kinds, map(torch.tensor, kept), strict=True))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
-    held = storage_bytes(moments.sums.values())
-    owned = {f"{linear_id.layer}.{linear_id.name}" for linear_id in moments.sums}
-    moments.compensate(keep, 1)
+    with counted_halves() as halves, computed_weights(model) as computed:
+        replay.refit_by_replay(model, keep, passes.passes(), 2)
     after = whole_layers(trainer)
-    moments.cut(keep)
-    trainer.model.cut(keep)
+    assert [module.training for module in model.module.modules()] == modes
+    model.cut(keep)
     trainer.pruner.average.cut(keep)
     return {
-        "steps": steps,
+        "inputs": inputs,
         "before": before,
         "untouched": untouched,
         "after": after,
-        "owned": owned,
-        "moment_bytes": held,
-        "moments": {
-            f"{key.layer}.{key.name}": value / moments.tokens for key, value in moments.sums.items()
-        },
+        "tokens": [step.tokens for step in passes.steps],
+        "passes": [len(step.passes) for step in passes.steps],
+        "halves": max(halves),
+        "computed": {key.layer for key in computed},
         "next_loss": trainer.step(3).loss,
     }
 

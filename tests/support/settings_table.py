@@ -23,11 +23,9 @@ ADVANCED = {
             "warmup_fraction",
             "cooldown_fraction",
             "head_ratio",
+            "protected_first",
+            "protected_last",
         )
-    ),
-    *(
-        f"prune.{key}"
-        for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")
     ),
     *(
         f"train.{key}"

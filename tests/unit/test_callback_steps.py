@@ -22,7 +22,7 @@ from tests.oracle.models import make_batches, make_tiny_llama
 from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove
 
 STEPS = 4
-PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, compensate_steps=1)
+PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.frozen import QuantisedLinear
 from loraprune_ds.model.int8 import Int8
+from loraprune_ds.pruning.replay import refit_by_replay
 from tests.oracle.models import make_batches
 from tests.streams.virtual_card import CARD, CPU, device_of, is_card, watching
 from tests.support.driver import random_lora
@@ -23,7 +24,7 @@ from tests.support.families import SIZES, tiny_model
 from tests.support.plain_training import Batch, PlainRun
 
 SAMPLES, WINDOW, PADDED = 6, 12, 3  # tokens at the end of every second sample
-REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}
+REFIT: dict[str, Any] = {"compensate": "least_squares"}
 RATIO = 0.2  # which experts alone can give
 
 
@@ -57,12 +58,13 @@ def scored_and_refitted(run: PlainRun, device: torch.device) -> list[Tensor]:
                 logits, wanted, ignore_index=-100, reduction="sum"
             ).backward()
         pruner.score(1)
+    pruner.note_tokens(int(mask.sum()))
     assert pruner._unchecked is None or pruner._unchecked.check() is None
     scores = pruner.average.on_host()
     assert scores is not None
     keep = pruner._rank(scores, pruner.schedule.last_cut)
-    if pruner.moments is not None:
-        pruner.moments.compensate(keep, 1)
+    if pruner.passes is not None:
+        refit_by_replay(pruner.model, keep, pruner.passes.passes(), 1)
     pruner.average.cut(keep)
     left = [layer[kind] for layer in pruner.average.scores or [] for kind in layer]
     changed = [p for name, p in run.model.named_parameters() if name.endswith("base_layer.weight")]

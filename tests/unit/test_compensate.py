@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.pruning import compensate
-from loraprune_ds.pruning.compensate import add_half, half_of_product, numel_sent, refit
+from loraprune_ds.pruning.compensate import (
+    add_half_of_product,
+    empty_half,
+    from_half,
+    numel_sent,
+    refit,
+)
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from tests.support.refusals import must_name
 
@@ -75,7 +81,7 @@ def test_a_moment_that_cannot_be_inverted_is_an_error(bad: float) -> None:
     must_name("moment", refit, linear, torch.full((IN, IN), bad), torch.arange(1, IN), 0.05)
 
 
-# Half of a second moment is computed and sent. The owner has the whole
+# Half of a second moment is computed and sent. The owner makes the whole of it
 
 
 def integers(*shape: int, seed: int) -> Tensor:
@@ -88,8 +94,10 @@ def test_the_blocks_are_those_of_the_whole_product(
     monkeypatch: pytest.MonkeyPatch, n: int, sent: int
 ) -> None:
     monkeypatch.setattr(compensate, "TILE_ROWS", 4)
-    x, before = integers(20, n, seed=1), integers(n, n, seed=2)
-    half, total = half_of_product(x), before.clone()
+    first = integers(20, n, seed=1)
+    second = integers(9, n, seed=2)
+    half = empty_half(n, torch.device("cpu"))
     assert (len(half), numel_sent(n)) == (sent, sent)
-    add_half(total, half, 0.5)
-    assert torch.equal(total, before + 0.5 * (x.T @ x))
+    for x in (first, second):
+        add_half_of_product(half, x)
+    assert torch.equal(from_half(half, n), first.T @ first + second.T @ second)

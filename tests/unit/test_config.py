@@ -56,7 +56,6 @@ prune.ratio=0 prune.ratio=1 prune.ratio=.nan prune.head_ratio=1 prune.criterion=
 prune.normalize=max prune.moving_average=1 prune.prune_every=0 prune.channel_multiple=0
 prune.protected_first=-1 prune.protected_last=-1
 prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.compensate=mean
-prune.compensate_steps=0 prune.compensate_decay=1
 prune.target=0 prune.target=much prune.target=-4B prune.sizes=[] prune.sizes=[0.5,0] prune.sizes=[0.0GiB]
 train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
 train.distill_weight=1.5 train.distill_weight=-1 train.learning_rate=0
@@ -123,12 +122,18 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     must_name(str(tmp_path), read_config, tmp_path)  # a folder
 
 
-@pytest.mark.parametrize("setting", ["model.drop_layers=[]", "prune.depth_ratio=0.1"])
-def test_a_removed_key_says_what_to_do_instead(tmp_path: Path, setting: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [
+        ("model.drop_layers=[]", "launch/examples/drop_layers.py"),
+        ("prune.depth_ratio=0.1", "launch/examples/drop_layers.py"),
+        ("prune.compensate_steps=4", "remove passes"),
+        ("prune.compensate_decay=0.5", "remove passes"),
+    ],
+)
+def test_a_removed_key_says_what_to_do_instead(tmp_path: Path, setting: str, instead: str) -> None:
     """Also at its default, which only files of earlier runs may have."""
-    must_name(
-        f"{setting.partition('=')[0]} launch/examples/drop_layers.py", load, tmp_path, BASE, setting
-    )
+    must_name(f"{setting.partition('=')[0]} {instead}", load, tmp_path, BASE, setting)
 
 
 # --set

@@ -19,9 +19,8 @@ from loraprune_ds.cli import run as command
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pruning import compensate, prunable_model
-from loraprune_ds.pruning.compensate import InputMoments
+from loraprune_ds.pruning import compensate
+from loraprune_ds.pruning.compensate import add_half_of_product, empty_half
 from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products, peak_flops
 from loraprune_ds.train import run
 from loraprune_ds.train.output import OutputFolder
@@ -29,7 +28,6 @@ from loraprune_ds.zero import engine, params
 from loraprune_ds.zero.engine import Zero3
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
 from tests.support.launching import write_config
-from tests.support.shapes_and_scores import make_shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -46,15 +44,7 @@ def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.M
     monkeypatch.setattr(
         compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves)
     )
-    monkeypatch.setattr(prunable_model, "lora_linear", lambda layer, linear: nn.Identity())
-    shape = make_shape([(1, 4)])
-    comm = SimpleNamespace(reduce_to=lambda owner, part: part)
-    model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, comm=comm)
-    moments = InputMoments(model, [0], decay=0.0)
-    with moments.record_forward(None):
-        moments._record(
-            LinearId(0, shape.input_linears()[0][1].linear), torch.randn(1, 5, 4).bfloat16()
-        )
+    add_half_of_product(empty_half(4, torch.device("cpu")), torch.randn(5, 4).bfloat16())
     asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 

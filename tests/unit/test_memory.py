@@ -5,17 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from loraprune_ds.cli.run import join_ranks
-from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks import device
-from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import (
     KERNEL_CACHES,
     StepPeak,
@@ -89,31 +86,18 @@ def test_memory_between_used_blocks_goes_back_to_the_system() -> None:
     assert resident_bytes() < before - 150 * MB
 
 
-def session_with(**pruner: Any) -> PruningSession:
-    """Makes a session on one rank, whose pruner and model have the attributes that it asks."""
-    model: Any = SimpleNamespace(
-        comm=Communicator(),
-        device=torch.device("cpu"),
-        gradient_sum=lambda: torch.zeros(()),
-        optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
-        weight_bytes=lambda: [1],
-    )
-    made = PruningSession.__new__(PruningSession)
-    made.model = model
-    made.pruner = cast(Any, SimpleNamespace(**pruner))
-    made.peak = StepPeak()
-    made.recorder = Recorder(History(), [])
-    made.step = 1
-    made.scored = True
-    made.weight_bytes = [2]
-    return made
-
-
 @pytest.mark.parametrize("cut", ["a cut", None])
 def test_a_cut_trims_the_heap(monkeypatch: pytest.MonkeyPatch, cut: str | None) -> None:
     monkeypatch.setattr(session, "trim_heap", trimmed := Mock())
     monkeypatch.setattr(PruningSession, "_describe", Mock())
-    session_with(cut=lambda step, scored: cut).cut()
+    made: Any = PruningSession.__new__(PruningSession)
+    made.model = SimpleNamespace(weight_bytes=lambda: [1])
+    made.pruner = SimpleNamespace(cut=lambda step, scored: cut)
+    made.recorder = Recorder(History(), [])
+    made.step = 1
+    made.scored = True
+    made.weight_bytes = [2]
+    made.cut()
     assert trimmed.called == (cut is not None)
 
 
@@ -143,15 +127,3 @@ def test_a_system_without_a_reset_gives_no_peak_of_a_step(monkeypatch: pytest.Mo
     peak.begin()
     assert peak.of_step() == 0
     assert peak.of_process() > 0
-
-
-def test_a_refits_moments_are_no_part_of_a_steps_peak() -> None:
-    sums = {"o_proj": torch.ones(200 * MB, dtype=torch.uint8)}
-    moments: dict[str, Tensor] = {}
-    pruner = SimpleNamespace(moments=SimpleNamespace(sums=moments))
-    measured = session_with(moment_bytes=lambda: Pruner.moment_bytes(pruner))  # type: ignore[arg-type]
-    measured.peak.begin()
-    (with_them,) = measured.exchange().peak_bytes
-    moments |= sums
-    (without,) = measured.exchange().peak_bytes
-    assert with_them - without == pytest.approx(200 * MB, abs=20 * MB)

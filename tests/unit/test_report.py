@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 
 from loraprune_ds.cli.run import summary_table
 from loraprune_ds.config import PruneConfig, RunConfig
-from loraprune_ds.config_types import Compensation
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning
+from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
@@ -35,14 +34,11 @@ SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), D
 
 
 def report_of(
-    history: History,
-    resumed_from: tuple[int, ...] = (),
-    pruned: ModelShape = PRUNED,
-    schedule: Schedule = SCHEDULE,
+    history: History, resumed_from: tuple[int, ...] = (), pruned: ModelShape = PRUNED
 ) -> dict[str, Any]:
     config = RunConfig(output_dir="runs/x", seed=7).to_dict()
     return make_report(
-        Outcome(config, history, schedule, pruned, [], list(resumed_from), "cpu", [11, 12]), {}
+        Outcome(config, history, SCHEDULE, pruned, [], list(resumed_from), "cpu", [11, 12]), {}
     )
 
 
@@ -73,37 +69,25 @@ def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> N
 
 
 PEAKS = [9, 5, 8, 8, 9, 9, 4, 3, 3, 2]  # of the fuller rank in GB. The cuts are after steps 4 and 6
-CUTS_AT_4_AND_6 = {
-    "channel_multiple": 1,
-    "warmup_fraction": 0.2,
-    "cooldown_fraction": 0.4,
-    "prune_every": 2,
-}
 
 
 @pytest.mark.parametrize(
-    ("compensate", "recorded", "peaks", "before", "after"),
+    ("peaks", "before", "after"),
     [
-        ("least_squares", 2, PEAKS, 5, 3),  # steps 3 and 4 record inputs, and step 1 is a warm-up
-        ("least_squares", 4, PEAKS, 8, 3),  # all steps before the cut record
-        ("none", 2, PEAKS, 8, 3),
-        ("none", 2, [0] * 10, None, None),  # a system that measures no peak
-        ("none", 2, [], None, None),  # records of an earlier version
+        (PEAKS, 8, 3),  # step 1 is a warm-up
+        ([0] * 10, None, None),  # a system that measures no peak
+        ([], None, None),  # records of an earlier version
     ],
 )
-def test_the_peak_of_a_step_is_a_median_without_what_a_refit_holds(
-    compensate: Compensation, recorded: int, peaks: list[int], before: int | None, after: int | None
+def test_the_peak_of_a_step_is_a_median_of_the_fullest_rank(
+    peaks: list[int], before: int | None, after: int | None
 ) -> None:
     history = small_run()
     for i, peak in enumerate(peaks):
         history.steps[i] = replace(
             history.steps[i], peak_bytes=[1, peak * 10**9] if peak else [0, 0]
         )
-    prune = PruneConfig(
-        ratio=0.375, compensate=compensate, compensate_steps=recorded, **CUTS_AT_4_AND_6
-    )
-    report = report_of(history, schedule=plan_pruning(*resolve(prune, DENSE), 10))
-    assert report["step_peak_bytes"] == {
+    assert report_of(history)["step_peak_bytes"] == {
         "before": before and before * 10**9,
         "after": after and after * 10**9,
     }
