@@ -15,6 +15,7 @@ from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.int8 import Int8
 from loraprune_ds.pretrained.weight_files import as_on_disk, write_weight_file
+from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.pruning.step import all_groups
 from tests.support.cutting import whole_state
 from tests.support.driver import (
@@ -77,16 +78,16 @@ def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
 
 
 def refit_once(job: Job) -> dict[str, Tensor]:
-    """Makes two measured steps and a refit for a cut of layers 1 and 2. Returns all tensors after it."""
+    """Makes two steps and a refit for a cut of layers 1 and 2. Returns all tensors after it."""
     trainer = build(job)
-    moments = trainer.pruner.moments
-    assert moments is not None
+    passes = trainer.pruner.passes
+    assert passes is not None
     for step in (1, 2):
         trainer.step(step)
     chosen = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.arange(0, 173, 2))
-    moments.compensate(
-        [chosen if i in CUT_LAYERS else k for i, k in enumerate(all_groups(trainer.model.shape))], 1
-    )
+    everything = all_groups(trainer.model.shape)
+    keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
+    refit_by_replay(trainer.model, keep, passes.passes(), 2)
     return whole_state(trainer)
 
 
