@@ -19,9 +19,11 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 
-# accelerate's states, of a FULL_STATE_DICT and of a SHARDED_STATE_DICT
-MODEL_NAMES = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
-OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
+# accelerate's kinds of state, and the names of the model's and the optimizer's
+STATES = {
+    "FULL_STATE_DICT": ("pytorch_model_fsdp.bin", "optimizer.bin"),
+    "SHARDED_STATE_DICT": ("pytorch_model_fsdp_0", "optimizer_0"),
+}
 FSDP_IS_ON = "ACCELERATE_USE_FSDP"  # accelerate sets it, also for a Trainer
 
 
@@ -49,11 +51,10 @@ class LiveFsdp(LiveEngine):
             set_sizes(layer, spec.resized(layer_keep.counts))
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        return [
-            " or ".join(names)
-            for names in (MODEL_NAMES, OPTIMIZER_NAMES)
-            if not any((folder / name).exists() for name in names)
-        ]
+        from accelerate.state import AcceleratorState
+
+        kind = AcceleratorState().fsdp_plugin.state_dict_type.name
+        return [name for name in STATES[kind] if not (folder / name).exists()]
 
     def write_stand_in(
         self,
@@ -64,7 +65,7 @@ class LiveFsdp(LiveEngine):
         comm: Communicator,
     ) -> None:
         """Writes both kinds of accelerate's state of the model. Without an optimizer's file it reads no other state."""
-        full, sharded = MODEL_NAMES
+        (full, _), (sharded, _) = STATES.values()
         torch.save({}, folder / full)
         lora = {"model": get_peft_model_state_dict(model, adapter_name=ADAPTER)}
         save(lora, checkpoint_id=folder / sharded, no_dist=True)

@@ -21,6 +21,16 @@ from tests.support.trainers import PLAIN, WITHOUT, Setup, train_alone
 
 # of launch/examples, by the options of their tests
 TRAINER = OPTIONS.replace(f"--deepspeed {DS_CONFIG}", "--fsdp --max_length 32")
+SHARDED: dict[str, Any] = {"state_dict_type": "SHARDED_STATE_DICT"}
+FROM_RANK_0: dict[str, Any] = {"cpu_ram_efficient_loading": True}
+ENGINES: dict[str, dict[str, Any]] = {
+    "DDP": WITHOUT,
+    "ZeRO-3": {},
+    "FULL": fsdp(),
+    "FULL from rank 0": fsdp(**FROM_RANK_0),
+    "SHARDED": fsdp(**SHARDED),
+    "SHARDED from rank 0": fsdp(**SHARDED, **FROM_RANK_0),
+}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 20}
 
 
@@ -71,14 +81,17 @@ def test_an_example_prunes_and_what_it_writes_agrees(
     check_results(model, out, ids, live, has_adapter=not own_loop)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("FULL", 2), ("SHARDED", 2), heavy("FULL", 4)], ids=str)
+@pytest.mark.parametrize(("kind", "size"), [("FULL", 2), ("SHARDED", 2), heavy("FULL", 4)])
 def test_a_resume_across_a_cut_changes_no_bit_and_other_engines_and_ranks_go_on(
     ranks: RankPool, job: Job, tmp_path: Path, kind: str, size: int
 ) -> None:
     job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
-    more = fsdp(state_dict_type=f"{kind}_STATE_DICT")
+    more = ENGINES[kind]
     rows, weights = ranks.run(2, train_with_callback, job, tmp_path / "a", SAVES | more)[0]
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    forgetful = fsdp_trainers.resume_without_the_callback
+    for error in ranks.run(size, forgetful, job, tmp_path / "f", more, checkpoint):
+        assert "pruning.resume(trainer.model)" in error
     again, resumed = ranks.run(size, train_with_callback, job, tmp_path / "b", more, checkpoint)[0]
     assert rows[1]["kept"] != rows[0]["kept"]
     if size == 2:
@@ -93,16 +106,34 @@ def test_a_resume_across_a_cut_changes_no_bit_and_other_engines_and_ranks_go_on(
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"),
-    [(WITHOUT, "FULL"), (WITHOUT, "SHARDED"), ({}, "FULL")],
-    ids=["FULL from DDP", "SHARDED from DDP", "FULL from ZeRO-3"],
+    ("engine", "other", "size"),
+    [
+        ("DDP", "FULL", 2),
+        ("DDP", "SHARDED", 2),
+        ("ZeRO-3", "FULL", 2),
+        ("FULL", "SHARDED", 2),
+        heavy("SHARDED", "FULL", 2),
+        heavy("SHARDED", "SHARDED", 4),
+        heavy("ZeRO-3", "SHARDED", 2),
+        heavy("DDP", "FULL from rank 0", 2),
+        heavy("ZeRO-3", "SHARDED from rank 0", 4),
+        heavy("FULL", "DDP", 2),
+        heavy("FULL", "ZeRO-3", 2),
+        heavy("SHARDED", "ZeRO-3", 2),
+    ],
 )
 def test_what_another_engine_has_saved_goes_on(
-    ranks: RankPool, job: Job, tmp_path: Path, engine: dict[str, Any], kind: str
+    ranks: RankPool, job: Job, tmp_path: Path, engine: str, other: str, size: int
 ) -> None:
     job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
-    rows, _ = ranks.run(2, trainers.train_with_callback, job, tmp_path / "a", SAVES | engine)[0]
+    more = SAVES | ENGINES[engine]
+    rows, _ = ranks.run(2, training(more), job, tmp_path / "a", more)[0]
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    more = fsdp(state_dict_type=f"{kind}_STATE_DICT")
-    again, _ = ranks.run(2, train_with_callback, job, tmp_path / "b", more, checkpoint)[0]
+    more = ENGINES[other]
+    again, _ = ranks.run(size, training(more), job, tmp_path / "b", more, checkpoint)[0]
     assert_same_course(again, rows[2:], cuts=2)
+
+
+def training(arguments: dict[str, Any]) -> Any:
+    """Returns the function that trains with these arguments."""
+    return (fsdp_trainers if "fsdp" in arguments else trainers).train_with_callback

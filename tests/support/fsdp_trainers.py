@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from tests.support import trainers
 from tests.support.driver import Job
 from tests.support.launching import ROOT
-from tests.support.refusals import refused
 from tests.support.trainers import PLAIN, Setup, fresh_accelerate
 
 
@@ -71,9 +70,10 @@ def train_with_callback(
         return trainers.train_with_callback(job, out, more, checkpoint, setup)
 
 
-def refusal_of_resume(job: Job, out: Path, checkpoint: str) -> str:
-    """Resumes under FSDP2. Returns the error."""
-    return refused(train_with_callback, job, out, fsdp(), checkpoint)
+def resume_without_the_callback(job: Job, out: Path, more: dict[str, Any], checkpoint: str) -> str:
+    """Goes on from a checkpoint without `resume`. Returns the error."""
+    with fsdp_on_cpu():
+        return trainers.resume_without_the_callback(job, out, more, checkpoint)
 
 
 def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
