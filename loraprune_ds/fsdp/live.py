@@ -1,9 +1,11 @@
 """Connects the pruner with a training on FSDP2."""
 
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -24,7 +26,6 @@ STATES = {
     "FULL_STATE_DICT": ("pytorch_model_fsdp.bin", "optimizer.bin"),
     "SHARDED_STATE_DICT": ("pytorch_model_fsdp_0", "optimizer_0"),
 }
-FSDP_IS_ON = "ACCELERATE_USE_FSDP"  # accelerate sets it, also for a Trainer
 
 
 class LiveFsdp(LiveEngine):
@@ -33,8 +34,8 @@ class LiveFsdp(LiveEngine):
     name = "fsdp2"
 
     def will_train(self, model: PeftModel) -> bool:
-        """Tells whether a Trainer will shard the model, which is still whole, or whether it is sharded."""
-        is_on = os.environ.get(FSDP_IS_ON, "").lower() in ("1", "true")
+        """Tells whether accelerate will shard the model, which is still whole, or whether it is sharded."""
+        is_on = is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
         return is_on or any(map(self.holds, model.parameters()))
 
     def cut_before_training(
@@ -51,10 +52,9 @@ class LiveFsdp(LiveEngine):
             set_sizes(layer, spec.resized(layer_keep.counts))
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        from accelerate.state import AcceleratorState
-
-        kind = AcceleratorState().fsdp_plugin.state_dict_type.name
-        return [name for name in STATES[kind] if not (folder / name).exists()]
+        plugin: Any = AcceleratorState().fsdp_plugin
+        names = STATES[plugin.state_dict_type.name]
+        return [name for name in names if not (folder / name).exists()]
 
     def write_stand_in(
         self,

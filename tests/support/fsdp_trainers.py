@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from loraprune_ds import errors
 from tests.support import trainers
 from tests.support.driver import Job
 from tests.support.launching import ROOT
@@ -74,6 +75,12 @@ def resume_without_the_callback(job: Job, out: Path, more: dict[str, Any], check
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fsdp_on_cpu():
         return trainers.resume_without_the_callback(job, out, more, checkpoint)
+
+
+def kill_within_a_save(job: Job, out: Path, more: dict[str, Any]) -> None:
+    """Trains under FSDP2 until rank 1 is killed in the callback's part of the second save."""
+    with patch.object(errors, "FAULT", "save.pruning_written@2:1:9"):
+        train_with_callback(job, out, more)
 
 
 def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:
