@@ -13,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.engine.watched_model import cut_layers
 from loraprune_ds.files import JsonObject
-from loraprune_ds.model.adapters import ADAPTER, set_sizes
+from loraprune_ds.model.adapters import ADAPTER
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole, parameter_cuts
+from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole
 from loraprune_ds.ranks.comm import Communicator
 
 # accelerate's kinds of state, and the names of the model's and the optimizer's
@@ -46,10 +47,7 @@ class LiveFsdp(LiveEngine):
 
             FsdpModel(model, shape).cut(keep)
             return
-        for layer, spec, layer_keep in zip(decoder_layers(model), shape.layers, keep, strict=True):
-            for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                cut_whole(parameter, kept)
-            set_sizes(layer, spec.resized(layer_keep.counts))
+        cut_layers(decoder_layers(model), shape, keep, cut_whole)
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
         plugin: Any = AcceleratorState().fsdp_plugin
