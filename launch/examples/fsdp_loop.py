@@ -20,6 +20,7 @@ from loraprune_ds import PruneConfig, Pruning
 name, data, out = sys.argv[1:]
 kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),))  # joins the process group
+torch.manual_seed(0)  # of LoRA
 tokenizer = AutoTokenizer.from_pretrained(name)
 base = AutoModelForCausalLM.from_pretrained(name)
 model = get_peft_model(base, LoraConfig(target_modules="all-linear"))

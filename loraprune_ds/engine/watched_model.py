@@ -14,9 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from loraprune_ds.errors import require
+from loraprune_ds.errors import fail_point, require
+from loraprune_ds.model.adapters import set_sizes
+from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 
 AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
@@ -113,6 +115,15 @@ class WatchedModel(PrunableModel, ABC):
         undo.enter_context(decoder.register_forward_hook(self._watch_backward))
         return undo.close
 
+    def cut_moments(self, parameter: nn.Parameter, cut: Callable[[Tensor], Tensor]) -> None:
+        """Cuts all state of the optimizer that has the shape of a parameter, which is still uncut."""
+        state: dict[str, Any] = {}
+        if self.optimizer is not None:
+            state = self.optimizer.state.get(parameter, state)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = cut(value)
+
     def _watch_backward(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._queued = False  # in case a backward pass failed
         if output[0].requires_grad:
@@ -146,3 +157,17 @@ class WatchedModel(PrunableModel, ABC):
             for parameter in self._trained
         ]
         return torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def cut_layers(
+    layers: Iterable[nn.Module],
+    shape: ModelShape,
+    keep: Iterable[LayerKeep],
+    cut: Callable[[nn.Parameter, Slice], None],
+) -> None:
+    """Cuts decoder layers, one parameter after another. `shape` is from before the cut."""
+    for layer, spec, layer_keep in zip(layers, shape.layers, keep, strict=True):
+        for parameter, kept in parameter_cuts(layer, spec, layer_keep):
+            cut(parameter, kept)
+        set_sizes(layer, spec.resized(layer_keep.counts))
+        fail_point("cut.layer")

@@ -1,9 +1,11 @@
 """Connects the pruner with a training on FSDP2."""
 
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -11,18 +13,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.engine.watched_model import cut_layers
 from loraprune_ds.files import JsonObject
-from loraprune_ds.model.adapters import ADAPTER, set_sizes
+from loraprune_ds.model.adapters import ADAPTER
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole, parameter_cuts
+from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole
 from loraprune_ds.ranks.comm import Communicator
 
-# accelerate's states, of a FULL_STATE_DICT and of a SHARDED_STATE_DICT
-MODEL_NAMES = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")
-OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
-FSDP_IS_ON = "ACCELERATE_USE_FSDP"  # accelerate sets it, also for a Trainer
+# accelerate's kinds of state, and the names of the model's and the optimizer's
+STATES = {
+    "FULL_STATE_DICT": ("pytorch_model_fsdp.bin", "optimizer.bin"),
+    "SHARDED_STATE_DICT": ("pytorch_model_fsdp_0", "optimizer_0"),
+}
 
 
 class LiveFsdp(LiveEngine):
@@ -31,8 +35,8 @@ class LiveFsdp(LiveEngine):
     name = "fsdp2"
 
     def will_train(self, model: PeftModel) -> bool:
-        """Tells whether a Trainer will shard the model, which is still whole, or whether it is sharded."""
-        is_on = os.environ.get(FSDP_IS_ON, "").lower() in ("1", "true")
+        """Tells whether accelerate will shard the model, which is still whole, or whether it is sharded."""
+        is_on = is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
         return is_on or any(map(self.holds, model.parameters()))
 
     def cut_before_training(
@@ -43,17 +47,12 @@ class LiveFsdp(LiveEngine):
 
             FsdpModel(model, shape).cut(keep)
             return
-        for layer, spec, layer_keep in zip(decoder_layers(model), shape.layers, keep, strict=True):
-            for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                cut_whole(parameter, kept)
-            set_sizes(layer, spec.resized(layer_keep.counts))
+        cut_layers(decoder_layers(model), shape, keep, cut_whole)
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        return [
-            " or ".join(names)
-            for names in (MODEL_NAMES, OPTIMIZER_NAMES)
-            if not any((folder / name).exists() for name in names)
-        ]
+        plugin: Any = AcceleratorState().fsdp_plugin
+        names = STATES[plugin.state_dict_type.name]
+        return [name for name in names if not (folder / name).exists()]
 
     def write_stand_in(
         self,
@@ -64,7 +63,7 @@ class LiveFsdp(LiveEngine):
         comm: Communicator,
     ) -> None:
         """Writes both kinds of accelerate's state of the model. Without an optimizer's file it reads no other state."""
-        full, sharded = MODEL_NAMES
+        (full, _), (sharded, _) = STATES.values()
         torch.save({}, folder / full)
         lora = {"model": get_peft_model_state_dict(model, adapter_name=ADAPTER)}
         save(lora, checkpoint_id=folder / sharded, no_dist=True)

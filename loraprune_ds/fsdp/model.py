@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from loraprune_ds.engine.gathered_lora import gather_factors
 from loraprune_ds.engine.torch_state import TorchState
-from loraprune_ds.engine.watched_model import WatchedModel
-from loraprune_ds.errors import fail_point
+from loraprune_ds.engine.watched_model import WatchedModel, cut_layers
 from loraprune_ds.fsdp.private import Slot, find_slots, install, like_parameter
 from loraprune_ds.fsdp.rows import RowShards
-from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, parameter_cuts
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, AxisCut, gather_rounds, owned_range
+from loraprune_ds.ranks.flat import AxisCut, owned_range
 
 
 class FsdpModel(WatchedModel):
@@ -64,21 +63,8 @@ class FsdpModel(WatchedModel):
 
     # Scoring
 
-    @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        """Gathers A, B and their averaged gradients on every rank, several layers by one all-gather."""
-        parameters = [list(layer.values()) for layer in self.lora_parameters()]
-        sizes = [2 * sum(parameter.numel() for parameter in layer) for layer in parameters]
-        for layers in gather_rounds(sizes, GATHERED_NUMEL):
-            of_round = [parameter for layer in layers for parameter in parameters[layer]]
-            rows = [held(parameter).float() for parameter in of_round]
-            gradients = [self.unscaled_gradient(parameter) for parameter in of_round]
-            shapes = [tuple(parameter.shape) for parameter in of_round]
-            gathered = self._rows.gather(rows + gradients, shapes + shapes)
-            weights = iter(gathered[: len(of_round)])
-            grads = iter(gathered[len(of_round) :])
-            for layer in layers:
-                yield self._named_factors(layer, weights, grads)
+        return gather_factors(self, self._rows.gather)
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         weight = self._module(linear_id).base_layer.weight
@@ -112,11 +98,7 @@ class FsdpModel(WatchedModel):
         before = self._rows.shards.bytes_sent
         self._reshard()
         slots = find_slots(self._units)
-        for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
-            for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                self._select(parameter, kept, slots[parameter])
-            set_sizes(layer, spec.resized(layer_keep.counts))
-            fail_point("cut.layer")
+        cut_layers(self.layers, self.shape, keep, lambda p, kept: self._select(p, kept, slots[p]))
         self.shape = self.shape.after(keep)
         self._forget_event()
         return sum(self.comm.gather_objects(self._rows.shards.bytes_sent - before))
@@ -124,13 +106,12 @@ class FsdpModel(WatchedModel):
     def _select(self, parameter: nn.Parameter, kept: Slice, slot: Slot) -> None:
         shape = tuple(parameter.shape)
         new_shape = AxisCut(shape, kept.axis, kept.keep).new_shape
-        state: dict[str, Any] = {}
-        if self.optimizer is not None:
-            state = self.optimizer.state.get(parameter, state)
-        for key, value in state.items():
-            if isinstance(value, DTensor) and value.shape == parameter.shape:
-                rows = self._rows.cut(held(value), shape, kept)
-                state[key] = like_parameter(rows, parameter, new_shape)
+
+        def cut_moment(moment: Tensor) -> DTensor:
+            rows = self._rows.cut(held(moment), shape, kept)
+            return like_parameter(rows, parameter, new_shape)
+
+        self.cut_moments(parameter, cut_moment)
         parameter.grad = None
         install(slot, parameter, self._rows.cut(held(parameter), shape, kept), new_shape)
 

@@ -58,8 +58,9 @@ class RowShards:
         numel = partition_numel(shape[0], self.shards.world_size) * math.prod(shape[1:])
         return pad(local.detach().to(self.shards.device).reshape(-1), numel)
 
-    def gather(self, local: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
-        """Gathers full tensors of one dtype on every rank, by one all-gather."""
+    def gather(self, local: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """Gathers full tensors of one dtype, and of the shapes of `like`, on every rank, by one all-gather."""
+        shapes = [tensor.shape for tensor in like]
         padded = [self.padded(rows, shape) for rows, shape in zip(local, shapes, strict=True)]
         gathered = self.shards.all_gather(torch.cat(padded))  # (shards, sum of padded)
         parts = gathered.split([len(rows) for rows in padded], dim=1)

@@ -14,19 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.engines import holder
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import JsonObject, remove_folder
 from loraprune_ds.hf.arguments import check_arguments
+from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
@@ -69,7 +68,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
         self._output_dir = "."
-        self._guard: RemovableHandle | None = None
+        self._guard: LoadGuard | None = None
         self._files = TrainerFiles()
         # of a checkpoint, for the Trainer
         self._stand_in: tempfile.TemporaryDirectory[str] | None = None
@@ -113,6 +112,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint = checkpoint
         if checkpoint is None:
             return None
+        self._remove_guard()
         self.config = checkpoint.prune
         of_trainer = checkpoint.of_trainer
         lost = files.lost(of_trainer, comm.world_size)
@@ -139,7 +139,7 @@ class LoraPruneCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Refuses what DeepSpeed would fail on without a reason, such as a checkpoint loaded without `resume`."""
+        """Refuses what a library would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         ds_config = _ds_config(args)
         self._files = TrainerFiles(ds_config, bool(args.fp16))
@@ -154,7 +154,7 @@ class LoraPruneCallback(TrainerCallback):
             prepare_quantised(model, sharded=ds_config is not None)
             check_one_dtype(model)
             check_arguments(args, model)  # before TRL starts an engine for generation
-            self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
+            self._guard = LoadGuard(model, RESUME)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -167,8 +167,7 @@ class LoraPruneCallback(TrainerCallback):
         model = cast(nn.Module, more["model"])
         checkpoint = self._checkpoint
         check_arguments(args, model)
-        if self._guard is not None:
-            self._guard.remove()
+        self._remove_guard()
         resumed_from = checkpoint.state.step if checkpoint else None
         if state.global_step != (resumed_from or 0):
             raise UserError(
@@ -245,16 +244,9 @@ class LoraPruneCallback(TrainerCallback):
         if self._stand_in is not None:
             self._stand_in.cleanup()
 
-    def _refuse_load(self, module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-        if self._checkpoint is not None:
-            return
-        parameters = dict(module.named_parameters())
-        in_engine = all(holder(parameter).name == "zero3" for parameter in parameters.values())
-        common = parameters.keys() & state.keys()
-        if in_engine or any(state[name].shape != parameters[name].shape for name in common):
-            raise UserError(
-                f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}"
-            )
+    def _remove_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
 
 
 def _ds_config(args: TrainingArguments) -> JsonObject | None:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from loraprune_ds.engine.torch_state import TorchState
-from loraprune_ds.engine.watched_model import WatchedModel
-from loraprune_ds.errors import fail_point, require
-from loraprune_ds.model.adapters import set_sizes
+from loraprune_ds.engine.watched_model import WatchedModel, cut_layers
+from loraprune_ds.errors import require
 from loraprune_ds.model.frozen import Slice, storage_format, stored_tensors
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, cut_whole, parameter_cuts
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, cut_whole
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 
@@ -75,21 +74,15 @@ class LocalModel(WatchedModel):
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts in place. The optimizer and the trainer keep their parameters."""
         with _without_reducer(self._ddp):
-            for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
-                for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-                    self._select(parameter, kept)
-                set_sizes(layer, spec.resized(layer_keep.counts))
-                fail_point("cut.layer")
+            cut_layers(self.layers, self.shape, keep, self._select)
             self.shape = self.shape.after(keep)
         return 0
 
     def _select(self, parameter: nn.Parameter, kept: Slice) -> None:
-        state: dict[str, Any] = {}
-        if self.optimizer is not None:
-            state = self.optimizer.state.get(parameter, state)
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = value.index_select(kept.axis, kept.keep.to(value.device))
+        def cut_moment(moment: Tensor) -> Tensor:
+            return moment.index_select(kept.axis, kept.keep.to(moment.device))
+
+        self.cut_moments(parameter, cut_moment)
         cut_whole(parameter, kept)
 
     # Checkpoints and exports

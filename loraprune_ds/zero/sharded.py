@@ -1,6 +1,5 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.engine.gathered_lora import gather_factors
 from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState, collect_shards
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.frozen import DENSE, storage_format
@@ -22,7 +22,7 @@ from loraprune_ds.pruning.prunable_model import (
     PrunableModel,
 )
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds, without_padding
+from loraprune_ds.ranks.flat import without_padding
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
@@ -65,25 +65,9 @@ class ShardedModel(PrunableModel):
 
     # Scoring
 
-    @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather."""
-        # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 gradients are unscaled here.
-        lora = [list(layer.values()) for layer in self.lora_parameters()]
-        sizes: list[int] = []
-        for layer in lora:
-            numel = sum(math.prod(full_shape(p)) for p in layer)
-            sizes.append(2 * numel)  # with the gradients
-        for layers in gather_rounds(sizes, GATHERED_NUMEL):
-            parameters = [p for layer in layers for p in lora[layer]]
-            count = len(parameters)
-            masters = [self.optimizer_state.shard(p, "master") for p in parameters]
-            gradients = [self.unscaled_gradient(p) for p in parameters]
-            gathered = self._gather(masters + gradients, parameters * 2)
-            weights = iter(gathered[:count])
-            grads = iter(gathered[count:])
-            for layer in layers:
-                yield self._named_factors(layer, weights, grads)
+        # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary.
+        return gather_factors(self, self._gather)
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.same_results --reference CHECKOUT [--checkout CHECKOUT] [--work FOLDER]
 
-Two checkouts prune the same tiny random models on the CPU, by launch/run.py and in transformers' Trainer. All results
-must have the same bits: kept groups, losses, perplexities, every tensor of every checkpoint, and the exported models.
-One line per case says `equal` or the first difference. The exit code is 1 if anything differs.
+Two checkouts prune the same tiny random models on the CPU, by launch/run.py, in transformers' Trainer, and in a loop
+under FSDP2. All results must have the same bits: kept groups, losses, perplexities, every tensor of every checkpoint,
+and the exported models. One line per case says `equal` or the first difference. The exit code is 1 if anything differs.
 
 Results of the reference are kept in the work folder under its commit. Only commands and files drive the two sides, so
 any two checkouts can be compared whose settings have the names used here.
@@ -38,6 +38,7 @@ from tests.support.multimodal import multimodal
 WORK = ROOT / "runs" / "same_results"
 RUN = "launch/run.py"  # of a checkout
 TRAINER = str(Path(__file__).with_name("same_results_trainer.py"))
+FSDP = str(Path(__file__).with_name("same_results_fsdp.py"))
 RANKS = Path(__file__).with_name("same_results_ranks.py")
 WINDOW = 32
 TIMEOUT = 900  # seconds of a case
@@ -74,13 +75,14 @@ Settings = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """Describes a run to compare. Without a model it is base.yaml, but shorter."""
+    """Describes a run to compare. Without a model it is base.yaml, but shorter. It `needs` a path of a checkout."""
 
     name: str
     model: str | None = "llama"
     settings: Settings = field(default_factory=dict)
     ranks: int = 2
     script: str = RUN
+    needs: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
@@ -197,6 +199,10 @@ CASES = [
         )
         for n, compensate in ((2, "least_squares"), (1, "none"))
     ),
+    *(
+        Case(f"FSDP2, {name}", "biased", settings, ranks, FSDP, "loraprune_ds/fsdp")
+        for name, settings, ranks in (("fisher", {}, 2), ("lora", LORA, 3))
+    ),
     Case("quickstart", None),
 ]
 
@@ -248,7 +254,7 @@ class Side:
         log.unlink(missing_ok=True)
         config = self._file(case, "yaml")
         config.write_text(self._text(case))
-        script = case.script if case.script == TRAINER else str(self.checkout / case.script)
+        script = str(self.checkout / case.script)  # TRAINER and FSDP are of this checkout
         argv = [script, "--config", str(config)]
         job = {"ranks": case.ranks, "argv": argv, "log": str(log), "timeout": TIMEOUT}
         pipes: Any = self._ranks
@@ -402,13 +408,15 @@ def main() -> int:
     cases, bad = [case for case in CASES if arguments.only in str(case)], 0
     for case in cases:
         began, verdict = time.monotonic(), "kept"
-        if not kept.has(case) and (failure := kept.run(case)):
+        if not (reference / case.needs).exists():
+            verdict = f"skipped: the reference has no {case.needs}"
+        elif not kept.has(case) and (failure := kept.run(case)):
             verdict = f"the reference failed: {failure}"
         elif not arguments.reference_only:
             verdict = compare(
                 case, kept, fresh, RESULTS if arguments.exports_only else RESULTS + CHECKPOINTS
             )
-        bad += verdict not in ("equal", "kept")
+        bad += not verdict.startswith(("equal", "kept", "skipped"))
         print(f"{case!s:<32}{time.monotonic() - began:>5.0f} s  {verdict}", flush=True)
     for side in (kept, fresh):
         side.close()

@@ -14,10 +14,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from loraprune_ds import errors
 from tests.support import trainers
 from tests.support.driver import Job
 from tests.support.launching import ROOT
-from tests.support.refusals import refused
 from tests.support.trainers import PLAIN, Setup, fresh_accelerate
 
 
@@ -71,9 +71,16 @@ def train_with_callback(
         return trainers.train_with_callback(job, out, more, checkpoint, setup)
 
 
-def refusal_of_resume(job: Job, out: Path, checkpoint: str) -> str:
-    """Resumes under FSDP2. Returns the error."""
-    return refused(train_with_callback, job, out, fsdp(), checkpoint)
+def resume_without_the_callback(job: Job, out: Path, more: dict[str, Any], checkpoint: str) -> str:
+    """Goes on from a checkpoint without `resume`. Returns the error."""
+    with fsdp_on_cpu():
+        return trainers.resume_without_the_callback(job, out, more, checkpoint)
+
+
+def kill_within_a_save(job: Job, out: Path, more: dict[str, Any]) -> None:
+    """Trains under FSDP2 until rank 1 is killed in the callback's part of the second save."""
+    with patch.object(errors, "FAULT", "save.pruning_written@2:1:9"):
+        train_with_callback(job, out, more)
 
 
 def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin
 
 # In the order of what each decides. A part is a module of this package and a function in it.
 PARTS = "kernels.gemm runs.whole_run runs.beside_cpu training.steps training.cuts kernels.scoring runs.fp16".split()
-PARTS += "training.offload kernels.refitting runs.two_ranks".split()
+PARTS += "training.offload kernels.refitting runs.two_ranks runs.fsdp2".split()
 MOST_SECONDS = 480.0  # of a part
 LEAST_SECONDS = 30.0  # with less time left, no part is begun
 CUT_OFF = "cut off before its end"

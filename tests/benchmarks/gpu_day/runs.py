@@ -8,10 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.ranks.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
-from tests.support.launching import ROOT, free_port, step_of
+from tests.oracle.models import make_tiny_llama
+from tests.support.examples import write_rows
+from tests.support.launching import ROOT, free_port, on_ranks, run_to_end, step_of
 from tests.support.resuming import metrics, write_family, write_run
 
 OVERLAP = ROOT / "ds_configs" / "zero3_overlap.json"
@@ -116,6 +120,30 @@ def two_ranks(found: Found) -> None:
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(next(err for _, err in ended if err.strip())[-2000:])
     found.row("loss after a cut", float(ended[0][0].split()[-1]))
+
+
+def fsdp2(found: Found) -> None:
+    """Prunes by the example of FSDP2 on all cards, over NCCL, and on as many CPU ranks over gloo."""
+    ranks = 1 if is_cpu() else torch.cuda.device_count()
+    found.row("ranks of FSDP2", ranks)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        width = 64 if is_cpu() else 1024
+        sizes: dict[str, Any] = {"hidden": width, "ffn": 3 * width, "heads": 8, "kv_heads": 4}
+        model = make_tiny_llama(folder / "dense", layers=8, **sizes)
+        rows = write_rows(folder / "rows.jsonl", ("text",))
+        command = [*on_ranks(ranks, "torchrun"), str(ROOT / "launch/examples/fsdp_loop.py")]
+        runs = {"card": {}, "cpu": {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}}
+        for where, variables in runs.items():
+            given = [str(model), str(rows), str(folder / where)]
+            ended = run_to_end([*command, *given], cwd=ROOT, environment=variables)
+            if ended.code:
+                raise RuntimeError(ended.everything[-2000:])
+        losses = [[step["loss"] for step in metrics(folder / where, "step")] for where in runs]
+        differences = [abs(a - b) for a, b in zip(*losses, strict=True)]
+        found.row("largest difference of a loss", max(differences), 0, losses=losses)
+        card, cpu = (_groups(folder / where) for where in runs)
+        found.row("groups that differ", len(card - cpu), 0)
 
 
 def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
