@@ -1,9 +1,12 @@
 """A refit repeats passes layer by layer. It must see what an ordinary forward pass shows."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from loraprune_ds.errors import RunError
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.groups import LayerKeep
@@ -48,7 +51,9 @@ def refit_from_ordinary_passes(model: LocalModel, keep: list[LayerKeep], of: lis
     def see(key: LinearId, inputs: Tensor) -> None:
         mask = masks[-1][model.shape.layers[key.layer].layer_list]
         rows = inputs.flatten(0, 1) if mask is None else inputs[mask]
-        moments[key] = moments.get(key, torch.zeros(())) + rows.T @ rows
+        rows = rows.float()
+        with torch.autocast("cpu", enabled=False):
+            moments[key] = moments.get(key, torch.zeros(())) + rows.T @ rows
 
     remove = hook_inputs(model, [(key.layer, linear) for key, linear in shrinking.items()], see)
     for inputs, of_batch in of:
@@ -76,23 +81,23 @@ def live(family: str) -> LocalModel:
     return LocalModel(network.model, network.shape)
 
 
-@pytest.mark.parametrize("family", TINY)
-def test_a_replay_refits_like_moments_of_ordinary_forward_passes(family: str) -> None:
-    model = live(family)
-    keep = draw(model.shape, FEW)
-    before = base_weights(model)
+def replay(model: LocalModel, keep: list[LayerKeep], of: list[Batch]) -> None:
+    """Makes training passes, whose dropout they do not repeat, and refits by repeating them."""
     kept = KeptPasses(model)
     kept.begin_step()
-    of = batches(family)
-    model.module.train()  # a refit turns dropout off
+    model.module.train()
     for inputs, masks in of:
         with kept.record_forward(*masks):
             model.module(**inputs)
-    model.module.eval()
-    refit_by_replay(model, keep, kept.passes(), step=1)
+    refit_by_replay(model, keep, kept.passes(), step=7)
+
+
+def assert_same_refit(
+    family: str, model: LocalModel, expected_model: LocalModel, keep: list[LayerKeep]
+) -> None:
+    """Compares two models that were refitted."""
+    before = base_weights(live(family))
     replayed = base_weights(model)
-    expected_model = live(family)
-    refit_from_ordinary_passes(expected_model, keep, of)
     expected = base_weights(expected_model)
     shrinking = {
         LinearId(i, x.linear) for i, x in measured_linears(model.shape) if x.shrinks(keep[i])
@@ -101,3 +106,62 @@ def test_a_replay_refits_like_moments_of_ordinary_forward_passes(family: str) ->
     for key, weight in expected.items():
         # both sum in fp32, in another order, which the inverse enlarges
         torch.testing.assert_close(replayed[key], weight, rtol=1e-4, atol=1e-5, msg=str(key))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_replay_refits_like_moments_of_ordinary_forward_passes(family: str) -> None:
+    model = live(family)
+    expected = live(family)
+    keep = draw(model.shape, FEW)
+    replay(model, keep, batches(family))
+    refit_from_ordinary_passes(expected, keep, batches(family))
+    assert_same_refit(family, model, expected, keep)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_so_it_does_in_the_precision_of_the_passes(family: str) -> None:
+    model = live(family)
+    expected = live(family)
+    keep = draw(model.shape, FEW)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        refit_from_ordinary_passes(expected, keep, batches(family))
+    kept = KeptPasses(model)
+    kept.begin_step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for inputs, masks in batches(family):
+            with kept.record_forward(*masks):
+                model.module(**inputs)
+    refit_by_replay(model, keep, kept.passes(), step=7)
+    assert_same_refit(family, model, expected, keep)
+
+
+def test_so_it_does_from_embeddings() -> None:
+    """A model with images is called with them."""
+    model = live("llama")
+    expected = live("llama")
+    keep = draw(model.shape, FEW)
+    embed: Any = model.module.get_submodule("base_model.model.model.embed_tokens")
+    of = batches("llama")
+    replay(model, keep, [({"inputs_embeds": embed(x["input_ids"])}, masks) for x, masks in of])
+    refit_from_ordinary_passes(expected, keep, of)
+    assert_same_refit("llama", model, expected, keep)
+
+
+def test_a_refit_that_fails_names_step_and_linear_and_leaves_the_model_as_it_was() -> None:
+    model = live("llama")
+    keep = draw(model.shape, FEW)
+    model.module.train()
+    model.layers[1].eval()
+    modes = [part.training for part in model.module.modules()]
+    nothing = [(x, (torch.zeros(2, 17, dtype=torch.bool),)) for x, _ in batches("llama")]
+    kept = KeptPasses(model)
+    kept.begin_step()
+    for inputs, masks in nothing:
+        with kept.record_forward(*masks):
+            model.module(**inputs)
+    kept.detach()
+    with pytest.raises(RunError, match=r"step 7: layer 0 self_attn\.o_proj"):
+        refit_by_replay(model, keep, kept.passes(), step=7)
+    assert [part.training for part in model.module.modules()] == modes
+    for module in model.module.modules():
+        assert not module._forward_pre_hooks
