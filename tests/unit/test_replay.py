@@ -1,22 +1,27 @@
 """A refit repeats passes layer by layer. It must see what an ordinary forward pass shows."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.compensate import measured_linears, refit
 from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import CollectedLinear, hook_inputs
 from loraprune_ds.pruning.replay import refit_by_replay
+from tests.oracle.models import make_batches, make_tiny_llama
 from tests.support.families import TINY, is_seq2seq
 from tests.support.family_cuts import FEW, dense, draw
+from tests.support.plain_training import PlainRun, fresh_lora
 
 Batch = tuple[dict[str, Tensor], tuple[Tensor | None, ...]]
 
@@ -165,3 +170,35 @@ def test_a_refit_that_fails_names_step_and_linear_and_leaves_the_model_as_it_was
     assert [part.training for part in model.module.modules()] == modes
     for module in model.module.modules():
         assert not module._forward_pre_hooks
+
+
+def test_an_evaluation_is_not_kept_nor_a_graph() -> None:
+    model = live("llama")
+    embed: Any = model.module.get_submodule("base_model.model.model.embed_tokens")
+    ids = torch.arange(10).view(2, 5)
+    embedded = embed(ids).requires_grad_()
+    passes = KeptPasses(model)
+    passes.begin_step()
+    model.module(input_ids=ids)
+    with passes.record_forward(None):
+        model.module(inputs_embeds=embedded, use_cache=True)
+    model.module(input_ids=ids)
+    (kept,) = passes.passes()
+    assert torch.equal(kept[0].inputs["inputs_embeds"], embedded)
+    for value in kept[0].inputs.values():
+        assert isinstance(value, Tensor | bool | int | float | str)  # no cache
+        assert not (isinstance(value, Tensor) and value.requires_grad)
+
+
+def test_no_pass_is_kept_after_the_last_cut(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path, heads=4, kv_heads=4, hidden=32, ffn=48, layers=2, vocab=97)
+    config = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, cooldown_fraction=0.5)
+    run = PlainRun(folder, fresh_lora(open_pretrained(folder).shape), config, steps=6)
+    kept: list[int] = []
+    for step, batch in enumerate(make_batches(steps=6, samples=6, tokens=8, vocab=97, seed=3), 1):
+        run.step(step, batch)
+        assert run.pruner.passes is not None
+        kept.append(len(run.pruner.passes.passes()))
+    assert run.cuts[-1].step == run.plan.last_cut
+    assert kept[run.plan.last_cut - 2] > 0
+    assert not any(kept[run.plan.last_cut - 1 :])
