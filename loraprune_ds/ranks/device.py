@@ -159,10 +159,15 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
         return nullcontext()
     is_native = True
     if dtype == "bfloat16":
-        is_native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        is_native = has_fast_bfloat16()
     elif dtype == "float16":
         is_native = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return nullcontext() if is_native else ThroughFloat32()
+
+
+def has_fast_bfloat16() -> bool:
+    """Returns True if this CPU computes products in bf16 faster than in fp32."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class ThroughFloat32(TorchDispatchMode):

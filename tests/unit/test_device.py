@@ -32,17 +32,24 @@ from tests.support.launching import write_config
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
-def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name: str) -> None:
-    matmul = torch.backends.cuda.matmul
-    with compensate.tf32_for_halves(dtype, torch.device(name)):
-        assert matmul.allow_tf32 == (name == "cuda" and dtype != torch.float32)
-    assert not matmul.allow_tf32
+@pytest.mark.parametrize("native", [True, False])
+def test_products_of_halves_keep_only_the_bits_of_halves(
+    dtype: torch.dtype, name: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    precision = "highest"
+    if name == "cuda" and dtype != torch.float32:
+        precision = "high"
+    elif name == "cpu" and dtype == torch.bfloat16 and native:
+        precision = "medium"
+    with compensate.fast_for_halves(dtype, torch.device(name)):
+        assert torch.get_float32_matmul_precision() == precision
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves)
+        compensate, "fast_for_halves", asked := Mock(wraps=compensate.fast_for_halves)
     )
     add_half_of_product(empty_half(4, torch.device("cpu")), torch.randn(5, 4).bfloat16())
     asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
