@@ -61,6 +61,7 @@ AmountText = Annotated[
 ]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
+Bits = Literal["nf4", "nf4_double", "int8"]  # how bitsandbytes quantises a base
 EngineName = Literal["zero3", "local", "fsdp2"]  # which saved states record
 Criterion = Literal["lora", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]

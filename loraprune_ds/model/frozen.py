@@ -7,7 +7,7 @@ A storage format names the tensors that store a weight and converts between them
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast, get_args
 
@@ -140,6 +140,16 @@ class QuantisedLinear(FrozenLinear):
         self.out_features = linear.out_features
         self.store_as(stored_as, tensors)
         self.register_parameter("bias", linear.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantisedLinear":
+        """Never casts the tensors that store the weight, as `model.to(torch.bfloat16)` would."""
+        stored = set(stored_tensors(self))
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor in stored else moved
+
+        return super()._apply(move, recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         stored = stored_tensors(self)

@@ -3,15 +3,22 @@
 Weights are checked by the headers of their files, and read in parts, so that no rank holds the full model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
+from loraprune_ds.config_types import Bits, Dtype
+from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
+from loraprune_ds.model.frozen import DTYPES, StorageFormat
+from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pretrained.quantised import headers_of_weights, quantised_weights
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.pretrained.text_part import (
     MTP,
@@ -49,11 +56,14 @@ class PretrainedModel:
         return self.weights.shape
 
 
-def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedModel:
+def open_pretrained(
+    folder: Path, *, query_heads: bool = True, quantised: bool = False
+) -> PretrainedModel:
     """Reads config.json and the headers of all weight files. Takes the text part of a multimodal model.
 
     Args:
         query_heads: single ones leave, where a model has one or two key-value heads.
+        quantised: bitsandbytes' tensors may stand for weights. `open_quantised` reads them.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
@@ -66,6 +76,8 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
         config = config | {QUERY_HEADS_LEAVE: False}
     family = read_family(config, where)
     headers = read_headers(folder)
+    if quantised:
+        headers = headers_of_weights(headers)
     tower = None
     prefixes = family.prefixes
     text_tensors = list(headers)
@@ -94,6 +106,35 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
     }
     weights = check_weights(folder, headers, in_model, shape)
     return PretrainedModel(folder, config, modules, weights, tower)
+
+
+def open_quantised(
+    folder: Path, bits: Bits, formats: Mapping[str, str], dtype: Dtype, *, query_heads: bool = True
+) -> PretrainedModel:
+    """Opens a model that bitsandbytes quantised when it was loaded, or that has been stored so.
+
+    Args:
+        formats: how pruning stores linears: "{layer}.{linear}" -> name of a format.
+        dtype: of the weights before, in which the model computes.
+
+    Raises:
+        UserError: like `open_pretrained`. bitsandbytes is not installed.
+    """
+    require(
+        find_spec("bitsandbytes") is not None,
+        f"{folder} was quantised by bitsandbytes, which is not installed; pip install bitsandbytes",
+    )
+    pretrained = open_pretrained(folder, query_heads=query_heads, quantised=True)
+    shape = pretrained.shape
+    of_weights = dict[str, StorageFormat]()
+    for layer, linear in shape.linears():
+        name = formats.get(f"{layer}.{linear.linear}")
+        if name is not None:
+            in_4_bits = NF4(int(linear.loses_inputs), DTYPES[dtype])
+            stored_as = in_4_bits if name == "nf4" else linear.format(int8=True)
+            of_weights[shape.prefix(layer) + linear.name] = stored_as
+    weights = quantised_weights(pretrained.weights, bits, of_weights, read_headers(folder))
+    return replace(pretrained, weights=weights, tower=None)
 
 
 def _tower_files(headers: Headers, prefixes: Prefixes) -> dict[str, Path]:

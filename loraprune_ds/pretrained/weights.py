@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from loraprune_ds.model.frozen import (
     READ_CHUNK,
     SCALE,
     WEIGHT,
+    Matrix,
     NotFinite,
     Pieces,
     Slice,
@@ -72,8 +74,9 @@ class ModelWeights:
             return self
         slices: dict[str, Slice] = {}
         for i, layer in enumerate(self.shape.layers):
-            for name, part, _ in layer.cuts(keep[i], self._format):
-                slices[self.shape.prefix(i) + name] = part
+            prefix = self.shape.prefix(i)
+            for name, part, _ in layer.cuts(keep[i], partial(self._format_in, prefix)):
+                slices[prefix + name] = part
         pieces = dict(self.pieces)
         for name in self.pieces.keys() & slices.keys():
             pieces[name] = pieces[name].keep_rows(slices.pop(name).keep)
@@ -123,7 +126,7 @@ class ModelWeights:
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         spec = self._tensors.get(weight)
-        stored_as = self._format(spec) if spec else DENSE
+        stored_as = self.format(weight) if spec else DENSE
         if not spec or not isinstance(stored_as, Int8) or tensor not in Int8.tensors:
             keeps_fp32 = name in self._tensors and self._tensors[name].keep_fp32
             return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
@@ -146,14 +149,24 @@ class ModelWeights:
         """Returns one of `ModelShape.parameters`, dequantised."""
         tensor = self._tensors[name]
         prefix = name.removesuffix(tensor.name)
+        stored_as = self.format(name)
         parts: list[Tensor] = []
-        for part, stored in tensor.stored(1, self.int8).items():
-            values = self.read_stored(prefix + part, 0, math.prod(stored.shape), dtype)
-            parts.append(values.view(stored.shape))
-        return self._format(tensor).join(parts)
+        for part, (shape, _) in stored_as.stored(cast(Matrix, tensor.shape), 1).items():
+            part_name = prefix + tensor.stored_name(part)
+            values = self.read_stored(part_name, 0, math.prod(shape), dtype)
+            parts.append(values.view(shape))
+        return stored_as.join(parts)
 
-    def _format(self, tensor: TensorSpec) -> StorageFormat:
-        return tensor.format(self.int8)
+    def spec(self, name: str) -> TensorSpec:
+        """Describes one of `ModelShape.parameters`."""
+        return self._tensors[name]
+
+    def format(self, name: str) -> StorageFormat:
+        """Returns the storage format of one of `ModelShape.parameters`."""
+        return self._tensors[name].format(self.int8)
+
+    def _format_in(self, prefix: str, tensor: TensorSpec) -> StorageFormat:
+        return self.format(prefix + tensor.name)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSpec]:
