@@ -211,7 +211,8 @@ def _open_dense(source: Path, config: RunConfig, state: State) -> PretrainedMode
     """Opens the dense model as it was stored when the training began."""
     origin = state.origin
     if origin.bits is None:
-        return open_for_pruning(source, config.model, query_heads=origin.query_heads)
+        dense = open_for_pruning(source, config.model, query_heads=origin.query_heads)
+        return dense.with_refits(config.prune.compensate)
     return open_quantised(
         source, origin.bits, state.formats, config.model.dtype, query_heads=origin.query_heads
     )

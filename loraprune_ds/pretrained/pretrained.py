@@ -11,13 +11,14 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.config_types import Bits, Dtype
+from loraprune_ds.config_types import Bits, Compensation, Dtype
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
-from loraprune_ds.model.frozen import DTYPES, StorageFormat
+from loraprune_ds.model.frozen import BLOCK, DTYPES, StorageFormat
 from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import Storage
 from loraprune_ds.pretrained.quantised import headers_of_weights, quantised_weights
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.pretrained.text_part import (
@@ -54,6 +55,11 @@ class PretrainedModel:
     @property
     def shape(self) -> ModelShape:
         return self.weights.shape
+
+    def with_refits(self, compensate: Compensation | None) -> "PretrainedModel":
+        """Returns the model with the storage that linears need under `prune.compensate`."""
+        storage = self.weights.storage._replace(refits=compensate != "none")
+        return replace(self, weights=replace(self.weights, storage=storage))
 
 
 def open_pretrained(
@@ -163,5 +169,11 @@ def open_for_pruning(
     check_family(
         pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing
     )
-    weights = replace(pretrained.weights, int8=model.frozen == "int8")
+    storage = Storage(model.frozen, dtype=DTYPES[model.dtype])
+    unfit = storage.unfit(pretrained.shape)
+    require(
+        unfit is None,
+        f"{folder}: {unfit} has no whole blocks of {BLOCK} along its hidden axis; set model.frozen: int8",
+    )
+    weights = replace(pretrained.weights, storage=storage)
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)

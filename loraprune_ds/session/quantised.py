@@ -162,7 +162,7 @@ def _check_whole(whole: bool) -> None:
     require(
         whole,
         "a base quantised by bitsandbytes cannot be cut on ZeRO-3 or FSDP; train in one process, on DDP, "
-        "or by launch/run.py with model.frozen: int8",
+        "or by launch/run.py with model.frozen: nf4",
     )
 
 
