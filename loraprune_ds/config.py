@@ -334,11 +334,10 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        for key, value in (("dtype", "float16"), ("frozen", "int8")):
-            require(
-                self.deepspeed is not None or getattr(self.model, key) != value,
-                f"model.{key} {value} needs DeepSpeed's ZeRO-3, but deepspeed is null",
-            )
+        require(
+            self.deepspeed is not None or self.model.dtype != "float16",
+            "model.dtype float16 needs DeepSpeed's ZeRO-3, but deepspeed is null",
+        )
         attention = self.model.attn_implementation
         packs_several = self.data.packs_rows and self.train.micro_batch_size > 1
         require(

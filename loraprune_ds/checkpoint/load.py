@@ -14,7 +14,6 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, recorded_config
 from loraprune_ds.checkpoint.state import (
-    Origin,
     ResumeState,
     State,
     read_resume_state,
@@ -28,7 +27,7 @@ from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
-from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_quantised
 from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import Tower
 from loraprune_ds.pretrained.weight_files import read_header, read_samples, weight_file_names
@@ -105,9 +104,7 @@ class TrainingCheckpoint(SavedStep):
         """The model without LoRA after the cuts of this step."""
         dense = self.dense
         if self.source.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(
-                self.source, self.config.model, query_heads=self.state.origin.query_heads
-            )
+            dense = _open_dense(self.source, self.config, self.state)
         weights = dense.weights.cut(self.keep(dense.shape.kinds))
         return replace(dense, weights=weights.overlaid(self.refits(weights.shape)))
 
@@ -200,19 +197,33 @@ def open_checkpoint(
         step = verify_step(folder, ranks, resume=resume)
         origin = step.state.origin
         config = recorded_config(origin.config, folder / layout.STATE_FILE)
-        source = _find_source(folder, origin, config)
-        model = dense or open_for_pruning(source, config.model, query_heads=origin.query_heads)
+        source = _find_source(folder, step.state, config)
+        model = dense or _open_dense(source, config, step.state)
         return TrainingCheckpoint(**vars(step), config=config, source=source, dense=model)
 
     return ranks.all_or_raise(check)
 
 
-def _find_source(folder: Path, origin: Origin, config: RunConfig) -> Path:
+def _open_dense(source: Path, config: RunConfig, state: State) -> PretrainedModel:
+    """Opens the dense model as it was stored when the training began."""
+    origin = state.origin
+    if origin.bits is None:
+        dense = open_for_pruning(source, config.model, query_heads=origin.query_heads)
+        return dense.with_refits(config.prune.compensate)
+    return open_quantised(
+        source, origin.bits, state.formats, config.model.dtype, query_heads=origin.query_heads
+    )
+
+
+def _find_source(folder: Path, state: State, config: RunConfig) -> Path:
     """Returns the folder of the dense model. A moved one is found at `model.path`.
 
     Raises CheckpointMismatch if the model is gone or has changed.
     """
-    if origin.folder is None or origin.digest is None:
+    origin = state.origin
+    # the first steps of quantised bases name a folder, but not how it was quantised
+    lacks_bits = state.formats and config.model.frozen is None and origin.bits is None
+    if origin.folder is None or origin.digest is None or lacks_bits:
         raise CheckpointMismatch(
             f"{folder} names no folder with the weights of its dense model; "
             "resume the training, and call save_model of its callback or Pruning"

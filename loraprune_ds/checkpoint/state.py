@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from loraprune_ds.checkpoint import layout, older_formats
-from loraprune_ds.config_types import EngineName
+from loraprune_ds.config_types import Bits, EngineName
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 
@@ -41,6 +41,7 @@ class Origin:
         folder: of the dense model. Weights that no refit changed are its slices. None: no folder has the same weights.
         digest: of that folder (`load.source_digest`).
         groups: of each kind in each layer of the dense model. Empty in a run of format 7.
+        bits: how bitsandbytes quantised the dense model, which the folder has before that or after.
         data: None if another trainer's loop trains.
     """
 
@@ -52,6 +53,7 @@ class Origin:
     digest: str | None = None
     groups: list[list[int]] = field(default_factory=list)
     data: RunData | None = None
+    bits: Bits | None = None
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from loraprune_ds.model.adapters import base_parameter, set_sizes
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.families.base import PRUNED, Family
 from loraprune_ds.model.family import FAMILIES, LLAMA, family_name
-from loraprune_ds.model.frozen import QuantisedLinear
-from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.frozen import Quantised, QuantisedLinear
 from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import Storage
 
 _pruned = cache(pruned_classes)  # each family has one set of classes
 IN_WRAPPER = "_checkpoint_wrapped_module"  # of a layer, by torch's activation checkpointing
@@ -120,12 +120,12 @@ def build_on_meta(config: JsonObject, attn_implementation: str = "eager") -> Pre
     return model
 
 
-def store_as_int8(model: nn.Module, shape: ModelShape) -> None:
-    """Gives the linears of all decoder layers int8 storage, still without values."""
+def store_linears(model: nn.Module, shape: ModelShape, storage: Storage) -> None:
+    """Gives the linears of all decoder layers their storage, still without values."""
     layers = decoder_layers(model)
     for i, linear in shape.linears():
-        stored_as = linear.format(int8=True)
-        assert isinstance(stored_as, Int8)
+        stored_as = storage.format(linear)
+        assert isinstance(stored_as, Quantised)
         stock: Any = layers[i].get_submodule(linear.linear)
         tensors = stored_as.empty((stock.out_features, stock.in_features), stock.weight)
         if isinstance(stock, ExpertStack):

@@ -7,7 +7,7 @@ A storage format names the tensors that store a weight and converts between them
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast, get_args
 
@@ -114,6 +114,59 @@ class Dense(StorageFormat):
 
 DENSE = Dense()
 
+# (start, end) -> the flat elements [start, end) of a weight, or of its transpose if it is stored so, fp32
+ReadPart = Callable[[int, int], Tensor]
+
+
+class Quantised(StorageFormat):
+    """Stores integers and scales of blocks. Ranks read, shard and score them without the others' parts.
+
+    Rows form bands that share no scale, and each band has one row of scales. So any flat part of either tensor can be
+    computed from complete rows of the weight.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
+    per_byte: ClassVar[int]  # elements in a byte
+    transposed: ClassVar[bool]
+
+    @abstractmethod
+    def scale_shape(self, shape: Matrix) -> Matrix:
+        """Returns (bands, scales of a band) of a weight of `shape`."""
+
+    @abstractmethod
+    def empty(self, shape: Matrix, like: Tensor) -> dict[str, Tensor]:
+        """Returns these tensors without values, on the device of `like`. Its dtype is the model's."""
+
+    @abstractmethod
+    def read(
+        self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype
+    ) -> Tensor:
+        """Returns the flat elements [start, end) of the tensor `name`, which stores a weight of `shape`.
+
+        Args:
+            read: reads complete bands of the weight.
+
+        Raises:
+            NotFinite: a part has an inf or NaN.
+        """
+
+    @abstractmethod
+    def bands(self, shape: Matrix, start: int, end: int) -> range:
+        """Returns the rows of scales that the flat bytes [start, end) of a weight need."""
+
+    @abstractmethod
+    def elements(self, flat: Tensor) -> Tensor:
+        """Returns an integer for each element of a flat part of the weight."""
+
+    @abstractmethod
+    def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
+        """Returns some rows of the weight in fp32, after rounding to the dtype of the weight.
+
+        Args:
+            rows: (rows, columns) of `elements`, from row `first`.
+            scales: rows of scales, from row `first_band` of all scales.
+        """
+
 
 class FrozenLinear(nn.Linear):
     """A linear whose frozen weight may have another storage format. PEFT wraps it like any linear."""
@@ -140,6 +193,16 @@ class QuantisedLinear(FrozenLinear):
         self.out_features = linear.out_features
         self.store_as(stored_as, tensors)
         self.register_parameter("bias", linear.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantisedLinear":
+        """Never casts the tensors that store the weight, as `model.to(torch.bfloat16)` would."""
+        stored = set(stored_tensors(self))
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor in stored else moved
+
+        return super()._apply(move, recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         stored = stored_tensors(self)

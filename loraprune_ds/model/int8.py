@@ -4,7 +4,7 @@ The last block may be short, and each expert of a stack has separate blocks. A r
 whole blocks with it, so cutting and quantising commute bit by bit.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -18,8 +18,9 @@ from loraprune_ds.model.frozen import (
     WEIGHT,
     Matrix,
     NotFinite,
+    Quantised,
+    ReadPart,
     Slice,
-    StorageFormat,
     StoredTensor,
     fill,
 )
@@ -28,23 +29,21 @@ LARGEST = 127
 UNSTACKED = 1 << 40  # more rows than any matrix has
 
 Rows = TypeVar("Rows", int, Tensor)
-# (start, end) -> the flat elements [start, end) of a weight, fp32
-ReadPart = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Int8(StorageFormat):
+class Int8(Quantised):
     """int8 weights with scales in the model's dtype: W = weight * weight_scale, rounded to that dtype.
 
-    Rows form bands that share no scale: one row each (axis 0), or up to BLOCK rows (axis 1). Each band has one row of
-    scales, so any flat part of either tensor can be computed from complete rows of the weight.
+    A band is one row (axis 0), or up to BLOCK rows (axis 1).
 
     Attributes:
         axis: the axis without blocks.
         rows: the rows of one matrix, if several are stacked with blocks along the rows. Default: one matrix.
     """
 
-    tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
+    per_byte: ClassVar[int] = 1
+    transposed: ClassVar[bool] = False
     axis: int
     rows: int = UNSTACKED
 
@@ -74,7 +73,6 @@ class Int8(StorageFormat):
         }
 
     def empty(self, shape: Matrix, like: Tensor) -> dict[str, Tensor]:
-        """Returns these tensors without values, on the device of `like` and with scales in its dtype."""
         values = like.new_empty(shape, dtype=torch.int8)
         return {WEIGHT: values, SCALE: like.new_empty(self.scale_shape(shape))}
 
@@ -105,14 +103,6 @@ class Int8(StorageFormat):
     def read(
         self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype
     ) -> Tensor:
-        """Returns the flat elements [start, end) of the tensor `name`, which stores a weight of `shape`.
-
-        Args:
-            read: reads complete bands of the weight.
-
-        Raises:
-            NotFinite: a part has an inf or NaN.
-        """
         rows, columns = shape
         width = self.scale_shape(shape)[1]  # of a row of scales
         if name == SCALE:
@@ -141,20 +131,16 @@ class Int8(StorageFormat):
             first = last
 
     def bands(self, shape: Matrix, start: int, end: int) -> range:
-        """Returns the rows of scales that the flat elements [start, end) of a weight need."""
         first = self._band_of(start // shape[1])
         if end <= start:
             return range(first, first)
         last = self._band_of((end - 1) // shape[1])
         return range(first, last + 1)
 
-    def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
-        """Returns some rows of the weight in fp32, after rounding to the dtype of the scales.
+    def elements(self, flat: Tensor) -> Tensor:
+        return flat
 
-        Args:
-            rows: (rows, columns) int8, from row `first` of the weight.
-            scales: rows of scales, from row `first_band` of all scales.
-        """
+    def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
         bands = self._band_of(torch.arange(first, first + len(rows), device=rows.device))
         scales = scales.index_select(0, bands - first_band)
         if self.axis == 0:

@@ -19,9 +19,11 @@ from loraprune_ds.model.frozen import (
     WEIGHT,
     Matrix,
     NotFinite,
+    Quantised,
+    ReadPart,
     Slice,
-    StorageFormat,
     StoredTensor,
+    fill,
 )
 
 # The quantiles of a normal distribution that the 16 codes stand for, as bitsandbytes has them.
@@ -35,27 +37,40 @@ SMALLEST = 1e-38  # of the scales that a block is divided by
 
 
 @dataclass(frozen=True)
-class NF4(StorageFormat):
+class NF4(Quantised):
     """4-bit codes with scales: W, or W transposed, as (rows, hidden).
 
     `weight` is uint8, (rows, hidden / 2), the first neighbour in the upper half of a byte. `weight_scale` is fp32,
-    (rows, hidden / BLOCK), the largest absolute value of a block.
+    (rows, hidden / BLOCK), the largest absolute value of a block. A band is one row.
 
     Attributes:
         axis: the axis of W without blocks. A cut is along this axis.
         dtype: of the weight that the linear computes with.
     """
 
-    tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
+    per_byte: ClassVar[int] = 2
     axis: int
     dtype: torch.dtype
 
+    @property
+    def transposed(self) -> bool:  # type: ignore[override]
+        return self.axis == 1
+
+    def scale_shape(self, shape: Matrix) -> Matrix:
+        return shape[self.axis], shape[1 - self.axis] // BLOCK
+
     def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
-        rows = shape[self.axis]
-        hidden = shape[1 - self.axis]
+        rows, blocks = self.scale_shape(shape)
         return {
-            WEIGHT: StoredTensor((rows, hidden // 2), 1),
-            SCALE: StoredTensor((rows, hidden // BLOCK), 4),
+            WEIGHT: StoredTensor((rows, blocks * BLOCK // 2), 1),
+            SCALE: StoredTensor((rows, blocks), 4),
+        }
+
+    def empty(self, shape: Matrix, like: Tensor) -> dict[str, Tensor]:
+        dtypes = {WEIGHT: torch.uint8, SCALE: torch.float32}
+        return {
+            name: like.new_empty(stored.shape, dtype=dtypes[name])
+            for name, stored in self.stored(shape, 1).items()
         }
 
     @torch.no_grad()
@@ -77,6 +92,37 @@ class NF4(StorageFormat):
 
     def kept(self, axis: int, kept: Tensor) -> dict[str, Slice]:
         return {WEIGHT: Slice(0, kept), SCALE: Slice(0, kept)}
+
+    def read(
+        self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype
+    ) -> Tensor:
+        hidden = shape[1 - self.axis]
+        if name == SCALE:
+            width = hidden // BLOCK
+            flat = torch.empty(end - start)
+        else:
+            width = hidden // 2
+            flat = torch.empty(end - start, dtype=torch.uint8)
+        last = -(-end // width)
+        step = max(1, READ_CHUNK // hidden)
+        for first in range(start // width, last, step):
+            part = read(first * hidden, min(first + step, last) * hidden).view(-1, hidden)
+            values = _scales(_blocks(part)) if name == SCALE else _quantise(part)[0]
+            fill(flat, start, values.reshape(-1), first * width)
+        return flat
+
+    def bands(self, shape: Matrix, start: int, end: int) -> range:
+        width = shape[1 - self.axis] // 2
+        return range(start // width, -(-end // width) if end > start else start // width)
+
+    def elements(self, flat: Tensor) -> Tensor:
+        return torch.stack([flat >> 4, flat & 15], 1).view(-1)
+
+    def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
+        values = torch.tensor(VALUES, device=rows.device)[rows.int()]
+        of_rows = scales[first - first_band :][: len(rows)]
+        _blocks(values).mul_(of_rows.unsqueeze(2))
+        return values.to(self.dtype).float()
 
     def _dequantise(self, codes: Tensor, scale: Tensor) -> Tensor:
         rows, width = codes.shape
@@ -108,12 +154,22 @@ def _pairs(device: torch.device) -> Tensor:
     return torch.cartesian_prod(values, values)
 
 
-def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns codes and scales of complete rows, with the operations of bitsandbytes."""
-    blocks = rows.float().contiguous().view(len(rows), -1, BLOCK)
+def _blocks(rows: Tensor) -> Tensor:
+    """Returns a view, (rows, blocks, BLOCK)."""
+    return rows.view(len(rows), -1, BLOCK)
+
+
+def _scales(blocks: Tensor) -> Tensor:
     scale = blocks.abs().amax(2)
     if not torch.isfinite(scale).all():
         raise NotFinite
+    return scale
+
+
+def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns codes and scales of complete rows, with the operations of bitsandbytes."""
+    blocks = _blocks(rows.float().contiguous())
+    scale = _scales(blocks)
     blocks = blocks * (1.0 / scale.clamp(min=SMALLEST)).unsqueeze(2)
     values = torch.tensor(VALUES, device=rows.device)
     bounds = (values[1:] + values[:-1]) / 2

@@ -13,10 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.model.adapters import add_lora, base_parameter, differentiate_input
-from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_as_int8
+from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_linears
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import Storage
 from loraprune_ds.plan.request import PlannedBatch, Request
 from loraprune_ds.pretrained.fewer_layers import config_of_layers
 
@@ -104,7 +105,7 @@ def _saved(
     model: Any = build_on_meta(json.loads(source), "eager" if batch.eager else FUSED)
     shrink_on_meta(model, shape)
     if int8:
-        store_as_int8(model, shape)
+        store_linears(model, shape, Storage("int8"))
     with torch.device("meta"):
         add_lora(model, shape, lora, seed=0)
     model.to(device="meta", dtype=DTYPES[dtype]).train()

@@ -11,7 +11,7 @@ from loraprune_ds.model.classes import (
     attn_implementation,
     refused_in_one_line,
     shrink_on_meta,
-    store_as_int8,
+    store_linears,
 )
 from loraprune_ds.model.token_loss import with_token_losses
 from loraprune_ds.pretrained.pretrained import PretrainedModel
@@ -33,8 +33,9 @@ def build_for_losses(
         model.set_attn_implementation(attn_implementation(attention, shape.family))
         model = with_token_losses(model)
     shrink_on_meta(model, shape)
-    if pretrained.weights.int8:
-        store_as_int8(model, shape)
+    storage = pretrained.weights.storage
+    if storage.frozen is not None:
+        store_linears(model, shape, storage)
     if not head:
         model.register_module("lm_head", None)
     return model

@@ -3,15 +3,23 @@
 Weights are checked by the headers of their files, and read in parts, so that no rank holds the full model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
+from loraprune_ds.config_types import Bits, Compensation, Dtype
+from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
+from loraprune_ds.model.frozen import BLOCK, DTYPES, StorageFormat
+from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import Storage
+from loraprune_ds.pretrained.quantised import headers_of_weights, quantised_weights
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.pretrained.text_part import (
     MTP,
@@ -48,12 +56,20 @@ class PretrainedModel:
     def shape(self) -> ModelShape:
         return self.weights.shape
 
+    def with_refits(self, compensate: Compensation | None) -> "PretrainedModel":
+        """Returns the model with the storage that linears need under `prune.compensate`."""
+        storage = self.weights.storage._replace(refits=compensate != "none")
+        return replace(self, weights=replace(self.weights, storage=storage))
 
-def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedModel:
+
+def open_pretrained(
+    folder: Path, *, query_heads: bool = True, quantised: bool = False
+) -> PretrainedModel:
     """Reads config.json and the headers of all weight files. Takes the text part of a multimodal model.
 
     Args:
         query_heads: single ones leave, where a model has one or two key-value heads.
+        quantised: bitsandbytes' tensors may stand for weights. `open_quantised` reads them.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
@@ -66,6 +82,8 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
         config = config | {QUERY_HEADS_LEAVE: False}
     family = read_family(config, where)
     headers = read_headers(folder)
+    if quantised:
+        headers = headers_of_weights(headers)
     tower = None
     prefixes = family.prefixes
     text_tensors = list(headers)
@@ -96,6 +114,35 @@ def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedMode
     return PretrainedModel(folder, config, modules, weights, tower)
 
 
+def open_quantised(
+    folder: Path, bits: Bits, formats: Mapping[str, str], dtype: Dtype, *, query_heads: bool = True
+) -> PretrainedModel:
+    """Opens a model that bitsandbytes quantised when it was loaded, or that has been stored so.
+
+    Args:
+        formats: how pruning stores linears: "{layer}.{linear}" -> name of a format.
+        dtype: of the weights before, in which the model computes.
+
+    Raises:
+        UserError: like `open_pretrained`. bitsandbytes is not installed.
+    """
+    require(
+        find_spec("bitsandbytes") is not None,
+        f"{folder} was quantised by bitsandbytes, which is not installed; pip install bitsandbytes",
+    )
+    pretrained = open_pretrained(folder, query_heads=query_heads, quantised=True)
+    shape = pretrained.shape
+    of_weights = dict[str, StorageFormat]()
+    for layer, linear in shape.linears():
+        name = formats.get(f"{layer}.{linear.linear}")
+        if name is not None:
+            in_4_bits = NF4(int(linear.loses_inputs), DTYPES[dtype])
+            stored_as = in_4_bits if name == "nf4" else linear.format(int8=True)
+            of_weights[shape.prefix(layer) + linear.name] = stored_as
+    weights = quantised_weights(pretrained.weights, bits, of_weights, read_headers(folder))
+    return replace(pretrained, weights=weights, tower=None)
+
+
 def _tower_files(headers: Headers, prefixes: Prefixes) -> dict[str, Path]:
     """Returns tensor name -> weight file of a tower."""
     text = (*prefixes, MTP)
@@ -122,5 +169,11 @@ def open_for_pruning(
     check_family(
         pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing
     )
-    weights = replace(pretrained.weights, int8=model.frozen == "int8")
+    storage = Storage(model.frozen, dtype=DTYPES[model.dtype])
+    unfit = storage.unfit(pretrained.shape)
+    require(
+        unfit is None,
+        f"{folder}: {unfit} has no whole blocks of {BLOCK} along its hidden axis; set model.frozen: int8",
+    )
+    weights = replace(pretrained.weights, storage=storage)
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -16,16 +17,18 @@ from loraprune_ds.model.frozen import (
     READ_CHUNK,
     SCALE,
     WEIGHT,
+    Matrix,
     NotFinite,
     Pieces,
+    Quantised,
     Slice,
     StorageFormat,
     StoredTensor,
     fill,
 )
 from loraprune_ds.model.groups import LayerKeep, TensorSpec
-from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import AS_THEY_ARE, Storage
 from loraprune_ds.pretrained.weight_files import Headers
 
 HEAD = "lm_head.weight"
@@ -54,7 +57,7 @@ class ModelWeights:
         names_on_disk: tensor name -> its name in the file.
         pieces: name of a stack of experts -> its tensors on disk, which are the keys of `files`.
         slices: tensor name -> the part that belongs to the model after a cut.
-        int8: the ranks store linears as int8. Files may have the model's dtype instead.
+        storage: of the linears on the ranks. Files may have the model's dtype instead.
     """
 
     shape: ModelShape
@@ -63,7 +66,7 @@ class ModelWeights:
     pieces: Mapping[str, Pieces]
     slices: Mapping[str, Slice] = field(default_factory=dict)
     transposed: bool = False  # the files have the matrix of each expert transposed
-    int8: bool = False
+    storage: Storage = AS_THEY_ARE
 
     def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
         """Returns the weights that these groups of each layer leave."""
@@ -72,8 +75,9 @@ class ModelWeights:
             return self
         slices: dict[str, Slice] = {}
         for i, layer in enumerate(self.shape.layers):
-            for name, part, _ in layer.cuts(keep[i], self._format):
-                slices[self.shape.prefix(i) + name] = part
+            prefix = self.shape.prefix(i)
+            for name, part, _ in layer.cuts(keep[i], partial(self._format_in, prefix)):
+                slices[prefix + name] = part
         pieces = dict(self.pieces)
         for name in self.pieces.keys() & slices.keys():
             pieces[name] = pieces[name].keep_rows(slices.pop(name).keep)
@@ -119,17 +123,19 @@ class ModelWeights:
         return torch.cat(parts)
 
     def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Reads a tensor of `ModelShape.stored` like `read_flat`. int8 and fp32 parameters ignore `dtype`."""
+        """Reads a tensor of `ModelShape.stored` like `read_flat`. Integers and fp32 tensors ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         spec = self._tensors.get(weight)
-        stored_as = self._format(spec) if spec else DENSE
-        if not spec or not isinstance(stored_as, Int8) or tensor not in Int8.tensors:
+        stored_as = self.format(weight) if spec else DENSE
+        if not spec or not isinstance(stored_as, Quantised) or tensor not in stored_as.tensors:
             keeps_fp32 = name in self._tensors and self._tensors[name].keep_fp32
             return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
         read_weight = partial(self.read_flat, weight, dtype=torch.float32)
+        if stored_as.transposed:
+            read_weight = partial(self._read_columns, weight, spec.matrix)
         try:
             return stored_as.read(tensor, spec.matrix, start, end, read_weight, dtype)
         except NotFinite:
@@ -138,22 +144,40 @@ class ModelWeights:
                 values = self.read_flat(piece, 0, math.prod(pieces.shape), torch.float32)
                 if not torch.isfinite(values).all():
                     raise UserError(
-                        f"{self.files[piece]}: {piece} has an inf or NaN, which int8 cannot hold"
+                        f"{self.files[piece]}: {piece} has an inf or NaN, which {self.storage.frozen} cannot hold"
                     ) from None
             raise
+
+    def _read_columns(self, name: str, shape: Matrix, start: int, end: int) -> Tensor:
+        """Returns the elements [start, end) of the transpose, which are complete columns: (end - start,) fp32."""
+        rows, columns = shape
+        kept = self.slices.get(name, Slice(1, torch.arange(columns))).keep
+        part = Slice(1, kept[start // rows : end // rows])
+        narrow = replace(self, slices={name: part})
+        return narrow.read_flat(name, 0, end - start, torch.float32).view(rows, -1).t().reshape(-1)
 
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
         tensor = self._tensors[name]
         prefix = name.removesuffix(tensor.name)
+        stored_as = self.format(name)
         parts: list[Tensor] = []
-        for part, stored in tensor.stored(1, self.int8).items():
-            values = self.read_stored(prefix + part, 0, math.prod(stored.shape), dtype)
-            parts.append(values.view(stored.shape))
-        return self._format(tensor).join(parts)
+        for part, (shape, _) in stored_as.stored(cast(Matrix, tensor.shape), 1).items():
+            part_name = prefix + tensor.stored_name(part)
+            values = self.read_stored(part_name, 0, math.prod(shape), dtype)
+            parts.append(values.view(shape))
+        return stored_as.join(parts)
 
-    def _format(self, tensor: TensorSpec) -> StorageFormat:
-        return tensor.format(self.int8)
+    def spec(self, name: str) -> TensorSpec:
+        """Describes one of `ModelShape.parameters`."""
+        return self._tensors[name]
+
+    def format(self, name: str) -> StorageFormat:
+        """Returns the storage format of one of `ModelShape.parameters`."""
+        return self.storage.format(self._tensors[name])
+
+    def _format_in(self, prefix: str, tensor: TensorSpec) -> StorageFormat:
+        return self.format(prefix + tensor.name)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSpec]:
@@ -223,6 +247,10 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Stored
 
 def _read_part(stored: Tensor, part: Slice, start: int, end: int, dtype: torch.dtype) -> Tensor:
     """Reads the elements [start, end) of the flat view of the rows or columns that a cut leaves."""
+    if part.axis == 1 and len(part.keep):  # other columns are not copied
+        low = int(part.keep[0])
+        stored = stored[..., low : int(part.keep[-1]) + 1]
+        part = Slice(1, part.keep - low)
     *heights, width = stored.shape
     columns = len(part.keep) if part.axis == 1 else width
     first = start // columns

@@ -66,6 +66,9 @@ def score_shard(
     count in the first and last row, so the sums of the ranks add up to the sums of the weight. A block has rows of one
     expert, because each expert of a stack has separate factors.
     """
+    if shard.transposed:
+        factors = factors.transposed()
+        axis = 1 - axis
     experts = len(factors.A) // factors.B.shape[1]  # a linear that is not a stack counts as one
     rows = shard.shape[0] // experts
     columns = shard.shape[1]

@@ -41,6 +41,10 @@ class LoraFactors:
     grad_B: Tensor
     scaling: float  # lora_alpha / r
 
+    def transposed(self) -> "LoraFactors":
+        """Returns the factors of the transposed weight, which is no stack."""
+        return LoraFactors(self.B.t(), self.A.t(), self.grad_B.t(), self.grad_A.t(), self.scaling)
+
 
 # (some rows of a weight as they are stored, number of the first) -> a new tensor with these rows in fp32
 Decode = Callable[[Tensor, int], Tensor]
@@ -53,12 +57,16 @@ def in_fp32(rows: Tensor, first: int) -> Tensor:
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """Holds this rank's flat elements [start, start + len(flat)) of a row-major weight of `shape`."""
+    """Holds this rank's flat elements [start, start + len(flat)) of a row-major weight of `shape`.
+
+    If `transposed`, the weight is the transpose of that of the linear.
+    """
 
     flat: Tensor
     start: int
     shape: tuple[int, int]
     decode: Decode = in_fp32
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class PrunableModel(ABC):
 
     @abstractmethod
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
-        """Returns the shard of the frozen weight that this rank scores. Collective only for int8 weights."""
+        """Returns the shard of the frozen weight that this rank scores. Collective only for quantised weights."""
 
     @property
     @abstractmethod

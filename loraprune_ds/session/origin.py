@@ -1,7 +1,7 @@
 """Describes how the training of another loop began, and finds the files of its dense model."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from loraprune_ds.checkpoint.state import Origin
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import ADAPTER, lora_linear
-from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.frozen import DENSE, DTYPES
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained, open_quantised
 from loraprune_ds.pretrained.sources import folder_on_disk
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.session.quantised import bits_of
 from loraprune_ds.session.state import storage_formats
 
 SAMPLE = 64  # elements of each linear, and of each end of other tensors, that are compared with their files
@@ -37,7 +38,15 @@ def describe_origin(
     settings = describe_settings(model, schedule, dtype)
     query_heads = QUERY_HEADS in model.shape.kinds
     folder = folder_on_disk(settings["model"]["path"], getattr(config, "_commit_hash", None))
-    if not _holds(folder, model, DTYPES[dtype], query_heads=query_heads):
+    formats = storage_formats(model.layers, model.shape)
+    bits = bits_of(config) if formats else None
+    weights = None
+    if folder is not None:
+        opener = open_pretrained
+        if bits is not None:
+            opener = partial(open_quantised, bits=bits, formats=formats, dtype=dtype)
+        weights = _open_weights(partial(opener, folder, query_heads=query_heads), model)
+    if not _holds(weights, model, DTYPES[dtype]):
         folder = None
     resolved = None
     digest = None
@@ -52,6 +61,7 @@ def describe_origin(
         folder=resolved,
         digest=digest,
         groups=counts_to_lists(model.shape),
+        bits=bits,
     )
 
 
@@ -71,26 +81,23 @@ def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) ->
     }
 
 
-def _holds(
-    folder: Path | None, model: PrunableModel, dtype: torch.dtype, *, query_heads: bool
-) -> bool:
+def _holds(weights: ModelWeights | None, model: PrunableModel, dtype: torch.dtype) -> bool:
     """Tells whether a folder has the weights of a live model on every rank, by samples. Collective."""
-    weights = None if folder is None else _open_weights(folder, model, query_heads=query_heads)
     if not all(model.comm.gather_objects(weights is not None)):
         return False
-    pairs = _linear_samples(cast(ModelWeights, weights), model)
+    pairs = _linear_samples(cast(ModelWeights, weights), model, dtype)
     others = _other_samples(cast(ModelWeights, weights), model, dtype)
     # a rank may not leave before the collectives of another
     is_equal = [torch.equal(on_disk, live) for on_disk, live in (*pairs, *others)]
     return all(model.comm.gather_objects(all(is_equal)))
 
 
-def _open_weights(folder: Path, model: PrunableModel, *, query_heads: bool) -> ModelWeights | None:
-    """Opens the weights in a folder. None if they have another shape than the live model, or it is quantised."""
-    if storage_formats(model.layers, model.shape):
-        return None
+def _open_weights(
+    open_model: Callable[[], PretrainedModel], model: PrunableModel
+) -> ModelWeights | None:
+    """Opens the weights in a folder. None if they have another shape than the live model."""
     try:
-        weights = open_pretrained(folder, query_heads=query_heads).weights
+        weights = open_model().weights
     except UserError:
         return None
     shape = weights.shape
@@ -98,13 +105,19 @@ def _open_weights(folder: Path, model: PrunableModel, *, query_heads: bool) -> M
     return weights if is_same else None
 
 
-def _linear_samples(weights: ModelWeights, model: PrunableModel) -> Iterator[tuple[Tensor, Tensor]]:
+def _linear_samples(
+    weights: ModelWeights, model: PrunableModel, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields a sample of this rank's part of each linear, from disk and live."""
     for layer, linear in model.shape.linears():
         shard = model.owned_weight(LinearId(layer, linear.linear))
         live = shard.flat[:SAMPLE].cpu()
         name = model.shape.prefix(layer) + linear.name
-        yield weights.read_flat(name, shard.start, shard.start + len(live), live.dtype), live
+        if weights.format(name) == DENSE:
+            yield weights.read_flat(name, shard.start, shard.start + len(live), live.dtype), live
+        else:
+            quantised = weights.read_full(name, dtype).reshape(-1)
+            yield quantised[shard.start :][: len(live)], live
 
 
 def _other_samples(

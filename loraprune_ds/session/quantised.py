@@ -1,11 +1,6 @@
 """Takes over the linears of a base that bitsandbytes holds in 4 or 8 bits (QLoRA), so that a cut makes them smaller.
 
-4 bits  Linears that lose rows keep their codes and scales bit by bit. Double quantisation of the scales is undone: its
-        blocks of 256 scales span rows. Linears that lose columns (o_proj, down_proj) are stored again, with blocks
-        along the hidden axis: as int8 if refits rewrite them, otherwise as NF4.
-8 bits  The scale of a row becomes scales of blocks. The threshold for outliers (llm_int8_threshold) ends.
-
-No cut quantises anything again. Only a refit does.
+pretrained/quantised.py says what each becomes. No cut quantises anything again. Only a refit does.
 """
 
 import logging
@@ -17,13 +12,15 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from loraprune_ds.config_types import Bits
 from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, QuantisedLinear, stored_tensors
+from loraprune_ds.model.frozen import BLOCK, WEIGHT, QuantisedLinear, stored_tensors
 from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.quantised import blocks_of_4_bits, tensors_of_4_bits, tensors_of_8_bits
 from loraprune_ds.pretrained.sources import folder_on_disk
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.session.live import base_shape
@@ -51,6 +48,14 @@ def quantisation(model: nn.Module) -> str | None:
         return None
     method = getattr(config, "quant_method", "an unknown method")
     return getattr(method, "value", method)  # transformers has an enum
+
+
+def bits_of(config: Any) -> Bits:
+    """Tells how bitsandbytes has quantised a model, by transformers' config of it."""
+    settings = config.quantization_config
+    if settings.load_in_8bit:
+        return "int8"
+    return "nf4_double" if settings.bnb_4bit_use_double_quant else "nf4"
 
 
 def prepare_quantised(model: nn.Module, *, sharded: bool) -> None:
@@ -127,42 +132,22 @@ def _from_4_bits(
         f"{name}: a hidden size of {hidden} is no multiple of {BLOCK}, so 4-bit blocks span rows; "
         "load the base in 8 or 16 bits",
     )
-    blocks = _blocks(linear.weight)
-    if axis == 0:
-        rows, _ = spec.matrix
-        kept = {key: tensor.view(rows, -1) for key, tensor in blocks.items()}
-        return QuantisedLinear(linear, NF4(0, state.dtype), kept)
-    stored_as = spec.format(int8=True) if refits else NF4(1, state.dtype)
-    weight = source.read(name, blocks[WEIGHT], state.dtype)
-    if weight is None:
-        weight = NF4(0, state.dtype).join(blocks.values()).view(spec.matrix)
-    return QuantisedLinear(linear, stored_as, stored_as.split(weight, state.dtype))
-
-
-def _blocks(weight: Any) -> dict[str, Tensor]:
-    """Returns codes, (blocks, BLOCK / 2), and scales, (blocks, 1), of a weight in 4 bits."""
-    from bitsandbytes import functional
-
-    codes = weight.data.as_subclass(Tensor)
-    state: Any = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):  # an evaluation on a CPU packs weights
-        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
-    scale = state.absmax
-    if state.nested:
-        scale = functional.dequantize_blockwise(scale, state.state2) + state.offset
-    codes = codes.view(torch.uint8).view(-1, BLOCK // 2)
-    return {WEIGHT: codes, SCALE: scale.float().view(-1, 1)}
+    stored_as = NF4(axis, state.dtype)
+    weight = None
+    if spec.loses_inputs:
+        weight = source.read(name, linear.weight)
+        stored_as = spec.format(int8=True) if refits else stored_as
+    return QuantisedLinear(
+        linear, stored_as, tensors_of_4_bits(linear.weight, spec, stored_as, weight)
+    )
 
 
 def _from_8_bits(linear: Any, spec: TensorSpec, name: str, dtype: torch.dtype) -> QuantisedLinear:
-    from bitsandbytes import functional
-
     values = linear.weight.data.as_subclass(Tensor)
     require(values.dtype == torch.int8, f"{name}: llm_int8_has_fp16_weight=True is not supported")
     scale = linear.weight.SCB if linear.state.SCB is None else linear.state.SCB
-    weight = functional.int8_vectorwise_dequant(values, scale).to(dtype)
     stored_as = spec.format(int8=True)
-    return QuantisedLinear(linear, stored_as, stored_as.split(weight, dtype))
+    return QuantisedLinear(linear, stored_as, tensors_of_8_bits(values, scale, stored_as, dtype))
 
 
 def _prepare_refit(linear: QuantisedLinear, spec: TensorSpec, refits: bool) -> None:
@@ -177,7 +162,7 @@ def _check_whole(whole: bool) -> None:
     require(
         whole,
         "a base quantised by bitsandbytes cannot be cut on ZeRO-3 or FSDP; train in one process, on DDP, "
-        "or by launch/run.py with model.frozen: int8",
+        "or by launch/run.py with model.frozen: nf4",
     )
 
 
@@ -189,9 +174,10 @@ class _Source:
         self._warned = False
         self.dtype: torch.dtype = config.dtype
 
-    def read(self, name: str, codes: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Reads the weight that has these codes, (blocks, BLOCK / 2), onto their device. None if files lack it."""
-        weight = self._matching(name, codes, dtype)
+    def read(self, name: str, in_4_bits: Any) -> Tensor | None:
+        """Reads the weight that bitsandbytes has quantised, onto the same device. None if files lack it."""
+        codes = blocks_of_4_bits(in_4_bits)[WEIGHT]
+        weight = self._matching(name, codes, in_4_bits.quant_state.dtype)
         if weight is None and not self._warned:
             self._warned = True
             log.warning(

@@ -15,7 +15,6 @@ from loraprune_ds.errors import require
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
-from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.perplexity import Labelled
 from loraprune_ds.pretrained.adapters import check_adapter
@@ -123,6 +122,7 @@ def _prepare(
     has_tower = pretrained.tower is not None
     prune, limits, sizes = resolve(config.prune, shape, tower=has_tower)
     config = replace(config, prune=prune)
+    pretrained = pretrained.with_refits(prune.compensate)
     _check_tower(pretrained, limits, sizes)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
@@ -232,8 +232,13 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     if config.deepspeed is None:
         where = "in one process"
     count = format_count(dense.total_numel())
-    dtype = describe_dtype(config.model)
-    yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"
+    storage = prepared.pretrained.weights.storage.describe(
+        dense, taught=config.train.distill_weight > 0
+    )
+    yield (
+        f"{model_name(config.model)}: {count} parameters, {config.model.dtype}, {storage}, "
+        f"{where} ({device_name()})"
+    )
     steps = (
         f"{schedule.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
     )

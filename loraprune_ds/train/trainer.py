@@ -150,7 +150,7 @@ def build_trainer(
     teacher = None
     if config.train.distill_weight:
         teacher = prepared.engine.build_inference_engine(
-            prepared.pretrained,
+            prepared.pretrained.with_refits("none"),
             config.model.attn_implementation,
             config.model.dtype,
             prepared.ds_config,

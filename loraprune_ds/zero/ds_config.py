@@ -16,6 +16,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import Storage
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -145,7 +146,7 @@ def resolve_ds_config(
         f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}",
     )
     resolved = read_json(path, unique_keys=True)
-    stored = shape.stored(DTYPES[model.dtype].itemsize, int8=model.frozen == "int8")
+    stored = Storage(model.frozen).stored(shape, DTYPES[model.dtype].itemsize)
     check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), resolved, OWNED)
     owned = _owned_values(config, shape, world_size)

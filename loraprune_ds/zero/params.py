@@ -17,14 +17,14 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds.files import JsonObject
-from loraprune_ds.model.frozen import Matrix
-from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.frozen import Matrix, Quantised
 from loraprune_ds.pretrained.build import replace_parameters
 from loraprune_ds.pretrained.weights import ModelWeights
-from loraprune_ds.pruning.prunable_model import replace_data
+from loraprune_ds.pruning.prunable_model import OwnedShard, replace_data
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
+from loraprune_ds.zero.shards import full_shape
 
 
 def shard_at_birth(
@@ -47,7 +47,7 @@ def shard_at_birth(
         padded = pad(shard, partition_numel(like.numel(), comm.world_size))
         return _zero_parameter(init, like.shape, padded)
 
-    # One rank alone may find a weight that int8 cannot hold.
+    # One rank alone may find a weight that integers cannot hold.
     comm.all_or_raise(lambda: replace_parameters(model, read, init.local_device))
     # Orders the shards that were read before the first gather, also that of a teacher or an evaluation.
     settle_shards()
@@ -127,11 +127,25 @@ def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, i
     return state.ds_tensor.detach()[: end - start], start
 
 
-def needed_scales(int8: Int8, shape: Matrix, world_size: int) -> Tensor:
+def owned_blocks(base: Any, stored_as: Quantised, comm: Communicator) -> OwnedShard:
+    """Returns this rank's shard of a quantised weight, with the scales that it needs. Collective."""
+    flat, start = owned_flat(base.weight, comm.world_size, comm.rank)
+    rows, width = full_shape(base.weight)
+    matrix = base.out_features, base.in_features
+    return OwnedShard(
+        stored_as.elements(flat.to(comm.device)),
+        start * stored_as.per_byte,
+        (rows, width * stored_as.per_byte),
+        _decode_blocks(stored_as, base.weight_scale, matrix, comm),
+        transposed=stored_as.transposed,
+    )
+
+
+def needed_scales(stored_as: Quantised, shape: Matrix, world_size: int) -> Tensor:
     """Returns start and end of the flat scales for each rank's shard of a weight, in complete rows: (world_size, 2)."""
-    _, columns = int8.scale_shape(shape)
-    ranges = _owned_ranges(math.prod(shape), world_size)
-    bands = [int8.bands(shape, start, end) for start, end in ranges.tolist()]
+    _, columns = stored_as.scale_shape(shape)
+    ranges = _owned_ranges(math.prod(shape) // stored_as.per_byte, world_size)
+    bands = [stored_as.bands(shape, start, end) for start, end in ranges.tolist()]
     return torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
 
 
@@ -140,13 +154,13 @@ def _owned_ranges(numel: int, world_size: int) -> Tensor:
     return torch.tensor([owned_range(numel, world_size, rank) for rank in range(world_size)])
 
 
-def decode_int8(
-    int8: Int8, scale: Any, shape: Matrix, comm: Communicator
+def _decode_blocks(
+    stored_as: Quantised, scale: Any, shape: Matrix, comm: Communicator
 ) -> Callable[[Tensor, int], Tensor]:
     """Fetches the scales that this rank needs. Returns `OwnedShard.decode` of a weight of `shape`. Collective."""
-    rows, columns = int8.scale_shape(shape)
+    rows, columns = stored_as.scale_shape(shape)
     rank = comm.rank
-    needed = needed_scales(int8, shape, comm.world_size)
+    needed = needed_scales(stored_as, shape, comm.world_size)
     owned = _owned_ranges(rows * columns, comm.world_size)
     # How many scales a rank (row) has and another (column) needs: (world_size, world_size).
     has_start, has_end = owned.unsqueeze(1).unbind(-1)
@@ -160,4 +174,4 @@ def decode_int8(
     outgoing = torch.cat([flat[low:high] for low, high in slices])
     scales = comm.all_to_all(outgoing.to(comm.device), send, receive)
     first_band = int(needed[rank, 0]) // columns
-    return partial(int8.decode, scales=scales.view(-1, columns), first_band=first_band)
+    return partial(stored_as.decode, scales=scales.view(-1, columns), first_band=first_band)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from loraprune_ds.engine.gathered_lora import gather_factors
 from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState, collect_shards
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.frozen import DENSE, storage_format
+from loraprune_ds.model.frozen import Quantised, storage_format
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import (
     ComputeWeight,
@@ -26,7 +24,7 @@ from loraprune_ds.ranks.flat import without_padding
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
-from loraprune_ds.zero.params import decode_int8, overwrite_shard, owned_flat
+from loraprune_ds.zero.params import overwrite_shard, owned_blocks, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.shards import NAME, full_shape, held
 
@@ -71,14 +69,12 @@ class ShardedModel(PrunableModel):
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer
-        flat, start = owned_flat(base.weight, self.world_size, self.rank)
-        shape = cast(tuple[int, int], full_shape(base.weight))
-        shard = OwnedShard(flat.to(self.device), start, shape)
         stored_as = storage_format(base)
-        if stored_as == DENSE:
-            return shard
-        assert isinstance(stored_as, Int8)
-        return replace(shard, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
+        if isinstance(stored_as, Quantised):
+            return owned_blocks(base, stored_as, self.comm)
+        flat, start = owned_flat(base.weight, self.world_size, self.rank)
+        rows, columns = full_shape(base.weight)
+        return OwnedShard(flat.to(self.device), start, (rows, columns))
 
     @property
     def loss_scale(self) -> float:

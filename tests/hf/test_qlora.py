@@ -8,6 +8,7 @@ import torch
 
 from tests.support import callback_run
 from tests.support.driver import Job
+from tests.support.families import heavy
 from tests.support.ranks import RankPool
 from tests.support.trainer_runs import REFIT, SAVES, Run, assert_same_course, resume_and_compare
 from tests.support.trainers import WITHOUT, Setup, train_with_callback
@@ -22,9 +23,15 @@ QLORA = Setup(quantised=BITS, fp32_lora=True)
 STORED = {"torch.uint8", "torch.int8", "torch.float32"}
 
 
-@pytest.mark.parametrize("compensate", ["least_squares", "none"])
+@pytest.mark.parametrize(
+    ("compensate", "resumed_on"), [("least_squares", 1), ("none", 1), heavy("least_squares", 2)]
+)
 def test_one_process_equals_two_ranks_and_a_resume_across_a_cut_changes_no_bit(
-    compensate: str, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    compensate: str,
+    resumed_on: int,
+    ranks: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
 ) -> None:
     job: Job = callback_run.make_job(tmp_path_factory.mktemp("tiny"))
     prune = REFIT | {"compensate": compensate}
@@ -40,4 +47,6 @@ def test_one_process_equals_two_ranks_and_a_resume_across_a_cut_changes_no_bit(
     found = {str(weight.dtype) for weight in alone.weights.values()}
     assert found == (STORED if compensate == "least_squares" else STORED - {"torch.int8"})
     assert_same_course(on_two.rows, alone.rows, cuts=3)
-    resume_and_compare(ranks, job, alone, tmp_path / "same", 4, QLORA, ranks=1, **WITHOUT)
+    resume_and_compare(
+        ranks, job, runs[resumed_on - 1], tmp_path / "same", 4, QLORA, resumed_on, **WITHOUT
+    )

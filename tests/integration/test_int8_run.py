@@ -1,4 +1,4 @@
-"""A run with int8 weights that is stopped between cuts: its checkpoint, how it goes on, its export."""
+"""A run with int8 or NF4 weights that is stopped between cuts: its checkpoint, how it goes on, its export."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("int8-run")
-    ranks.run(2, run_here, config_for(resuming.write_run(folder, **SECTIONS), folder / "out"))
+@pytest.fixture(scope="module", params=["int8", "nf4"])
+def straight(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    sections = SECTIONS | {"model": {"dtype": "bfloat16", "frozen": request.param}}
+    ranks.run(2, run_here, config_for(resuming.write_run(folder, **sections), folder / "out"))
     return folder / "out"
 
 
@@ -43,6 +46,35 @@ def test_a_resumed_run_ends_as_the_run_that_never_stopped(
 
     assert [cut["step"] for cut in resuming.metrics(straight, "cut")] == CUTS
     assert_same_run(out, straight, STEPS)
+
+
+@pytest.mark.parametrize("frozen", ["nf4"])
+def test_it_goes_on_on_other_ranks_and_in_one_process(
+    ranks: RankPool, tmp_path: Path, frozen: str
+) -> None:
+    """Without refits all weights are made from the source again, whatever the ranks."""
+    prune = SECTIONS["prune"] | {"compensate": "none"}
+    sections = SECTIONS | {"prune": prune, "model": {"dtype": "float32", "frozen": frozen}}
+    given = resuming.write_run(tmp_path, **sections)
+    settings = ("lora.lora_dropout=0", "train.learning_rate=1e-3")
+    alone = (*settings, "deepspeed=null")
+    runs = {"two": (2, settings), "three": (3, settings), "alone": (1, alone)}
+    for name, (count, changes) in runs.items():
+        config = config_for(given, tmp_path / name, *changes)
+        if name == "three":
+            assert not any(ranks.run(2, run_here, config, None, STOP_AT))
+        assert all(ranks.run(count, run_here, config, "auto" if name == "three" else None))
+    expected = resuming.contents(tmp_path / "two", STEPS)
+    for name in ("three", "alone"):
+        assert resuming.contents(tmp_path / name, STEPS).kept == expected.kept
+        found = resuming.losses(tmp_path / name)
+        # sums in fp32 in another order, as in tests/numerics
+        assert found == pytest.approx(resuming.losses(tmp_path / "two"), abs=1e-5)
+    exported = read_tensors(tmp_path / "two" / "model")
+    for name in ("three", "alone"):
+        torch.testing.assert_close(
+            read_tensors(tmp_path / name / "model"), exported, rtol=0, atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("family", families("gpt_oss", of=MIXTURES))

@@ -58,19 +58,23 @@ def compare(job: Job, root: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("family", "world_size"), [("llama", 2), ("int8 llama", 3), ("int8 gpt_oss", 2)]
+    ("family", "world_size"),
+    [("llama", 2), ("int8 llama", 3), ("nf4 llama", 3), ("int8 gpt_oss", 2)],
 )
 def test_a_step_is_the_model_that_the_ranks_held(
     ranks: RankPool, tmp_path: Path, family: str, world_size: int
 ) -> None:
     prune, refits = {"ratio": 0.3, "prune_every": 2, "protected_first": 0}, "llama" in family
-    given: dict[str, Any] = {"dtype": "bfloat16", "frozen": "int8"} if "int8" in family else {}
+    frozen, _, name = family.rpartition(" ")
+    given: dict[str, Any] = {"dtype": "bfloat16", "frozen": frozen} if frozen else {}
     if refits:
         sizes = {"dtype": given.get("dtype", "float32"), "biases": True}
+        if frozen == "nf4":
+            sizes["hidden"] = 192  # whole blocks
         job = tiny_job(tmp_path, prune | REFIT, steps=4, model=sizes, **given)
     else:
         sizes = {"dtype": torch.bfloat16}
-        job, _ = family_job(tmp_path, family.split()[1], prune, steps=4, model=sizes, **given)
+        job, _ = family_job(tmp_path, name, prune, steps=4, model=sizes, **given)
     found = sum(ranks.run(world_size, compare, job, tmp_path / "steps"), Counter[str]())
     # merged and not
     assert found == {"equal": 2 * len(open_pretrained(job.folder).shape.parameters())}

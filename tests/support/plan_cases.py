@@ -97,6 +97,7 @@ def build(request: Request) -> ShardedTrainer:
     """Builds the package's trainer on random tokens."""
     run = request.config
     pretrained = open_for_pruning(Path(run.model.path), run.model)
+    pretrained = pretrained.with_refits(run.prune.compensate)
     generator = torch.Generator().manual_seed(0)
     size = run.train.global_batch_size
     ids = torch.randint(

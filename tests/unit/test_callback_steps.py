@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import chdir
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.optim import SGD, AdamW
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from loraprune_ds import PruneConfig, Pruning, linear_names
 from loraprune_ds.export.contents import find_contents
@@ -134,17 +133,6 @@ def test_a_model_that_is_on_no_disk_is_named(
         return model
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_then_change)
-    train(dense, tmp_path)
-    contents = find_contents(tmp_path / "checkpoint-4")
-    must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")
-
-
-def test_a_quantised_model_is_on_no_disk(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bits = BitsAndBytesConfig(load_in_8bit=True)
-    load = partial(AutoModelForCausalLM.from_pretrained, quantization_config=bits)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     train(dense, tmp_path)
     contents = find_contents(tmp_path / "checkpoint-4")
     must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")

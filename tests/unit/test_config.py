@@ -214,7 +214,6 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
         ("data: {held_out_fraction: null}", "data.held_out data.held_out_fraction"),
         ("2024-01-01: 3", "config"),
         ("deepspeed:\nmodel: {dtype: float16}", "model.dtype float16 deepspeed"),
-        ("deepspeed:\nmodel: {frozen: int8}", "model.frozen int8 deepspeed"),
         ('model: {path: "\\uD800"}', "Unicode"),
         ("[1, 2]", "run.yaml"),
         ("", "run.yaml"),

@@ -208,7 +208,7 @@ def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[st
             weights.read_stored(name, 0, wanted.numel(), torch.bfloat16), wanted.flatten()
         )
         assert torch.equal(weights.read_full(name, torch.bfloat16), wanted)
-    stored = weights.shape.stored(2, int8=weights.int8)
+    stored = weights.storage.stored(weights.shape, 2)
     assert [x for x, tensor in stored.items() if tensor.element_size == 4] == names
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model import frozen, int8
+from loraprune_ds.model import frozen, int8, nf4
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, QuantisedLinear
+from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, Quantised, QuantisedLinear
 from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.int8 import UNSTACKED, Int8
+from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import needed_scales
@@ -33,6 +34,9 @@ OF_STACKS = [
 ]
 FORMS = [(form, shape) for form in (Int8(0), Int8(1)) for shape in SHAPES] + OF_STACKS
 every = pytest.mark.parametrize(("form", "shape"), FORMS)
+IN_4_BITS = [(NF4(0, torch.bfloat16), (5, 128)), (NF4(0, torch.float32), (1, BLOCK))]
+IN_4_BITS += [(NF4(1, torch.bfloat16), (192, 7)), (NF4(1, torch.float16), (BLOCK, 2))]
+sharded = pytest.mark.parametrize(("form", "shape"), [*FORMS, *IN_4_BITS])
 
 
 def weight_of(shape: tuple[int, int], seed: int = 0) -> Tensor:
@@ -95,41 +99,42 @@ def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> 
     )
 
 
-@every
+@sharded
 @pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_every_rank_reads_its_own_part(
-    form: Int8, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
+    form: Quantised, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "READ_CHUNK", 3 * shape[1])
+    for module in (int8, nf4):
+        monkeypatch.setattr(module, "READ_CHUNK", 3 * shape[1 - form.transposed])
     weight = weight_of(shape)
+    in_file = (weight.t() if form.transposed else weight).reshape(-1)
     whole = form.split(weight, torch.bfloat16)
     for name, expected in whole.items():
         for rank in range(world_size):
             start, end = owned_range(expected.numel(), world_size, rank)
             found = form.read(
-                name,
-                shape,
-                start,
-                end,
-                lambda a, b: weight.reshape(-1)[a:b].clone(),
-                torch.bfloat16,
+                name, shape, start, end, lambda a, b: in_file[a:b].clone(), torch.bfloat16
             )
             assert torch.equal(found, expected.reshape(-1)[start:end])
 
 
-@every
+@sharded
 @pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_rows_are_decoded_from_the_scales_a_rank_needs(
-    form: Int8, shape: tuple[int, int], world_size: int
+    form: Quantised, shape: tuple[int, int], world_size: int
 ) -> None:
     tensors = form.split(weight_of(shape), torch.bfloat16)
     whole, columns = form.join(tensors.values()), tensors[SCALE].shape[1]
+    whole = whole.t() if form.transposed else whole
+    stored = tensors[WEIGHT]
+    width = stored.shape[1]
     for rank in range(world_size):
         low, high = needed_scales(form, shape, world_size)[rank].tolist()
         scales = tensors[SCALE].reshape(-1)[low:high].view(-1, columns)
-        start, end = owned_range(shape[0] * shape[1], world_size, rank)
-        for row in range(start // shape[1], -(-end // shape[1]) if end > start else 0):
-            found = form.decode(tensors[WEIGHT][row : row + 1], row, scales, low // columns)
+        start, end = owned_range(stored.numel(), world_size, rank)
+        for row in range(start // width, -(-end // width) if end > start else 0):
+            elements = form.elements(stored[row]).view(1, -1)
+            found = form.decode(elements, row, scales, low // columns)
             assert torch.equal(found, whole[row : row + 1].float())
 
 
@@ -239,7 +244,7 @@ def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(
     pretrained = open_int8(tmp_path)
     model, weights = build_for_losses(pretrained, "eager"), pretrained.weights
     found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
-    stored = weights.shape.stored(2, int8=weights.int8)
+    stored = weights.storage.stored(weights.shape, 2)
     expected = {name: (held.shape, held.element_size == 1) for name, held in stored.items()}
     assert found == expected
     layers = decoder_layers(model)

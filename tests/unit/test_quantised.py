@@ -11,11 +11,12 @@ import bitsandbytes
 import pytest
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import prepare_model_for_kbit_training
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerState
+from transformers import AutoModelForCausalLM, TrainerState
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning
+from loraprune_ds.engine.torch_state import check_optimizer
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import stored_tensors
 from loraprune_ds.model.groups import LayerKeep
@@ -26,17 +27,9 @@ from loraprune_ds.session.live import base_shape
 from loraprune_ds.session.quantised import adopt_quantised
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import PRUNE, STEPS, train
+from tests.support.qlora import DOUBLE, EIGHT, NF4_BITS, SIZES, load, stored_and_loaded, with_lora
 from tests.support.refusals import must_name
 
-# The inputs of down_proj are no multiple of 64, and bitsandbytes' CPU kernels are wrong for 96 of them.
-SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "hidden": 64, "ffn": 96, "layers": 3}
-NF4_BITS: dict[str, Any] = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_compute_dtype": torch.bfloat16,
-}
-DOUBLE = NF4_BITS | {"bnb_4bit_use_double_quant": True}
-EIGHT: dict[str, Any] = {"load_in_8bit": True}
 BNB: Any = bitsandbytes  # it marks nothing as public
 IDS = torch.arange(5, 85).view(4, 20)
 
@@ -44,24 +37,6 @@ IDS = torch.arange(5, 85).view(4, 20)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny"), biases=True, dtype="bfloat16", **SIZES)
-
-
-def load(folder: Path, bits: dict[str, Any] | None, **more: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        **{"dtype": torch.bfloat16} | more,
-        quantization_config=bits and BitsAndBytesConfig(**bits),
-    )
-
-
-def with_lora(base: Any, **more: Any) -> Any:
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {"target_modules": linear_names(base), "init_lora_weights": False}
-    model = get_peft_model(base, LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM"} | settings | more))
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data *= 0.1
-    return model
 
 
 def linears(model: Any) -> dict[str, Any]:
@@ -76,11 +51,6 @@ def linears(model: Any) -> dict[str, Any]:
 
 def weight_of(module: Any) -> Tensor:
     return module.base_layer.stored_as.join(stored_tensors(module.base_layer))
-
-
-def stored_and_loaded(tmp_path: Path, folder: Path) -> Any:
-    load(folder, DOUBLE).save_pretrained(tmp_path)
-    return AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def loses_columns(name: str) -> bool:
@@ -284,6 +254,29 @@ def test_trl_s_cast_of_lora_is_undone_before_there_is_an_optimizer(folder: Path)
     )
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in vars(BNB.optim).values() if isinstance(kind, type)],
+    ids=lambda kind: kind.__name__,
+)
+def test_the_state_of_its_optimizers_is_cut_by_none(kind: type) -> None:
+    if issubclass(kind, torch.optim.Optimizer):
+        must_name(f"{kind.__name__} adamw_torch", check_optimizer, kind.__new__(kind))
+
+
+def test_a_cast_of_the_model_leaves_what_stores_its_weights(folder: Path) -> None:
+    model = with_lora(load(folder, NF4_BITS))
+    eight = with_lora(load(folder, EIGHT, dtype=torch.float32))
+    for base in (model, eight):
+        adopt_quantised(base, refits=False)
+        before = {name: weight_of(module) for name, module in linears(base).items()}
+        base.to(torch.float16).bfloat16()
+        assert base.dtype == torch.bfloat16
+        for name, module in linears(base).items():
+            assert torch.equal(weight_of(module), before[name])
+        assert base(IDS).logits.dtype == torch.bfloat16
+
+
 def narrow(folder: Path) -> Any:
     small = make_tiny_llama(folder / "narrow", hidden=32, dtype="bfloat16")
     return with_lora(load(small, NF4_BITS))
@@ -326,11 +319,6 @@ def changed(name: str, value: object) -> Callable[[Path], Any]:
             lambda folder: with_lora(load(folder, NF4_BITS), use_dora=True),
             torch.optim.AdamW,
             "layer 0 self_attn.q_proj",
-        ),
-        (
-            partial(lambda folder: with_lora(load(folder, NF4_BITS))),
-            BNB.optim.AdamW8bit,
-            "adamw_torch",
         ),
         (
             partial(lambda folder: with_lora(load(folder, NF4_BITS))),

@@ -1,0 +1,68 @@
+"""How a run stores linears: by `model.frozen`, and whether refits rewrite them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.model.frozen import DENSE
+from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.nf4 import NF4
+from loraprune_ds.model.storage import Storage
+from loraprune_ds.pretrained.pretrained import open_for_pruning
+from tests.oracle.models import make_tiny_llama
+from tests.support.families import tiny_model
+from tests.support.refusals import must_name
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("frozen", "refits", "rows", "columns", "bits"),
+    [
+        (None, True, DENSE, DENSE, (16, 16)),
+        ("int8", True, Int8(0), Int8(1, 64), (8.25, 8.25)),
+        ("nf4", True, NF4(0, BF16), Int8(1, 64), (4.5, 8.25)),
+        ("nf4", False, NF4(0, BF16), NF4(1, BF16), (4.5, 4.5)),
+    ],
+)
+def test_refits_rewrite_what_loses_columns(
+    tmp_path: Path, frozen: Any, refits: bool, rows: Any, columns: Any, bits: tuple[float, float]
+) -> None:
+    folder = make_tiny_llama(tmp_path, hidden=64, ffn=96, layers=2)
+    compensate = "least_squares" if refits else "none"
+    pretrained = open_for_pruning(folder, ModelConfig(frozen=frozen)).with_refits(compensate)
+    shape = pretrained.shape
+    storage = pretrained.weights.storage
+    counted = 0.0
+    for _, linear in shape.linears():
+        assert storage.format(linear) == (columns if linear.loses_inputs else rows)
+        counted += bits[linear.loses_inputs] * linear.numel / 8
+    assert storage.linear_bytes(shape) == counted
+    stored = storage.stored(shape, 2)
+    plain = shape.stored(2, int8=False)
+    assert plain.keys() == {name for name in stored if not name.endswith("_scale")}
+
+
+def test_experts_are_int8(tmp_path: Path) -> None:
+    tiny_model("mixtral", seed=0, hidden_size=64).save_pretrained(tmp_path)
+    pretrained = open_for_pruning(tmp_path, ModelConfig(frozen="nf4"))
+    storage = pretrained.weights.storage
+    for _, linear in pretrained.shape.linears():
+        assert isinstance(storage.format(linear), Int8 if linear.stack else NF4)
+
+
+def test_a_hidden_axis_without_whole_blocks_is_named(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path, hidden=72)
+    names = "model.layers.0.self_attn.q_proj model.frozen int8"
+    must_name(names, open_for_pruning, folder, ModelConfig(frozen="nf4"))
+
+
+def test_the_first_line_of_a_run_says_what_refits_and_a_teacher_add(tmp_path: Path) -> None:
+    shape = open_for_pruning(make_tiny_llama(tmp_path, hidden=64, ffn=96), ModelConfig()).shape
+    both = Storage("nf4", refits=True).describe(shape, taught=True)
+    assert all(part in both for part in ("nf4", "int8", "teacher"))
+    assert "int8" not in Storage("nf4").describe(shape, taught=True)
+    assert "teacher" not in Storage("nf4", refits=True).describe(shape, taught=False)
