@@ -60,7 +60,7 @@ AmountText = Annotated[
     str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)
 ]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Frozen = Literal["int8"]
+Frozen = Literal["int8", "nf4"]
 EngineName = Literal["zero3", "local", "fsdp2"]  # which saved states record
 Criterion = Literal["lora", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]

@@ -13,6 +13,7 @@ run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 i
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser
@@ -79,22 +80,17 @@ def plan(arguments: argparse.Namespace) -> int:
     silence_libraries()
     # These imports take seconds, so they come after the check of arguments.
     from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, search
-    from loraprune_ds.plan.request import make_request
+    from loraprune_ds.plan.request import build_request, read_run
     from loraprune_ds.plan.table import plan_table, verdict
 
-    one_gpu = dataclasses.replace(cluster, nodes=1, gpus_per_node=1)
-    request = make_request(
-        arguments.model,
-        one_gpu if arguments.smallest else cluster,
-        config_path=arguments.config,
-        overrides=arguments.set,
-        samples=arguments.samples,
-    )
+    run = read_run(arguments.model, config_path=arguments.config, overrides=arguments.set)
+    build = partial(build_request, *run, samples=arguments.samples)
+    most_nodes = getattr(arguments, "nodes", MOST_NODES)
     reason = ""
     if arguments.smallest:
-        planned, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
+        planned, reason = search(build, cluster, most_nodes)
     else:
-        planned = make_plan(request)
+        planned = make_plan(build(cluster))
     facts = plan_json(planned, gib)
     if arguments.json:
         print(json.dumps(facts, indent=2, allow_nan=False))

@@ -12,7 +12,7 @@ from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.files import read_json
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
-from loraprune_ds.plan.request import build_request, make_request
+from loraprune_ds.plan.request import build_request, read_run
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
@@ -99,7 +99,8 @@ PAPER = {
 def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: Path) -> None:
     _, size, kind = f"{path.stem}-".split("-", 2)
     cluster = PAPER[path.stem.removeprefix("llama-")]
-    request = make_request(f"llama-{size}", Cluster(*cluster), config_path=str(path))
+    run = read_run(f"llama-{size}", config_path=str(path))
+    request = build_request(*run, Cluster(*cluster))
     prune, train = request.config.prune, request.config.train
     assert make_plan(request).fits
     assert (prune.criterion, prune.normalize, prune.ranking, prune.compensate) == (
