@@ -179,7 +179,7 @@ def largest_micro_batch(plan: Plan) -> int | None:
 def _try_plan(request: Request, **sections: JsonObject) -> Plan | None:
     """Plans a changed run. Returns None if such a run would be refused."""
     try:
-        return make_plan(changed(request, **sections))
+        return make_plan(changed(request, None, **sections))
     except UserError:
         return None
 

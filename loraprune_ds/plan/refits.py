@@ -39,16 +39,23 @@ def bytes_in_a_pass(request: Request, shape: ModelShape) -> int:
 def bytes_in_a_cut(request: Request, before: ModelShape, after: ModelShape) -> int:
     """Counts the most bytes of a refit while it is solved."""
     most = 0
-    r = request.config.lora.r
     linears = zip(refitted(request, before), refitted(request, after), strict=True)
     for (_, linear), (_, smaller) in linears:
         m, n = linear.matrix
         k = smaller.inputs
-        system = 8 * k * k + 12 * k * n
-        solution = max(12 * k * k, 24 * k * m)
-        matrices = 2 * request.element_size * m * (n + k) + 4 * r * (n + m)
-        most = max(most, matrices + system + solution)
+        weights = 2 * request.element_size * m * (n + k)
+        lora = 4 * request.config.lora.r * (n + m)
+        most = max(most, weights + lora + _bytes_to_solve(n, k, m))
     return most
+
+
+def _bytes_to_solve(n: int, k: int, m: int) -> int:
+    """Counts the most bytes of `refit` in addition to its arguments, with k of n inputs kept and m outputs."""
+    system = 20 * k * k + 4 * k * n
+    right = 8 * k * k + 4 * k * n + 12 * (n - k) * (k + m) + 8 * k * m
+    solution = 8 * k * k + 24 * k * m
+    check = 12 * k * k + 4 * k * n + 16 * k * m
+    return max(system, right, solution, check)
 
 
 def sent_in_a_step(request: Request, shape: ModelShape) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.plan.stages import moment_bytes
+from loraprune_ds.plan.refits import moment_bytes
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.compensate import measured_linears
 from tests.support import quality_settings
