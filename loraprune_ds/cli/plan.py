@@ -3,6 +3,7 @@
 %(prog)s llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 %(prog)s path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
 %(prog)s llama-65b --gpu-memory 40 --smallest                  on up to --nodes machines, if given
+%(prog)s llama-65b --cards                                     which setting fits on GPUs of 16 to 80 GiB
 %(prog)s llama-7b --server-memory 24                           tokens of KV cache next to the dense and the pruned
 %(prog)s path/to/model --set prune.target=12GiB --set prune.target_context=8192      which ratio that takes
 
@@ -13,6 +14,7 @@ run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 i
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser
@@ -49,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
         "--smallest", action="store_true", help="find the fewest such GPUs that suffice"
     )
     parser.add_argument(
+        "--cards", action="store_true", help="find the best setting for GPUs of 16 to 80 GiB"
+    )
+    parser.add_argument(
         "--explain", action="store_true", help="print the formula of every term and exit"
     )
     for name, field in CLUSTER.items():
@@ -78,23 +83,23 @@ def plan(arguments: argparse.Namespace) -> int:
     )
     silence_libraries()
     # These imports take seconds, so they come after the check of arguments.
+    from loraprune_ds.plan.cards import best_for_cards
     from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, search
-    from loraprune_ds.plan.request import make_request
-    from loraprune_ds.plan.table import plan_table, verdict
+    from loraprune_ds.plan.request import build_request, read_run
+    from loraprune_ds.plan.table import card_table, plan_table, verdict
 
-    one_gpu = dataclasses.replace(cluster, nodes=1, gpus_per_node=1)
-    request = make_request(
-        arguments.model,
-        one_gpu if arguments.smallest else cluster,
-        config_path=arguments.config,
-        overrides=arguments.set,
-        samples=arguments.samples,
-    )
+    run = read_run(arguments.model, config_path=arguments.config, overrides=arguments.set)
+    build = partial(build_request, *run, samples=arguments.samples)
+    most_nodes = getattr(arguments, "nodes", MOST_NODES)
+    if arguments.cards:
+        cards = list(best_for_cards(build, cluster, most_nodes))
+        print(json.dumps(cards, indent=2) if arguments.json else card_table(cards))
+        return 0
     reason = ""
     if arguments.smallest:
-        planned, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
+        planned, reason = search(build, cluster, most_nodes)
     else:
-        planned = make_plan(request)
+        planned = make_plan(build(cluster))
     facts = plan_json(planned, gib)
     if arguments.json:
         print(json.dumps(facts, indent=2, allow_nan=False))

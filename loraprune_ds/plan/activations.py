@@ -13,11 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.model.adapters import add_lora, base_parameter, differentiate_input
-from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_linears
+from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.storage import Storage
 from loraprune_ds.plan.request import PlannedBatch, Request
 from loraprune_ds.pretrained.fewer_layers import config_of_layers
 
@@ -85,8 +84,8 @@ def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: Plann
         layers.index(index),
         batch,
         config.model.dtype,
-        request.int8,
         config.lora,
+        request.is_local,
     )
 
 
@@ -97,18 +96,19 @@ def _saved(
     index: int,
     batch: PlannedBatch,
     dtype: Dtype,
-    int8: bool,
     lora: LoraConfig,
+    fp32_lora: bool,
 ) -> int:
     """Counts the storages that a layer saves, including its input, excluding the shared rotary angles."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     model: Any = build_on_meta(json.loads(source), "eager" if batch.eager else FUSED)
     shrink_on_meta(model, shape)
-    if int8:
-        store_linears(model, shape, Storage("int8"))
     with torch.device("meta"):
         add_lora(model, shape, lora, seed=0)
     model.to(device="meta", dtype=DTYPES[dtype]).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad and fp32_lora:
+            parameter.data = parameter.data.float()
     for layer, spec in zip(decoder_layers(model), shape.layers, strict=True):
         for tensor in spec.tensors:
             if tensor.keep_fp32:

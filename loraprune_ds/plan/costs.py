@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product
+from loraprune_ds.plan import refits
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import full_bytes, passes_of_weights
+from loraprune_ds.plan.stages import passes_of_weights
 
 IN_GROUP = "weights_in_group"  # sent inside a group of hpZ. Other bytes go to all ranks
 StepKind = tuple[bool, bool]  # (the step scores, the step measures inputs for `prune.compensate`)
@@ -53,11 +54,10 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     scores, measures = kind
     micro = request.micro_batches
     others = request.world_size - 1
-    moments = request.moment_numel(shape) if measures and others else 0
     sent = _weights_sent(request, shape)
     sent["lora_gradients"] = 4 * micro * request.lora_shards(shape) * others
     sent["scoring"] = _scores_sent(request, shape) if scores else 0
-    sent["input_moments"] = 8 + 4 * micro * moments if moments else 0
+    sent["input_moments"] = refits.sent_in_a_step(request, shape) if measures else 0
     return sent
 
 
@@ -101,9 +101,7 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     frozen = request.shard_bytes(request.stored_as(*tensors))
     bytes_per_factor = 12 + request.element_size
     lora = bytes_per_factor * request.lora_shards(cut_layers)
-    linears = [linear for i, linear in request.measured(before) if i in cut]
-    refitted = 2 * full_bytes(request.stored_as(*linears))  # to the owner and back
-    sent["cut"] = frozen + lora + refitted
+    sent["cut"] = frozen + lora + refits.sent_in_a_cut(request, before, cut)
     return _cost(request, sent, 0)
 
 
@@ -115,7 +113,7 @@ def all_steps(request: Request, final: ModelShape) -> Total:
     last = {kind: step_cost(request, final, kind).total for kind in STEP_KINDS}
     total = Total(0, 0, 0)
     for n in range(1, schedule.steps + 1):
-        measures = prune.compensate != "none" and schedule.precedes_cut(n, prune.compensate_steps)
+        measures = request.refits and schedule.precedes_cut(n, prune.compensate_steps)
         kind = (schedule.is_scored(n), measures)
         removed = schedule.target(n - 1) / schedule.ratio
         total = total.plus(first[kind], 1 - removed).plus(last[kind], removed)
@@ -154,7 +152,7 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
     flops += (7 + 2 * again) * attention_product(shape, window) / part
     flops += 4 * shape.vocab_size * shape.hidden_size
     if kind[1]:
-        flops += 2 * request.moment_numel(shape)
+        flops += refits.flops_per_token(request, shape)
     if request.taught:
         flops += 2 * active_numel(request.shape)
         flops += 2 * attention_product(request.shape, window) / part

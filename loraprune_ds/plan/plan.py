@@ -1,21 +1,23 @@
 """The plan of a run: memory, bytes sent, seconds and suggestions, as JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from loraprune_ds.config_file import apply_override, merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.plan import refits
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.plan.stages import Stage, full_bytes, plan_stages
+from loraprune_ds.plan.stages import Stage, plan_stages
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
 MOST_NODES = 512  # limit of --smallest without --nodes
+Build = Callable[[Cluster], Request]
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
 
@@ -48,18 +50,11 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """The bytes of the largest checkpoint, which is the last before the first cut or the first after it."""
-        return max(self._checkpoint_bytes(self.request.shape), self._checkpoint_bytes(self.after))
-
-    def _checkpoint_bytes(self, shape: ModelShape) -> int:
-        """Counts LoRA with its state, half of the input moments, and the refitted linears."""
         request = self.request
-        lora = 12 * sum(shape.lora_numel(request.config.lora.r))
-        moments = 4 * request.moment_numel(shape)
-        cuts_before = 0 if shape is request.shape else 1
-        if len(request.schedule.cut_steps) <= cuts_before:
-            moments = 0  # no cut will need them
-        refitted = set(request.measured(shape)) - set(request.measured(request.shape))
-        return lora + full_bytes(request.stored_as(*(linear for _, linear in refitted))) + moments
+        shapes = (request.shape, self.after)
+        lora = (12 * sum(shape.lora_numel(request.config.lora.r)) for shape in shapes)
+        refitted = (refits.saved_bytes(request, shape) for shape in shapes)
+        return max(map(sum, zip(lora, refitted, strict=True)))
 
     @property
     def peak_stage(self) -> Stage:
@@ -104,7 +99,7 @@ def suggestions(plan: Plan) -> list[JsonObject]:
             together = merge(together, values)
     if len(rows) > 1 and (smaller := _try_plan(request, **together)):
         rows.append(_suggestion("all of the above", "", smaller))
-    smallest, reason = search(request, request.cluster, MOST_NODES)
+    smallest, reason = search(partial(changed, request), request.cluster, MOST_NODES)
     if not reason:
         cluster = smallest.request.cluster
         setting = f"--nodes {cluster.nodes} --gpus-per-node {cluster.gpus_per_node}"
@@ -143,10 +138,17 @@ def _changes(request: Request) -> Iterator[_Change]:
         yield _override("activation checkpointing", "train.gradient_checkpointing=true")
     if request.taught:
         yield _override("no distillation", "train.distill_weight=0")
-    if request.measured(request.shape):
+    if request.refits:
         yield _override("no refit", "prune.compensate=none")
     if request.config.model.frozen is None:
         yield _override("int8 weights", "model.frozen=int8")
+    if request.config.model.frozen != "nf4":
+        yield _override("4-bit weights", "model.frozen=nf4")
+    if not request.is_local:
+        yield from _deepspeed_changes(request)
+
+
+def _deepspeed_changes(request: Request) -> Iterator[_Change]:
     layer = max(layer.numel for layer in request.shape.layers)
     if request.fetch.max_live_parameters > layer:
         limits = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
@@ -174,40 +176,45 @@ def largest_micro_batch(plan: Plan) -> int | None:
     return None
 
 
-def _try_plan(
-    request: Request, cluster: Cluster | None = None, **sections: JsonObject
-) -> Plan | None:
+def _try_plan(request: Request, **sections: JsonObject) -> Plan | None:
     """Plans a changed run. Returns None if such a run would be refused."""
     try:
-        return make_plan(changed(request, cluster, **sections))
+        return make_plan(changed(request, None, **sections))
     except UserError:
         return None
 
 
-def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
-    """Tries 1, 2, … GPUs of a node, then whole nodes, where they can split the global batch.
+def search(build: Build, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
+    """Tries 1, 2, … GPUs of a node, then whole nodes.
 
     Returns the plan on the fewest GPUs that fit, or on the most that were tried, and a line for the user.
+
+    Args:
+        build: builds the request for a cluster. It raises UserError where a run would, as for a global batch that such
+            ranks cannot split.
     """
     plan = None
+    refused = None
     most = largest.gpus_per_node
-    passes = request.micro_batches * request.world_size  # of a step
     sizes = [(1, gpus) for gpus in range(1, most + 1)]
     sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
     for nodes, gpus in sizes:
-        if passes % (nodes * gpus) != 0:
+        try:
+            plan = make_plan(build(replace(largest, nodes=nodes, gpus_per_node=gpus)))
+        except UserError as error:
+            refused = refused or error
             continue
-        smaller = _try_plan(request, replace(largest, nodes=nodes, gpus_per_node=gpus))
-        if smaller is None:
-            continue  # hpZ cannot split such a node
-        plan = smaller
         if plan.fits:
             return plan, ""
+    if plan is None:
+        assert refused is not None, "there is a size to try"
+        raise refused
     gpus = f"{most_nodes} x {most} GPUs of {largest.gpu_memory:g} GiB"
     host = f"{largest.host_memory:g} GiB of host memory per node"
+    request = plan.request
     batch = request.config.train.global_batch_size
     reason = f"{request.model} fits on no cluster of up to {gpus} with {host} that splits the global batch of {batch}"
-    return plan or make_plan(request), reason
+    return plan, reason
 
 
 def plan_json(plan: Plan, server_gib: float | None = None) -> JsonObject:

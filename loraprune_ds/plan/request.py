@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import apply_override, config_from_dict, merge, read_config
@@ -12,6 +13,7 @@ from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
+from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pretrained.read_shape import (
@@ -21,7 +23,6 @@ from loraprune_ds.pretrained.read_shape import (
     shape_from_config,
 )
 from loraprune_ds.pretrained.text_part import MULTIMODAL, check_tower, text_config
-from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
@@ -84,8 +85,13 @@ class Request:
         return self.config.train.gradient_accumulation_steps(self.world_size)
 
     @property
-    def int8(self) -> bool:
-        return self.config.model.frozen == "int8"
+    def is_local(self) -> bool:
+        """True if the run is one process without DeepSpeed."""
+        return self.config.deepspeed is None
+
+    @property
+    def refits(self) -> bool:
+        return self.config.prune.compensate != "none"
 
     @property
     def element_size(self) -> int:
@@ -94,15 +100,6 @@ class Request:
     @cached_property
     def fetch(self) -> ZeroSettings:
         return ZeroSettings(**self.ds_config["zero_optimization"])
-
-    def measured(self, shape: ModelShape) -> list[tuple[int, TensorSpec]]:
-        """Lists the linears whose inputs `prune.compensate` measures."""
-        layers = self.schedule.limits.open_layers if self.config.prune.compensate != "none" else []
-        return measured_linears(shape, layers)
-
-    def moment_numel(self, shape: ModelShape) -> int:
-        """Counts the elements of half the second moments of these inputs."""
-        return sum(numel_sent(linear.inputs) for _, linear in self.measured(shape))
 
     def batch(self, samples: int, window: int) -> PlannedBatch:
         attention = attn_implementation(self.config.model.attn_implementation, self.shape.family)
@@ -114,21 +111,40 @@ class Request:
 
     def stored(self, shape: ModelShape) -> list[StoredTensor]:
         """Lists the frozen tensors that ZeRO-3 shards."""
-        return list(shape.stored(self.element_size, int8=self.int8).values())
+        return self.stored_as(*(tensor for _, tensor in shape.tensors()))
 
-    def stored_as(self, *tensors: TensorSpec) -> list[StoredTensor]:
-        """As `stored`, of some tensors of a layer."""
-        size = self.element_size
-        return [part for x in tensors for part in x.stored(size, self.int8).values()]
+    def stored_as(self, *tensors: TensorSpec, refits: bool | None = None) -> list[StoredTensor]:
+        """As `stored`, of some tensors. `refits` is False for a model that no refit changes."""
+        if refits is None:
+            refits = self.refits
+        return [part for tensor in tensors for part in self._stored(tensor, refits)]
+
+    def _stored(self, tensor: TensorSpec, refits: bool) -> Iterable[StoredTensor]:
+        model = self.config.model
+        is_refitted = refits and tensor.loses_inputs
+        if model.frozen == "nf4" and tensor.lora and not tensor.stack and not is_refitted:
+            nf4 = NF4(int(tensor.loses_inputs), DTYPES[model.dtype])
+            return nf4.stored(tensor.matrix, self.element_size).values()
+        return tensor.stored(self.element_size, int8=model.frozen is not None).values()
+
+    def dequantised(self, linear: TensorSpec) -> int:
+        """Counts the bytes while a linear is dequantised, of a stack one expert. 0 if its weight is stored."""
+        numel = linear.numel // linear.matrices
+        if self.config.model.frozen is None:
+            return 0
+        if self.config.model.frozen == "int8":
+            return self.element_size * numel
+        return (
+            4 + 2
+        ) * numel  # without bitsandbytes: fp32, next to codes in int32 or a copy in 16 bits
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
         """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
         if not self.config.train.distill_weight:
             return []
-        stored = self.shape.stored(self.element_size, int8=self.int8)
-        stored.pop("lm_head.weight", None)
-        return list(stored.values())
+        tensors = [tensor for _, tensor in self.shape.tensors() if tensor.name != "lm_head.weight"]
+        return self.stored_as(*tensors, refits=False)
 
     def shard_numel(self, numel: int) -> int:
         """Counts the elements of a rank's shard of so many elements."""
@@ -167,19 +183,23 @@ class Request:
             counts = dict(layers[i])
             for kind, count in counts.items():
                 stays = 1 - leaving * budget.shares[kind] / max(1, numel[kind])
-                counts[kind] = max(min(1, count), round(count * stays))
+                counts[kind] = max(limits.floor[i][kind], round(count * stays))
             layers[i] = LayerCounts(counts)
         return dense.resized(layers)
 
 
-def make_request(
-    model: str | None,
-    cluster: Cluster,
-    *,
-    config_path: str | None = None,
-    overrides: Sequence[str] = (),
-    samples: int | None = None,
-) -> Request:
+class Run(NamedTuple):
+    """A model and the config of a run, on any cluster."""
+
+    name: str
+    source: JsonObject  # config.json
+    shape: ModelShape
+    config: RunConfig
+
+
+def read_run(
+    model: str | None, *, config_path: str | None = None, overrides: Sequence[str] = ()
+) -> Run:
     """Reads the input of a plan, given the arguments of launch/plan.py. Raises the errors that a run would raise."""
     if model in LLAMA_SIZES:
         config_path = config_path or f"launch/configs/paper/{model}.yaml"
@@ -192,8 +212,7 @@ def make_request(
     config = config_from_dict(raw)
     name = model or config.model.path
     source = read_model_config(name, config.model.revision)
-    shape = shape_from_config(source, name)
-    return build_request(name, source, shape, config, cluster, samples=samples)
+    return Run(name, source, shape_from_config(source, name), config)
 
 
 def build_request(
@@ -207,9 +226,9 @@ def build_request(
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
+    train.gradient_accumulation_steps(cluster.world_size)
     text = text_config(source, name)
     check_family(shape.family, text, name, config.model.dtype, packing=config.data.packs_rows)
-    train.gradient_accumulation_steps(cluster.world_size)
     require(
         samples is None or samples >= train.global_batch_size,
         f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}",
@@ -229,10 +248,12 @@ def build_request(
         train.check_warmup(schedule.cycles()[0])
     per_node = cluster.gpus_per_node
     require(
-        config.deepspeed is not None,
-        "deepspeed is null, but a plan needs ds_configs/zero3.json or another",
+        config.deepspeed is not None or cluster.world_size == 1,
+        f"deepspeed is null: one process trains, not {cluster.world_size}; "
+        "set --nodes 1 and --gpus-per-node 1, or deepspeed",
     )
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
+    ds_config = ds_config or {"zero_optimization": {"reduce_bucket_size": 0}}
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
     is_whole = size % per_node == 0 or per_node % size == 0
     require(
@@ -240,6 +261,11 @@ def build_request(
         f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs",
     )
     return Request(name, text, shape, config, cluster, schedule, ds_config, samples)
+
+
+def full_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Counts the bytes of unsharded tensors."""
+    return sum(tensor.element_size * math.prod(tensor.shape) for tensor in tensors)
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: JsonObject) -> Request:

@@ -1,19 +1,17 @@
 """Bytes of a rank over the whole run, by term. README.md in this folder has the formulas."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.frozen import StoredTensor
-from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.plan import refits
 from loraprune_ds.plan.activations import activations, forward_temporaries, logits
-from loraprune_ds.plan.request import PlannedBatch, Request, changed
-from loraprune_ds.pruning.compensate import measured_linears, numel_sent
+from loraprune_ds.plan.request import PlannedBatch, Request, changed, full_bytes
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, layer_owner
+from loraprune_ds.ranks.flat import GATHERED_NUMEL
 
 Terms = dict[str, int]  # bytes by name
 
@@ -50,7 +48,9 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
         _cut(request, request.shape, after),
         training_stage("after the last cut", request, final, scores=False),
     ]
-    if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
+    if (
+        request.config.model.frozen
+    ):  # the export is not quantised. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.schedule.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
@@ -59,7 +59,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 
 
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
-    """Builds the stage of steps, evaluations and the export at a shape. Its steps may score and measure."""
+    """Builds the stage of steps and evaluations at a shape. Its steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
     phases = {
@@ -77,7 +77,6 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
         terms["second_copy_of_lora"] = request.second_copy(factors)
     embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
-    phases["export"] = {"layer_on_its_writer": 2 * written}
     phases = {phase: {term: n for term, n in terms.items() if n} for phase, terms in phases.items()}
     return Stage(name, state, phases, host | {"export": written})
 
@@ -91,7 +90,7 @@ def split_state(
     terms = {
         "weights": request.shard_bytes(stored),
         "teacher": request.shard_bytes(request.taught),
-        "lora": request.element_size * lora,
+        "lora": 0 if request.is_local else request.element_size * lora,
         "lora_masters": 4 * lora,  # fp32, like moments, gradients and the bucket
         "lora_moments": 8 * lora,  # from the first step on
         "lora_gradients": 4 * lora,
@@ -110,8 +109,8 @@ def split_state(
         host["lora_gradients_for_the_step"] = host["lora_gradients"]
     if blocks := _pinned_blocks(request, [*stored, *request.taught], host):
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
-    if measures and (linears := request.measured(shape)):
-        terms["input_moments"] = max(moment_bytes(linears, request.world_size))
+    if measures and request.refits:
+        terms["input_moments"] = refits.bytes_between_steps(request, shape)
     return terms, host
 
 
@@ -127,14 +126,6 @@ def _pinned_blocks(request: Request, frozen: list[StoredTensor], host: Terms) ->
         if "second_copy" in host:
             blocks += map(request.second_copy, shards)
     return blocks
-
-
-def moment_bytes(linears: Iterable[tuple[int, TensorSpec]], world_size: int) -> list[int]:
-    """Returns the bytes of these linears' fp32 input moments on each rank, which has those of its own layers."""
-    by_rank = [0] * world_size
-    for i, linear in linears:
-        by_rank[layer_owner(i, world_size)] += 4 * linear.inputs**2
-    return by_rank
 
 
 def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
@@ -165,11 +156,6 @@ def passes_of_weights(request: Request, shape: ModelShape) -> int:
     return (1 if stays else 2) + again
 
 
-def full_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Counts the bytes of unsharded tensors."""
-    return sum(tensor.element_size * math.prod(tensor.shape) for tensor in tensors)
-
-
 def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
     """Returns (elements, bytes) of the unsharded model with LoRA."""
     stored = request.stored(shape)
@@ -180,7 +166,7 @@ def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
 
 def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
-    that is dequantised (0 without int8; one expert of a stack at a time).
+    that is dequantised (0 if none is quantised; one expert of a stack at a time).
     """
     r = request.config.lora.r
     element_size = request.element_size
@@ -193,8 +179,7 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
         for linear in layer.linears:
             lora = sum(map(math.prod, linear.lora_shapes(r)))
             modules.append(full_bytes(request.stored_as(linear)) + element_size * lora)
-            if request.int8:
-                dequantised.append(element_size * linear.numel // linear.matrices)
+            dequantised.append(request.dequantised(linear))
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         modules += layers
     return max(layers), max(modules), max(dequantised)
@@ -203,19 +188,9 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
-    refit = 0
-    r = request.config.lora.r
-    linears = zip(request.measured(before), request.measured(after), strict=True)
-    for (_, linear), (_, smaller) in linears:
-        m, n = linear.matrix
-        k = smaller.inputs
-        system = 8 * k * k + 12 * k * n
-        solution = max(12 * k * k, 24 * k * m)
-        matrices = 2 * request.element_size * m * (n + k) + 4 * r * (n + m)
-        refit = max(refit, matrices + system + solution)
     shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
     phases = {
-        "refit": {"refit": refit},
+        "refit": {"refit": refits.bytes_in_a_cut(request, before, after)},
         "moving": {"repartition": 3 * shards},  # one leaves, one arrives, one is new
     }
     return Stage("the first cut", state, phases, host)
@@ -260,9 +235,8 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
             widest = max(widest, width)
         blocks = 12 * min(tokens * widest, DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
-    if request.measured(shape):
-        widest = max(linear.inputs for _, linear in measured_linears(shape))
-        terms["measured_inputs"] = 4 * (tokens * widest + numel_sent(widest))
+    if request.refits:
+        terms["measured_inputs"] = refits.bytes_in_a_pass(request, shape)
     return terms
 
 

@@ -41,6 +41,17 @@ def plan_table(plan: Plan, facts: JsonObject) -> str:
     return "\n".join(lines)
 
 
+def card_table(cards: Iterable[JsonObject]) -> str:
+    """Lays out the rows of `best_for_cards`."""
+    rows = [f"{'GiB':>8}{'GPUs':>8}{'peak':>8}  settings"]
+    for card in cards:
+        gpus = card["gpus"] if card["fits"] else "none"
+        overrides = " ".join(f"--set {override}" for override in card["overrides"])
+        settings = overrides or "as it is"
+        rows.append(f"{card['gpu_memory']:>8g}{gpus:>8}{_gib(card['device_bytes']):>8}  {settings}")
+    return "\n".join(rows)
+
+
 def _head_lines(plan: Plan, facts: JsonObject) -> list[str]:
     """Describes the model, the cluster, the batches and the sizes."""
     request = plan.request

@@ -1,6 +1,6 @@
 """Compares the plan with measured ranks of SmolLM2-135M and of a random LLaMA of 1.1 billion parameters.
 
-    python -m tests.benchmarks.plan_measured [--models smollm2 1b] [--ranks 1 2 3]
+    python -m tests.benchmarks.plan_measured [--models smollm2 1b 1b-int8 1b-nf4] [--ranks 1 2 3]
 
 Each launch trains two steps, cuts to 40 %, then trains two more, in bf16 on CPU ranks. Storages are compared to the
 byte. The largest peaks before and after the cut are compared with the plan, in RssAnon + RssShmem above what a process
@@ -33,7 +33,7 @@ from tests.support.ranks import start_deepspeed
 
 RESULT = RESULTS / "plan_measured.json"
 LOWEST, HIGHEST = 0.97, 1.15  # planned peaks, of the largest measured one
-DEPTHS = {"smollm2": 30, "1b": 22}
+DEPTHS = {"smollm2": 30, "1b": 22, "1b-int8": 22, "1b-nf4": 22}
 LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
 
 
@@ -49,15 +49,20 @@ def save_1b_config(folder: Path) -> None:
 
 
 def cases(model: str, folder: Path) -> Case:
-    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little."""
+    """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little.
+
+    `1b-int8` and `1b-nf4` have `model.frozen`, and a teacher.
+    """
     if model == "smollm2":
         return Case(embedded_model_dir(), window=64)
     limited = read_json(ROOT / "ds_configs" / "zero3.json")
     limited["zero_optimization"] |= LIMITED
     write_json(folder / "limited.json", limited)
-    return Case(
+    case = Case(
         folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True
     )
+    _, _, frozen = model.partition("-")
+    return replace(case, frozen=frozen, distilled=True) if frozen else case
 
 
 def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
@@ -127,18 +132,18 @@ def keep(name: str, request: Request, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=("smollm2", "1b"))
+    parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=DEPTHS)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3])
     arguments = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)  # the ranks inherit it
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
         folder = Path(name)
-        if "1b" in arguments.models:
+        if set(arguments.models) != {"smollm2"}:
             save_1b_config(folder / "1b")
             write_random_weights(folder / "1b")
         for model in arguments.models:
-            make_tiny_llama(folder / "tiny", layers=DEPTHS[model], dtype="bfloat16")
+            make_tiny_llama(folder / "tiny", layers=DEPTHS[model], hidden=64, dtype="bfloat16")
             for world_size in arguments.ranks:
                 rows, request = (
                     measure(model, world_size, folder),

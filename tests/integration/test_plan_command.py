@@ -99,3 +99,12 @@ def test_a_server_gets_what_fits_beside_the_weights(
     assert dense["tokens"] == (2**29 - 2 * 134_515_008) // (2 * 30 * 3 * 64 * 2)
     assert pruned["parameters"] == found["parameters_after"]
     assert 0.29 * 2**30 < found["target"]["reached"] <= 0.3 * 2**30
+
+
+def test_the_best_setting_for_each_card(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("embedded --cards --set train.distill_weight=0 --json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["gpus"], row["overrides"]) for row in rows] == 5 * [(1, [])]
+    assert plan("llama-65b --cards --gpus-per-node 1 --nodes 1") == 0
+    cells = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert cells == ["GPUs", "none", "none", "none", "none", "1"]

@@ -12,7 +12,13 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.plan.costs import IN_GROUP
 from tests.oracle.models import make_tiny_llama
 from tests.support.families import EQUAL, TINY, families, tiny_model
-from tests.support.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
+from tests.support.plan_cases import (
+    Case,
+    held_in_one_process,
+    run_beside_plan,
+    run_with_second_copy,
+    saved_activations,
+)
 from tests.support.ranks import RankPool
 
 SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 61, "biases": True}
@@ -175,4 +181,13 @@ def test_the_formula_says_what_a_layer_keeps_with_dropout(
     three, four = (
         ranks.run(1, saved_activations, Case(x, dropout=0.05))[0] for x in (folder, longer)
     )
+    assert four["counted"] - three["counted"] == four["last_layer"]
+
+
+def test_one_process_holds_and_keeps_what_was_planned(folder: Path, tmp_path: Path) -> None:
+    case = Case(folder, deepspeed=None, distilled=True, dropout=0.05)
+    planned, held = held_in_one_process(case)
+    assert held == planned
+    longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **SIZES)
+    three, four = (saved_activations(replace(case, folder=x)) for x in (folder, longer))
     assert four["counted"] - three["counted"] == four["last_layer"]

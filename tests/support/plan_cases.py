@@ -16,6 +16,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds import config
+from loraprune_ds.engines import run_engine
 from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -29,7 +30,6 @@ from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_con
 from loraprune_ds.ranks.device import resident_bytes, storage_bytes
 from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.zero.engine import Zero3
 from tests.benchmarks.memory import Peak
 from tests.support.cutting import watched_collectives
 from tests.support.driver import Consecutive, ShardedTrainer, assemble
@@ -43,7 +43,7 @@ class Case:
     """A small run: one micro-batch per rank and step, or more."""
 
     folder: Path
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: str | None = "ds_configs/zero3.json"
     dtype: config.Dtype = "bfloat16"
     frozen: config.Frozen | None = None
     window: int = 16
@@ -110,7 +110,8 @@ def build(request: Request) -> ShardedTrainer:
     trainer = assemble(run, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
     if request.taught:
         given = "sdpa", run.model.dtype, request.ds_config
-        trainer.teacher = Zero3().build_inference_engine(pretrained, *given, head=False)
+        engine = run_engine(sharded=not request.is_local)
+        trainer.teacher = engine.build_inference_engine(pretrained, *given, head=False)
     return trainer
 
 
@@ -195,9 +196,11 @@ def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tupl
     of_layer = {
         name: x
         for spec in layer.tensors
-        for name, x in spec.stored(element_size, request.int8).items()
+        for name, x in spec.stored(element_size, request.config.model.frozen == "int8").items()
     }
-    for name, kept, linear in layer.cuts(keep, partial(TensorSpec.format, int8=request.int8)):
+    for name, kept, linear in layer.cuts(
+        keep, partial(TensorSpec.format, int8=request.config.model.frozen == "int8")
+    ):
         stored = of_layer[name]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:
@@ -213,6 +216,19 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
         return run_beside_plan(case)
     finally:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def held_in_one_process(case: Case) -> tuple[int, int]:
+    """Makes a step in this process. Returns the planned and the held bytes, gradients apart, which are None again."""
+    request = case.request(1)
+    trainer = build(request)
+    trainer.step(1)
+    terms, _ = split_state(request, trainer.model.shape)
+    tensors = [parameter for module in modules(trainer) for parameter in module.parameters()]
+    optimizer = trainer.model.optimizer
+    assert optimizer is not None
+    state = [value for of in optimizer.state.values() for value in of.values() if value.dim()]
+    return sum(terms.values()) - terms["lora_gradients"], storage_bytes([*tensors, *state])
 
 
 def _state_row(
@@ -270,19 +286,15 @@ def _measured_step(
 
 
 def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:
-    """Returns the peak of a step, without evaluation and export."""
+    """Returns the peak of a step, without evaluation."""
     stage = training_stage("", request, shape, scores=scores)
-    phases = (
-        sum(terms.values())
-        for name, terms in stage.phases.items()
-        if name not in ("evaluation", "export")
-    )
+    phases = (sum(terms.values()) for name, terms in stage.phases.items() if name != "evaluation")
     return stage.resident + max(phases)
 
 
 def saved_activations(case: Case) -> dict[str, int]:
     """Counts the bytes that autograd keeps of one forward pass, weights apart. Returns those of the formula, too."""
-    request = case.request(torch.distributed.get_world_size())
+    request = case.request(1)
     trainer = build(request)
     parameters = list(trainer.model.module.parameters())
     # held: a delta net drops a part of its graph, and its memory with it
@@ -300,7 +312,7 @@ def saved_activations(case: Case) -> dict[str, int]:
 
     ids = trainer.samples.inputs(torch.arange(case.micro_batch_size))["input_ids"]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
+        loss = trainer.engine.module(input_ids=ids, labels=ids).sum()
     del loss
     batch, shape = request.batch(case.micro_batch_size, case.window), request.shape
     counted = sum(storage.nbytes() for storage in kept.values())

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,53 @@ def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) ->
     return build_request("small", SOURCE, SMALL, config, cluster)
 
 
+def test_the_search_skips_ranks_that_cannot_share_a_second_copy(tmp_path: Path) -> None:
+    run = with_hpz(tmp_path, 4, Cluster(1, 4))
+    build = partial(build_request, "small", SOURCE, SMALL, run.config)
+    found, reason = search(build, Cluster(), 1)
+    assert (found.request.world_size, reason) == (4, "")
+    must_name("zero_hpz_partition_size 4", search, build, Cluster(1, 2), 1)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "stablelm"])
+def test_no_layer_is_planned_below_what_a_run_keeps(family: str) -> None:
+    """A router chooses more experts than would be left, and one of two kinds of heads has its own norms."""
+    source = tiny_config(family).to_dict()
+    config = replace(request(Cluster()).config, prune=PruneConfig(ratio=0.15, channel_multiple=1))
+    asked = build_request(family, source, shape_from_config(source, family), config, Cluster(1, 1))
+    layers = zip(make_plan(asked).final.counts, asked.schedule.limits.floor, strict=True)
+    assert all(counts[kind] >= floor[kind] for counts, floor in layers for kind in floor)
+
+
+def test_nf4_takes_half_of_int8_where_no_refit_rewrites_a_linear() -> None:
+    prune = {"compensate": "least_squares"}
+    stored = changed(request(Cluster(1, 1)), model={"frozen": "nf4"}, train={"distill_weight": 0.5})
+    refitted = changed(stored, prune=prune)
+    rows = sum(x.numel for _, x in SMALL.linears() if not x.loses_inputs)
+    columns = sum(x.numel for _, x in SMALL.linears() if x.loses_inputs)
+    others = SMALL.total_numel() - rows - columns
+    nf4 = 4.5 / 8  # bytes of a weight, with an fp32 scale per 64
+    state = [make_plan(x).stages[0].state for x in (stored, refitted)]
+    assert state[0]["weights"] == 2 * others + nf4 * (rows + columns)
+    assert state[1]["weights"] == 2 * others + nf4 * rows + (1 + 2 / 64) * columns
+    head = SMALL.vocab_size * SMALL.hidden_size
+    teacher = 2 * (others - head) + nf4 * (rows + columns)  # no refit rewrites it
+    assert [terms["teacher"] for terms in state] == 2 * [teacher]
+
+
+def test_one_process_has_no_bf16_copy_of_lora_and_no_bucket() -> None:
+    sharded = request(Cluster(1, 1))
+    config = replace(sharded.config, deepspeed=None)
+    given = "small", SOURCE, SMALL, config
+    alone = make_plan(build_request(*given, Cluster(1, 1)))
+    state, other = (plan.stages[0].state for plan in (alone, make_plan(sharded)))
+    assert state == other | {"lora": 0, "reduce_bucket": 0}
+    must_name("deepspeed --gpus-per-node", build_request, *given, Cluster(1, 2))
+    tight = make_plan(build_request(*given, Cluster(1, 1, gpu_memory=3.05)))
+    assert not [x for x in suggestions(tight) if "DeepSpeed" in x["setting"]]
+    assert not [x for x in suggestions(tight) if "deepspeed" in x["setting"]]
+
+
 def test_nccl_takes_more_with_more_ranks() -> None:
     held = [
         Cluster(nodes, gpus).nccl_bytes for nodes, gpus in ((1, 1), (1, 2), (1, 8), (4, 8), (64, 8))
@@ -201,12 +249,13 @@ def test_the_search_finds_the_fewest_gpus_that_can_split_the_batch() -> None:
     )
     needs = {n: make_plan(changed(asked, Cluster(1, n))).device_bytes / 1e6 for n in (1, 2, 4, 8)}
     assert needs[8] < needs[4] < min(needs[1], needs[2])
-    found, reason = search(asked, tight(8, needs[4] + 1), 1)
+    build = partial(changed, asked)
+    found, reason = search(build, tight(8, needs[4] + 1), 1)
     # micro-batches of 2 leave no 3
     assert (found.fits, found.request.world_size, reason) == (True, 4, "")
-    found, reason = search(asked, tight(2, needs[4] + 1), 2)
+    found, reason = search(build, tight(2, needs[4] + 1), 2)
     assert (found.request.cluster.nodes, found.request.cluster.gpus_per_node, reason) == (2, 2, "")
-    largest, reason = search(asked, tight(8, 1), 512)
+    largest, reason = search(build, tight(8, 1), 512)
     assert largest.request.world_size == 32  # 64 samples in micro-batches of 2
     assert reason.startswith("small fits on no cluster of up to 512 x 8 GPUs of 3.0")
 

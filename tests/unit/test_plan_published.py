@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.files import read_json
+from loraprune_ds.plan.cards import best_for_cards, with_overrides
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
-from loraprune_ds.plan.request import build_request, make_request
+from loraprune_ds.plan.request import Run, build_request, read_run
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
@@ -71,11 +73,60 @@ def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
     return f"| {run} | {request.world_size} | {memory:.0f} | {hours} | {sent:,.0f} | {saved:.0f} |"
 
 
+def run_of(name: str, overrides: Sequence[str] = ()) -> Run:
+    """Reads a shipped config and the published sizes of its model."""
+    path = CONFIGS / f"{name}.yaml"
+    if name.startswith("paper/"):
+        return read_run("-".join(path.stem.split("-")[:2]), config_path=str(path))
+    source = MODERN[name.removesuffix("-24gb")][0]
+    shape = shape_from_config(source, name)
+    return Run(name, source, shape, config_from_dict(read_config(path, overrides)))
+
+
+PAGE = Path("loraprune_ds/plan/README.md").read_text()
+FITS = re.compile(r"^\| `([\w./-]+)\.yaml` \| (\d+) \| (\d+) \| ([\d.]+) \| (.*) \|$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "memory", "gpus", "peak", "settings"), FITS.findall(PAGE))
+def test_each_line_of_the_table_of_cards_is_a_plan(
+    name: str, memory: str, gpus: str, peak: str, settings: str
+) -> None:
+    count = int(gpus)
+    nodes = max(1, count // 8)
+    cluster = Cluster(nodes, count // nodes, gpu_memory=int(memory))
+    request = build_request(*run_of(name), cluster)
+    plan = make_plan(with_overrides(request, re.findall(r"`([^`]+)`", settings)))
+    assert plan.fits
+    assert f"{plan.device_bytes / GIB:.1f}" == peak
+
+
+def test_the_best_settings_of_an_8b_are_those_of_the_page() -> None:
+    name = "llama3.1-8b"
+    found = best_for_cards(partial(build_request, *run_of(name)), Cluster(), 1)
+    rows = [
+        f"| `{name}.yaml` | {x['gpu_memory']} | {x['gpus']} | {x['device_bytes'] / GIB:.1f} | "
+        f"{', '.join(f'`{override}`' for override in x['overrides'])} |"
+        for x in found
+    ]
+    assert all(x in PAGE for x in rows)
+    assert len(rows) == 5
+
+
+def test_an_8b_fits_on_24_gb() -> None:
+    run = run_of("llama3.1-8b-24gb")
+    assert make_plan(build_request(*run, Cluster(1, 1, gpu_memory=24))).fits
+
+
+WITHOUT_REFIT = ("llama3.1-8b-24gb",)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_config_has_the_recipe(path: Path) -> None:
     config, default = config_from_dict(read_config(path)), RunConfig("unused")
     # of a model
     sizes = {"ratio": 0.5, "channel_multiple": 64, "tensor_parallel": 1, "head_ratio": None}
+    if path.stem in WITHOUT_REFIT:
+        sizes["compensate"] = None
     assert replace(config.prune, prune_every=10, **sizes) == default.prune
     assert (config.train.distill_weight, config.train.distill_temperature) == (0.25, 2.0)
     if config.model.path != "embedded":
@@ -92,6 +143,7 @@ PAPER = {
     "30b": (2, 8),
     "65b": (4, 8),
     "65b-int8": (1, 1),
+    "65b-nf4": (1, 1),
 }
 
 
@@ -99,7 +151,8 @@ PAPER = {
 def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: Path) -> None:
     _, size, kind = f"{path.stem}-".split("-", 2)
     cluster = PAPER[path.stem.removeprefix("llama-")]
-    request = make_request(f"llama-{size}", Cluster(*cluster), config_path=str(path))
+    run = read_run(f"llama-{size}", config_path=str(path))
+    request = build_request(*run, Cluster(*cluster))
     prune, train = request.config.prune, request.config.train
     assert make_plan(request).fits
     assert (prune.criterion, prune.normalize, prune.ranking, prune.compensate) == (
@@ -114,7 +167,7 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
         0,
         0,
     )
-    assert request.config.model.frozen == ("int8" if kind == "int8-" else None)
+    assert request.config.model.frozen == {"int8-": "int8", "nf4-": "nf4"}.get(kind)
     if kind == "single-shot-":
         assert request.schedule.cut_steps == [request.schedule.steps]
         assert train.learning_rate < 1e-9  # LoRA must not learn
