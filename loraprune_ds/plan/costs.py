@@ -9,8 +9,6 @@ from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import passes_of_weights
 
 IN_GROUP = "weights_in_group"  # sent inside a group of hpZ. Other bytes go to all ranks
-StepKind = tuple[bool, bool]  # (the step scores, the step measures inputs for `prune.compensate`)
-STEP_KINDS: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
 
 
 @dataclass(frozen=True)
@@ -41,23 +39,21 @@ class Total(NamedTuple):
         return Total(*(value + times * other for value, other in zip(self, more, strict=True)))
 
 
-def step_cost(request: Request, shape: ModelShape, kind: StepKind) -> Cost:
+def step_cost(request: Request, shape: ModelShape, *, scores: bool) -> Cost:
     """Returns the cost of one optimizer step."""
     train = request.config.train
     tokens = train.global_batch_size * request.config.data.window / request.world_size
-    sent = step_sent(request, shape, kind)
-    return _cost(request, sent, tokens * _flops_per_token(request, shape, kind))
+    sent = step_sent(request, shape, scores=scores)
+    return _cost(request, sent, tokens * _flops_per_token(request, shape))
 
 
-def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, int]:
+def step_sent(request: Request, shape: ModelShape, *, scores: bool) -> dict[str, int]:
     """Returns the bytes that a rank sends in one optimizer step, by term."""
-    scores, measures = kind
     micro = request.micro_batches
     others = request.world_size - 1
     sent = _weights_sent(request, shape)
     sent["lora_gradients"] = 4 * micro * request.lora_shards(shape) * others
     sent["scoring"] = _scores_sent(request, shape) if scores else 0
-    sent["input_moments"] = refits.sent_in_a_step(request, shape) if measures else 0
     return sent
 
 
@@ -92,9 +88,12 @@ def _scores_sent(request: Request, shape: ModelShape) -> int:
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of smaller layers with LoRA's state, and refitted linears."""
+    tokens = refits.repeated_tokens(request, before)
+    operations = _forward_flops(request, before) + refits.flops_per_token(request, before)
+    operations *= tokens / len(before.layer_lists)
     sent = {"cut": 0}
     if request.world_size == 1:
-        return _cost(request, sent, 0)
+        return _cost(request, sent, operations)
     cut = [i for i, counts in enumerate(after.counts) if counts != before.counts[i]]
     cut_layers = before.only(cut)
     tensors = [tensor for layer in cut_layers.layers for tensor in layer.tensors]
@@ -102,19 +101,18 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     bytes_per_factor = 12 + request.element_size
     lora = bytes_per_factor * request.lora_shards(cut_layers)
     sent["cut"] = frozen + lora + refits.sent_in_a_cut(request, before, cut)
-    return _cost(request, sent, 0)
+    return _cost(request, sent, operations)
 
 
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Costs fall linearly with the parameters from the dense to the final shape."""
-    prune = request.config.prune
     schedule = request.schedule
-    first = {kind: step_cost(request, request.shape, kind).total for kind in STEP_KINDS}
-    last = {kind: step_cost(request, final, kind).total for kind in STEP_KINDS}
+    kinds = (False, True)
+    first = [step_cost(request, request.shape, scores=scores).total for scores in kinds]
+    last = [step_cost(request, final, scores=scores).total for scores in kinds]
     total = Total(0, 0, 0)
     for n in range(1, schedule.steps + 1):
-        measures = request.refits and schedule.precedes_cut(n, prune.compensate_steps)
-        kind = (schedule.is_scored(n), measures)
+        kind = schedule.is_scored(n)
         removed = schedule.target(n - 1) / schedule.ratio
         total = total.plus(first[kind], 1 - removed).plus(last[kind], removed)
     return total
@@ -143,17 +141,24 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
     )
 
 
-def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
+def _flops_per_token(request: Request, shape: ModelShape) -> float:
     """Returns the operations of a step per token. A multiply-add is two."""
-    again = request.config.train.gradient_checkpointing
-    window = request.config.data.window
-    part = 1 if request.batch(1, 1).eager else 2  # eager attends to all of the window
-    flops = (4 + 2 * again) * active_numel(shape)  # LoRA's own products are below 1 %
-    flops += (7 + 2 * again) * attention_product(shape, window) / part
+    passes = 2 + request.config.train.gradient_checkpointing
+    # LoRA's own products are below 1 %. A backward pass has five products of attention, not two
+    flops = passes * _forward_flops(request, shape)
+    flops += 3 * attention_product(shape, request.config.data.window) / _part(request)
     flops += 4 * shape.vocab_size * shape.hidden_size
-    if kind[1]:
-        flops += refits.flops_per_token(request, shape)
     if request.taught:
-        flops += 2 * active_numel(request.shape)
-        flops += 2 * attention_product(request.shape, window) / part
+        flops += _forward_flops(request, request.shape)
     return flops / len(shape.layer_lists)  # a token passes either the encoder or the decoder
+
+
+def _forward_flops(request: Request, shape: ModelShape) -> float:
+    """Returns the operations of a forward pass per token, without the head."""
+    products = 2 * attention_product(shape, request.config.data.window) / _part(request)
+    return 2 * active_numel(shape) + products
+
+
+def _part(request: Request) -> int:
+    """Returns the part of a window that a token attends to: eager attention computes all of it."""
+    return 1 if request.batch(1, 1).eager else 2

@@ -32,12 +32,12 @@ class Plan:
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """The costs of a dense step that scores and measures, of a step after the last cut, and of the first cut."""
+        """The costs of a dense step that scores, of a step after the last cut, and of the first cut."""
         request = self.request
         dense = request.shape
         return {
-            "step": step_cost(request, dense, (True, True)),
-            "last_step": step_cost(request, self.final, (False, False)),
+            "step": step_cost(request, dense, scores=True),
+            "last_step": step_cost(request, self.final, scores=False),
             "first_cut": cut_cost(request, dense, self.after),
         }
 

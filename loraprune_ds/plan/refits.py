@@ -1,9 +1,12 @@
-"""What refits (`prune.compensate`) cost: memory, bytes sent, operations and bytes of a checkpoint."""
+"""What refits (`prune.compensate`) cost. A cut repeats the last passes, so nothing is kept between cuts."""
+
+import math
+from collections import defaultdict
 
 from loraprune_ds.model.shape import LayerLinear, ModelShape
 from loraprune_ds.plan.request import Request, full_bytes
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
-from loraprune_ds.ranks.flat import layer_owner
+from loraprune_ds.pruning.passes import MOST_STEPS, TOKENS_PER_INPUT
 
 
 def refitted(request: Request, shape: ModelShape) -> list[LayerLinear]:
@@ -12,40 +15,52 @@ def refitted(request: Request, shape: ModelShape) -> list[LayerLinear]:
     return measured_linears(shape, layers)
 
 
-def _halves(request: Request, shape: ModelShape) -> int:
-    """Counts the elements of half the second moments of their inputs."""
-    return sum(numel_sent(linear.inputs) for _, linear in refitted(request, shape))
+def widest_inputs(request: Request, shape: ModelShape) -> int:
+    return max((linear.inputs for _, linear in refitted(request, shape)), default=0)
 
 
-def bytes_between_steps(request: Request, shape: ModelShape) -> int:
-    """Counts the bytes of the fp32 moments on the rank that owns most."""
-    return max(moment_bytes(refitted(request, shape), request.world_size))
+def repeated_tokens(request: Request, shape: ModelShape) -> int:
+    """Counts the tokens that a rank repeats: its part of complete steps."""
+    needed = TOKENS_PER_INPUT * widest_inputs(request, shape) * len(shape.layer_lists)
+    tokens_per_step = request.config.train.global_batch_size * request.config.data.window
+    steps = min(MOST_STEPS, math.ceil(needed / tokens_per_step))
+    return steps * tokens_per_step // request.world_size
 
 
-def moment_bytes(linears: list[LayerLinear], world_size: int) -> list[int]:
-    """Returns the bytes of these linears' moments on each rank, which has those of its own layers."""
-    by_rank = [0] * world_size
-    for i, linear in linears:
-        by_rank[layer_owner(i, world_size)] += 4 * linear.inputs**2
-    return by_rank
+def bytes_of_passes(request: Request, shape: ModelShape) -> int:
+    """Counts the bytes between two layers: embeddings, hidden states, rotary angles, and masks of packed rows."""
+    per_token = 2 * request.element_size * (shape.hidden_size + shape.head_dim)
+    if request.config.data.packs_rows:
+        per_token += request.config.data.window
+    return per_token * repeated_tokens(request, shape)
 
 
-def bytes_in_a_pass(request: Request, shape: ModelShape) -> int:
-    """Counts the bytes of the inputs that a micro-batch adds, and of half a moment."""
-    widest = max((linear.inputs for _, linear in refitted(request, shape)), default=0)
-    return 4 * (request.training_batch.tokens * widest + numel_sent(widest))
+def _halves(request: Request, shape: ModelShape) -> dict[int, int]:
+    """Counts the elements of half of the second moments of each layer."""
+    halves: dict[int, int] = defaultdict(int)
+    for i, linear in refitted(request, shape):
+        halves[i] += numel_sent(linear.inputs)
+    return halves
 
 
-def bytes_in_a_cut(request: Request, before: ModelShape, after: ModelShape) -> int:
-    """Counts the most bytes of a refit while it is solved."""
+def bytes_of_moments(request: Request, shape: ModelShape) -> int:
+    """Counts the most bytes of fp32 moments of passes: of the layer that they are in, and of the layer to solve."""
+    of_layer = 4 * max(_halves(request, shape).values(), default=0)
+    return of_layer * min(2, request.world_size)
+
+
+def bytes_in_a_refit(request: Request, before: ModelShape, after: ModelShape) -> int:
+    """Counts the most bytes of a refit while it is solved, with the moments of its layer."""
     most = 0
+    halves = _halves(request, before)
     linears = zip(refitted(request, before), refitted(request, after), strict=True)
-    for (_, linear), (_, smaller) in linears:
+    for (i, linear), (_, smaller) in linears:
         m, n = linear.matrix
         k = smaller.inputs
+        moments = 4 * (halves[i] - numel_sent(n) + n * n)
         weights = 2 * request.element_size * m * (n + k)
         lora = 4 * request.config.lora.r * (n + m)
-        most = max(most, weights + lora + _bytes_to_solve(n, k, m))
+        most = max(most, moments + weights + lora + _bytes_to_solve(n, k, m))
     return most
 
 
@@ -58,30 +73,24 @@ def _bytes_to_solve(n: int, k: int, m: int) -> int:
     return max(system, right, solution, check)
 
 
-def sent_in_a_step(request: Request, shape: ModelShape) -> int:
-    """Counts the bytes that a rank sends in a step that measures: half of each moment per micro-batch."""
-    moments = _halves(request, shape)
-    if request.world_size == 1 or not moments:
-        return 0
-    return 8 + 4 * request.micro_batches * moments
-
-
 def sent_in_a_cut(request: Request, before: ModelShape, layers: list[int]) -> int:
-    """Counts the bytes of the linears that lose inputs in these layers, to the owner and back."""
+    """Counts the bytes of a cut that changes these layers: the weights once, half moments, refitted linears twice."""
     linears = [linear for i, linear in refitted(request, before) if i in layers]
-    return 2 * full_bytes(request.stored_as(*linears))
+    if not linears:
+        return 0
+    shards = request.shard_bytes(request.stored(before))
+    shards += request.element_size * request.lora_shards(before)
+    moments = 4 * sum(_halves(request, before).values())
+    refits = 2 * full_bytes(request.stored_as(*linears))  # to the owner and back
+    return shards * (request.world_size - 1) + moments + refits
 
 
 def flops_per_token(request: Request, shape: ModelShape) -> int:
-    """Counts the operations of a step that measures, per token."""
-    return 2 * _halves(request, shape)
+    """Counts the operations of the moments per repeated token."""
+    return 2 * sum(_halves(request, shape).values())
 
 
 def saved_bytes(request: Request, shape: ModelShape) -> int:
-    """Counts the bytes of a checkpoint at a shape: the linears refitted by then, and half of the moments."""
+    """Counts the bytes of the linears that were refitted on the way to a shape. Token ids do not count."""
     changed = set(refitted(request, shape)) - set(refitted(request, request.shape))
-    linears = full_bytes(request.stored_as(*(linear for _, linear in changed)))
-    cuts_before = 0 if shape is request.shape else 1
-    if len(request.schedule.cut_steps) <= cuts_before:
-        return linears  # no cut will need the moments
-    return linears + 4 * _halves(request, shape)
+    return full_bytes(request.stored_as(*(linear for _, linear in changed)))

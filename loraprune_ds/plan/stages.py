@@ -60,7 +60,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
     """Builds the stage of steps and evaluations at a shape. Its steps may score and measure."""
-    state, host = split_state(request, shape, measures=scores)
+    state, host = split_state(request, shape)
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
     phases = {
         "training": _training(request, shape),
@@ -81,9 +81,7 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     return Stage(name, state, phases, host | {"export": written})
 
 
-def split_state(
-    request: Request, shape: ModelShape, *, measures: bool = False
-) -> tuple[Terms, Terms]:
+def split_state(request: Request, shape: ModelShape) -> tuple[Terms, Terms]:
     """Returns the terms (on the GPU, in host memory)."""
     lora = request.lora_shards(shape)
     stored = request.stored(shape)
@@ -109,8 +107,6 @@ def split_state(
         host["lora_gradients_for_the_step"] = host["lora_gradients"]
     if blocks := _pinned_blocks(request, [*stored, *request.taught], host):
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
-    if measures and request.refits:
-        terms["input_moments"] = refits.bytes_between_steps(request, shape)
     return terms, host
 
 
@@ -187,12 +183,19 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
-    state, host = split_state(request, before, measures=True)
+    state, host = split_state(request, before)
     shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
-    phases = {
-        "refit": {"refit": refits.bytes_in_a_cut(request, before, after)},
-        "moving": {"repartition": 3 * shards},  # one leaves, one arrives, one is new
-    }
+    # one leaves, one arrives, one is new
+    phases: dict[str, Terms] = {"moving": {"repartition": 3 * shards}}
+    if request.refits:
+        batch = request.training_batch
+        kept = {"hidden_states": refits.bytes_of_passes(request, before)}
+        phases["repeated passes"] = kept | _forward_pass(request, before, batch, prefetches=True)
+        phases["repeated passes"] |= {
+            "measured_inputs": 4 * batch.tokens * refits.widest_inputs(request, before),
+            "input_moments": refits.bytes_of_moments(request, before),
+        }
+        phases["refit"] = kept | {"refit": refits.bytes_in_a_refit(request, before, after)}
     return Stage("the first cut", state, phases, host)
 
 
@@ -235,8 +238,6 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
             widest = max(widest, width)
         blocks = 12 * min(tokens * widest, DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
-    if request.refits:
-        terms["measured_inputs"] = refits.bytes_in_a_pass(request, shape)
     return terms
 
 

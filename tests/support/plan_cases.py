@@ -257,8 +257,8 @@ def _measured_step(
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
     scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
-    planned = step_sent(request, shape, (scores, scores))
-    pruning = planned["scoring"] + planned["input_moments"]
+    planned = step_sent(request, shape, scores=scores)
+    pruning = planned["scoring"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "magnitude")
     of_lora = 8 * request.lora_shards(shape) * (world_size - 1) if lora_scored else 0
     agreed = 7 * 8 * (world_size - 1)  # fp64 numbers of a step (`RankNumbers`)
