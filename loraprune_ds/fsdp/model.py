@@ -5,7 +5,7 @@ evaluation, the last units stay gathered. Therefore everything here reshards bef
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -79,13 +79,15 @@ class FsdpModel(WatchedModel):
 
     @contextmanager
     def repeating_passes(self) -> Generator[None]:
-        """Gathers the outermost unit, whose own forward pass does not run. Others are gathered in theirs."""
-        outermost = self._units[0]
-        outermost.unshard()
         try:
             yield
         finally:
             self._reshard()
+
+    def gathered(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        """Gathers the outermost unit, whose own forward pass does not run. Others are gathered in theirs."""
+        self._units[0].unshard()  # which a refit has resharded
+        return nullcontext()
 
     @torch.no_grad()
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:

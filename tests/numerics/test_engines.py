@@ -119,6 +119,25 @@ def test_every_rank_gets_a_weight_that_one_has_computed(found: list[Found]) -> N
     assert torch.equal(found[0].overwritten, engines.new_weight())
 
 
+def test_a_refit_repeats_the_passes_of_all_ranks(
+    ranks: RankPool, folder: Path, case: tuple[str, int]
+) -> None:
+    name, world_size = case
+    before, after, loss = ranks.run(world_size, engines.refit, name, folder)[0]
+    _, alone, loss_alone = ranks.run(1, engines.refit, "local", folder)[0]
+    changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    assert changed == {
+        f"base_model.model.model.layers.{i}.{linear}.base_layer.weight"
+        for i in engines.CUT_LAYERS
+        for linear in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    for key in changed:
+        largest = (alone[key] - before[key]).abs().max()
+        # Adam has divided rounding by the roots of tiny moments
+        assert (after[key] - alone[key]).abs().max() < 1e-3 * largest, key
+    assert loss == pytest.approx(loss_alone, rel=TOLERANCE)
+
+
 def test_the_layer_of_a_nan_is_named_by_a_rank_that_has_it(found: list[Found]) -> None:
     good, poisoned = zip(*(rank.nonfinite for rank in found), strict=True)
     assert set(good) == {None}

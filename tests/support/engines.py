@@ -6,6 +6,7 @@ A new engine adds a function to `ENGINES`: it wraps a PEFT model and the optimiz
 import gc
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
+from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.session.live import live_shape
@@ -166,12 +169,13 @@ class Training:
         )
         self.loop.model.train()
 
-    def step(self, number: int) -> float:
+    def step(self, number: int, passes: KeptPasses | None = None) -> float:
         """Makes the step of a global batch. Returns the mean loss over the ranks."""
         size = SAMPLES // self.model.world_size
         first = self.model.rank * size
         ids = batch(number)[first : first + size]
-        loss = self.loop.model(input_ids=ids, labels=ids).loss
+        with nullcontext() if passes is None else passes.record_forward(None):
+            loss = self.loop.model(input_ids=ids, labels=ids).loss
         self.loop.backward(loss)
         self.loop.update()
         return sum(self.model.comm.gather_objects(loss.item())) / self.model.world_size
@@ -260,6 +264,20 @@ def train(name: str, folder: Path) -> Found:
     model.before_each_update(look)
     training.step(4)
     return found
+
+
+def refit(name: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Makes two steps, a refit by their passes, and a step. Returns all before and after it, and the last loss."""
+    training = Training(name, make_model(folder))
+    model = training.model
+    passes = KeptPasses(model)
+    passes.begin_step()
+    for number in (1, 2):
+        training.step(number, passes)
+    passes.detach()
+    before = training.tensors()
+    refit_by_replay(model, some_keep(model.shape), passes.passes(), 2)
+    return before, training.tensors(), training.step(3)
 
 
 def live_bytes() -> int:
