@@ -201,7 +201,7 @@ def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(
         set(),
         set(),
     ]
-    passes = [f"step-{n}/resume/passes-0000{rank}.pt" for n in (17, 18) for rank in (0, 1)]
+    passes = [f"step-{n}/resume/passes-0000{rank}.pt" for n in (17, 19) for rank in (0, 1)]
     assert [(refitted / "checkpoints" / name).exists() for name in passes] == [True] * 2 + [
         False
     ] * 2  # no cut is left that needs them
