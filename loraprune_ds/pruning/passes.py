@@ -4,11 +4,12 @@ Token ids and masks are tiny beside what a pass computes. A model with its own e
 hidden states instead of ids, and those are kept.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, cast
 
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from loraprune_ds.files import JsonObject
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
+log = logging.getLogger(__name__)
 # Fewer lose part of what a refit gains, and more gain nothing (tests/benchmarks/README.md, "Tokens of a refit").
 TOKENS_PER_INPUT = 10
 MOST_STEPS = 16
 # the pass that is repeated makes its own
 OF_THE_PASS = ("use_cache", "encoder_hidden_states")
+# torch reads them back without running code
+PLAIN = (bool, int, float, str, torch.dtype)
 
 
 @dataclass
@@ -64,6 +68,8 @@ class KeptPasses:
     def __init__(self, model: PrunableModel) -> None:
         self.steps: deque[StepPasses] = deque(maxlen=MOST_STEPS)
         self._model = model
+        self._enough = 0  # tokens of all ranks that a refit needs
+        self._warned = False
         self._masks: tuple[Tensor | None, ...] | None = None  # of the pass that is kept
         hooks = ExitStack()
         for number, stack in enumerate(layer_stacks(model)):
@@ -78,10 +84,11 @@ class KeptPasses:
     def record_forward(self, *masks: Tensor | None) -> Generator[None]:
         """Keeps the inputs of one micro-batch. Close it before the backward pass.
 
+        A pass begins with the first list of layers, so an encoder and its decoder may come in two calls.
+
         A mask, (batch, window), is False at padding. An encoder's is first.
         """
         self._masks = masks
-        self.steps[-1].passes.append({})
         try:
             yield
         finally:
@@ -90,14 +97,27 @@ class KeptPasses:
     def end_step(self, tokens: int, inputs: int) -> None:
         """Notes the tokens of the global batch, and forgets the steps that linears of so many inputs do not need."""
         self.steps[-1].tokens = tokens
-        enough = TOKENS_PER_INPUT * inputs * len(self._model.shape.family.layer_lists)
-        while self.tokens - self.steps[0].tokens >= enough:
+        self._enough = TOKENS_PER_INPUT * inputs * len(self._model.shape.family.layer_lists)
+        while self.tokens - self.steps[0].tokens >= self._enough:
             self.steps.popleft()
+
+    def warn_of_lost_steps(self, step: int) -> None:
+        """Says once that a resume has not brought back all that a refit needs, as from an older format."""
+        are_lost = len(self.steps) < min(step, MOST_STEPS) and self.tokens < self._enough
+        if are_lost and not self._warned and self._model.rank == 0:
+            log.warning(
+                "step %d: this refit repeats only the %d tokens since the resume, fewer than ten for each input (%d); "
+                "the checkpoint is of an earlier version, and later cuts have more",
+                step,
+                self.tokens,
+                self._enough,
+            )
+        self._warned = self._warned or are_lost
 
     def to_plain(self) -> JsonObject:
         """Returns tensors and plain values, for a checkpoint. Every rank writes its own."""
         steps = [
-            [{n: asdict(call) for n, call in kept.items()} for kept in step.passes]
+            [{n: vars(call) for n, call in kept.items()} for kept in step.passes]
             for step in self.steps
         ]
         return {"tokens": [step.tokens for step in self.steps], "steps": steps}
@@ -138,7 +158,10 @@ class KeptPasses:
                 for name, value in inputs.items()
                 if value is not None and name not in OF_THE_PASS
             }
-            self.steps[-1].passes[-1][number] = Call(kept, self._masks[number], autocast)
+            passes = self.steps[-1].passes
+            if number == 0:
+                passes.append({})
+            passes[-1][number] = Call(kept, _plain(self._masks[number]), autocast)
 
         return keep
 
@@ -171,12 +194,12 @@ def layer_stacks(model: PrunableModel) -> list[nn.Module]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns tensors without their graph, also inside of lists and dicts. Other objects, as a cache, become None."""
+    """Copies tensors without their graph, also inside of lists and dicts. Other objects, as a cache, become None."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().clone()  # a trainer may use its batch again
     if isinstance(value, dict):
         parts = cast(dict[str, Any], value)
         return {name: _plain(part) for name, part in parts.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in cast(list[Any], value)]
-    return value if isinstance(value, bool | int | float | str) else None
+    return value if type(value) in PLAIN else None

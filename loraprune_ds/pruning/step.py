@@ -88,8 +88,11 @@ class Pruner:
         """Lets hooks record for `fisher` and a refit. Open it around all passes and `score`."""
         is_scored = self.schedule.is_scored(step)
         self._keeps = is_scored
-        if self.passes is not None and is_scored:
-            self.passes.begin_step()
+        if self.passes is not None:
+            if is_scored:
+                self.passes.begin_step()
+            else:  # no cut is left
+                self.passes.steps.clear()
         with ExitStack() as recordings:
             if self.mask_gradients is not None and is_scored:
                 recordings.enter_context(self.mask_gradients.record())
@@ -148,9 +151,8 @@ class Pruner:
             return None
         fail_point("cut.agreed")
         if self.passes is not None:
+            self.passes.warn_of_lost_steps(step)
             refit_by_replay(self.model, keep, self.passes.passes(), step)
-            if step == self.schedule.last_cut:
-                self.passes.steps.clear()
             fail_point("cut.compensated")
         sent = self.model.cut(keep)
         self.average.cut(keep)

@@ -102,9 +102,8 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     own = ranks.run(2, train_alone, job)[0]
     for theirs, ours in zip(rows, own, strict=True):
         ours["tokens"] = theirs["tokens"]  # a row of our own has a start, and the last token
-    # Rounding adds up: a later norm has five digits in common. With AVX-512 it is that of step 5, with AVX2 of step 6.
-    same, cuts = (3, 1) if engine else (4, 2)
-    assert_same_course(rows[:same], own[:same], cuts=cuts)
+    # Rounding adds up: after step 3 norms have five digits in common.
+    assert_same_course(rows[:3], own[:3], cuts=1)
     assert [row["kept"] for row in rows] == [row["kept"] for row in own]
     assert rows[5]["loss"] == pytest.approx(own[5]["loss"], rel=1e-6)
     counted = job.batches[0][1] != -100
@@ -135,7 +134,7 @@ def test_checkpointing_and_a_reference_s_forward_pass_change_no_score(
     assert_same_course(rows, ranks.run(2, train_alone, job)[0], cuts=2)
 
 
-def test_a_resume_goes_on_from_refitted_weights_and_moments(
+def test_a_resume_goes_on_from_refitted_weights_and_kept_passes(
     ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path: Path
 ) -> None:
     """The first of two sizes is done at step 4, and the next start need not make it again."""

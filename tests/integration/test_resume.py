@@ -165,15 +165,23 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a flipped bit": ("step-13/lora-00001.safetensors", flip_bit, "damaged"),
     "counters missing": ("step-13/resume/state.json", Path.unlink, "missing"),
     "state of another kind": ("step-13/state.json", lambda path: path.write_text("[]"), "damaged"),
+    "passes of a rank missing": ("step-13/resume/passes-00001.pt", Path.unlink, "missing"),
+    "passes of a rank cut short": (
+        "step-13/resume/passes-00000.pt",
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        "damaged",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(again: Again, name: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    again: Again, refitted: Path, name: str
+) -> None:
     path, damage, word = DAMAGES[name]
-    damaged = again.killed_after(13) / "checkpoints" / path
+    damaged = again.killed_after(13, refitted) / "checkpoints" / path
     damage(damaged)
-    for found in again.find(again.config()):
+    for found in again.find(again.config(REFIT)):
         assert (found.step, found.error) == (12, None)
         (warning,) = found.warnings
         assert str(damaged) in warning
@@ -193,6 +201,10 @@ def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(
         set(),
         set(),
     ]
+    passes = [f"step-{n}/resume/passes-0000{rank}.pt" for n in (17, 19) for rank in (0, 1)]
+    assert [(refitted / "checkpoints" / name).exists() for name in passes] == [True] * 2 + [
+        False
+    ] * 2  # no cut is left that needs them
     shape, dense = (
         open_pretrained(path).shape.parameters()
         for path in (refitted / "model", straight.parent / "source")

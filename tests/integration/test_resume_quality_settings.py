@@ -33,6 +33,7 @@ from tests.support.resuming import (
 
 STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is not sorted
 TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"
+NO_DROPOUT = ("lora.lora_dropout=0", "train.learning_rate=1e-3")
 SECTIONS: dict[str, dict[str, Any]] = {
     "prune": resuming.REFITS | {"criterion": "fisher", "ratio": None, "sizes": [0.4, 0.2]},
     "train": {
@@ -59,7 +60,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     assert not any(ranks.run(2, run_here, config, "auto", FIRST))
     assert not (tmp_path / "out" / "model-0.2").exists()  # the run exports it at its end
     step = tmp_path / "out" / "checkpoints" / f"step-{FIRST}"
-    assert len(list(step.glob("resume/inputs-*.safetensors"))) == 3  # one of each layer
+    assert len(list(step.glob("resume/passes-*.pt"))) == 2  # one of each rank
     assert all(ranks.run(2, run_here, config, "auto"))
 
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
@@ -67,7 +68,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     assert_same_run(tmp_path / "out", straight, TOTAL)
     assert sha256(tmp_path / "out" / SIZE) == sha256(straight / SIZE)
     assert not list(
-        (straight / "checkpoints" / f"step-{TOTAL}").glob("resume/inputs-*")
+        (straight / "checkpoints" / f"step-{TOTAL}").glob("resume/passes-*")
     )  # no cut is left that needs them
 
 
@@ -83,22 +84,36 @@ def test_a_run_killed_after_its_model_is_there_can_be_finished(
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.fixture(scope="module")
+def no_dropout(ranks: RankPool, straight: Path) -> Path:
+    """Makes a run that others can be compared with. Dropout draws by micro-batch, so it is off."""
+    out = straight.parent / "no_dropout"
+    ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out, *NO_DROPOUT))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("before", "micro_batch_size", "after"),
+    [(1, 1, 2), (2, 1, 3), (3, 2, 2)],  # at last three passes a step for two ranks
+)
 def test_goes_on_with_another_number_of_ranks(
-    ranks: RankPool, straight: Path, tmp_path: Path
+    ranks: RankPool,
+    no_dropout: Path,
+    tmp_path: Path,
+    before: int,
+    micro_batch_size: int,
+    after: int,
 ) -> None:
-    """Checks the moments, each layer's on one rank. Dropout draws by rank, so it is off."""
-    given, settings = (
-        straight.parent / "config.yaml",
-        ("lora.lora_dropout=0", "train.learning_rate=1e-3"),
-    )
-    here, moved = (config_for(given, tmp_path / name, *settings) for name in ("here", "moved"))
-    ranks.run(2, run_here, here)
-    ranks.run(2, run_here, moved, None, FIRST - 1)
-    assert all(ranks.run(3, run_here, moved, "auto"))
-    found, expected = (resuming.contents(tmp_path / name, TOTAL).kept for name in ("moved", "here"))
+    """Stops between two cuts, so the next refit repeats passes of before and after the stop."""
+    given = no_dropout.parent / "config.yaml"
+    of_before = (*NO_DROPOUT, f"train.micro_batch_size={micro_batch_size}")
+    ranks.run(before, run_here, config_for(given, tmp_path / "out", *of_before), None, FIRST - 1)
+    moved = config_for(given, tmp_path / "out", *NO_DROPOUT)
+    assert all(ranks.run(after, run_here, moved, "auto"))
+    found, expected = (resuming.contents(out, TOTAL).kept for out in (tmp_path / "out", no_dropout))
     assert found == expected
     # sums in fp32 in another order, as in tests/numerics
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "here"), abs=1e-5)
+    assert losses(tmp_path / "out") == pytest.approx(losses(no_dropout), abs=1e-5)
 
 
 def test_the_learning_rate_rises_for_each_recovery_and_each_size(straight: Path) -> None:

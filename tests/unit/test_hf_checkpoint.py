@@ -1,7 +1,7 @@
 """The callback's checkpoints, its view of a foreign training, and the update, until it lets go."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,14 +15,20 @@ from loraprune_ds.checkpoint.load import SavedStep, verify_step
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.local.live import LiveLocal
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session import checkpoint
+from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.zero.live import LiveZero3
 from loraprune_ds.zero.sharded import ShardedModel
+from tests.oracle.models import make_batches, make_tiny_llama
+from tests.support.local_training import make_model
 from tests.support.refusals import must_name
+from tests.support.resuming import assert_equal_tensors
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
+REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 # as a callback wrote it in format 7
 STATE = {
     "step": 5,
@@ -148,7 +154,43 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
 def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(tmp_path: Path) -> None:
     """A cut may come before the next score, if the next step overflows in fp16."""
     step_with(tmp_path).restore_pruner(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
-    assert (pruner.average.updates_since_cut, pruner.moments.restore.call_args.args[1]) == (3, 7.0)
+    assert pruner.average.updates_since_cut == 3
+    pruner.passes.restore.assert_called_once_with([])  # format 7 has none
+
+
+def test_a_model_that_is_called_with_embeddings_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """As a trainer with images calls it. A cut follows that repeats passes of before the save."""
+    folder = make_tiny_llama(
+        tmp_path / "tiny", heads=4, kv_heads=4, hidden=32, ffn=48, layers=2, vocab=97
+    )
+
+    def train(saved: PruningCheckpoint | None, model: Any) -> Any:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        pruning = Pruning(model.train(), optimizer, REFIT, 4, checkpoint=saved)
+        batches = make_batches(steps=4, samples=4, tokens=8, vocab=97, seed=3)
+        embed = model.get_base_model().get_input_embeddings()
+        for ids, labels in batches[pruning.step :]:
+            pruning.begin_step()
+            hidden = embed(ids) + 0.1  # of an image
+            mask = torch.arange(8) < torch.tensor([[8], [8], [6], [5]])
+            model(inputs_embeds=hidden, attention_mask=mask, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruning.end_step()
+            if pruning.step == 3:
+                pruning.save(tmp_path / "checkpoint-3")
+        assert [cut.step for cut in pruning.cuts] == [2, 4]
+        pruning.close()
+        return model.state_dict()
+
+    straight = train(None, make_model(folder))
+    passes = torch.load(tmp_path / "checkpoint-3/pruning/resume/passes-00000.pt", weights_only=True)
+    assert passes["steps"][0][0][0]["inputs"]["inputs_embeds"].shape == (4, 8, 32)
+    model = make_model(folder)
+    saved = cut_to_checkpoint(model, tmp_path, REFIT, Communicator())
+    assert saved is not None
+    restored = replace(saved, restores_optimizer=True)
+    assert_equal_tensors(train(restored, model), straight)
 
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
-"""Resumes and exports what is in tests/format7, which every later commit must read.
+"""Resumes and exports what is in tests/older_formats, which every later commit must read.
 
 Each folder of `steps` is named after the commit that wrote it: a run on one rank, killed in its seventh step, and a
-checkpoint of the callback after six steps. `expected.json` has what both came to when they went on.
+checkpoint of the callback after six steps. `expected.json` has what both come to when they go on. Formats 7 and 8 hold
+no inputs of passes, so the next refit has those of one step.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from loraprune_ds import config_file
 from loraprune_ds.checkpoint.layout import MANIFEST, STATE_FILE, seal, write_manifest
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
@@ -27,7 +31,7 @@ from tests.support.ranks import RankPool
 from tests.support.refusals import flip_bit, must_name
 from tests.support.trainers import fresh_accelerate
 
-KEPT = ROOT / "tests" / "format7"
+KEPT = ROOT / "tests" / "older_formats"
 EXPECTED = read_json(KEPT / "expected.json")
 TOLERANCE = 1e-4  # of losses, on another processor
 RUNS = sorted(path.parent.name for path in KEPT.glob("steps/*/run"))
@@ -42,18 +46,53 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str) -> Path
     return tmp_path / "kept"
 
 
-def resume_in(folder: Path) -> bool:
+def resume_in(folder: Path) -> list[str]:
+    """Finishes the run. Returns the warnings."""
     comm = Communicator()
     os.environ["LOCAL_RANK"] = str(comm.rank)
-    with contextlib.chdir(folder):
-        return run(OutputFolder(read_config("config.yaml", []), "auto"), comm)
+    config_file._say_left_out.cache_clear()  # other tests share the process
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("loraprune_ds")
+    with contextlib.chdir(folder), patch.object(log, "handlers", [handler]):
+        assert run(OutputFolder(read_config("config.yaml", []), "auto"), comm)
+    return lines
 
 
-@pytest.mark.parametrize("commit", RUNS)
+def change_the_refit(folder: Path) -> None:
+    """Gives saved settings other values of the two keys that no longer count."""
+    for path in (folder / "run/config.yaml", *folder.rglob(STATE_FILE)):
+        text = path.read_text().replace('compensate_steps": 4', 'compensate_steps": 2')
+        text = text.replace("compensate_steps: 4", "compensate_steps: 2")
+        text = text.replace('compensate_decay": 0.9', 'compensate_decay": 0.5')
+        path.write_text(text.replace("compensate_decay: 0.9", "compensate_decay: 0.5"))
+        manifest = path.parent / MANIFEST
+        if manifest.exists():
+            write_manifest(path.parent, read_json(manifest)["files"] | {path.name: seal(path)})
+
+
+def assert_warned(lines: list[str], *, changed: bool) -> None:
+    """Checks the lines of rank 0. All steps are cut, so only the first says how few tokens a refit has."""
+    *settings, few = lines
+    names = ["prune.compensate_steps: 2", "prune.compensate_decay: 0.5"] if changed else []
+    assert len(settings) == len(names)
+    assert all(name in line for name, line in zip(names, settings, strict=True))
+    assert "step 7" in few
+    assert "\n" not in few
+
+
+@pytest.mark.parametrize(
+    ("commit", "changed"), [*((commit, False) for commit in RUNS), (RUNS[0], True)]
+)
 def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
-    ranks: RankPool, folder: Path
+    ranks: RankPool, folder: Path, changed: bool
 ) -> None:
-    assert ranks.run(2, resume_in, folder) == [True, True]
+    if changed:
+        change_the_refit(folder)
+    lines, of_others = ranks.run(2, resume_in, folder)
+    assert_warned(lines, changed=changed)
+    assert of_others == []
     out = folder / "run"
     assert resuming.losses(out) == pytest.approx(EXPECTED["losses"], abs=TOLERANCE)
     assert read_json(out / "kept_groups.json")["layers"] == EXPECTED["kept_groups"]
@@ -62,10 +101,19 @@ def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
     assert {row["folder"]: row["parameters"] for row in report["shelf"]} == EXPECTED["sizes"]
 
 
-@pytest.mark.parametrize("commit", TRAINERS)
-def test_a_callbacks_checkpoint_goes_on(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("commit", "changed"), [*((commit, False) for commit in TRAINERS), (TRAINERS[0], True)]
+)
+def test_a_callbacks_checkpoint_goes_on(
+    folder: Path, changed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if changed:
+        change_the_refit(folder)
+    config_file._say_left_out.cache_clear()
     with fresh_accelerate():
         trainer, pruning = kept_trainer.train(folder, folder / "trainer")
+    lines = [entry.getMessage() for entry in caplog.records if "loraprune_ds" in entry.name]
+    assert_warned(lines, changed=changed)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-2:] == pytest.approx(EXPECTED["trainer"]["losses"], abs=TOLERANCE)
     kept = [

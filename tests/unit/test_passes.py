@@ -1,0 +1,176 @@
+"""The kept inputs of passes: how many stay, what a file holds of them, and how they are dealt out to ranks."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.pruning.passes import MOST_STEPS, Call, KeptPasses
+
+IDS = torch.arange(6).view(2, 3)
+MASK = torch.tensor([[True, True, False], [True, True, True]])
+
+
+class Stack(nn.Module):
+    """Stands for the module of a list of layers."""
+
+    def forward(self, input_ids: Tensor, **more: Any) -> None:
+        return None
+
+
+def live(rank: int = 0, world_size: int = 1, stacks: int = 1) -> Any:
+    base = nn.ModuleList([Stack() for _ in range(stacks)])
+    lists = [SimpleNamespace(path=f"{number}.layers") for number in range(stacks)]
+    return SimpleNamespace(
+        module=SimpleNamespace(get_base_model=lambda: base),
+        shape=SimpleNamespace(family=SimpleNamespace(layer_lists=lists)),
+        device=torch.device("cpu"),
+        rank=rank,
+        world_size=world_size,
+        stacks=base,
+    )
+
+
+def through_a_file(kept: KeptPasses, path: Path) -> Any:
+    torch.save(kept.to_plain(), path)
+    return torch.load(path, weights_only=True)
+
+
+def test_whatever_a_trainer_passes_comes_back_from_a_file(tmp_path: Path) -> None:
+    """Only plain values and tensors, which torch reads without running code."""
+    model = live()
+    kept = KeptPasses(model)
+    kept.begin_step()
+    passed: dict[str, Any] = {
+        "attention_mask": {"full": MASK, "sliding": None},
+        "dtype": torch.bfloat16,
+        "is_causal": True,
+        "scale": 0.5,
+        "name": "sdpa",
+        "lengths": [[1, 2], [IDS]],
+        "pair": (IDS, 3),
+    }
+    with kept.record_forward(MASK), torch.autocast("cpu", torch.bfloat16):
+        model.stacks[0](IDS, cache=object(), nothing=None, use_cache=True, **passed)
+    kept.end_step(tokens=5, inputs=9)
+    other = KeptPasses(live())
+    other.restore([through_a_file(kept, tmp_path / "passes.pt")])
+    ((call,),) = (of_pass.values() for of_pass in other.passes())
+    expected = {"input_ids": IDS, **passed, "cache": None, "pair": [IDS, 3]}
+    # values of tensors, too
+    assert {name: str(value) for name, value in call.inputs.items()} == {
+        name: str(value) for name, value in expected.items()
+    }
+    assert call.mask is not None
+    assert torch.equal(call.mask, MASK)
+    assert (call.autocast, other.tokens) == (torch.bfloat16, 5)
+
+
+def test_a_trainer_may_use_its_batch_again(tmp_path: Path) -> None:
+    """Its buffer is not in the file either."""
+    model = live()
+    kept = KeptPasses(model)
+    kept.begin_step()
+    buffer = torch.ones(100_000, 3, dtype=torch.long)
+    masks = torch.ones(100_000, 3, dtype=torch.bool)
+    with kept.record_forward(masks[:2]):
+        model.stacks[0](buffer[:2])
+    buffer.zero_()
+    masks.zero_()
+    (of_pass,) = kept.passes()
+    assert of_pass[0].inputs["input_ids"].all()
+    assert cast(Tensor, of_pass[0].mask).all()
+    through_a_file(kept, tmp_path / "passes.pt")
+    assert (tmp_path / "passes.pt").stat().st_size < 10_000
+
+
+def numbered_passes(world_size: int, count: int) -> list[Any]:
+    """Makes what the ranks of a checkpoint have written. Micro-batch m was on rank m mod world_size."""
+    files: list[Any] = []
+    for rank in range(world_size):
+        passes = [
+            {0: vars(Call({"input_ids": torch.full((1, 3), number)}, None, None))}
+            for number in range(rank, count, world_size)
+        ]
+        files.append({"tokens": [7, 8], "steps": [passes, passes]})
+    return files
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "count"),
+    [(1, 2, 3), (2, 3, 4), (3, 2, 3), (3, 2, 9), (2, 2, 4), (3, 1, 3), (1, 3, 1)],
+)
+def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -> None:
+    """As micro-batches do. A rank with fewer repeats one without tokens, because all enter each layer together."""
+    for rank in range(after):
+        kept = KeptPasses(live(rank, after))
+        kept.restore(numbered_passes(before, count))
+        assert [step.tokens for step in kept.steps] == [7, 8]
+        for step in kept.steps:
+            calls = [of_pass[0] for of_pass in step.passes]
+            assert len(calls) == -(-count // after)
+            numbers = list(range(rank, count, after))
+            real = calls[: len(numbers)]
+            assert [int(call.inputs["input_ids"][0, 0]) for call in real] == numbers
+            assert all(call.mask is None for call in real)
+            for call in calls[len(numbers) :]:
+                assert call.mask is not None
+                assert call.mask.shape == (1, 3)
+                assert not call.mask.any()
+
+
+@pytest.mark.parametrize(
+    ("stacks", "tokens", "left"),
+    [(1, 15, 3), (1, 40, 1), (1, 41, 1), (1, 39, 2), (2, 15, 6), (1, 1, MOST_STEPS)],
+)
+def test_only_steps_that_a_refit_needs_stay(stacks: int, tokens: int, left: int) -> None:
+    """Ten tokens for each of four inputs, in both stacks."""
+    kept = KeptPasses(live(stacks=stacks))
+    for _ in range(MOST_STEPS + 4):
+        kept.begin_step()
+        kept.end_step(tokens, inputs=4)
+    assert (len(kept.steps), kept.tokens) == (left, left * tokens)
+
+
+def test_an_encoder_and_its_decoder_are_one_pass() -> None:
+    """Hooks of a foreign trainer record them one after the other."""
+    model = live(stacks=2)
+    kept = KeptPasses(model)
+    kept.begin_step()
+    for _ in range(2):
+        with kept.record_forward(MASK, MASK):
+            model.stacks[0](IDS)
+        with kept.record_forward(None, None):
+            model.stacks[1](IDS, encoder_hidden_states=IDS.double())
+    assert [list(of_pass) for of_pass in kept.passes()] == [[0, 1], [0, 1]]
+    assert kept.passes()[0][1].mask is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "steps", "before", "tokens", "warned"),
+    [
+        (0, 2, 5, 15, True),
+        (1, 2, 5, 15, False),
+        (0, 2, 0, 15, False),  # the training began with them
+        (0, 3, 5, 15, False),  # enough
+        (0, 16, 5, 1, False),  # no more would be kept
+    ],
+)
+def test_the_first_refit_says_which_steps_a_resume_has_lost(
+    caplog: pytest.LogCaptureFixture, rank: int, steps: int, before: int, tokens: int, warned: bool
+) -> None:
+    caplog.set_level(logging.WARNING)
+    kept = KeptPasses(live(rank, world_size=2))
+    kept.restore([])
+    for _ in range(steps):
+        kept.begin_step()
+        kept.end_step(tokens, inputs=4)
+    for _ in range(2):
+        kept.warn_of_lost_steps(before + steps)
+    lines = [entry.getMessage() for entry in caplog.records]
+    assert len(lines) == warned
+    assert all(f"step {before + steps}" in line and "30 tokens" in line for line in lines)
