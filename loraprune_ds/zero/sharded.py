@@ -1,7 +1,7 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,11 +24,10 @@ from loraprune_ds.ranks.flat import without_padding
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
+from loraprune_ds.zero.gathering import gather_once
 from loraprune_ds.zero.params import overwrite_shard, owned_blocks, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.shards import NAME, full_shape, held
-
-OF_ALL_PASSES = -1  # no module's number
 
 
 class ShardedModel(PrunableModel):
@@ -91,19 +90,8 @@ class ShardedModel(PrunableModel):
             self.forget_trace()
             self._empty_partition_cache()
 
-    @contextmanager
-    def gathered(self, *modules: nn.Module) -> Generator[None]:
-        """Keeps what ZeRO-3 gathers in the first pass, because another module seems to use it."""
-        parameters: list[Any] = [p for module in modules for p in module.parameters()]
-        for parameter in parameters:
-            parameter.ds_active_sub_modules.add(OF_ALL_PASSES)
-        try:
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.ds_active_sub_modules.discard(OF_ALL_PASSES)
-            for module in modules:
-                self._coordinator.release_and_reset_all(module)
+    def gathered(self, *modules: nn.Module) -> AbstractContextManager[None]:
+        return gather_once(self._coordinator, modules)
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()

@@ -244,7 +244,7 @@ def touched(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
-            owner = ast.unparse(node.value).split(".")[-1]
+            owner = ast.unparse(node.value).split(".")[-1].lstrip("_")
             if owner in OBJECTS or OF_A_PARAMETER.fullmatch(node.attr):
                 found.add(node.attr)
     return found
