@@ -13,8 +13,8 @@ from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
-from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.storage import Storage
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pretrained.read_shape import (
     LLAMA_SIZES,
@@ -115,17 +115,16 @@ class Request:
 
     def stored_as(self, *tensors: TensorSpec, refits: bool | None = None) -> list[StoredTensor]:
         """As `stored`, of some tensors. `refits` is False for a model that no refit changes."""
-        if refits is None:
-            refits = self.refits
-        return [part for tensor in tensors for part in self._stored(tensor, refits)]
-
-    def _stored(self, tensor: TensorSpec, refits: bool) -> Iterable[StoredTensor]:
         model = self.config.model
-        is_refitted = refits and tensor.loses_inputs
-        if model.frozen == "nf4" and tensor.lora and not tensor.stack and not is_refitted:
-            nf4 = NF4(int(tensor.loses_inputs), DTYPES[model.dtype])
-            return nf4.stored(tensor.matrix, self.element_size).values()
-        return tensor.stored(self.element_size, int8=model.frozen is not None).values()
+        refits = self.refits if refits is None else refits
+        storage = Storage(model.frozen, refits, DTYPES[model.dtype])
+        parts: list[StoredTensor] = []
+        for tensor in tensors:
+            if tensor.lora:
+                parts += storage.format(tensor).stored(tensor.matrix, self.element_size).values()
+            else:
+                parts += tensor.stored(self.element_size, int8=False).values()
+        return parts
 
     def dequantised(self, linear: TensorSpec) -> int:
         """Counts the bytes while a linear is dequantised, of a stack one expert. 0 if its weight is stored."""
@@ -134,9 +133,8 @@ class Request:
             return 0
         if self.config.model.frozen == "int8":
             return self.element_size * numel
-        return (
-            4 + 2
-        ) * numel  # without bitsandbytes: fp32, next to codes in int32 or a copy in 16 bits
+        # without bitsandbytes: fp32, next to codes in int32 or a copy in 16 bits
+        return (4 + 2) * numel
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
