@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from loraprune_ds.config_types import Frozen
+from loraprune_ds.errors import UserError
 from loraprune_ds.model.frozen import BLOCK, DENSE, StorageFormat, StoredTensor
 from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.nf4 import NF4
@@ -66,13 +67,15 @@ class Storage(NamedTuple):
             parts.append(f"{format_bytes(alone)} more for the teacher's")
         return ", ".join(parts)
 
-    def unfit(self, shape: ModelShape) -> str | None:
-        """Names a linear whose hidden axis has no whole blocks of NF4, if there is one."""
+    def check(self, shape: ModelShape, model: str) -> None:
+        """Raises UserError, which names the `model`, if a linear has no whole blocks of NF4 along its hidden axis."""
         for layer, linear in shape.linears():
             stored_as = self.format(linear)
             if isinstance(stored_as, NF4) and linear.matrix[1 - stored_as.axis] % BLOCK:
-                return shape.prefix(layer) + linear.name
-        return None
+                raise UserError(
+                    f"{model}: {shape.prefix(layer)}{linear.name} has no whole blocks of {BLOCK} "
+                    "along its hidden axis; set model.frozen: int8"
+                )
 
 
 AS_THEY_ARE = Storage()

@@ -227,6 +227,7 @@ def build_request(
     train.gradient_accumulation_steps(cluster.world_size)
     text = text_config(source, name)
     check_family(shape.family, text, name, config.model.dtype, packing=config.data.packs_rows)
+    Storage(config.model.frozen).check(shape, name)
     require(
         samples is None or samples >= train.global_batch_size,
         f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}",

@@ -15,7 +15,7 @@ from loraprune_ds.config_types import Bits, Compensation, Dtype
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
-from loraprune_ds.model.frozen import BLOCK, DTYPES, StorageFormat
+from loraprune_ds.model.frozen import DTYPES, StorageFormat
 from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.storage import Storage
@@ -170,10 +170,6 @@ def open_for_pruning(
         pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing
     )
     storage = Storage(model.frozen, dtype=DTYPES[model.dtype])
-    unfit = storage.unfit(pretrained.shape)
-    require(
-        unfit is None,
-        f"{folder}: {unfit} has no whole blocks of {BLOCK} along its hidden axis; set model.frozen: int8",
-    )
+    storage.check(pretrained.shape, str(folder))
     weights = replace(pretrained.weights, storage=storage)
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)
