@@ -20,7 +20,7 @@ from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
-from loraprune_ds.files import read_json, write_json
+from loraprune_ds.files import JsonObject, read_json, write_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
@@ -32,10 +32,15 @@ from tests.support.refusals import flip_bit, must_name
 from tests.support.trainers import fresh_accelerate
 
 KEPT = ROOT / "tests" / "older_formats"
-EXPECTED = read_json(KEPT / "expected.json")
 TOLERANCE = 1e-4  # of losses, on another processor
 RUNS = sorted(path.parent.name for path in KEPT.glob("steps/*/run"))
 TRAINERS = sorted(path.parent.name for path in KEPT.glob("steps/*/trainer"))
+
+
+@pytest.fixture
+def expected(folder: Path) -> JsonObject:
+    """What the kept trainings come to. A folder of `steps` may have an `expected.json` that replaces the common one."""
+    return read_json(folder / "expected.json")
 
 
 @pytest.fixture
@@ -86,7 +91,7 @@ def assert_warned(lines: list[str], *, changed: bool) -> None:
     ("commit", "changed"), [*((commit, False) for commit in RUNS), (RUNS[0], True)]
 )
 def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
-    ranks: RankPool, folder: Path, changed: bool
+    ranks: RankPool, folder: Path, expected: JsonObject, changed: bool
 ) -> None:
     if changed:
         change_the_refit(folder)
@@ -94,18 +99,18 @@ def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
     assert_warned(lines, changed=changed)
     assert of_others == []
     out = folder / "run"
-    assert resuming.losses(out) == pytest.approx(EXPECTED["losses"], abs=TOLERANCE)
-    assert read_json(out / "kept_groups.json")["layers"] == EXPECTED["kept_groups"]
+    assert resuming.losses(out) == pytest.approx(expected["losses"], abs=TOLERANCE)
+    assert read_json(out / "kept_groups.json")["layers"] == expected["kept_groups"]
     report = read_json(out / "report.json")
-    assert report["perplexity"] == pytest.approx(EXPECTED["perplexity"], rel=TOLERANCE)
-    assert {row["folder"]: row["parameters"] for row in report["shelf"]} == EXPECTED["sizes"]
+    assert report["perplexity"] == pytest.approx(expected["perplexity"], rel=TOLERANCE)
+    assert {row["folder"]: row["parameters"] for row in report["shelf"]} == expected["sizes"]
 
 
 @pytest.mark.parametrize(
     ("commit", "changed"), [*((commit, False) for commit in TRAINERS), (TRAINERS[0], True)]
 )
 def test_a_callbacks_checkpoint_goes_on(
-    folder: Path, changed: bool, caplog: pytest.LogCaptureFixture
+    folder: Path, expected: JsonObject, changed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     if changed:
         change_the_refit(folder)
@@ -115,12 +120,12 @@ def test_a_callbacks_checkpoint_goes_on(
     lines = [entry.getMessage() for entry in caplog.records if "loraprune_ds" in entry.name]
     assert_warned(lines, changed=changed)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-2:] == pytest.approx(EXPECTED["trainer"]["losses"], abs=TOLERANCE)
+    assert losses[-2:] == pytest.approx(expected["trainer"]["losses"], abs=TOLERANCE)
     kept = [
         [layer[kind].tolist() for kind in ("heads", "channels")]
         for layer in pruning.pruning.pruner.kept_of_dense
     ]
-    assert kept == EXPECTED["trainer"]["kept_groups"]
+    assert kept == expected["trainer"]["kept_groups"]
     pruning.save_model(folder / "model")
     assert "# source, pruned" in (folder / "model/README.md").read_text()
 
@@ -134,23 +139,25 @@ def test_a_callbacks_checkpoint_without_its_dense_model_is_named(
 
 
 @pytest.mark.parametrize("commit", ["3483bfff"])
-def test_a_step_knows_its_source_again(folder: Path, tmp_path: Path) -> None:
+def test_a_step_knows_its_source_again(folder: Path, expected: JsonObject, tmp_path: Path) -> None:
     """By the first MiB of its files. Later steps record `source_digest`, which may not change either."""
     source, step = folder / "source", folder / "run/checkpoints/step-4"
-    assert source_digest(source) == EXPECTED["source_digest"]
-    assert read_json(step / "state.json")["data"]["source"] != EXPECTED["source_digest"]
+    assert source_digest(source) == expected["source_digest"]
+    assert read_json(step / "state.json")["data"]["source"] != expected["source_digest"]
     flip_bit(source / "model.safetensors")
     must_name("source step-4", export, find_contents(step), "hf", tmp_path / "model")
 
 
 @pytest.mark.parametrize("commit", RUNS)
 @pytest.mark.parametrize("form", ["hf", "adapter"])
-def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str) -> None:
+def test_the_step_of_a_size_is_exported(
+    folder: Path, expected: JsonObject, tmp_path: Path, form: str
+) -> None:
     step, model = folder / "run/checkpoints/step-4", tmp_path / "model"
     assert not (step / "resume").exists()
     export(find_contents(step), form, model)
     exported = open_pretrained(model / "base" if form == "adapter" else model)
-    assert exported.shape.total_numel() == EXPECTED["sizes"]["model-0.2"]
+    assert exported.shape.total_numel() == expected["sizes"]["model-0.2"]
 
 
 @pytest.mark.parametrize("commit", ["2bcadf3c"])
