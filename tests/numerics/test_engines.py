@@ -119,12 +119,21 @@ def test_every_rank_gets_a_weight_that_one_has_computed(found: list[Found]) -> N
     assert torch.equal(found[0].overwritten, engines.new_weight())
 
 
+@pytest.fixture(scope="module")
+def refitted_alone(ranks: RankPool, folder: Path) -> tuple[dict[str, Tensor], float]:
+    _, after, loss = ranks.run(1, engines.refit, "local", folder)[0]
+    return after, loss
+
+
 def test_a_refit_repeats_the_passes_of_all_ranks(
-    ranks: RankPool, folder: Path, case: tuple[str, int]
+    ranks: RankPool,
+    folder: Path,
+    case: tuple[str, int],
+    refitted_alone: tuple[dict[str, Tensor], float],
 ) -> None:
     name, world_size = case
     before, after, loss = ranks.run(world_size, engines.refit, name, folder)[0]
-    _, alone, loss_alone = ranks.run(1, engines.refit, "local", folder)[0]
+    alone, loss_alone = refitted_alone
     changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
     assert changed == {
         f"base_model.model.model.layers.{i}.{linear}.base_layer.weight"

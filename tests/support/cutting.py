@@ -14,7 +14,7 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
-from loraprune_ds.engine import optimizer
+from loraprune_ds.engine import gathered_lora, optimizer
 from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
@@ -113,7 +113,10 @@ def score_shards_and_whole(
     if corrupt and model.rank == model.world_size - 1:
         shard = model.owned_weight(LinearId(1, LLAMA_LINEARS[1].name)).flat
         shard[len(shard) // 2] += 0.5
-    with recorded_collectives() as calls, patch.object(sharded, "GATHERED_NUMEL", gathered_numel):
+    with (
+        recorded_collectives() as calls,
+        patch.object(gathered_lora, "GATHERED_NUMEL", gathered_numel),
+    ):
         scores = score_groups(model, "lora", 2).by_layer("none")
     factors = list(model.lora_factors())
     return {

@@ -73,12 +73,11 @@ def refit_from_ordinary_passes(model: LocalModel, keep: list[LayerKeep], of: lis
 
 
 def base_weights(model: LocalModel) -> dict[LinearId, Tensor]:
-    return {
-        LinearId(i, linear.linear): lora_linear(model.layers[i], linear.linear)
-        .base_layer.weight.detach()
-        .clone()
-        for i, linear in measured_linears(model.shape)
-    }
+    weights: dict[LinearId, Tensor] = {}
+    for i, linear in measured_linears(model.shape):
+        module: Any = lora_linear(model.layers[i], linear.linear)
+        weights[LinearId(i, linear.linear)] = module.base_layer.weight.detach().clone()
+    return weights
 
 
 def live(family: str) -> LocalModel:
