@@ -109,7 +109,6 @@ def describe(settings: dict[str, Any]) -> str:
     """Returns the values of a case, for its name."""
     values = {**settings, **settings["prune"]}
     del values["prune"]
-    values.pop("compensate_steps", None)
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 

@@ -235,7 +235,6 @@ def test_a_lack_is_named(
 
 # Names of the package's variables. Of the engine itself it uses only public names, and writes some counters.
 OBJECTS = {"zero", "zero_optimizer", "optimizer", "offload", "init", "scaler"}
-OBJECTS |= {"coordinator", "_coordinator"}
 PUBLIC = {"optimizer", "state", "param_groups", "loss_scale", "get", "clear"}
 ONLY_WRITTEN = {"ds_numel_aligned"}  # in a decorated function, whose names cannot be seen
 

@@ -19,7 +19,7 @@ from tests.support.refusals import must_name
 from tests.support.resuming import read_tensors
 
 STEPS = 4
-REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, compensate_steps=1)
+REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 NONE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, compensate="none")
 
 
