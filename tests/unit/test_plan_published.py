@@ -68,9 +68,9 @@ def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
         dict.fromkeys(f"{seconds / 3600:.1f}" for seconds in (total.at_least, total.at_most))
     )
     memory = plan.device_bytes / GIB
-    sent, saved = total.bytes_sent / 1e9, plan.checkpoint_bytes / 1e9
+    saved = plan.checkpoint_bytes / 1e9
     run = ", ".join(f"`{part}`" for part in (path.name, *overrides))
-    return f"| {run} | {request.world_size} | {memory:.0f} | {hours} | {sent:,.0f} | {saved:.0f} |"
+    return f"| {run} | {request.world_size} | {memory:.0f} | {hours} | {saved:.0f} |"
 
 
 def run_of(name: str, overrides: Sequence[str] = ()) -> Run:
