@@ -110,17 +110,23 @@ def _enter_layers(
         layers = model.shape.layer_lists[number]
         if layers.start > last:
             return
-        with _stops(model.layers[layer] for layer in layers):
+        with _stops([model.layers[layer] for layer in layers]):
             lanes = [
                 Lane(stack, kept[number], states, model.device.type)
                 for kept, states in zip(passes, encoded, strict=True)
             ]
-            with model.gathered(*_outside_of_layers(stack, model.layers[layers.start])):
+            outside = _outside_of_layers(stack, model.layers[layers.start])
+            with model.gathered(*outside):
                 for lane in lanes:
                     lane.advance()  # computes its embeddings
             for layer in layers[: last + 1 - layers.start]:
                 yield layer, lanes
-            encoded = [lane.close() for lane in lanes]
+            if last < layers.stop:
+                for lane in lanes:
+                    lane.close()
+                return
+            with model.gathered(*outside):
+                encoded = [lane.finish() for lane in lanes]
 
 
 def _outside_of_layers(stack: nn.Module, layer: nn.Module) -> list[nn.Module]:
@@ -129,7 +135,7 @@ def _outside_of_layers(stack: nn.Module, layer: nn.Module) -> list[nn.Module]:
 
 
 class Lane:
-    """A pass through one list of layers, which stops before each layer."""
+    """A pass through one list of layers, which stops before each layer and behind the last."""
 
     def __init__(
         self, stack: nn.Module, call: Call, encoded: Tensor | None, device_type: str
@@ -140,20 +146,20 @@ class Lane:
         self._call = call
         self._device_type = device_type
         self._pass = greenlet(partial(stack, **inputs))
-        self._output: Any = None
 
-    def advance(self) -> None:
-        """Runs to the next layer, or behind the last one to the end."""
+    def advance(self) -> Any:
+        """Runs to the next stop."""
         dtype = self._call.autocast
         with torch.autocast(self._device_type, dtype=dtype, enabled=dtype is not None):
-            self._output = self._pass.switch()
+            return self._pass.switch()
 
-    def close(self) -> Tensor | None:
-        """Ends the pass. Returns its last hidden states if it has come to its end."""
-        if self._pass.dead:
-            return self._output.last_hidden_state
+    def finish(self) -> Tensor:
+        """Runs from behind the last layer to the end. Returns the last hidden states."""
+        return self.advance().last_hidden_state
+
+    def close(self) -> None:
+        """Ends the pass where it has stopped."""
         self._pass.throw()
-        return None
 
     @contextmanager
     def seeing_inputs(
@@ -174,16 +180,17 @@ class Lane:
 
 
 @contextmanager
-def _stops(layers: Iterator[nn.Module]) -> Generator[None]:
-    """Makes every pass in a greenlet stop before each of these layers."""
+def _stops(layers: Sequence[nn.Module]) -> Generator[None]:
+    """Makes every pass in a greenlet stop before each of these layers, and behind the last."""
 
-    def stop(layer: nn.Module, args: Any) -> None:
+    def stop(*_: Any) -> None:
         cast(greenlet, getcurrent().parent).switch()
 
     with ExitStack() as hooks:
         for layer in layers:
             # an engine's own hooks gather the layer, so they must come after
             hooks.enter_context(layer.register_forward_pre_hook(stop, prepend=True))
+        hooks.enter_context(layers[-1].register_forward_hook(stop))
         yield
 
 

@@ -1,6 +1,5 @@
 """What a refit by repeated passes costs on ZeRO-3 ranks."""
 
-from collections import Counter
 from pathlib import Path
 
 from tests.support import replaying
@@ -12,7 +11,6 @@ PRUNE |= {"protected_first": 0, "protected_last": 0}
 
 
 def test_weights_are_gathered_once_for_all_passes(ranks: RankPool, tmp_path: Path) -> None:
-    """Only the last norm, whose shard has 21 numbers, is gathered for each of a step's three passes."""
     job = tiny_job(tmp_path, PRUNE, steps=6)
     once, twice = ranks.run(2, replaying.gathers_of_replays, job, [0], [0, 3, 4, 5])[0]
-    assert Counter(twice) - Counter(once) == Counter({("all_gather_into_tensor", 21): 3})
+    assert once == twice

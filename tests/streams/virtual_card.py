@@ -97,6 +97,9 @@ def is_card(tensor: Tensor) -> bool:
 
 
 def device_of(tensor: Tensor) -> torch.device:
+    # ZeRO-3 frees a parameter in a backward pass, where no mode sees that its empty data is the card's
+    if hasattr(tensor, "ds_status") and not tensor.numel():
+        return CARD
     return CARD if tensors(tensor) and is_card(tensor) else DEVICE(tensor)
 
 

@@ -31,7 +31,7 @@ def test_shipped_configs_load_and_a_resolved_one_reads_back_as_itself(
     overrides = ["train.adam_epsilon=1e-9", "prune.normalize=none", "model.revision='1'"]
     config = config_from_dict(read_config(path, overrides))
     assert load(tmp_path, yaml.safe_dump(config.to_dict())) == config
-    assert (ROOT / str(config.deepspeed)).is_file()
+    assert config.deepspeed is None or (ROOT / config.deepspeed).is_file()
     assert config.output_dir == f"runs/{path.stem}"
 
 
