@@ -186,6 +186,12 @@ def _without_tokens(kept: Pass) -> Pass:
     return empty
 
 
+def layer_lists(model: PrunableModel) -> list[nn.Module]:
+    """Lists the lists of layers, an encoder's first. A layer in them may be wrapped, as for checkpointing."""
+    base = cast(PeftModel, model.module).get_base_model()
+    return [base.get_submodule(layers.path) for layers in model.shape.family.layer_lists]
+
+
 def layer_stacks(model: PrunableModel) -> list[nn.Module]:
     """Lists the modules whose forward passes go through a list of layers, an encoder's first."""
     base = cast(PeftModel, model.module).get_base_model()

@@ -27,7 +27,7 @@ from loraprune_ds.pruning.compensate import (
     measured_linears,
     refit,
 )
-from loraprune_ds.pruning.passes import Call, Pass, layer_stacks
+from loraprune_ds.pruning.passes import Call, Pass, layer_lists, layer_stacks
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
 
 Halves = dict[LinearId, Tensor]  # half of each second moment, flat (compensate.py)
@@ -110,12 +110,14 @@ def _enter_layers(
         layers = model.shape.layer_lists[number]
         if layers.start > last:
             return
-        with _stops([model.layers[layer] for layer in layers]):
+        layer_list = layer_lists(model)[number]
+        with _stops([*layer_list.children()]):
             lanes = [
                 Lane(stack, kept[number], states, model.device.type)
                 for kept, states in zip(passes, encoded, strict=True)
             ]
-            outside = _outside_of_layers(stack, model.layers[layers.start])
+            # embeddings and norms
+            outside = [child for child in stack.children() if child is not layer_list]
             with model.gathered(*outside):
                 for lane in lanes:
                     lane.advance()  # computes its embeddings
@@ -127,11 +129,6 @@ def _enter_layers(
                 return
             with model.gathered(*outside):
                 encoded = [lane.finish() for lane in lanes]
-
-
-def _outside_of_layers(stack: nn.Module, layer: nn.Module) -> list[nn.Module]:
-    """Lists the children of a stack that do not hold its layers: embeddings and norms."""
-    return [child for child in stack.children() if layer not in child.children()]
 
 
 class Lane:
