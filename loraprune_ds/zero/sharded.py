@@ -83,6 +83,7 @@ class ShardedModel(PrunableModel):
 
     @contextmanager
     def repeating_passes(self) -> Generator[None]:
+        settle_shards()  # these passes do not begin with the root's, which waits for an update
         self.forget_trace()
         try:
             yield
