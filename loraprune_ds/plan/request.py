@@ -116,7 +116,8 @@ class Request:
     def stored_as(self, *tensors: TensorSpec, refits: bool | None = None) -> list[StoredTensor]:
         """As `stored`, of some tensors. `refits` is False for a model that no refit changes."""
         model = self.config.model
-        refits = self.refits if refits is None else refits
+        if refits is None:
+            refits = self.refits
         storage = Storage(model.frozen, refits, DTYPES[model.dtype])
         parts: list[StoredTensor] = []
         for tensor in tensors:

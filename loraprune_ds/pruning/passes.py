@@ -208,4 +208,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(part) for name, part in parts.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in cast(list[Any], value)]
-    return value if type(value) in PLAIN else None
+    if type(value) not in PLAIN:
+        return None
+    return value

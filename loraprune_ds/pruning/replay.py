@@ -166,8 +166,10 @@ class Lane:
         mask = self._call.mask
 
         def see(key: LinearId, inputs: Tensor) -> None:
-            rows = inputs.flatten(0, 1) if mask is None else inputs[mask.to(inputs.device)]
-            add_half_of_product(halves[key], rows)
+            if mask is None:
+                add_half_of_product(halves[key], inputs.flatten(0, 1))
+            else:
+                add_half_of_product(halves[key], inputs[mask.to(inputs.device)])
 
         remove = hook_inputs(model, linears, see)
         try:

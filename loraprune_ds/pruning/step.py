@@ -77,7 +77,9 @@ class Pruner:
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
         # for a refit
-        self.passes = KeptPasses(model) if config.compensate != "none" else None
+        self.passes: KeptPasses | None = None
+        if config.compensate != "none":
+            self.passes = KeptPasses(model)
         self._keeps = False  # the passes of this step
         self.mask_gradients = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
