@@ -6,7 +6,7 @@ from collections import defaultdict
 from loraprune_ds.model.shape import LayerLinear, ModelShape
 from loraprune_ds.plan.request import Request, full_bytes
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
-from loraprune_ds.pruning.passes import MOST_STEPS, TOKENS_PER_INPUT
+from loraprune_ds.pruning.passes import MOST_STEPS, tokens_needed
 
 
 def refitted(request: Request, shape: ModelShape) -> list[LayerLinear]:
@@ -21,7 +21,7 @@ def widest_inputs(request: Request, shape: ModelShape) -> int:
 
 def repeated_tokens(request: Request, shape: ModelShape) -> int:
     """Counts the tokens that a rank repeats: its part of complete steps."""
-    needed = TOKENS_PER_INPUT * widest_inputs(request, shape) * len(shape.layer_lists)
+    needed = tokens_needed(shape, widest_inputs(request, shape))
     tokens_per_step = request.config.train.global_batch_size * request.config.data.window
     steps = min(MOST_STEPS, math.ceil(needed / tokens_per_step))
     return steps * tokens_per_step // request.world_size

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.files import JsonObject
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class KeptPasses:
     def end_step(self, tokens: int, inputs: int) -> None:
         """Notes the tokens of the global batch, and forgets the steps that linears of so many inputs do not need."""
         self.steps[-1].tokens = tokens
-        self._enough = TOKENS_PER_INPUT * inputs * len(self._model.shape.family.layer_lists)
+        self._enough = tokens_needed(self._model.shape, inputs)
         while self.tokens - self.steps[0].tokens >= self._enough:
             self.steps.popleft()
 
@@ -184,6 +185,11 @@ def _without_tokens(kept: Pass) -> Pass:
         mask = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         empty[number] = replace(call, mask=mask)
     return empty
+
+
+def tokens_needed(shape: ModelShape, inputs: int) -> int:
+    """Counts the tokens of all ranks that a refit of linears with so many inputs needs, in all lists of layers."""
+    return TOKENS_PER_INPUT * inputs * len(shape.family.layer_lists)
 
 
 def layer_lists(model: PrunableModel) -> list[nn.Module]:

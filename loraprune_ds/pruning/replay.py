@@ -106,11 +106,10 @@ def _enter_layers(
 ) -> Iterator[tuple[int, list["Lane"]]]:
     """Yields each layer up to the `last`, with all passes right before it. They must be advanced behind it."""
     encoded: list[Tensor | None] = [None] * len(passes)
-    for number, stack in enumerate(layer_stacks(model)):
-        layers = model.shape.layer_lists[number]
+    stacks = zip(layer_stacks(model), layer_lists(model), model.shape.layer_lists, strict=True)
+    for number, (stack, layer_list, layers) in enumerate(stacks):
         if layers.start > last:
             return
-        layer_list = layer_lists(model)[number]
         with _stops([*layer_list.children()]):
             lanes = [
                 Lane(stack, kept[number], states, model.device.type)

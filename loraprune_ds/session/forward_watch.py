@@ -1,12 +1,12 @@
 """Watches the forward passes of a trainer."""
 
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from loraprune_ds.pruning.passes import layer_stacks
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.session.compiled import refuse_compiled
 
@@ -28,9 +28,7 @@ class ForwardWatch:
         self._recording = ExitStack()
         self._hooks = ExitStack()
         self._layer_lists = pruner.model.shape.family.layer_lists
-        base = cast(PeftModel, pruner.model.module).get_base_model()
-        for layers in self._layer_lists:
-            module = base.get_submodule(layers.path.rpartition(".")[0])
+        for module in layer_stacks(pruner.model):
             self._hooks.enter_context(
                 module.register_forward_pre_hook(
                     self._begin,

@@ -72,3 +72,21 @@ def train(
             out, AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path)
         )
     return rows, optimizer, pruning.recorder.history.steps
+
+
+def train_and_save(
+    model: Any, prune: PruneConfig, out: Path, make: Make = optim.AdamW, steps: int = 4
+) -> Pruning:
+    """Trains with two cuts. Saves the checkpoint of its last step, and the model as the live one has it."""
+    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pruning = Pruning(model, optimizer, prune, steps)
+    for ids, labels in make_batches(steps=steps, samples=4, tokens=8, vocab=97, seed=3):
+        pruning.begin_step()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruning.end_step()
+    assert len(pruning.cuts) == 2
+    pruning.save(out / f"checkpoint-{steps}")
+    pruning.save_model(out / "live")
+    return pruning

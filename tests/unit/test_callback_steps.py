@@ -17,10 +17,10 @@ from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
 from loraprune_ds.files import read_json
 from loraprune_ds.generate.models import find_model
-from tests.oracle.models import make_batches, make_tiny_llama
+from tests.oracle.models import make_tiny_llama
+from tests.support.local_training import train_and_save
 from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove
 
-STEPS = 4
 PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
 
@@ -43,19 +43,7 @@ def train(dense: Path, out: Path, make: Any = AdamW, **lora: Any) -> Pruning:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
     config = LoraConfig(r=4, target_modules=linear_names(base), init_lora_weights=False, **lora)
-    model = get_peft_model(base, config).train()
-    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    pruning = Pruning(model, optimizer, PRUNE, STEPS)
-    for ids, labels in make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3):
-        pruning.begin_step()
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        pruning.end_step()
-    assert len(pruning.cuts) == 2
-    pruning.save(out / "checkpoint-4")
-    pruning.save_model(out / "live")
-    return pruning
+    return train_and_save(get_peft_model(base, config).train(), PRUNE, out, make)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:

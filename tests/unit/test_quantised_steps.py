@@ -6,37 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import AdamW
 
-from loraprune_ds import PruneConfig, Pruning
+from loraprune_ds import PruneConfig
 from loraprune_ds.checkpoint.layout import MANIFEST, seal, write_manifest
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
 from loraprune_ds.files import read_json, write_json
-from tests.oracle.models import make_batches, make_tiny_llama
+from tests.oracle.models import make_tiny_llama
+from tests.support.local_training import train_and_save
 from tests.support.qlora import DOUBLE, EIGHT, NF4_BITS, SIZES, load, stored_and_loaded, with_lora
 from tests.support.refusals import must_name
 from tests.support.resuming import read_tensors
 
-STEPS = 4
 REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 NONE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, compensate="none")
 
 
 def train(base: Any, out: Path, prune: PruneConfig) -> None:
     """Trains, with LoRA of its own. Saves a checkpoint after a cut of some layers, and the live model."""
-    model = with_lora(base).train()
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    pruning = Pruning(model, optimizer, prune, STEPS)
-    for ids, labels in make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3):
-        pruning.begin_step()
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        pruning.end_step()
-    assert len(pruning.cuts) == 2
-    pruning.save(out / "checkpoint-4")
-    pruning.save_model(out / "live")
+    train_and_save(with_lora(base).train(), prune, out)
 
 
 def stored(bits: dict[str, Any], folder: Path, out: Path) -> Any:
