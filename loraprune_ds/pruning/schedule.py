@@ -1,7 +1,6 @@
 """The schedule of a run's pruning: its limits, the steps of its cuts, and their targets."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,15 +123,11 @@ class Schedule:
 
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
-        return self.precedes_cut(step, 1)
+        return step in self.cut_steps
 
     def is_scored(self, step: int) -> bool:
         """Returns True for each step up to the last cut."""
         return step <= self.last_cut
-
-    def precedes_cut(self, step: int, within: int) -> bool:
-        """Returns True if a cut follows one of the next `within` steps, this one included."""
-        return bisect_left(self.cut_steps, step) < bisect_left(self.cut_steps, step + within)
 
     def ends(self) -> dict[int, str]:
         """Returns the last step of each of `prune.sizes`, with its name."""
