@@ -109,16 +109,20 @@ class Request:
     def training_batch(self) -> PlannedBatch:
         return self.batch(self.config.train.micro_batch_size, self.config.data.window)
 
+    @property
+    def storage(self) -> Storage:
+        model = self.config.model
+        return Storage(model.frozen, self.refits, DTYPES[model.dtype])
+
     def stored(self, shape: ModelShape) -> list[StoredTensor]:
         """Lists the frozen tensors that ZeRO-3 shards."""
         return self.stored_as(*(tensor for _, tensor in shape.tensors()))
 
     def stored_as(self, *tensors: TensorSpec, refits: bool | None = None) -> list[StoredTensor]:
         """As `stored`, of some tensors. `refits` is False for a model that no refit changes."""
-        model = self.config.model
-        if refits is None:
-            refits = self.refits
-        storage = Storage(model.frozen, refits, DTYPES[model.dtype])
+        storage = self.storage
+        if refits is not None:
+            storage = storage._replace(refits=refits)
         parts: list[StoredTensor] = []
         for tensor in tensors:
             if tensor.lora:

@@ -1,10 +1,11 @@
 """Compares the plan with measured ranks of SmolLM2-135M and of a random LLaMA of 1.1 billion parameters.
 
-    python -m tests.benchmarks.plan_measured [--models smollm2 1b 1b-int8 1b-nf4] [--ranks 1 2 3]
+    python -m tests.benchmarks.plan_measured [--models smollm2 1b 1b-nf4 ...] [--ranks 1 2 3]
 
 Each launch trains two steps, cuts to 40 %, then trains two more, in bf16 on CPU ranks. Storages are compared to the
-byte. The largest peaks before and after the cut are compared with the plan, in RssAnon + RssShmem above what a process
-held after all imports and a tiny training. What it holds beside its state when a step begins is added to the plan.
+byte. The largest peaks before the cut, in it and after it are compared with the plan, in RssAnon + RssShmem above what
+a process held after all imports and a tiny training. What it holds beside its state when a step begins is added to the
+plan.
 
 Blocks from 128 KiB are given back when freed, so resident memory shows the live tensors. The result goes to
 results/plan_measured.json. The run ends with an error if a planned number is off.
@@ -20,12 +21,13 @@ from typing import Any
 
 from torch.multiprocessing.spawn import spawn
 
+from loraprune_ds.config_types import Compensation
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import training_stage
+from loraprune_ds.plan.stages import plan_stages, training_stage
 from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser
-from tests.benchmarks.wide_layers import write_random_weights
+from tests.benchmarks.wide_layers import FROZEN, write_random_weights
 from tests.oracle.models import make_tiny_llama
 from tests.support.plan_cases import Case, planned_peak, run_beside_plan
 from tests.support.published import sizes_of
@@ -33,7 +35,7 @@ from tests.support.ranks import start_deepspeed
 
 RESULT = RESULTS / "plan_measured.json"
 LOWEST, HIGHEST = 0.97, 1.15  # planned peaks, of the largest measured one
-DEPTHS = {"smollm2": 30, "1b": 22, "1b-int8": 22, "1b-nf4": 22}
+DEPTHS = {"smollm2": 30, "smollm2-refit": 30, "1b": 22, "1b-refit": 22, "1b-int8": 22, "1b-nf4": 22}
 LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
 
 
@@ -51,18 +53,26 @@ def save_1b_config(folder: Path) -> None:
 def cases(model: str, folder: Path) -> Case:
     """Returns SmolLM2 with the shipped DeepSpeed config. The large one has checkpointing, gathers little.
 
-    `1b-int8` and `1b-nf4` have `model.frozen`, and a teacher.
+    With `refit` a cut repeats passes. `1b-int8` and `1b-nf4` have `model.frozen`, a refit and a teacher.
     """
-    if model == "smollm2":
-        return Case(embedded_model_dir(), window=64)
+    name, _, variant = model.partition("-")
+    compensate: Compensation = "least_squares" if variant else "none"
+    if name == "smollm2":
+        # two steps with ten tokens for each input of its widest linear
+        longer = {"window": 512, "micro_batch_size": 2, "micro_batches": 8} if variant else {}
+        return replace(Case(embedded_model_dir(), window=64, compensate=compensate), **longer)
     limited = read_json(ROOT / "ds_configs" / "zero3.json")
     limited["zero_optimization"] |= LIMITED
     write_json(folder / "limited.json", limited)
-    case = Case(
-        folder / "1b", deepspeed=str(folder / "limited.json"), window=32, checkpointing=True
+    return Case(
+        folder / "1b",
+        deepspeed=str(folder / "limited.json"),
+        window=32,
+        checkpointing=True,
+        compensate=compensate,
+        frozen=FROZEN.get(variant),
+        distilled=variant in FROZEN,
     )
-    _, _, frozen = model.partition("-")
-    return replace(case, frozen=frozen, distilled=True) if frozen else case
 
 
 def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
@@ -89,7 +99,17 @@ def peaks(request: Request, ranks: list[dict[str, Any]]) -> dict[str, tuple[int,
             for n in numbers
         ]
         found[when] = max(p for p, _ in both), max(m for _, m in both)
+    if request.refits:
+        found["in"] = cut_peaks(request, ranks)
     return found
+
+
+def cut_peaks(request: Request, ranks: list[dict[str, Any]]) -> tuple[int, int]:
+    """Returns (planned, measured) bytes of the peak of the cut, over all ranks."""
+    after = request.shape_at(request.schedule.steps)
+    cut = plan_stages(request, after, after)[1]
+    beside_state = max(int(rank["steps"][1]["rss"]) for rank in ranks) - cut.resident
+    return cut.peak + beside_state, max(rank["states"][1]["peak_rss"] for rank in ranks)
 
 
 def beside(rank: dict[str, Any], step: int, resident: int) -> int:
@@ -132,14 +152,14 @@ def keep(name: str, request: Request, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=DEPTHS)
+    parser.add_argument("--models", nargs="+", default=[*DEPTHS], choices=DEPTHS)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3])
     arguments = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)  # the ranks inherit it
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="plan-measured-") as name:
         folder = Path(name)
-        if set(arguments.models) != {"smollm2"}:
+        if any(model.startswith("1b") for model in arguments.models):
             save_1b_config(folder / "1b")
             write_random_weights(folder / "1b")
         for model in arguments.models:

@@ -1,6 +1,6 @@
 """Runs two layers of LLaMA-65B and 70B widths on two CPU ranks, under an enforced limit of host memory.
 
-    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b]
+    python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 65b-nf4 65b-refit 70b]
 
 The weights are random, in bf16, with vocabulary 512. Two ranks (`wide_layers_rank.py`) load them, train with LoRA, cut
 25 % and then 50 % of the linear parameters, save a checkpoint, export, and read the export back.
@@ -9,7 +9,8 @@ Meanwhile this process reads RssAnon + RssShmem of every rank from /proc, and ki
 its imports than its shard, one decoder layer and SLACK. (RLIMIT_AS and RLIMIT_DATA would charge mapped files too.) In
 the negative control one rank materialises the full weights. It must be killed.
 
-`65b-int8` has `model.frozen: int8`. `tiny` and `tiny-int8` try the script. Result: results/wide_layers.json.
+A name may end with `model.frozen`, int8 or nf4, or with `refit`: the cuts refit, and have the plan's limit. `tiny`,
+`tiny-nf4` and so on try the script. Result: results/wide_layers.json.
 """
 
 import subprocess
@@ -20,15 +21,16 @@ from typing import Any
 
 import torch
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_types import Frozen
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.groups import Kind
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.request import build_request, changed
-from loraprune_ds.plan.stages import split_state
+from loraprune_ds.plan.request import Request, build_request, changed
+from loraprune_ds.plan.stages import Stage, plan_stages, split_state
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.weight_files import write_weight_file
-from loraprune_ds.ranks.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
@@ -39,16 +41,18 @@ from tests.support.published import sizes_of
 RESULT = RESULTS / "wide_layers.json"
 RANKS, LAYERS, VOCABULARY = 2, 2, 512
 WIDE = 8192
-INT8 = "-int8"  # ends the name of a model whose linears are held as int8
 # hidden size, channels, heads, key-value heads
 SIZES = {"65b": (WIDE, 22016, 64, 64), "70b": (WIDE, 28672, 64, 8), "tiny": (256, 704, 8, 4)}
-NAMES = ("65b", "65b-int8", "70b", "tiny", "tiny-int8")
+FROZEN: dict[str, Frozen] = {"int8": "int8", "nf4": "nf4"}
+VARIANTS = ("", "-int8", "-nf4", "-refit")
+NAMES = [size + variant for size in SIZES for variant in VARIANTS]
+PUBLISHED = ("65b", "65b-int8", "65b-nf4", "65b-refit", "70b")
 # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
 SLACK = 700_000_000
 
 
 def config_json(name: str) -> dict[str, Any]:
-    hidden, channels, heads, kv_heads = SIZES[name.removesuffix(INT8)]
+    hidden, channels, heads, kv_heads = SIZES[name.partition("-")[0]]
     sizes = sizes_of(
         "llama",
         hidden,
@@ -90,9 +94,14 @@ def write_ds_config(path: Path, shape: ModelShape) -> None:
     write_json(path, config)
 
 
-def run_ranks(folder: Path, limit: int, *, control: bool, int8: bool = False) -> Watched:
+def config_of(name: str, folder: Path) -> RunConfig:
+    _, _, variant = name.partition("-")
+    return make_config(folder, RANKS, FROZEN.get(variant), refit=variant == "refit")
+
+
+def run_ranks(folder: Path, limit: int, *options: str) -> Watched:
     command = [*on_ranks(RANKS), "tests/benchmarks/wide_layers_rank.py", "--folder", str(folder)]
-    command += ["--control"] * control + ["--int8"] * int8
+    command += options
     output = folder / "output.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -107,16 +116,18 @@ def run_ranks(folder: Path, limit: int, *, control: bool, int8: bool = False) ->
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """The run itself, on the checkpoint in `folder`."""
     shape = shape_from_config(config_json(name), name)
-    int8 = name.endswith(INT8)
-    held = shape.stored(2, int8=int8).values()
     write_ds_config(folder / "ds.json", shape)
-    shard = sum(
-        tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS)
-        for tensor in held
-    )
+    request = request_for(name, folder, shape)
+    shard = request.shard_bytes(request.stored(shape))
     layer = 2 * shape.layers[0].numel
     limit = shard + layer + SLACK
-    watched = run_ranks(folder, limit, control=False, int8=int8)
+    options: list[str] = []
+    if request.config.model.frozen:
+        options += ["--frozen", request.config.model.frozen]
+    if request.refits:
+        options.append("--refit")
+        limit = SLACK + planned_cut(request).peak
+    watched = run_ranks(folder, limit, *options)
     assert (watched.killed, watched.exit_code) == (None, 0), watched
     ranks = [read_json(folder / f"result-{rank}.json") for rank in range(RANKS)]
     result = {
@@ -130,17 +141,25 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "largest_extra_of_scoring": most_extra(ranks, "scoring"),
         "ranks": ranks,
     }
-    check(result, shape)
+    check(result, request)
     return result
 
 
+def request_for(name: str, folder: Path, shape: ModelShape) -> Request:
+    cluster = Cluster(nodes=1, gpus_per_node=RANKS)
+    return build_request(name, config_json(name), shape, config_of(name, folder), cluster)
+
+
+def planned_cut(request: Request) -> Stage:
+    after = changed(request, prune={"ratio": CUTS[1]}).shape_at(STEPS)
+    return plan_stages(request, after, after)[1]
+
+
 def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Returns (planned, measured) bytes of the largest peak before and after the first cut, as in `plan_measured`."""
-    source = config_json(name)
-    shape = shape_from_config(source, name)
+    """Returns (planned, measured) bytes of the largest peaks around the first cut, as in `plan_measured`."""
+    shape = shape_from_config(config_json(name), name)
     write_ds_config(folder / "ds.json", shape)
-    config = make_config(folder, RANKS, int8=name.endswith(INT8))
-    request = build_request(name, source, shape, config, Cluster(nodes=1, gpus_per_node=RANKS))
+    request = request_for(name, folder, shape)
     gone, found = [0.0, *CUTS.values()], dict[str, tuple[int, int]]()
     for when, steps in {"before": [1], "after": range(2, STEPS + 1)}.items():
         both = list[tuple[int, int]]()
@@ -162,7 +181,18 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
                     )
                 )
         found[when] = max(p for p, _ in both), max(m for _, m in both)
+    if request.refits:
+        found["in"] = cut_peaks(request, ranks)
     return found
+
+
+def cut_peaks(request: Request, ranks: list[dict[str, Any]]) -> tuple[int, int]:
+    cut, both = planned_cut(request), list[tuple[int, int]]()
+    for row in (rank["phases"] for rank in ranks):
+        imports, measured = int(row["load"]["before"]), row["cut 1"]
+        beside = int(measured["before"]) - imports - cut.resident
+        both.append((cut.peak + beside, int(measured["peak"]) - imports))
+    return max(p for p, _ in both), max(m for _, m in both)
 
 
 def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
@@ -170,7 +200,8 @@ def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
     return int(max(row["extra"] for row in rows))
 
 
-def check(result: dict[str, Any], dense: ModelShape) -> None:
+def check(result: dict[str, Any], request: Request) -> None:
+    dense = request.shape
     for rank in result["ranks"]:
         layers: list[dict[Kind, int]] = rank["layers_at_the_end"]
         kept = sum(
@@ -179,13 +210,15 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank
-    if dense.hidden_size >= WIDE:  # other memory of a process is small next to these tensors
+    if (
+        dense.hidden_size >= WIDE and not request.refits
+    ):  # other memory of a process is small next to these tensors
         assert result["largest_extra_of_a_cut"] <= 3 * result["local_shard_of_a_layer"]
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=NAMES, default=["65b", "65b-int8", "70b"])
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=PUBLISHED)
     arguments = parser.parse_args()
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="wide-layers-") as scratch:
@@ -197,8 +230,8 @@ def main() -> None:
             if name.startswith("tiny"):
                 continue
             add_to(RESULT, name, found)
-            if not name.endswith(INT8):  # whose whole model would not show
-                control = run_ranks(folder, found["limit_above_imports"], control=True)
+            if name in SIZES:  # the whole model would not show in a variant
+                control = run_ranks(folder, found["limit_above_imports"], "--control")
                 assert control.killed == f"rank-{RANKS - 1}", control
                 kept = {"killed": control.killed, "peak_above_imports": control.peaks}
                 add_to(RESULT, name, found | {"control": kept})

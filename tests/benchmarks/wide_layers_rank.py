@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config_types import Frozen
 from loraprune_ds.engines import run_engine
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
@@ -67,16 +68,17 @@ class Phases:
         return value
 
 
-def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
+def make_config(folder: Path, ranks: int, frozen: Frozen | None, *, refit: bool) -> RunConfig:
     train: Any = {"steps": STEPS, "global_batch_size": ranks, "micro_batch_size": 1}
     return RunConfig(
         output_dir="unused",
         deepspeed=str(folder / "ds.json"),
-        model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
+        model=ModelConfig(path=str(folder / "model"), frozen=frozen),
         data=DataConfig(window=WINDOW),
         prune=PruneConfig(
             **PAPER
             | {"ratio": 0.5, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
+            | {"compensate": "least_squares" if refit else "none"}
         ),
         train=TrainConfig(
             **train, learning_rate=1e-4, gradient_checkpointing=True, distill_weight=0
@@ -90,15 +92,18 @@ def main() -> None:
     parser.add_argument(
         "--control", action="store_true", help="the last rank materialises the full weights"
     )
-    parser.add_argument("--int8", action="store_true", help="hold the linears as int8")
+    parser.add_argument("--frozen", choices=get_args(Frozen), help="how to hold the linears")
+    parser.add_argument("--refit", action="store_true", help="refit at each cut")
     arguments = parser.parse_args()
     folder, rank = arguments.folder, int(os.environ["RANK"])
     tell(folder, rank)
     silence_libraries()
     library = run_engine(sharded=True)
     comm = library.start_ranks()
-    config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
+    config = make_config(folder, comm.world_size, arguments.frozen, refit=arguments.refit)
+    phases = Phases()
     pretrained = open_for_pruning(folder / "model", config.model)
+    pretrained = pretrained.with_refits(config.prune.compensate)
     ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)

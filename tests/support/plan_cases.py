@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from loraprune_ds import config
 from loraprune_ds.engines import run_engine
-from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
+from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.activations import saved_in_layer
@@ -188,19 +188,17 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 
 def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tuple[AxisCut, int]]:
     """Lists (cut, bytes of an element) of every tensor that is cut in a layer, LoRA's master and moments too."""
-    cuts, lora_rank, element_size = (
-        list[tuple[AxisCut, int]](),
-        request.config.lora.r,
-        request.element_size,
-    )
-    of_layer = {
-        name: x
-        for spec in layer.tensors
-        for name, x in spec.stored(element_size, request.config.model.frozen == "int8").items()
-    }
-    for name, kept, linear in layer.cuts(
-        keep, partial(TensorSpec.format, int8=request.config.model.frozen == "int8")
-    ):
+    cuts: list[tuple[AxisCut, int]] = []
+    lora_rank = request.config.lora.r
+    element_size = request.element_size
+    of_layer: dict[str, StoredTensor] = {}
+    for spec in layer.tensors:
+        if not spec.lora:
+            of_layer |= spec.stored(element_size, int8=False)
+            continue
+        parts = request.storage.format(spec).stored(spec.matrix, element_size)
+        of_layer |= {spec.stored_name(part): stored for part, stored in parts.items()}
+    for name, kept, linear in layer.cuts(keep, request.storage.format):
         stored = of_layer[name]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:

@@ -185,6 +185,6 @@ def test_the_peaks_of_a_recorded_run_are_planned(tmp_path: Path, wide: bool, nam
         found = peaks(
             cases(model, tmp_path).request(int(ranks.split()[0])), read_json(RESULT)[name]["ranks"]
         )
-    assert list(found) == ["before", "after"]
+    assert list(found)[:2] == ["before", "after"]  # and "in" a cut that refits
     for when, (planned, measured) in found.items():
         assert LOWEST <= planned / measured <= HIGHEST, (when, planned, measured)
