@@ -66,11 +66,10 @@ def bytes_in_a_refit(request: Request, before: ModelShape, after: ModelShape) ->
 
 def _bytes_to_solve(n: int, k: int, m: int) -> int:
     """Counts the most bytes of `refit` in addition to its arguments, with k of n inputs kept and m outputs."""
-    system = 20 * k * k + 4 * k * n
-    right = 8 * k * k + 4 * k * n + 12 * (n - k) * (k + m) + 8 * k * m
-    solution = 8 * k * k + 24 * k * m
-    check = 12 * k * k + 4 * k * n + 16 * k * m
-    return max(system, right, solution, check)
+    right = 4 * k * k + 4 * k * n + 4 * (n - k) * (k + m)
+    solution = 8 * k * k + 14 * k * m
+    check = 4 * k * k + 4 * k * n + 12 * k * m
+    return max(right, solution, check)
 
 
 def sent_in_a_cut(request: Request, before: ModelShape, layers: list[int]) -> int:

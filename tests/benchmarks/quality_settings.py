@@ -8,7 +8,7 @@ DISTILL = "train.distill_weight=0.5"
 QUARTER, WARM = "train.distill_weight=0.25", "train.distill_temperature=2"
 FISHER = ("prune.criterion=fisher", "prune.normalize=none")
 GLOBAL = ("prune.ranking=global", "prune.normalize=none")
-INT8 = "model.frozen=int8"
+INT8, NF4 = "model.frozen=int8", "model.frozen=nf4"
 UNIFORM = "prune.ranking=uniform"
 PROTECTED = ("prune.protected_first=null", "prune.protected_last=1")
 # The published code's method, which was the default of earlier versions.
@@ -117,9 +117,12 @@ def _settings() -> list[Setting]:
         _recipe("protected-first-half", *PROTECTED, "prune.cooldown_fraction=0.5"),
         _recipe("protected-no-distillation", *PROTECTED, "train.distill_weight=0"),
     ]
+    # a refit repeats passes, so half of the cuts cost half of its time
+    seldom = (*SHORT, DEEP, RATE, "prune.prune_every=8")
     recipe = [
-        # a refit repeats passes, so half of the cuts cost half of its time
-        Setting("recipe", "recipe", (*SHORT, DEEP, RATE, "prune.prune_every=8"), answers=False),
+        Setting("recipe", "recipe", seldom, answers=False),
+        Setting("recipe", "recipe-int8", (*seldom, INT8), answers=False),
+        Setting("recipe", "recipe-nf4", (*seldom, NF4), answers=False),
         _recipe("uniform", UNIFORM),
         _recipe("8e-3", "train.learning_rate=8e-3"),
         _recipe("2e-3", UNTUNED_RATE),

@@ -10,6 +10,7 @@ from loraprune_ds.pruning.compensate import (
     empty_half,
     from_half,
     numel_sent,
+    products_of,
     refit,
 )
 from loraprune_ds.pruning.prunable_model import CollectedLinear
@@ -73,6 +74,14 @@ def test_rounding_does_not_make_it_worse_either(dtype: torch.dtype) -> None:
     before = weight.double()
     plain, now = (before @ x.T - w.double()[:, kept] @ x[:, kept].T for w in (weight, refitted))
     assert (now.square().mean(1) <= plain.square().mean(1) * (1 + 1e-6)).all()
+
+
+def test_a_refit_is_in_fp32_whatever_surrounds_it() -> None:
+    linear, inputs = made_up(0)
+    moment, kept = inputs.T @ inputs, torch.arange(1, IN)
+    expected = refit(linear, moment, kept)
+    with torch.autocast("cpu", dtype=torch.bfloat16), products_of(torch.bfloat16, moment.device):
+        assert torch.equal(refit(linear, moment, kept), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])

@@ -42,15 +42,13 @@ def test_products_of_halves_keep_only_the_bits_of_halves(
         precision = "high"
     elif name == "cpu" and dtype == torch.bfloat16 and native:
         precision = "medium"
-    with compensate.fast_for_halves(dtype, torch.device(name)):
+    with compensate.products_of(dtype, torch.device(name)):
         assert torch.get_float32_matmul_precision() == precision
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        compensate, "fast_for_halves", asked := Mock(wraps=compensate.fast_for_halves)
-    )
+    monkeypatch.setattr(compensate, "products_of", asked := Mock(wraps=compensate.products_of))
     add_half_of_product(empty_half(4, torch.device("cpu")), torch.randn(5, 4).bfloat16())
     asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
