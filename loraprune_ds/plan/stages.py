@@ -190,8 +190,15 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     if request.refits:
         batch = request.training_batch
         kept = {"hidden_states": refits.bytes_of_passes(request, before)}
-        phases["repeated passes"] = kept | _forward_pass(request, before, batch, prefetches=True)
+        layer, module, linear = _largest(request, before)
+        embedding = request.element_size * max(tensor.numel for tensor in before.outer)
+        if request.world_size == 1 and not request.offloads("param"):
+            layer = module = embedding = 0
+        # gathered for all passes, next to a buffer or what is dequantised
+        phases["repeated passes, embeddings"] = kept | {"gathered_weights": 2 * embedding}
+        phases["repeated passes"] = kept | _forward_pass(request, before, batch)
         phases["repeated passes"] |= {
+            "gathered_weights": layer + max(min(layer, module), linear),
             "measured_inputs": 4 * batch.tokens * refits.widest_inputs(request, before),
             "input_moments": refits.bytes_of_moments(request, before),
         }
