@@ -7,9 +7,10 @@ hidden states instead of ids, and those are kept.
 import logging
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
 from typing import Any, cast
 
@@ -48,6 +49,8 @@ class Call:
 
 # The calls of one forward pass by the number of the list: an encoder has 0 and its decoder 1.
 Pass = dict[int, Call]
+# reads what a rank has written (`KeptPasses.to_plain`)
+ReadPlain = Callable[[], JsonObject]
 
 
 @dataclass
@@ -123,17 +126,23 @@ class KeptPasses:
         ]
         return {"tokens": [step.tokens for step in self.steps], "steps": steps}
 
-    def restore(self, of_ranks: Sequence[JsonObject]) -> None:
-        """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing."""
+    def restore(self, of_ranks: Sequence[ReadPlain]) -> None:
+        """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing.
+
+        Reads only what this rank repeats, because passes may hold hidden states.
+        """
         self.steps.clear()
         if not of_ranks:
             return
+        files = [cache(read) for read in of_ranks]
+        rank = self._model.rank
         world_size = self._model.world_size
-        for index, tokens in enumerate(of_ranks[0]["tokens"]):
-            passes = _in_turn([plain["steps"][index] for plain in of_ranks])
-            own = passes[self._model.rank :: world_size]
-            if len(own) < math.ceil(len(passes) / world_size):  # all ranks make equally many
-                own.append(_without_tokens(passes[-1]))
+        nearest = files[rank % len(files)]()  # holds the first pass of this rank, if it has any
+        for step, tokens in enumerate(nearest["tokens"]):
+            count = len(nearest["steps"][step]) * len(files)
+            own = [_in_turn(files, step, number) for number in range(rank, count, world_size)]
+            if len(own) < math.ceil(count / world_size):  # all ranks make equally many
+                own.append(_without_tokens(_in_turn(files, step, count - 1)))
             self.steps.append(StepPasses(own, tokens))
 
     @property
@@ -167,13 +176,11 @@ class KeptPasses:
         return keep
 
 
-def _in_turn(of_ranks: Sequence[Sequence[JsonObject]]) -> list[Pass]:
-    """Lists the first pass of each rank, then the second of each, as micro-batches went to the ranks."""
-    return [
-        {number: Call(**call) for number, call in cast(dict[int, Any], kept).items()}
-        for round_of_ranks in zip(*of_ranks, strict=True)
-        for kept in round_of_ranks
-    ]
+def _in_turn(files: Sequence[ReadPlain], step: int, number: int) -> Pass:
+    """Returns a pass of a step. The first pass of each rank comes first, as micro-batches went to the ranks."""
+    turn, rank = divmod(number, len(files))
+    kept: dict[int, Any] = files[rank]()["steps"][step][turn]
+    return {number: Call(**call) for number, call in kept.items()}
 
 
 def _without_tokens(kept: Pass) -> Pass:

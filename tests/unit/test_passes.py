@@ -1,6 +1,8 @@
 """The kept inputs of passes: how many stay, what a file holds of them, and how they are dealt out to ranks."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -58,7 +60,7 @@ def test_whatever_a_trainer_passes_comes_back_from_a_file(tmp_path: Path) -> Non
         model.stacks[0](IDS, cache=object(), nothing=None, use_cache=True, **passed)
     kept.end_step(tokens=5, inputs=9)
     other = KeptPasses(live())
-    other.restore([through_a_file(kept, tmp_path / "passes.pt")])
+    other.restore([lambda: through_a_file(kept, tmp_path / "passes.pt")])
     ((call,),) = (of_pass.values() for of_pass in other.passes())
     expected = {"input_ids": IDS, **passed, "cache": None, "pair": [IDS, 3]}
     # values of tensors, too
@@ -100,6 +102,17 @@ def numbered_passes(world_size: int, count: int) -> list[Any]:
     return files
 
 
+def readers(files: list[Any], reads: list[int] | None = None) -> list[Callable[[], Any]]:
+    """Makes what reads each file. Notes in `reads` which was read."""
+
+    def read(rank: int) -> Any:
+        if reads is not None:
+            reads.append(rank)
+        return files[rank]
+
+    return [partial(read, rank) for rank in range(len(files))]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "count"),
     [(1, 2, 3), (2, 3, 4), (3, 2, 3), (3, 2, 9), (2, 2, 4), (3, 1, 3), (1, 3, 1)],
@@ -108,7 +121,7 @@ def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -
     """As micro-batches do. A rank with fewer repeats one without tokens, because all enter each layer together."""
     for rank in range(after):
         kept = KeptPasses(live(rank, after))
-        kept.restore(numbered_passes(before, count))
+        kept.restore(readers(numbered_passes(before, count)))
         assert [step.tokens for step in kept.steps] == [7, 8]
         for step in kept.steps:
             calls = [of_pass[0] for of_pass in step.passes]
@@ -121,6 +134,27 @@ def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -
                 assert call.mask is not None
                 assert call.mask.shape == (1, 3)
                 assert not call.mask.any()
+
+
+@pytest.mark.parametrize(
+    ("before", "rank", "after", "count", "files"),
+    [
+        (4, 2, 4, 12, [2]),
+        (4, 1, 2, 12, [1, 3]),
+        (2, 3, 4, 6, [1]),
+        (2, 0, 3, 4, [0, 1]),
+        (3, 1, 2, 3, [1, 2]),  # padding is the last pass without its tokens
+        (1, 2, 3, 1, [0]),  # padding alone
+        (3, 0, 1, 3, [0, 1, 2]),
+    ],
+)
+def test_a_rank_reads_each_file_that_it_needs_once_and_no_other(
+    before: int, rank: int, after: int, count: int, files: list[int]
+) -> None:
+    reads: list[int] = []
+    kept = KeptPasses(live(rank, after))
+    kept.restore(readers(numbered_passes(before, count), reads))
+    assert sorted(reads) == files
 
 
 @pytest.mark.parametrize(
