@@ -12,12 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
+from types import NoneType
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import Cache
 
+from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -29,7 +32,7 @@ MOST_STEPS = 16
 # the pass that is repeated makes its own
 OF_THE_PASS = ("use_cache", "encoder_hidden_states")
 # torch reads them back without running code
-PLAIN = (bool, int, float, str, torch.dtype)
+PLAIN = (bool, int, float, str, torch.dtype, NoneType)
 
 
 @dataclass
@@ -164,14 +167,19 @@ class KeptPasses:
             if args:
                 inputs = signature(stack.forward).bind_partial(*args).arguments | kwargs
             kept = {
-                name: _plain(value)
+                name: _plain(name, value)
                 for name, value in inputs.items()
-                if value is not None and name not in OF_THE_PASS
+                if not (value is None or name in OF_THE_PASS or _is_empty_cache(value))
             }
             passes = self.steps[-1].passes
             if number == 0:
                 passes.append({})
-            passes[-1][number] = Call(kept, _plain(self._masks[number]), autocast)
+            require(
+                passes,
+                "a decoder was called without a pass of its encoder, which the refit of a cut must repeat; "
+                "call the whole model, or set compensate: none",
+            )
+            passes[-1][number] = Call(kept, _plain("mask", self._masks[number]), autocast)
 
         return keep
 
@@ -180,7 +188,7 @@ def _in_turn(files: Sequence[ReadPlain], step: int, number: int) -> Pass:
     """Returns a pass of a step. The first pass of each rank comes first, as micro-batches went to the ranks."""
     turn, rank = divmod(number, len(files))
     kept: dict[int, Any] = files[rank]()["steps"][step][turn]
-    return {number: Call(**call) for number, call in kept.items()}
+    return {n: Call(**call) for n, call in kept.items()}
 
 
 def _without_tokens(kept: Pass) -> Pass:
@@ -212,15 +220,22 @@ def layer_stacks(model: PrunableModel) -> list[nn.Module]:
     return [base.get_submodule(path) for path in paths]
 
 
-def _plain(value: Any) -> Any:
-    """Copies tensors without their graph, also inside of lists and dicts. Other objects, as a cache, become None."""
+def _is_empty_cache(value: Any) -> bool:
+    return isinstance(value, Cache) and value.get_seq_length() == 0
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Copies tensors without their graph, also inside of lists and dicts. Raises UserError for other objects."""
     if isinstance(value, Tensor):
         return value.detach().clone()  # a trainer may use its batch again
     if isinstance(value, dict):
         parts = cast(dict[str, Any], value)
-        return {name: _plain(part) for name, part in parts.items()}
+        return {key: _plain(name, part) for key, part in parts.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in cast(list[Any], value)]
-    if type(value) not in PLAIN:
-        return None
+        return [_plain(name, part) for part in cast(list[Any], value)]
+    require(
+        type(value) in PLAIN,
+        f"{name}: the refit of a cut cannot repeat a forward pass with a {type(value).__name__}; "
+        "pass tensors and plain values alone, or set compensate: none",
+    )
     return value
