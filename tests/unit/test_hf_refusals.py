@@ -308,3 +308,8 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
 
 def test_before_the_training_there_is_nothing_to_save() -> None:
     must_name("training", LoraPruneCallback(PruneConfig()).save_model, "anywhere")
+
+
+def test_an_evaluation_before_the_training_may_log() -> None:
+    logs = {"eval_loss": 2.0}
+    LoraPruneCallback(PruneConfig()).on_log(CONTROL, TrainerState(), CONTROL, logs=logs)
