@@ -37,6 +37,8 @@ lora = LoraConfig(target_modules=linear_names(model))
 pruning = LoraPruneCallback(prune)
 trainer = Trainer(model, teacher, args, train_dataset=rows, peft_config=lora, callbacks=[pruning])
 trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))
+if trainer.is_fsdp_enabled:  # of a SHARDED_STATE_DICT the Trainer would save no adapter
+    trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 trainer.save_model()  # the adapter
 pruning.save_base(f"{args.output_dir}/base", args.output_dir)  # the adapter now names this base
 pruning.save_model(f"{args.output_dir}/model")  # with LoRA merged

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -87,8 +87,8 @@ class SavedStep:
         pruner.average.updates_since_cut = counters.updates_since_cut
         if pruner.passes is not None:
             paths = sorted(self.resume_folder.glob(layout.PASSES_OF_ALL))
-            device = pruner.model.device
-            pruner.passes.restore([torch.load(path, device, weights_only=True) for path in paths])
+            read = partial(torch.load, map_location=pruner.model.device, weights_only=True)
+            pruner.passes.restore([partial(read, path) for path in paths])
 
 
 @dataclass(frozen=True)

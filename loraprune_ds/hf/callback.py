@@ -215,7 +215,9 @@ class LoraPruneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Adds the loss to the records, a mean over the steps since the last log."""
-        history = self.pruning.recorder.history
+        if self._pruning is None:  # an evaluation before the training
+            return
+        history = self._pruning.recorder.history
         loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))

@@ -1,7 +1,9 @@
 """Refuses a checkpoint that a Trainer loads into a dense model, before its library fails on other sizes."""
 
+from traceback import walk_stack
 from typing import Any
 
+from accelerate.utils import load_fsdp_model
 from torch import Tensor, nn
 
 from loraprune_ds.engines import holder
@@ -14,8 +16,7 @@ OTHER_NAMES = "_fqn_modifiers"
 class LoadGuard:
     """Watches a model until its training begins.
 
-    Under FSDP2 nothing but a load reads the state of a sharded model that early. A load of accelerate that fills the
-    shards for the first time finds them on the meta device.
+    Under FSDP2 a load of accelerate first reads the state of the model, as a save does. Only its caller tells which.
     """
 
     def __init__(self, model: nn.Module, advice: str) -> None:
@@ -37,22 +38,17 @@ class LoadGuard:
         parameters = dict(module.named_parameters())
         common = parameters.keys() & state.keys()
         other_sizes = any(state[name].shape != parameters[name].shape for name in common)
-        if other_sizes or self._is_held_by("zero3"):
+        if other_sizes or any(holder(p).name == "zero3" for p in parameters.values()):
             self._refuse()
 
     def _check_read(self, *_: Any) -> None:
-        if self._is_held_by("fsdp2"):
+        codes = [frame.f_code for frame, _ in walk_stack(None)]
+        if load_fsdp_model.__code__ in codes:
             self._refuse()
 
     def _other_names(self) -> dict[str, str]:
         self._check_read()
         return {}
-
-    def _is_held_by(self, engine: str) -> bool:
-        return any(
-            holder(parameter).name == engine and not parameter.is_meta
-            for parameter in self._model.parameters()
-        )
 
     def _refuse(self) -> None:
         raise UserError(

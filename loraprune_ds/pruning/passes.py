@@ -7,16 +7,20 @@ hidden states instead of ids, and those are kept.
 import logging
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
+from types import NoneType
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import Cache
 
+from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -28,7 +32,7 @@ MOST_STEPS = 16
 # the pass that is repeated makes its own
 OF_THE_PASS = ("use_cache", "encoder_hidden_states")
 # torch reads them back without running code
-PLAIN = (bool, int, float, str, torch.dtype)
+PLAIN = (bool, int, float, str, torch.dtype, NoneType)
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Call:
 
 # The calls of one forward pass by the number of the list: an encoder has 0 and its decoder 1.
 Pass = dict[int, Call]
+# reads what a rank has written (`KeptPasses.to_plain`)
+ReadPlain = Callable[[], JsonObject]
 
 
 @dataclass
@@ -123,17 +129,23 @@ class KeptPasses:
         ]
         return {"tokens": [step.tokens for step in self.steps], "steps": steps}
 
-    def restore(self, of_ranks: Sequence[JsonObject]) -> None:
-        """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing."""
+    def restore(self, of_ranks: Sequence[ReadPlain]) -> None:
+        """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing.
+
+        Reads only what this rank repeats, because passes may hold hidden states.
+        """
         self.steps.clear()
         if not of_ranks:
             return
+        files = [cache(read) for read in of_ranks]
+        rank = self._model.rank
         world_size = self._model.world_size
-        for index, tokens in enumerate(of_ranks[0]["tokens"]):
-            passes = _in_turn([plain["steps"][index] for plain in of_ranks])
-            own = passes[self._model.rank :: world_size]
-            if len(own) < math.ceil(len(passes) / world_size):  # all ranks make equally many
-                own.append(_without_tokens(passes[-1]))
+        nearest = files[rank % len(files)]()  # holds the first pass of this rank, if it has any
+        for step, tokens in enumerate(nearest["tokens"]):
+            count = len(nearest["steps"][step]) * len(files)
+            own = [_in_turn(files, step, number) for number in range(rank, count, world_size)]
+            if len(own) < math.ceil(count / world_size):  # all ranks make equally many
+                own.append(_without_tokens(_in_turn(files, step, count - 1)))
             self.steps.append(StepPasses(own, tokens))
 
     @property
@@ -155,25 +167,28 @@ class KeptPasses:
             if args:
                 inputs = signature(stack.forward).bind_partial(*args).arguments | kwargs
             kept = {
-                name: _plain(value)
+                name: _plain(name, value)
                 for name, value in inputs.items()
-                if value is not None and name not in OF_THE_PASS
+                if not (value is None or name in OF_THE_PASS or _is_empty_cache(value))
             }
             passes = self.steps[-1].passes
             if number == 0:
                 passes.append({})
-            passes[-1][number] = Call(kept, _plain(self._masks[number]), autocast)
+            require(
+                passes,
+                "a decoder was called without a pass of its encoder, which the refit of a cut must repeat; "
+                "call the whole model, or set compensate: none",
+            )
+            passes[-1][number] = Call(kept, _plain("mask", self._masks[number]), autocast)
 
         return keep
 
 
-def _in_turn(of_ranks: Sequence[Sequence[JsonObject]]) -> list[Pass]:
-    """Lists the first pass of each rank, then the second of each, as micro-batches went to the ranks."""
-    return [
-        {number: Call(**call) for number, call in cast(dict[int, Any], kept).items()}
-        for round_of_ranks in zip(*of_ranks, strict=True)
-        for kept in round_of_ranks
-    ]
+def _in_turn(files: Sequence[ReadPlain], step: int, number: int) -> Pass:
+    """Returns a pass of a step. The first pass of each rank comes first, as micro-batches went to the ranks."""
+    turn, rank = divmod(number, len(files))
+    kept: dict[int, Any] = files[rank]()["steps"][step][turn]
+    return {n: Call(**call) for n, call in kept.items()}
 
 
 def _without_tokens(kept: Pass) -> Pass:
@@ -205,15 +220,22 @@ def layer_stacks(model: PrunableModel) -> list[nn.Module]:
     return [base.get_submodule(path) for path in paths]
 
 
-def _plain(value: Any) -> Any:
-    """Copies tensors without their graph, also inside of lists and dicts. Other objects, as a cache, become None."""
+def _is_empty_cache(value: Any) -> bool:
+    return isinstance(value, Cache) and value.get_seq_length() == 0
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Copies tensors without their graph, also inside of lists and dicts. Raises UserError for other objects."""
     if isinstance(value, Tensor):
         return value.detach().clone()  # a trainer may use its batch again
     if isinstance(value, dict):
         parts = cast(dict[str, Any], value)
-        return {name: _plain(part) for name, part in parts.items()}
+        return {key: _plain(name, part) for key, part in parts.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in cast(list[Any], value)]
-    if type(value) not in PLAIN:
-        return None
+        return [_plain(name, part) for part in cast(list[Any], value)]
+    require(
+        type(value) in PLAIN,
+        f"{name}: the refit of a cut cannot repeat a forward pass with a {type(value).__name__}; "
+        "pass tensors and plain values alone, or set compensate: none",
+    )
     return value

@@ -64,9 +64,16 @@ def base_name(model: PeftModel) -> str:
 
 
 def base_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape in the model's config, which stays the dense shape."""
+    """Returns the shape in the model's config, which stays the dense shape. Raises UserError if it has a tower."""
     base = cast(Any, model.get_base_model())
-    return shape_from_config(base.config.to_dict() | _tied(base), base_name(model))
+    name = base_name(model)
+    config = base.config.to_dict()
+    require(
+        "text_config" not in config,
+        f"{name} is a {type(base).__name__}, but the callback prunes no model with a tower; "
+        "load its text part alone, or use launch/run.py, which keeps the tower",
+    )
+    return shape_from_config(config | _tied(base), name)
 
 
 def live_shape(model: PeftModel) -> ModelShape:

@@ -127,6 +127,16 @@ def test_a_resume_across_a_cut_changes_no_bit_and_other_engines_and_ranks_go_on(
     assert_same_course(alone, rows[2:], cuts=2)
 
 
+def test_a_model_that_is_evaluated_and_saved_can_train_after_that(
+    ranks: RankPool, job: Job, tmp_path: Path
+) -> None:
+    """A save reads the state of the model. So does a load, which needs `pruning.resume`."""
+    job = replace(job, prune=PRUNE, batches=job.batches[:2])
+    more = ENGINES["SHARDED"] | {"per_device_eval_batch_size": 20}
+    for cuts in ranks.run(2, fsdp_trainers.evaluate_save_and_train, job, tmp_path, more):
+        assert cuts == [2]
+
+
 @pytest.mark.parametrize("kind", [heavy("FULL"), heavy("SHARDED")])
 def test_a_kill_within_a_save_leaves_the_checkpoint_before(
     ranks: RankPool, job: Job, tmp_path: Path, kind: str

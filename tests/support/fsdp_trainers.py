@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from loraprune_ds import errors
+from loraprune_ds import LoraPruneCallback, PruneConfig, errors
 from tests.support import trainers
 from tests.support.driver import Job
 from tests.support.launching import ROOT
@@ -75,6 +75,22 @@ def resume_without_the_callback(job: Job, out: Path, more: dict[str, Any], check
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fsdp_on_cpu():
         return trainers.resume_without_the_callback(job, out, more, checkpoint)
+
+
+def evaluate_save_and_train(job: Job, out: Path, more: dict[str, Any]) -> list[int]:
+    """Shards, evaluates and saves a model, then trains it. Returns the steps of the cuts."""
+    with fresh_accelerate(), fsdp_on_cpu():
+        callback = LoraPruneCallback(PruneConfig(**job.prune))
+        trainer = trainers.make_trainer(job, trainers.arguments(job, out, **more), callback)
+        # accelerate shards no model without its optimizer
+        optimizer = trainer.create_optimizer()
+        trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, optimizer)
+        trainer.model_wrapped = trainer.model
+        trainer.evaluate()
+        trainer.accelerator.get_state_dict(trainer.model)  # whole
+        trainer.accelerator.save_state(str(out / "state"))
+        trainer.train()
+        return [cut.step for cut in callback.cuts]
 
 
 def kill_within_a_save(job: Job, out: Path, more: dict[str, Any]) -> None:

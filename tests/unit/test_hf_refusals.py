@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    PreTrainedModel,
     TrainerControl,
     TrainerState,
 )
@@ -31,6 +32,7 @@ from loraprune_ds.session.live import base_dtype, base_shape, find_peft_model, l
 from loraprune_ds.session.preparing import linear_names, unshare_bias
 from loraprune_ds.zero.external_engine import share_model
 from tests.support.families import LLAMA_LINEARS, tiny_model
+from tests.support.multimodal import multimodal
 from tests.support.refusals import must_name
 
 SIZES: dict[str, Any] = {
@@ -49,7 +51,7 @@ def base(**more: Any) -> LlamaForCausalLM:
     )
 
 
-def adapted(base_model: LlamaForCausalLM | None = None, **more: Any) -> PeftModel:
+def adapted(base_model: PreTrainedModel | None = None, **more: Any) -> PeftModel:
     config = LoraConfig(**{"r": 2, "target_modules": ALL, "task_type": "CAUSAL_LM"} | more)
     return cast(PeftModel, get_peft_model(base_model or base(), config))
 
@@ -157,6 +159,8 @@ def tied(**more: Any) -> Callable[[], torch.nn.Module]:
         (changed(lambda model: model.compile()), "torch.compile"),
         (changed(lambda model: model.to(torch.float64)), "torch.float64"),
         (base, "LlamaForCausalLM"),
+        (lambda: adapted(multimodal("llava")), "LlavaForConditionalGeneration tower"),
+        (lambda: adapted(multimodal("gemma3")), "Gemma3ForConditionalGeneration tower"),
         (olmo2_that_trains_a_norm, "model.layers.0.self_attn.q_norm"),
         (
             changed(lambda m: delattr(decoder_layers(m)[1].mlp, "gate_proj")),
@@ -308,3 +312,8 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
 
 def test_before_the_training_there_is_nothing_to_save() -> None:
     must_name("training", LoraPruneCallback(PruneConfig()).save_model, "anywhere")
+
+
+def test_an_evaluation_before_the_training_may_log() -> None:
+    logs = {"eval_loss": 2.0}
+    LoraPruneCallback(PruneConfig()).on_log(CONTROL, TrainerState(), CONTROL, logs=logs)

@@ -1,6 +1,8 @@
 """The kept inputs of passes: how many stay, what a file holds of them, and how they are dealt out to ranks."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,8 +10,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache
 
 from loraprune_ds.pruning.passes import MOST_STEPS, Call, KeptPasses
+from tests.support.refusals import must_name
 
 IDS = torch.arange(6).view(2, 3)
 MASK = torch.tensor([[True, True, False], [True, True, True]])
@@ -55,12 +60,12 @@ def test_whatever_a_trainer_passes_comes_back_from_a_file(tmp_path: Path) -> Non
         "pair": (IDS, 3),
     }
     with kept.record_forward(MASK), torch.autocast("cpu", torch.bfloat16):
-        model.stacks[0](IDS, cache=object(), nothing=None, use_cache=True, **passed)
+        model.stacks[0](IDS, cache=DynamicCache(), nothing=None, use_cache=True, **passed)
     kept.end_step(tokens=5, inputs=9)
     other = KeptPasses(live())
-    other.restore([through_a_file(kept, tmp_path / "passes.pt")])
+    other.restore([lambda: through_a_file(kept, tmp_path / "passes.pt")])
     ((call,),) = (of_pass.values() for of_pass in other.passes())
-    expected = {"input_ids": IDS, **passed, "cache": None, "pair": [IDS, 3]}
+    expected = {"input_ids": IDS, **passed, "pair": [IDS, 3]}
     # values of tensors, too
     assert {name: str(value) for name, value in call.inputs.items()} == {
         name: str(value) for name, value in expected.items()
@@ -68,6 +73,39 @@ def test_whatever_a_trainer_passes_comes_back_from_a_file(tmp_path: Path) -> Non
     assert call.mask is not None
     assert torch.equal(call.mask, MASK)
     assert (call.autocast, other.tokens) == (torch.bfloat16, 5)
+
+
+def filled_cache() -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 1, 4, 3), torch.zeros(2, 1, 4, 3), 0)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        (
+            "attention_mask",
+            create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, "cpu"),
+            "BlockMask",
+        ),
+        ("past_key_values", filled_cache(), "DynamicCache"),
+        ("lengths", {"each": [1, object()]}, "object"),
+    ],
+)
+def test_what_no_refit_can_repeat_is_refused_in_the_forward_pass(
+    name: str, value: Any, kind: str
+) -> None:
+    """Without it the repeated pass would compute something else."""
+    model = live()
+    kept = KeptPasses(model)
+    kept.begin_step()
+
+    def call() -> None:
+        with kept.record_forward(None):
+            model.stacks[0](IDS, **{name: value})
+
+    must_name(f"{name} {kind} compensate", call)
 
 
 def test_a_trainer_may_use_its_batch_again(tmp_path: Path) -> None:
@@ -100,6 +138,17 @@ def numbered_passes(world_size: int, count: int) -> list[Any]:
     return files
 
 
+def readers(files: list[Any], reads: list[int] | None = None) -> list[Callable[[], Any]]:
+    """Makes what reads each file. Notes in `reads` which was read."""
+
+    def read(rank: int) -> Any:
+        if reads is not None:
+            reads.append(rank)
+        return files[rank]
+
+    return [partial(read, rank) for rank in range(len(files))]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "count"),
     [(1, 2, 3), (2, 3, 4), (3, 2, 3), (3, 2, 9), (2, 2, 4), (3, 1, 3), (1, 3, 1)],
@@ -108,7 +157,7 @@ def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -
     """As micro-batches do. A rank with fewer repeats one without tokens, because all enter each layer together."""
     for rank in range(after):
         kept = KeptPasses(live(rank, after))
-        kept.restore(numbered_passes(before, count))
+        kept.restore(readers(numbered_passes(before, count)))
         assert [step.tokens for step in kept.steps] == [7, 8]
         for step in kept.steps:
             calls = [of_pass[0] for of_pass in step.passes]
@@ -121,6 +170,27 @@ def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -
                 assert call.mask is not None
                 assert call.mask.shape == (1, 3)
                 assert not call.mask.any()
+
+
+@pytest.mark.parametrize(
+    ("before", "rank", "after", "count", "files"),
+    [
+        (4, 2, 4, 12, [2]),
+        (4, 1, 2, 12, [1, 3]),
+        (2, 3, 4, 6, [1]),
+        (2, 0, 3, 4, [0, 1]),
+        (3, 1, 2, 3, [1, 2]),  # padding is the last pass without its tokens
+        (1, 2, 3, 1, [0]),  # padding alone
+        (3, 0, 1, 3, [0, 1, 2]),
+    ],
+)
+def test_a_rank_reads_each_file_that_it_needs_once_and_no_other(
+    before: int, rank: int, after: int, count: int, files: list[int]
+) -> None:
+    reads: list[int] = []
+    kept = KeptPasses(live(rank, after))
+    kept.restore(readers(numbered_passes(before, count), reads))
+    assert sorted(reads) == files
 
 
 @pytest.mark.parametrize(
@@ -148,6 +218,9 @@ def test_an_encoder_and_its_decoder_are_one_pass() -> None:
             model.stacks[1](IDS, encoder_hidden_states=IDS.double())
     assert [list(of_pass) for of_pass in kept.passes()] == [[0, 1], [0, 1]]
     assert kept.passes()[0][1].mask is None
+    kept.begin_step()
+    with kept.record_forward(None, None):
+        must_name("encoder compensate", model.stacks[1], IDS)
 
 
 @pytest.mark.parametrize(
