@@ -30,11 +30,11 @@ from loraprune_ds.pretrained.exported_config import ExportedConfig, export_confi
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.text_part import Tower
 from loraprune_ds.ranks.comm import Communicator
-from tests.support.published import LLAMA_3
+from tests.support.published import PUBLISHED
 
 VOCAB = 400
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-LLAMA3 = LLAMA_3["rope_scaling"] | {
+LLAMA3 = PUBLISHED["llama3.1-8b"][0]["rope_scaling"] | {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
     "rope_theta": 5000.0,
