@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.family import FAMILIES
 from tests.support.export_cases import VOCAB
@@ -27,99 +29,9 @@ VLLM: dict[str, str] = {
     name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED
 }
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
-GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from
-# Keys as wide as values, and three value heads for each key head, as in Qwen3.6 27B.
-NETS: dict[str, Any] = {
-    "num_hidden_layers": 5,
-    "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 12,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 96,
-}
-T5 = {
-    "d_model": 96,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_heads": 8,
-    "relative_attention_max_distance": 128,
-}
-T5 |= {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
-# Depths and settings that show a family's peculiarities.
-SPECIAL: dict[str, dict[str, Any]] = {
-    "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
-    "seed_oss": {"attention_bias": True},
-    "gemma2": {"query_pre_attn_scalar": 30},
-    "gemma3_text": {
-        "num_hidden_layers": 7,
-        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
-        "query_pre_attn_scalar": 30,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
-    },
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.1,
-        "residual_multiplier": 0.4,
-    },
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},  # as published
-    "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 12, "decoder_sparse_step": 1},
-    "dots1": {"moe_intermediate_size": 64, "num_key_value_heads": 8},
-    "exaone_moe": {
-        "moe_intermediate_size": 64,
-        "num_hidden_layers": 5,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],
-    },
-    "hunyuan_v1_moe": {"intermediate_size": 64},
-    "glm4_moe": {"moe_intermediate_size": 64, "attention_bias": True},
-    # Rows that Q8_0 cannot hold: llama.cpp multiplies by latent keys and values in another order. At these sizes no
-    # router chooses by a hair. Else rounding in that order chooses another expert, and the text becomes another one.
-    "deepseek_v3": {
-        "moe_intermediate_size": 64,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 40,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-    },
-    "helium": {"head_dim": 12},
-    "stablelm": {
-        "head_dim": 12,
-        "use_qkv_bias": True,
-        "qk_layernorm": False,
-        "partial_rotary_factor": 0.5,
-    },
-    "ernie4_5_moe": {"moe_intermediate_size": 64},
-    "granitemoehybrid": {
-        "num_local_experts": 0,
-        "shared_intermediate_size": 128,
-        "layer_types": ["full_attention"] * 2,
-        "position_embedding_type": "rope",
-        "mamba_n_heads": 8,
-        "mamba_d_head": 24,
-    },
-    "lfm2": {
-        "head_dim": 12,
-        "num_hidden_layers": 3,
-        "layer_types": ["conv", "full_attention", "conv"],
-        "block_auto_adjust_ff_dim": False,
-    },
-    "cohere": {"use_qk_norm": False, "head_dim": 12},
-    "minimax_m2": {"intermediate_size": 64},
-    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), NETS),
-    "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
-}
-
-SPECIAL["glm4_moe_lite"] = SPECIAL["deepseek_v2"] = SPECIAL["deepseek_v3"]
+_FILE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text())
+GROUPS: dict[str, int] = _FILE["groups"]
+SPECIAL: dict[str, dict[str, Any]] = _FILE["families"]
 
 
 def serve(
