@@ -5,89 +5,17 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES
 from tests.oracle.models import make_tokenizer
 from tests.support.families import SIZES, tiny_config
 
-SIGLIP = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-SIGLIP |= {"image_size": 28, "patch_size": 14}
-QWEN = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "patch_size": 4,
-    "in_channels": 3,
-}
-QWEN |= {
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 1,
-    "num_position_embeddings": 16,
-    "out_hidden_size": 60,
-}
-IMAGE, START, END = 90, 92, 93  # ids
-OF_QWEN = {
-    "image_token_id": IMAGE,
-    "video_token_id": 91,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-OF_ROWS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}
-# The family of the text part, the type of the tower, and whether head and embedding are one.
-TOWERS = {
-    "gemma3": ("gemma3_text", "siglip_vision_model", True),
-    "mistral3": ("mistral", "pixtral", False),
-    "llava": ("llama", "clip_vision_model", False),
-    "llava_next": ("mistral", "clip_vision_model", False),
-    "llava_onevision": ("qwen2", "siglip_vision_model", True),
-    "vipllava": ("llama", "clip_vision_model", False),
-    "internvl": ("qwen3", "internvl_vision", False),
-    "idefics3": ("llama", "idefics3_vision", False),
-    "smolvlm": ("llama", "smolvlm_vision", True),
-    "qwen2_5_vl": ("qwen2", "", False),
-    "qwen3_vl": ("qwen3", "", False),
-    "gemma4": ("gemma4_text", "gemma4_vision", True),
-    "qwen3_vl_moe": ("qwen3_moe", "", False),
-    "qwen3_5": ("qwen3_5_text", "", True),
-    "qwen3_5_moe": ("qwen3_5_moe_text", "", False),
-    "muse_glimmer": ("muse_glimmer_text", "muse_glimmer_vision", False),
-}
-ROWS_IN_TURN = OF_ROWS | {"mrope_interleaved": True}
-QWEN3_5 = {
-    "mtp_num_hidden_layers": 1,
-    "rope_parameters": ROWS_IN_TURN | {"partial_rotary_factor": 0.5},
-}
-QWEN3 = {"head_dim": 12, "rope_parameters": ROWS_IN_TURN | {"mrope_section": [2, 2, 2]}}
-TEXT: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": OF_ROWS},
-    **{name: {"model_type": f"{name}_text", **QWEN3} for name in ("qwen3_vl", "qwen3_vl_moe")},
-    # Its last two layers share keys and values, and have twice the channels.
-    "gemma4": {
-        "enable_moe_block": False,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "use_double_wide_mlp": True,
-    },
-    "qwen3_5": QWEN3_5,
-    "qwen3_5_moe": QWEN3_5,
-}
-GEMMA4_HEADS = {"head_dim": 8, "num_key_value_heads": 2}
-VISION: dict[str, dict[str, Any]] = {
-    "gemma3": {"image_size": 16, "patch_size": 4},
-    "gemma4": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16}
-    | GEMMA4_HEADS,
-    "muse_glimmer": {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4},
-    "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
-    "qwen3_vl": {"deepstack_visual_indexes": [0]},
-    "qwen3_vl_moe": {"deepstack_visual_indexes": [0]},
+IMAGE, START, END = 90, 92, 93  # ids, as in the file
+_FILE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("multimodal.yaml").read_text())
+TOWERS: dict[str, tuple[str, str, bool]] = {
+    outer: tuple(row) for outer, row in _FILE["towers"].items()
 }
 
 
@@ -99,25 +27,13 @@ def multimodal(outer: str, text_type: str | None = None) -> transformers.PreTrai
     text |= {"tie_word_embeddings": tied} | (
         {} if outer == "muse_glimmer" else {"final_logit_softcapping": None}
     )
-    vision = (SIGLIP | {"model_type": tower} if tower else QWEN) | VISION.get(outer, {})
-    more: dict[str, Any] = {} if tower else dict(OF_QWEN)
-    if outer == "gemma3":
-        more = {"mm_tokens_per_image": 4, "image_token_id": IMAGE}
-    if outer == "gemma4":
-        more = {"audio_config": None, "image_token_id": IMAGE, "video_token_id": 91}
-    if outer == "muse_glimmer":
-        more = {
-            "image_token_id": IMAGE,
-            "video_token_id": 91,
-            "out_hidden_size": 64,
-            "projector_hidden_size": 16,
-        }
+    vision = _FILE["typed"] | {"model_type": tower} if tower else _FILE["qwen"]
     config = transformers.AutoConfig.for_model(
         outer,
-        text_config=text | TEXT.get(outer, {}),
-        vision_config=vision,
+        text_config=text | _FILE["text"].get(outer, {}),
+        vision_config=vision | _FILE["vision"].get(outer, {}),
         tie_word_embeddings=tied,
-        **more,
+        **_FILE["whole"].get(outer, {}),
     )
     torch.manual_seed(3)
     eager: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
