@@ -7,7 +7,7 @@ import pytest
 
 from tests.oracle.models import make_tiny_llama
 from tests.support.bad_input import make_material
-from tests.support.finished_runs import GLOBAL, Case, run_config
+from tests.support.finished_runs import GLOBAL, LAYERS, SIZES, Case, run_config
 from tests.support.gguf_cases import byte_level_tokenizer
 from tests.support.launching import fork_ranks, write_config, write_text
 
@@ -23,16 +23,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a model dense/, its run/ with cuts after steps 3 and 5, all checkpoints, and text.txt."""
     root = tmp_path_factory.mktemp("finished")
-    sizes: Any = {
-        "heads": 6,
-        "kv_heads": 3,
-        "hidden": 48,
-        "ffn": 64,
-        "layers": 3,
-        "vocab": VOCAB,
-        "seed": 3,
-    }
-    dense = make_tiny_llama(root / "dense", tie=True, biases=True, **sizes)
+    more: Any = SIZES | {"layers": LAYERS, "vocab": VOCAB, "seed": 3}
+    dense = make_tiny_llama(root / "dense", tie=True, biases=True, **more)
     byte_level_tokenizer(dense, VOCAB)
     train = {"global_batch_size": 4, "learning_rate": 1e-2}
     case = Case("run", "pruned_llama", {}, prune=GLOBAL, train=train, evaluate={"max_windows": 4})

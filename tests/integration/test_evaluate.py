@@ -273,15 +273,7 @@ def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
 
 
 def make_other(made: Path, here: Path) -> None:
-    sizes: dict[str, Any] = {
-        "heads": 2,
-        "kv_heads": 1,
-        "head_dim": 4,
-        "hidden": 8,
-        "ffn": 8,
-        "layers": 1,
-    }
-    make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
+    make_tiny_llama(here / "other", vocab=40)
 
 
 TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.models import make_tiny_llama
+from tests.oracle.models import ODD_SIZES, make_tiny_llama
 from tests.support import engines
 from tests.support.engines import ENGINES, Found
 from tests.support.local_training import make_model
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), biases=True, **engines.SIZES)
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), biases=True, **ODD_SIZES)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

@@ -14,6 +14,8 @@ LINEARS = (
     *(f"self_attn.{x}_proj" for x in "qkvo"),
     *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
 )
+# that 2 and 4 ranks do not divide
+ODD_SIZES: dict[str, int] = {"heads": 6, "kv_heads": 3, "hidden": 42, "ffn": 45, "layers": 3}
 
 
 def make_tiny_llama(

@@ -38,7 +38,7 @@ from loraprune_ds.zero.engine import ShardedEngine
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.shards import full_shape, held
 from tests.oracle.dense_trainer import DenseTrainer, Settings
-from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.oracle.models import ODD_SIZES, make_batches, make_lora, make_tiny_llama
 from tests.support.families import SIZES, is_seq2seq, tiny_model
 from tests.support.paper import PAPER
 from tests.support.plain_training import in_peft
@@ -119,16 +119,7 @@ def tiny_job(
     model: Options | None = None, **settings: Any,
 ) -> Job:  # fmt: skip
     """Writes a tiny LLaMA and an adapter that matters. `model` goes to `make_tiny_llama`, `settings` to the job."""
-    sizes: dict[str, Any] = {
-        "heads": 6,
-        "kv_heads": 3,
-        "head_dim": 8,
-        "hidden": 42,
-        "ffn": 45,
-        "layers": 3,
-    }
-    sizes |= {"vocab": 97, "seed": 1} | (model or {})
-    source = make_tiny_llama(folder / "model", **sizes)
+    source = make_tiny_llama(folder / "model", **ODD_SIZES | (model or {}))
     r, alpha = settings.get("lora_r", 4), settings.get("lora_alpha", 8)
     adapter = write_adapter(folder / "adapter", make_lora(source, r=r, seed=2), r=r, alpha=alpha)
     batches = make_batches(steps=steps, samples=samples, tokens=tokens, vocab=97, seed=3)

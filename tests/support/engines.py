@@ -33,21 +33,12 @@ from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.session.live import live_shape
-from tests.oracle.models import make_batches
+from tests.oracle.models import ODD_SIZES, make_batches
 from tests.support.local_training import make_model
 
 SAMPLES = 4
 TOKENS = 12
 MAX_NORM = 1e-3  # every step is clipped
-HIDDEN = 42
-SIZES: dict[str, Any] = {
-    "heads": 6,
-    "kv_heads": 3,
-    "head_dim": 8,
-    "hidden": HIDDEN,
-    "ffn": 45,
-    "layers": 3,
-}
 KEEP = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.tensor([i for i in range(45) if i % 3]))
 CUT_LAYERS = (1, 2)
 # whose gradients become NaN, and whose weight is overwritten
@@ -311,7 +302,7 @@ def _overwrite(model: PrunableModel) -> Tensor | None:
 
 def new_weight() -> Tensor:
     """Returns a weight for that linear after the cut. No two elements are equal."""
-    shape = (len(KEEP["channels"]), HIDDEN)
+    shape = (len(KEEP["channels"]), ODD_SIZES["hidden"])
     return torch.arange(math.prod(shape)).view(shape) / math.prod(shape)
 
 

@@ -27,15 +27,7 @@ PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    sizes: dict[str, Any] = {
-        "heads": 4,
-        "kv_heads": 4,
-        "hidden": 32,
-        "ffn": 48,
-        "layers": 2,
-        "vocab": 97,
-    }
-    return make_tiny_llama(tmp_path / "dense", **sizes, dtype="bfloat16")
+    return make_tiny_llama(tmp_path / "dense", kv_heads=4, dtype="bfloat16")
 
 
 def train(dense: Path, out: Path, make: Any = AdamW, **lora: Any) -> Pruning:

@@ -30,15 +30,7 @@ KEPT = {"layers": [{"heads": [0, 2], "heads_dense": 4}] * 3}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes dense/, pruned/ (layers differ), adapter/ on dense/, and run/."""
     root = tmp_path_factory.mktemp("models")
-    sizes: dict[str, Any] = {
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 8,
-        "hidden": 32,
-        "ffn": 48,
-        "layers": 2,
-    }
-    make_tiny_llama(root / "dense", vocab=97, seed=1, **sizes)
+    make_tiny_llama(root / "dense")
     make_tokenizer(VOCAB).save_pretrained(root / "tokenizer")
     (root / "tokenizer" / "config.json").write_text(dense_model(GLOBAL).config.to_json_string())
     export(dense_model(GLOBAL), GLOBAL, root / "tokenizer", root / "pruned")

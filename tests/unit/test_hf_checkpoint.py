@@ -160,9 +160,7 @@ def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(tmp_path: Path) ->
 
 def test_a_model_that_is_called_with_embeddings_goes_on_to_the_bit(tmp_path: Path) -> None:
     """As a trainer with images calls it. A cut follows that repeats passes of before the save."""
-    folder = make_tiny_llama(
-        tmp_path / "tiny", heads=4, kv_heads=4, hidden=32, ffn=48, layers=2, vocab=97
-    )
+    folder = make_tiny_llama(tmp_path / "tiny", kv_heads=4)
 
     def train(saved: PruningCheckpoint | None, model: Any) -> Any:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -24,9 +24,7 @@ from tests.support.refusals import must_name
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(
-        tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=32, ffn=48, layers=3, vocab=97
-    )
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), layers=3)
 
 
 @pytest.fixture(scope="module")

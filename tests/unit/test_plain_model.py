@@ -26,14 +26,7 @@ from tests.support.shapes_and_scores import uniform_counts
 
 TOLERANCE = 1e-5
 VOCAB, LAYERS, STEPS = 97, 3, 8
-SIZES: dict[str, Any] = {
-    "heads": 8,
-    "kv_heads": 4,
-    "head_dim": 4,
-    "hidden": 32,
-    "ffn": 41,
-    "biases": True,
-}
+SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 4, "ffn": 41, "biases": True}
 UNIFORM = PruneConfig(
     **PAPER | {"ratio": 0.3, "channel_multiple": 1, "prune_every": 2, "protected_first": 0}
 )

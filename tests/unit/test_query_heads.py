@@ -186,9 +186,7 @@ def test_servers_share_query_heads_and_repeat_key_value_heads() -> None:
 def test_an_older_checkpoint_of_the_callback_goes_on_with_whole_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_tiny_llama(
-        tmp_path / "tiny", heads=8, kv_heads=2, hidden=32, ffn=24, layers=2, vocab=97
-    )
+    folder = make_tiny_llama(tmp_path / "tiny", heads=8, ffn=24)
 
     def begin(model: Any, checkpoint: PruningCheckpoint | None = None) -> Pruning:
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

@@ -190,7 +190,7 @@ def test_an_evaluation_is_not_kept_nor_a_graph() -> None:
 
 
 def test_no_pass_is_kept_after_the_last_cut(tmp_path: Path) -> None:
-    folder = make_tiny_llama(tmp_path, heads=4, kv_heads=4, hidden=32, ffn=48, layers=2, vocab=97)
+    folder = make_tiny_llama(tmp_path, kv_heads=4)
     config = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, cooldown_fraction=0.5)
     run = PlainRun(folder, fresh_lora(open_pretrained(folder).shape), config, steps=6)
     kept: list[int] = []

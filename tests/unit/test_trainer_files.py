@@ -80,9 +80,7 @@ def test_what_cannot_come_back_is_named(
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(
-        tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=16, ffn=24, layers=2, vocab=32
-    )
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), hidden=16, ffn=24, vocab=32)
 
 
 def save(dense: Path, out: Path, make: Any = AdamW) -> Path:
