@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from tests.support.bad_input import Make, arguments, assert_refused, copy_of_model, file_at
-from tests.support.launching import ROOT, RUN, fork_ranks, run_to_end
+from tests.support.launching import fork_ranks
 from tests.support.refusals import edit, remove
 
 
@@ -85,11 +85,6 @@ def test_wrong_input_is_one_line_before_anything_is_written(
 
 def test_a_config_must_be_named(tmp_path: Path) -> None:
     assert_refused(fork_ranks([], tmp_path)[0], "--config")
-
-
-def test_a_python_without_the_package_is_told_as_such() -> None:
-    ended = run_to_end([sys.executable, "-I", "-S", str(RUN), "--config", "x.yaml"], cwd=ROOT)
-    assert_refused(ended, f"{sys.executable} has no ", "launch/quickstart.sh", code=1)
 
 
 def lose_a_private_method() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import sentencepiece
 from gguf import GGUFReader
-from safetensors.torch import load_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -17,7 +16,6 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraprune_ds.files import write_json
@@ -151,10 +149,6 @@ def without_sentencepiece(folder: Path, vocab: int) -> Path:
         sentencepiece_tokenizer(folder.with_name("spm"), vocab)
     ).save_pretrained(folder)
     return folder
-
-
-def tensors_of(model: Path) -> dict[str, Tensor]:
-    return {name: t for path in model.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def value(reader: GGUFReader, key: str) -> Any:

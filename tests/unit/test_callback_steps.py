@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from loraprune_ds.generate.models import find_model
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import train_and_save
 from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove
+from tests.support.resuming import assert_equal_tensors, read_tensors
 
 PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
@@ -36,10 +36,6 @@ def train(dense: Path, out: Path, make: Any = AdamW, **lora: Any) -> Pruning:
     base = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
     config = LoraConfig(r=4, target_modules=linear_names(base), init_lora_weights=False, **lora)
     return train_and_save(get_peft_model(base, config).train(), PRUNE, out, make)
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 @pytest.mark.parametrize(
@@ -60,10 +56,7 @@ def test_a_checkpoint_is_exported_like_the_live_model(
         "taken from checkpoint-4"
     ]
     live = tmp_path / "live"
-    expected = tensors_in(live)
-    found = tensors_in(out)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal_tensors(read_tensors(out), read_tensors(live))
     config = read_json(out / "config.json")
     del config["use_cache"]  # trainers switch it off
     assert config == read_json(live / "config.json")
@@ -126,7 +119,7 @@ def test_a_model_with_a_relative_path_is_exported_from_elsewhere(
         train(Path(name), tmp_path)
     out = tmp_path / "exported"
     export(find_contents(tmp_path / "checkpoint-4"), "hf", out)
-    assert tensors_in(out).keys() == tensors_in(tmp_path / "live").keys()
+    assert read_tensors(out).keys() == read_tensors(tmp_path / "live").keys()
     for card in (out, tmp_path / "live"):
         assert "# dense, pruned" in (card / "README.md").read_text()
 

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.cli.export import main
 from loraprune_ds.export.model_card import check_push, write_model_index
+from tests.support.evaluations import EVALUATION
 from tests.support.export_cases import CASES, dense_model, export
 from tests.support.refusals import must_name
 
@@ -22,16 +23,6 @@ REPORT = {
     "config": {
         "data": {"path": "some/where/law.txt", "held_out": None},
         "evaluate": {"window": 128},
-    },
-}
-EVALUATION = {
-    "perplexity": 51.5,
-    "text": {"name": "wikitext-2-raw-v1"},
-    "protocol": {"window": 2048},
-    "tasks": {"results": {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.01}}},
-    "dense": {
-        "perplexity": 40.0,
-        "tasks": {"results": {"piqa": {"acc,none": 0.75, "acc_stderr,none": "N/A"}}},
     },
 }
 
@@ -104,16 +95,10 @@ def test_an_upload_is_private_and_has_the_measured_numbers(
     }
     card = (out / "README.md").read_text()
     assert model_index(card) == {
-        "small": {
-            "law.txt perplexity": 25.25,
-            "wikitext-2-raw-v1 perplexity": 51.5,
-            "piqa acc": 0.5,
-        },
-        "small, dense": {
-            "law.txt perplexity": 22.5,
-            "wikitext-2-raw-v1 perplexity": 40.0,
-            "piqa acc": 0.75,
-        },
+        "small": {"law.txt perplexity": 25.25, "wikitext2 perplexity": 60.0}
+        | {"piqa acc": 0.5, "boolq acc": 0.7},
+        "small, dense": {"law.txt perplexity": 22.5, "wikitext2 perplexity": 50.0}
+        | {"piqa acc": 0.8, "boolq acc": 0.8},
     }
     assert "## Load it" in card
     assert "- loraprune" in card

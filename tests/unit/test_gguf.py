@@ -18,8 +18,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from loraprune_ds.export.gguf import llama3_factors, write_gguf
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.support.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
-from tests.support.gguf_cases import byte_level_tokenizer, tensors_of, value
+from tests.support.gguf_cases import byte_level_tokenizer, value
 from tests.support.refusals import edit, edit_tensors, must_name
+from tests.support.resuming import read_tensors
 
 FACTORS = "rope_freqs.weight"
 
@@ -48,7 +49,7 @@ def named_as_in_llama_cpp(model: Path) -> dict[str | None, Tensor]:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, 100)
     return {
         names.get_name(name, (".weight", ".bias")): tensor
-        for name, tensor in tensors_of(model).items()
+        for name, tensor in read_tensors(model).items()
     }
 
 
@@ -174,7 +175,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     convert(model, tmp_path / "m.gguf")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sum(t.numel() * 2 for t in tensors_of(model).values()) > 20_000_000
+    assert sum(t.numel() * 2 for t in read_tensors(model).values()) > 20_000_000
     # Names and headers are a tenth of that. The vocabulary's tensor has 400 kB in fp32.
     assert peak < 4_000_000
 

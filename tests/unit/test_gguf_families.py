@@ -16,8 +16,9 @@ from loraprune_ds.pretrained.weights import ModelWeights
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.support.export_cases import LINEAR, VOCAB
 from tests.support.families import YARN, is_seq2seq, tiny_config
-from tests.support.gguf_cases import byte_level_tokenizer, tensors_of, value
+from tests.support.gguf_cases import byte_level_tokenizer, value
 from tests.support.refusals import must_name
+from tests.support.resuming import read_tensors
 
 pytestmark = pytest.mark.usefixtures("fresh_transformers")
 Tensors = dict[str, np.ndarray]
@@ -41,7 +42,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return (
             reader,
             found,
-            {name: tensor.numpy() for name, tensor in tensors_of(root / "model").items()},
+            {name: tensor.numpy() for name, tensor in read_tensors(root / "model").items()},
         )
 
     return made

@@ -74,9 +74,8 @@ def over_ranks(forward: Any, batches: Sequence[Tensor], world_size: int) -> list
             calls[rank] += 1
             return forward(input_ids)
 
-        return measure_perplexity(
-            losses_of(counted), twice(batches), rank_of(world_size, rank, all_reduce)
-        )
+        comm = rank_of(world_size, rank, all_reduce=all_reduce)
+        return measure_perplexity(losses_of(counted), twice(batches), comm)
 
     for rank in range(world_size):
         be_rank(rank, lambda values: parts.append(values.clone()) or values)

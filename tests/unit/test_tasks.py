@@ -23,29 +23,14 @@ from loraprune_ds.evaluate.tasks import GYM_DEFAULT, GymTask, greedy_answers, lo
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.generate.writer import Writer
 from tests.oracle.models import make_tiny_llama
+from tests.support.one_rank import rank_of
 from tests.support.refusals import must_name
 from tests.support.texts import make_tokenizer
 
 needs_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing"
 )
-SIZES: dict[str, Any] = {
-    "heads": 2,
-    "kv_heads": 1,
-    "head_dim": 8,
-    "hidden": 16,
-    "ffn": 32,
-    "layers": 2,
-}
 TEMPLATE = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}<s> w59"
-
-
-def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ()) -> Any:
-    """Stands for a Communicator."""
-    size = {"rank": rank, "world_size": world_size}
-    return SimpleNamespace(
-        device=torch.device("cpu"), gather_objects=lambda mine: [*others, mine], **size
-    )
 
 
 # Which tasks there are
@@ -131,7 +116,7 @@ def task_of(*lengths: int) -> GymTask:
 def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(
     template: str | None, tmp_path: Path
 ) -> None:
-    folder = make_tiny_llama(tmp_path, vocab=70, seed=3, **SIZES)
+    folder = make_tiny_llama(tmp_path, vocab=70, seed=3)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.max_position_embeddings = 64
     tokenizer = make_tokenizer(template="<s> $A")
@@ -152,7 +137,8 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(
     assert len(set(expected)) > 1
     assert greedy_answers(task, writer, 3, rank_of(1, 0)) == expected
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
-    assert greedy_answers(task, writer, 2, rank_of(2, 0, (by_rank_1,))) == expected
+    of_two = rank_of(2, 0, gather_objects=lambda mine: [by_rank_1, mine])
+    assert greedy_answers(task, writer, 2, of_two) == expected
     must_name(
         "--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), writer, 2, rank_of(1, 0)
     )
