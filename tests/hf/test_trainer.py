@@ -14,6 +14,7 @@ from loraprune_ds.report.records import read_history
 from tests.support import callback_run, trainers
 from tests.support.callback_results import LINEARS, kept_indices, load, weight
 from tests.support.driver import Job, family_job
+from tests.support.paper import OPEN
 from tests.support.ranks import RankPool
 from tests.support.resuming import assert_equal_tensors
 from tests.support.trainer_runs import (
@@ -68,10 +69,8 @@ def test_a_hybrid_is_cut_as_by_our_own_trainer(
     ranks: RankPool, engine: dict[str, Any], tmp_path: Path
 ) -> None:
     """A delta net amplifies rounding, sooner or later by the CPU: after the last cut five digits agree."""
-    prune = PRUNE | {"protected_first": 0, "protected_last": 0}
-    job, _ = family_job(
-        tmp_path, "qwen3_5_text", prune, steps=callback_run.STEPS, max_grad_norm=0.5
-    )
+    steps = callback_run.STEPS
+    job, _ = family_job(tmp_path, "qwen3_5_text", PRUNE | OPEN, steps=steps, max_grad_norm=0.5)
     rows = ranks.run(2, train_with_callback, job, tmp_path / "out", engine)[0][0]
     own = ranks.run(2, train_alone, job)[0]
     assert_same_course(rows[:5], own[:5], cuts=2)
@@ -86,13 +85,7 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     ranks: RankPool, engine: dict[str, Any], tmp_path: Path
 ) -> None:
     """Sources and targets have many lengths, and no padding may reach a refit."""
-    job, _ = family_job(
-        tmp_path,
-        "t5",
-        REFIT | {"protected_first": 0, "protected_last": 0},
-        steps=6,
-        max_grad_norm=0.5,
-    )
+    job, _ = family_job(tmp_path, "t5", REFIT | OPEN, steps=6, max_grad_norm=0.5)
     for ids, labels in job.batches:
         for i, (row, wanted) in enumerate(zip(ids, labels, strict=True)):
             start, end = 2 + i % 7, 16 - i % 4

@@ -16,13 +16,13 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.family import FAMILIES
 from tests.support.driver import family_job, train
 from tests.support.families import families, kinds
-from tests.support.paper import PAPER
+from tests.support.paper import OPEN, PAPER
 from tests.support.plain_training import PlainRun
 from tests.support.ranks import RankPool
 
 FACTOR, FLOOR = 5, 1e-6
 STEPS = 6
-PRUNE: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "protected_last": 0}
+PRUNE: dict[str, Any] = OPEN | {"ratio": 0.4, "prune_every": 2}
 # One of each peculiarity: norms per head, biases, capped logits and scores, fused weights with counts of the forward,
 # norms over all heads, two linears in the MLP, scaled logits and one norm per layer, latent attention and a dense layer
 # before a sparse one, gated delta nets and fp32 parameters, these with experts, buffers of one element,

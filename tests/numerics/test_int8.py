@@ -31,6 +31,7 @@ from tests.support.driver import (
     train,
 )
 from tests.support.families import MIXED, MIXTURES, TINY, families, heavy
+from tests.support.paper import OPEN
 from tests.support.ranks import RankPool
 from tests.support.refusals import refused
 from tests.support.resuming import assert_equal_tensors
@@ -156,12 +157,7 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
         key: 70 for key in ("intermediate_size", "moe_intermediate_size") if key in TINY[family]
     }
     sizes |= {"dtype": torch.bfloat16, "hidden_size": 100}
-    prune: dict[str, Any] = {
-        "ratio": 0.3,
-        "prune_every": 2,
-        "protected_first": 0,
-        "protected_last": 0,
-    }
+    prune = OPEN | {"ratio": 0.3, "prune_every": 2}
     experts, _ = family_job(
         tmp_path, family, prune, steps=STEPS, model=sizes, dtype="bfloat16", frozen="int8"
     )
@@ -212,8 +208,8 @@ def test_a_refit_is_quantised_by_the_owner_of_the_layer(
 ) -> None:
     """Other linears than those that it rewrites keep their bits. Those are int8 beside NF4."""
     job = jobs[frozen]
-    everywhere = {"protected_first": 0, "protected_last": 0, "warmup_fraction": 0.5}
-    refit = replace(job, prune=job.prune | everywhere | {"compensate": "least_squares"})
+    refits = OPEN | {"warmup_fraction": 0.5, "compensate": "least_squares"}
+    refit = replace(job, prune=job.prune | refits)
     meant = write_dequantised(refit, tmp_path / "meant")
     found, dense = (
         ranks.run(3, refit_once, x)[0] for x in (refit, replace(refit, folder=meant, frozen=None))

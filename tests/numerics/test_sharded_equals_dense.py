@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.oracle.dense_trainer import DenseTrainer, StepRecord
 from tests.oracle.formula import cut_gap
 from tests.support.driver import Job, Outcome, assert_same_outcome, dense_twin, tiny_job, train
+from tests.support.paper import OPEN
 from tests.support.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -142,13 +143,7 @@ def test_a_seed_decides_the_result_and_its_dropout(ranks: RankPool, base_job: Jo
 def test_global_ranking_reaches_its_target_on_any_number_of_ranks(
     ranks: RankPool, tmp_path: Path
 ) -> None:
-    prune = {
-        **PRUNE,
-        "ranking": "global",
-        "normalize": "none",
-        "protected_first": 0,
-        "protected_last": 0,
-    }
+    prune = PRUNE | OPEN | {"ranking": "global", "normalize": "none"}
     job = tiny_job(tmp_path, prune, steps=STEPS, model=MODELS["gqa_odd"] | {"layers": 4, "seed": 4})
     outcomes = [ranks.run(world_size, train, job)[0] for world_size in (1, 2, 3)]
     assert (

@@ -20,16 +20,11 @@ from loraprune_ds.zero.device import accelerator
 from tests.streams.detector import Access
 from tests.streams.virtual_card import watching
 from tests.support.driver import Job, build, tiny_job
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, PAPER
 
 STEPS = 3  # the second one ends with a refit and a cut
 PRUNE = PAPER | {"ratio": 0.4, "prune_every": 2, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-PRUNE |= {
-    "protected_first": 0,
-    "protected_last": 0,
-    "channel_multiple": 1,
-    "compensate": "least_squares",
-}
+PRUNE |= FREE | {"compensate": "least_squares"}
 # Sizes at which the layers of a tiny model are prefetched, freed and gathered again.
 SMALL = {"stage3_prefetch_bucket_size": 15_000, "stage3_max_live_parameters": 60_000}
 SMALL |= {"stage3_max_reuse_distance": 2_000}

@@ -20,7 +20,7 @@ from tests.support.launching import (
     write_config,
     write_text,
 )
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, PAPER
 from tests.support.resuming import metrics, read_tensors
 from tests.support.stranger import ask_stranger
 
@@ -149,7 +149,7 @@ def _start(case: Case, config: Path, root: Path) -> Ended:
 def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
     """Builds a config that cuts after steps 3 and 5 of 6. Dropout is on."""
     schedule = {"prune_every": 2, "warmup_fraction": 0.2, "cooldown_fraction": 0.2} | case.prune
-    train = {"distill_weight": 0} | case.train
+    train = {"distill_weight": 0, "learning_rate": 1e-3} | case.train
     return {
         "output_dir": str(root / case.name),
         "model": {"path": str(source), "dtype": case.dtype},
@@ -159,16 +159,8 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
             "held_out": str(root / "held_out.txt"),
             "window": WINDOW,
         },
-        "prune": PAPER
-        | {"channel_multiple": 1, "ratio": 0.4, "protected_first": 0, "protected_last": 0}
-        | schedule,
-        "train": {
-            "steps": STEPS,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "learning_rate": 1e-3,
-        }
-        | train,
+        "prune": PAPER | FREE | {"ratio": 0.4} | schedule,
+        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2} | train,
         "evaluate": {"window": WINDOW, "max_windows": WINDOWS, "batch_size": 5, **case.evaluate},
     }
 

@@ -33,7 +33,7 @@ from loraprune_ds import PruneConfig, Pruning, linear_names, unshare_bias
 from loraprune_ds.fsdp.model import sharded_units
 from loraprune_ds.fsdp.private import find_slots
 from loraprune_ds.ranks.flat import partition_numel
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, PAPER
 from tests.support.refusals import refused
 
 LORA = PAPER | {"normalize": "step"}
@@ -75,9 +75,8 @@ class Training:
     def config(self) -> PruneConfig:
         """Cuts after steps 3 and 5."""
         schedule: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "warmup_fraction": 0.2}
-        widths = {"cooldown_fraction": 0.2, "channel_multiple": 1}
-        widths |= {"protected_first": 0, "protected_last": 0}
-        return PruneConfig(**LORA | schedule | widths | self.prune)
+        schedule |= {"cooldown_fraction": 0.2}
+        return PruneConfig(**LORA | FREE | schedule | self.prune)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from tests.oracle.models import make_tiny_llama
 from tests.support import resuming
 from tests.support.families import is_seq2seq, tiny_model
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, PAPER
 from tests.support.refusals import full_disk
 
 STEPS = 20
@@ -62,21 +62,9 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "model": {"path": str(folder / "source"), "dtype": "float32"},
         "lora": {"r": 4, "lora_dropout": 0.1},
         "data": {"path": str(folder / "text.txt"), "window": 24},
-        "prune": PAPER
-        | {
-            "channel_multiple": 1,
-            "ratio": 0.4,
-            "prune_every": 5,
-            "protected_first": 0,
-            "protected_last": 0,
-        },
-        "train": {
-            "steps": STEPS,
-            "global_batch_size": 6,
-            "micro_batch_size": 1,
-            "learning_rate": 5e-3,
-        }
-        | {"adam_epsilon": 1e-3, "distill_weight": 0},
+        "prune": PAPER | FREE | {"ratio": 0.4, "prune_every": 5},
+        "train": {"steps": STEPS, "global_batch_size": 6, "micro_batch_size": 1}
+        | {"learning_rate": 5e-3, "adam_epsilon": 1e-3, "distill_weight": 0},
         "evaluate": {"window": 24, "max_windows": 4},
         "checkpoint": {"every": 1, "keep_last": STEPS},
         "logging": {"report_to": []},

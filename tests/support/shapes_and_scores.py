@@ -19,7 +19,7 @@ from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.target import Size, resolve
 from tests.support.families import LLAMA_LINEARS
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, PAPER
 
 KINDS = ("heads", "channels")
 
@@ -121,7 +121,7 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
 
 def resolved(shape: ModelShape, **prune: Any) -> tuple[Limits, Budget]:
     """The limits and the budget of a run. No layer is protected and no multiple is above 1, unless `prune` says so."""
-    free = PAPER | {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
+    free = PAPER | FREE | {"ratio": 1e-4}
     _, limits, sizes = resolve(PruneConfig(**{**free, **prune}), shape)
     return limits, sizes[-1].budget
 

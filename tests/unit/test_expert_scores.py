@@ -32,7 +32,7 @@ from tests.support.family_cuts import (
     find_router,
     sparse_layers,
 )
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, OPEN, PAPER
 from tests.support.plain_training import PlainRun, fresh_lora
 from tests.support.refusals import must_name
 from tests.support.shapes_and_scores import keep_at_end
@@ -83,19 +83,9 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
     ratio = 5 * len(sparse) * shape.group_numel["experts"] / shape.linear_numel()
-    prune: dict[str, Any] = {
-        "ratio": ratio,
-        "prune_every": 1,
-        "warmup_fraction": 0.0,
-        "cooldown_fraction": 0.0,
-    }
-    prune |= {
-        "protected_first": 0,
-        "protected_last": 0,
-        "criterion": criterion,
-        "channel_multiple": 1,
-    }
-    config = PruneConfig(**PAPER | prune)
+    prune = {"ratio": ratio, "criterion": criterion, "prune_every": 1}
+    at_once = {"warmup_fraction": 0.0, "cooldown_fraction": 0.0}
+    config = PruneConfig(**PAPER | FREE | prune | at_once)
     run = PlainRun(tmp_path, fresh_lora(shape), config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
     for i, experts in useless.items():
@@ -144,7 +134,7 @@ def deep() -> ModelShape:
 
 def test_a_group_keeps_enough_for_the_router() -> None:
     """It compares groups by their best two, and takes 3 experts of two groups."""
-    config = PruneConfig(**PAPER | {"ratio": 0.1, "protected_first": 0, "protected_last": 0})
+    config = PruneConfig(**PAPER | OPEN | {"ratio": 0.1})
     limits = make_limits(config, deep())
     assert [layer["experts"] for layer in limits.floor] == [0, 8, 8, 8]
     assert limits.multiples["experts"] == 4

@@ -15,7 +15,7 @@ from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
 from loraprune_ds.pruning.target import resolve
 from tests.support.families import tiny_config
-from tests.support.paper import PAPER
+from tests.support.paper import OPEN, PAPER
 from tests.support.published import PUBLISHED
 from tests.support.refusals import must_name, refused
 from tests.support.shapes_and_scores import (
@@ -41,7 +41,7 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
         (30, {}, [0, 1, 2, 29]),
         (32, {}, [0, 1, 2, 3, 31]),
         (70, {}, [*range(7), 69]),
-        (4, {"protected_first": 0, "protected_last": 0}, []),
+        (4, OPEN, []),
         (30, {"protected_first": 2, "protected_last": 3}, [0, 1, 27, 28, 29]),
     ],
 )
@@ -55,12 +55,7 @@ def test_first_tenth_and_last_layer_are_protected(
 
 
 def test_floors_are_multiples() -> None:
-    prune = {
-        "protected_first": 0,
-        "protected_last": 0,
-        "tensor_parallel": 2,
-        "channel_multiple": 33,
-    }
+    prune = OPEN | {"tensor_parallel": 2, "channel_multiple": 33}
     limits = limits_of(make_shape([(4, 200), (4, 100), (2, 66)]), ranking="global", **prune)
     assert [tuple(layer.values()) for layer in limits.floor] == [(2, 66), (2, 66), (2, 66)]
 
@@ -184,18 +179,13 @@ def test_open_layers_that_lack_a_kind_are_one_line() -> None:
     gemma = shape_from_config(PUBLISHED["gemma4-31b"][0]["text_config"], "gemma")  # keeps all heads
     must_name("prune.ranking uniform", resolve, PruneConfig(ranking="global"), gemma)
     sparse_last = shape_from_config(tiny_config("glm4_moe_lite").to_dict(), "glm")
-    without_experts: Any = {
-        "protected_first": 0,
-        "protected_last": 1,
-        "ratio": 0.6,
-        "head_ratio": 0.1,
-    }
+    without_experts = OPEN | {"protected_last": 1, "ratio": 0.6, "head_ratio": 0.1}
     must_name("prune.head_ratio 0.1 experts", resolve, PruneConfig(**without_experts), sparse_last)
 
 
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:
     """A floor at the width keeps all channels: what the heads alone give is the most."""
-    prune = {"channel_multiple": 1536, "protected_first": 0, "protected_last": 0}
+    prune = OPEN | {"channel_multiple": 1536}
     most = 30 * 2 * SMOLLM2.group_numel["heads"] / SMOLLM2.linear_numel()
     limits_of(SMOLLM2, ratio=most, **prune)
     must_name("prune.ratio", limits_of, SMOLLM2, ratio=most + 0.001, **prune)

@@ -23,7 +23,7 @@ from loraprune_ds.pruning.target import (
     server_memory,
 )
 from tests.support.families import EQUAL, MIXTURES, tiny_config
-from tests.support.paper import PAPER
+from tests.support.paper import FREE, PAPER
 from tests.support.refusals import must_name, refused
 from tests.support.shapes_and_scores import (
     LLAMA_7B,
@@ -83,13 +83,7 @@ def test_global_reaches_a_target_of_experts(family: str) -> None:
     """The first layer of some has no experts."""
     shape = shape_from_config(tiny_config(family).to_dict(), family)
     target = round(0.9 * shape.total_numel())
-    settings: dict[str, Any] = {
-        "ranking": "global",
-        "protected_first": 0,
-        "protected_last": 0,
-        "channel_multiple": 1,
-    }
-    reached = cut_to(shape, target=str(target), **settings).total_numel()
+    reached = cut_to(shape, target=str(target), ranking="global", **FREE).total_numel()
     assert abs(reached - target) <= shape.group_numel["experts"]
 
 
