@@ -145,22 +145,6 @@ def test_the_state_of_torch_s_optimizers_is_cut(folder: Path, make: Make) -> Non
     assert shapes
 
 
-@pytest.mark.parametrize(
-    ("wrap", "make", "names"),
-    [
-        (nn.DataParallel, optim.SGD, "DataParallel"),
-        (lambda model: model, optim.Adafactor, "Adafactor"),
-        (lambda model: model.bfloat16(), optim.SGD, "bfloat16 autocast_adapter_dtype"),
-        (lambda model: model, lambda p, lr: SimpleNamespace(), "SimpleNamespace"),
-    ],
-)
-def test_a_training_that_cannot_be_cut_is_named(
-    folder: Path, wrap: Callable[[Any], Any], make: Callable[..., Any], names: str
-) -> None:
-    model = make_model(folder)
-    must_name(names, Pruning, wrap(model), make(list(model.parameters()), lr=0.1), PRUNE, STEPS)
-
-
 def layer(model: Any) -> Any:
     return model.get_base_model().model.layers[1]
 
@@ -169,27 +153,31 @@ compiled: Callable[[Any], Any] = partial(torch.compile, backend="eager")
 
 
 @pytest.mark.parametrize(
-    ("wrap", "name"),
+    ("wrap", "make", "names"),
     [
-        (compiled, "OptimizedModule"),
-        (lambda model: compiled(nn.DataParallel(model)), "OptimizedModule"),
-        (lambda model: nn.DataParallel(compiled(model)), "module"),
-        (lambda model: layer(model).compile(backend="eager") or model, "layers.1"),
+        (nn.DataParallel, optim.SGD, "DataParallel"),
+        (lambda model: model, optim.Adafactor, "Adafactor"),
+        (lambda model: model.bfloat16(), optim.SGD, "bfloat16 autocast_adapter_dtype"),
+        (lambda model: model, lambda p, lr: SimpleNamespace(), "SimpleNamespace"),
+        (compiled, optim.SGD, "OptimizedModule torch.compile"),
+        (
+            lambda model: compiled(nn.DataParallel(model)),
+            optim.SGD,
+            "OptimizedModule torch.compile",
+        ),
+        (lambda model: nn.DataParallel(compiled(model)), optim.SGD, "module torch.compile"),
+        (
+            lambda model: layer(model).compile(backend="eager") or model,
+            optim.SGD,
+            "layers.1 torch.compile",
+        ),
     ],
-    ids=["the model", "around a wrapper", "inside a wrapper", "a layer"],
 )
-def test_what_torch_compile_has_compiled_is_named(
-    folder: Path, wrap: Callable[[Any], Any], name: str
+def test_a_training_that_cannot_be_cut_is_named(
+    folder: Path, wrap: Callable[[Any], Any], make: Callable[..., Any], names: str
 ) -> None:
     model = make_model(folder)
-    must_name(
-        f"{name} torch.compile",
-        Pruning,
-        wrap(model),
-        optim.SGD(model.parameters(), lr=0.1),
-        PRUNE,
-        STEPS,
-    )
+    must_name(names, Pruning, wrap(model), make(list(model.parameters()), lr=0.1), PRUNE, STEPS)
 
 
 @pytest.mark.parametrize(

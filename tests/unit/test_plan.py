@@ -23,6 +23,7 @@ from tests.support.refusals import must_name
 
 SOURCE = sizes_of("llama", 512, 1376, 6, 8, num_key_value_heads=4, vocab_size=1000)
 SMALL = shape_from_config(SOURCE, "somewhere")
+build_small = partial(build_request, "small", SOURCE, SMALL)
 WEIGHTS = SMALL.total_numel() * 2
 
 
@@ -102,33 +103,11 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(
 ) -> None:
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
-    planned = build_request(
-        "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples
-    )
+    planned = build_small(unknown.config, unknown.cluster, samples=samples)
     assert (planned.schedule.steps, planned.steps_known) == (steps, True)
-    must_name(
-        "--samples",
-        build_request,
-        "small",
-        SOURCE,
-        SMALL,
-        unknown.config,
-        unknown.cluster,
-        samples=5,
-    )
-    late = request(
-        Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128, warmup_steps=steps
-    )
-    must_name(
-        "train.warmup_steps",
-        build_request,
-        "small",
-        SOURCE,
-        SMALL,
-        late.config,
-        late.cluster,
-        samples=samples,
-    )
+    must_name("--samples", build_small, unknown.config, unknown.cluster, samples=5)
+    late = changed(unknown, train={"warmup_steps": steps}).config
+    must_name("train.warmup_steps", build_small, late, unknown.cluster, samples=samples)
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:
@@ -137,12 +116,12 @@ def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) ->
     settings["zero_optimization"]["zero_hpz_partition_size"] = size
     (tmp_path / "hpz.json").write_text(json.dumps(settings))
     config = replace(request(cluster, **train).config, deepspeed=str(tmp_path / "hpz.json"))
-    return build_request("small", SOURCE, SMALL, config, cluster)
+    return build_small(config, cluster)
 
 
 def test_the_search_skips_ranks_that_cannot_share_a_second_copy(tmp_path: Path) -> None:
     run = with_hpz(tmp_path, 4, Cluster(1, 4))
-    build = partial(build_request, "small", SOURCE, SMALL, run.config)
+    build = partial(build_small, run.config)
     found, reason = search(build, Cluster(), 1)
     assert (found.request.world_size, reason) == (4, "")
     must_name("zero_hpz_partition_size 4", search, build, Cluster(1, 2), 1)
@@ -177,12 +156,11 @@ def test_nf4_takes_half_of_int8_where_no_refit_rewrites_a_linear() -> None:
 def test_one_process_has_no_bf16_copy_of_lora_and_no_bucket() -> None:
     sharded = request(Cluster(1, 1))
     config = replace(sharded.config, deepspeed=None)
-    given = "small", SOURCE, SMALL, config
-    alone = make_plan(build_request(*given, Cluster(1, 1)))
+    alone = make_plan(build_small(config, Cluster(1, 1)))
     state, other = (plan.stages[0].state for plan in (alone, make_plan(sharded)))
     assert state == other | {"lora": 0, "reduce_bucket": 0}
-    must_name("deepspeed --gpus-per-node", build_request, *given, Cluster(1, 2))
-    tight = make_plan(build_request(*given, Cluster(1, 1, gpu_memory=3.05)))
+    must_name("deepspeed --gpus-per-node", build_small, config, Cluster(1, 2))
+    tight = make_plan(build_small(config, Cluster(1, 1, gpu_memory=3.05)))
     assert not [x for x in suggestions(tight) if "DeepSpeed" in x["setting"]]
     assert not [x for x in suggestions(tight) if "deepspeed" in x["setting"]]
 
@@ -281,7 +259,7 @@ def test_a_change_that_the_deepspeed_json_refuses_is_no_suggestion(tmp_path: Pat
     cluster = tight(2, 40)
     plain = request(cluster, micro_batch_size=4).config
     config = replace(plain, deepspeed=str(tmp_path / "one_dtype.json"))
-    plan = make_plan(build_request("small", SOURCE, SMALL, config, cluster))
+    plan = make_plan(build_small(config, cluster))
     changes = {x["change"] for x in suggestions(plan)}
     assert changes >= {"one sample at a time", "activation checkpointing", "all of the above"}
     assert "int8 weights" not in changes
@@ -292,7 +270,7 @@ def test_a_micro_batch_that_the_config_refuses_is_not_proposed() -> None:
     plain = request(Cluster(1, 2), micro_batch_size=1).config
     data = DataConfig(format="chat", packing=True, window=64)
     flash = replace(plain, data=data, model=ModelConfig(attn_implementation="flash_attention_2"))
-    plan = make_plan(build_request("small", SOURCE, SMALL, flash, Cluster(1, 2)))
+    plan = make_plan(build_small(flash, Cluster(1, 2)))
     assert largest_micro_batch(plan) == 1
 
 

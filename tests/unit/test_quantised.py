@@ -236,22 +236,14 @@ def test_trl_s_cast_of_lora_is_undone_before_there_is_an_optimizer(folder: Path)
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     args = cast(Any, SimpleNamespace(output_dir="unused", fp16=False))
-    LoraPruneCallback(PruneConfig()).on_init_end(args, TrainerState(), cast(Any, None), model=model)
+    begin = partial(LoraPruneCallback(PruneConfig()).on_init_end, args, TrainerState())
+    begin(cast(Any, None), model=model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16)
-    plugin = SimpleNamespace(
-        hf_ds_config=SimpleNamespace(config={"zero_optimization": {"stage": 3}})
-    )
-    args.deepspeed_plugin = plugin
-    must_name(
-        "ZeRO-3 DDP model.frozen",
-        LoraPruneCallback(PruneConfig()).on_init_end,
-        args,
-        TrainerState(),
-        None,
-        model=model,
-    )
+    config = SimpleNamespace(config={"zero_optimization": {"stage": 3}})
+    args.deepspeed_plugin = SimpleNamespace(hf_ds_config=config)
+    must_name("ZeRO-3 DDP model.frozen", begin, None, model=model)
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,7 @@ def test_global_splits_its_budget_so(head_ratio: float) -> None:
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_the_planner_knows(ranking: Ranking) -> None:
-    settings: Any = {"ratio": 0.4, "channel_multiple": 1, "head_ratio": 0.2, "ranking": ranking}
-    prune = PruneConfig(**settings, protected_first=0, protected_last=0)
+    prune = PruneConfig(**FREE, ratio=0.4, head_ratio=0.2, ranking=ranking)
     config = RunConfig(
         output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8)
     )

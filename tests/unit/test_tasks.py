@@ -36,16 +36,16 @@ TEMPLATE = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}<s> w59"
 # Which tasks there are
 
 
+def of_gym(name: str, **settings: Any) -> TaskSettings:
+    return TaskSettings((f"reasoning_gym:{name}",), limit=2, **settings)
+
+
 def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     must_name("--tasks lm-eval[hf]", tasks.check_tasks, TaskSettings(("piqa",)))
-    must_name(
-        "--tasks reasoning-gym",
-        tasks.check_tasks,
-        TaskSettings(("reasoning_gym:chain_sum",), limit=1),
-    )
-    given = TaskSettings(("reasoning_gym:chain_sum",), include_path=Path())
-    must_name("--include-path reasoning_gym", tasks.check_tasks, given)
+    must_name("--tasks reasoning-gym", tasks.check_tasks, of_gym("chain_sum"))
+    local = of_gym("chain_sum", include_path=Path())
+    must_name("--include-path reasoning_gym", tasks.check_tasks, local)
 
 
 @needs_gym
@@ -62,11 +62,7 @@ def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_named(name: str, names: str) -> None:
-    must_name(
-        f"--tasks {name} {names}",
-        tasks.check_tasks,
-        TaskSettings((f"reasoning_gym:{name}",), limit=2),
-    )
+    must_name(f"--tasks {name} {names}", tasks.check_tasks, of_gym(name))
 
 
 @needs_gym
@@ -92,7 +88,7 @@ def test_questions_depend_on_the_seed_alone() -> None:
 
 @needs_gym
 def test_an_answer_that_the_scorer_cannot_read_is_wrong() -> None:
-    (task,) = load_tasks(TaskSettings(("reasoning_gym:prime_factorization",), limit=1))
+    (task,) = load_tasks(of_gym("prime_factorization"))
     assert task.score("x", task.questions[0]) == 0.0
 
 
