@@ -1,13 +1,12 @@
 """One process without DeepSpeed trains like two ranks of ZeRO-3. Each goes on from a step of the other."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.launching import ROOT, clean_environment, read_json
+from tests.support.launching import ROOT, Ended, read_json, run_to_end
 from tests.support.ranks import RankPool
 from tests.support.resuming import (
     REFITS,
@@ -33,13 +32,29 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": None},
 }
 WITHOUT_DEEPSPEED = """
-import sys
+import json, sys
 sys.modules["deepspeed"] = None  # makes an import fail
-from loraprune_ds.cli import run
-config, out = sys.argv[1:]
-sys.argv = ["run", "--config", config, "--set", "deepspeed=null", "--set", f"output_dir={out}"]
-assert run.launch() == 0
-assert not any(name.startswith("deepspeed.") for name in sys.modules)
+from pathlib import Path
+from tests.support.local_training import make_model, train
+from loraprune_ds import LoraPruneCallback
+from loraprune_ds.cli import compare, evaluate, export, plan, run
+config, out, dense = sys.argv[1:]
+def call(function, *words):
+    sys.argv[1:] = map(str, words)
+    return function()
+run_it = "--config", config, "--set", f"output_dir={out}", "--set"
+assert call(run.launch, *run_it, "deepspeed=null") == 0
+rows, *_ = train(make_model(Path(dense)))
+assert rows[0][1] != rows[-1][1]
+assert call(plan.main, "llama-7b", "--gpu-memory", 80) == 0
+assert call(export.main, out, "--format", "adapter", "--out", out + "-adapter") == 0
+result = call(lambda: evaluate.measure(evaluate.parse_arguments()), out, "--dense", dense, "--text", "README.md")
+Path(out + ".json").write_text(json.dumps(result))
+assert call(compare.main, out + ".json") == 0
+assert not any(name.startswith(("deepspeed.", "loraprune_ds.zero.sharded")) for name in sys.modules)
+print("now with ZeRO-3", file=sys.stderr)
+assert call(run.main, "--config", config, "--set", f"output_dir={out}-sharded") == 2
+assert call(evaluate.main, out, "--sharded") == 2
 """
 
 
@@ -49,22 +64,31 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(config: Path) -> Path:
-    """Makes a run where DeepSpeed cannot be imported."""
-    out = config.parent / "alone"
-    command = [sys.executable, "-c", WITHOUT_DEEPSPEED, str(config), str(out)]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=200
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "ZeRO-3" not in ended.stdout + ended.stderr
-    return out
+def ended(config: Path) -> Ended:
+    """Makes a run and gives all commands something to do where DeepSpeed cannot be imported."""
+    files = [str(config.parent / name) for name in ("config.yaml", "alone", "source")]
+    return run_to_end([sys.executable, "-c", WITHOUT_DEEPSPEED, *files], cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, ended: Ended) -> Path:
+    """Makes a run in one process."""
+    assert ended.code == 0, ended.everything
+    return config.parent / "alone"
 
 
 @pytest.fixture(scope="module")
 def sharded(ranks: RankPool, config: Path) -> Path:
     ranks.run(2, run_here, config_for(config, config.parent / "sharded"))
     return config.parent / "sharded"
+
+
+def test_all_but_zero_3_needs_no_deepspeed(ended: Ended) -> None:
+    assert ended.code == 0, ended.everything
+    before, after = ended.err.split("now with ZeRO-3")
+    assert "ZeRO-3" not in before
+    errors = [line for line in after.splitlines() if line.startswith("error: ")]
+    assert ["deepspeed" in line.lower() for line in errors] == [True, True]
 
 
 def test_one_process_without_deepspeed_ends_like_two_ranks_of_zero_3(

@@ -21,7 +21,7 @@ REDUCE = "stage3.py independent_gradient_partition_epilogue"
 
 @pytest.fixture(scope="module")
 def cards() -> Iterator[RankPool]:
-    pool = RankPool(start_on_card)
+    pool = RankPool(start_on_card, fresh=True)
     yield pool
     pool.close()
 

@@ -1,6 +1,5 @@
 """Starts scripts as users do, by a launcher. Many short starts use ranks forked after the imports."""
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -17,19 +16,10 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from loraprune_ds.files import read_json
+from tests.support.ranks import forking
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "launch" / "run.py"
-# The modules that a start imports before it checks its input.
-PRELOADED = [
-    "torch",
-    "deepspeed",
-    "peft",
-    "transformers",
-    "datasets",
-    "loraprune_ds.train.run",
-    __name__,
-]
 T = TypeVar("T")
 Launcher = Literal["deepspeed", "torchrun", "python"]
 
@@ -169,8 +159,7 @@ def fork_ranks(
     Args:
         before: called first in every rank; a top-level function.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forking()
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []
     began = time.monotonic()

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext, ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,9 +27,20 @@ T = TypeVar("T")
 RENAMED = {"all_gather_single": "all_gather_into_tensor"}
 Setup = Callable[[int, int, Path], None]  # (rank, world_size, folder the ranks of this set share)
 
-START_TIMEOUT = 120.0  # imports take 2 s on an idle core
+# What most processes of the tests import. A server that has it forks each of them in a moment.
+PRELOADED = ["torch", "deepspeed", "peft", "transformers", "datasets", "loraprune_ds.train.run"]
+PRELOADED += ["tests.support.driver", "tests.support.launching"]
+START_TIMEOUT = 120.0  # the server's imports take 5 s on an idle core
 CAUSE_GRACE = 1.0  # after a failure is seen, how long an earlier one may still be on its way
 STACK_GRACE = 1.0  # for ranks that missed the deadline to write down where they stand
+
+
+def forking() -> ForkServerContext:
+    """Returns the context of processes that have the imports."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed reads at import
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 class RankFailure(Exception):
@@ -48,7 +60,7 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
         "MASTER_PORT": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # a machine's own name need not resolve
     }
-    import deepspeed  # only here: the environment above is read at import
+    import deepspeed  # only here: most of this file's users start no rank
     import torch
 
     torch.set_num_threads(1)
@@ -64,10 +76,14 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
 
 
 class RankPool:
-    """Runs functions on `world_size` ranks at the same time."""
+    """Runs functions on `world_size` ranks at the same time.
 
-    def __init__(self, setup: Setup = start_deepspeed) -> None:
+    `fresh`: `setup` comes before all imports.
+    """
+
+    def __init__(self, setup: Setup = start_deepspeed, *, fresh: bool = False) -> None:
         self._setup = setup
+        self._context = multiprocessing.get_context("spawn") if fresh else forking()
         self._sets: dict[int, _RankSet] = {}
 
     def run(
@@ -83,7 +99,7 @@ class RankPool:
         job = pickle.dumps((function, args))
         try:
             if world_size not in self._sets:
-                self._sets[world_size] = _RankSet(world_size, self._setup)
+                self._sets[world_size] = _RankSet(world_size, self._setup, self._context)
                 self._sets[world_size].collect(START_TIMEOUT)
             return self._sets[world_size].run(job, timeout)
         except BaseException:
@@ -110,10 +126,11 @@ class _Failure:
 class _Worker:
     """The pool's end of one rank."""
 
-    def __init__(self, rank: int, world_size: int, folder: Path, setup: Setup) -> None:
+    def __init__(
+        self, rank: int, world_size: int, folder: Path, setup: Setup, context: Any
+    ) -> None:
         self.rank = rank
         self.stack = folder / f"stack-{rank}"
-        context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         arguments = (theirs, self.stack, setup, (rank, world_size, folder))
         self.process = context.Process(
@@ -146,11 +163,10 @@ class _Worker:
 class _RankSet:
     """The workers of one world size."""
 
-    def __init__(self, world_size: int, setup: Setup) -> None:
+    def __init__(self, world_size: int, setup: Setup, context: BaseContext) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self.workers = [
-            _Worker(rank, world_size, Path(self._folder.name), setup) for rank in range(world_size)
-        ]
+        shared = world_size, Path(self._folder.name), setup, context
+        self.workers = [_Worker(rank, *shared) for rank in range(world_size)]
 
     def run(self, job: bytes, timeout: float) -> list[Any]:
         __tracebackhide__ = True

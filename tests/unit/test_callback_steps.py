@@ -1,76 +1,105 @@
-"""A callback's checkpoint is a step: exports and evaluations read it like a step of a run."""
+"""A callback's checkpoint is a step: exports and evaluations read it like a step of a run, also of a quantised base."""
 
 from collections.abc import Callable
 from contextlib import chdir
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds import PruneConfig, Pruning, linear_names
+from loraprune_ds import PruneConfig
+from loraprune_ds.checkpoint.layout import MANIFEST, seal, write_manifest
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
-from loraprune_ds.files import read_json
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.generate.models import find_model
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import train_and_save
+from tests.support.qlora import DOUBLE, EIGHT, NF4_BITS, SIZES, load, stored_and_loaded, with_lora
 from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove
 from tests.support.resuming import assert_equal_tensors, read_tensors
 
-PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
+REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
+NONE = replace(REFIT, compensate="none")
 PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
+SOME = DOUBLE | {"llm_int8_skip_modules": ["v_proj", "lm_head"]}
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    return make_tiny_llama(tmp_path / "dense", kv_heads=4, dtype="bfloat16")
+    return make_tiny_llama(tmp_path / "dense", dtype="bfloat16", biases=True, **SIZES)
 
 
-def train(dense: Path, out: Path, make: Any = AdamW, **lora: Any) -> Pruning:
-    """Trains and cuts. Saves a checkpoint, and the model as the live one has it."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
-    config = LoraConfig(r=4, target_modules=linear_names(base), init_lora_weights=False, **lora)
-    return train_and_save(get_peft_model(base, config).train(), PRUNE, out, make)
+def train(base: Any, out: Path, prune: PruneConfig = REFIT, make: Any = AdamW, **lora: Any) -> None:
+    """Trains, with LoRA of its own. Saves a checkpoint after a cut of some layers, and the live model."""
+    train_and_save(with_lora(base, **lora).train(), prune, out, make)
+
+
+def plain(folder: Path) -> Any:
+    return load(folder, None)
+
+
+def stored(bits: dict[str, Any], folder: Path) -> Any:
+    return stored_and_loaded(folder.parent / "stored", folder, bits)
 
 
 @pytest.mark.parametrize(
-    ("make", "lora"),
+    ("base", "prune", "make", "lora"),
     [
-        (AdamW, {}),
-        (SGD, {}),  # no state of Adam, but LoRA
-        (AdamW, {"use_rslora": True, **PATTERNS}),
-        (AdamW, {"modules_to_save": ["lm_head", "model.norm"]}),
+        (plain, REFIT, AdamW, {}),
+        (plain, REFIT, SGD, {}),  # no state of Adam, but LoRA
+        (plain, REFIT, AdamW, {"use_rslora": True, **PATTERNS}),
+        (plain, REFIT, AdamW, {"modules_to_save": ["lm_head", "model.norm"]}),
+        (partial(load, bits=DOUBLE), NONE, AdamW, {}),
+        (partial(load, bits=DOUBLE), REFIT, AdamW, {}),
+        (partial(load, bits=EIGHT), REFIT, AdamW, {}),
+        (partial(load, bits=SOME), NONE, AdamW, {}),
+        (partial(stored, DOUBLE), REFIT, AdamW, {}),
+        (partial(stored, NF4_BITS), NONE, AdamW, {}),
+        (partial(stored, EIGHT), NONE, AdamW, {}),
     ],
 )
 def test_a_checkpoint_is_exported_like_the_live_model(
-    dense: Path, tmp_path: Path, make: Any, lora: dict[str, Any]
+    dense: Path, tmp_path: Path, base: Any, prune: PruneConfig, make: Any, lora: dict[str, Any]
 ) -> None:
-    train(dense, tmp_path, make, **lora)
-    out = tmp_path / "exported"
+    train(base(dense), tmp_path, prune, make, **lora)
+    out, live = tmp_path / "exported", tmp_path / "live"
     assert export(find_contents(tmp_path / "checkpoint-4"), "hf", out) == [
         "taken from checkpoint-4"
     ]
-    live = tmp_path / "live"
-    assert_equal_tensors(read_tensors(out), read_tensors(live))
+    found = read_tensors(out)
+    assert_equal_tensors(found, read_tensors(live))
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     config = read_json(out / "config.json")
     del config["use_cache"]  # trainers switch it off
     assert config == read_json(live / "config.json")
+    assert "quantization_config" not in config
     assert (out / "README.md").read_text() == (live / "README.md").read_text()
 
 
+def test_files_in_fp32_are_exported_in_the_dtype_of_the_training(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "dense", biases=True, **SIZES)
+    train(load(folder, NF4_BITS), tmp_path)
+    export(find_contents(tmp_path / "checkpoint-4"), "hf", tmp_path / "exported")
+    found = read_tensors(tmp_path / "exported")
+    assert_equal_tensors(found, read_tensors(tmp_path / "live"))
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+
+
 def test_its_adapter_keeps_ranks_and_scalings(dense: Path, tmp_path: Path) -> None:
-    train(dense, tmp_path, **PATTERNS)
+    train(plain(dense), tmp_path, **PATTERNS)
     out = tmp_path / "adapter"
     export(find_contents(tmp_path / "checkpoint-4"), "adapter", out)
-    load: Any = AutoModelForCausalLM.from_pretrained
-    base = load(out / "base", trust_remote_code=True, dtype=torch.float32)
+    read: Any = AutoModelForCausalLM.from_pretrained
+    base = read(out / "base", trust_remote_code=True, dtype=torch.float32)
     merged: Any = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload()
-    live = load(tmp_path / "live", trust_remote_code=True, dtype=torch.float32)
+    live = read(tmp_path / "live", trust_remote_code=True, dtype=torch.float32)
     ids = torch.arange(8)[None]
     torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=0.05, atol=0.05)  # bf16
 
@@ -86,27 +115,40 @@ def add_to(name: str) -> Callable[[Any], None]:
     return change
 
 
+def flip_codes(model: Any) -> None:
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data ^ 0x10
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("bits", "change"),
     [
-        add_to("model.layers.1.mlp.up_proj.weight"),
-        add_to("model.layers.1.input_layernorm.weight"),
-        add_to("model.norm.weight"),
-        lambda model: model.resize_token_embeddings(101),
+        (None, add_to("model.layers.1.mlp.up_proj.weight")),
+        (None, add_to("model.layers.1.input_layernorm.weight")),
+        (None, add_to("model.norm.weight")),
+        (None, lambda model: model.resize_token_embeddings(101)),
+        (NF4_BITS, flip_codes),
     ],
 )
 def test_a_model_that_is_on_no_disk_is_named(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
+    dense: Path, tmp_path: Path, bits: dict[str, Any] | None, change: Callable[[Any], object]
 ) -> None:
-    load = AutoModelForCausalLM.from_pretrained
+    base = load(dense, bits)
+    change(base)
+    train(base, tmp_path, NONE)
+    contents = find_contents(tmp_path / "checkpoint-4")
+    must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")
 
-    def load_then_change(*args: Any, **options: Any) -> Any:
-        model = load(*args, **options)
-        change(model)
-        return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_then_change)
-    train(dense, tmp_path)
+def test_a_step_that_says_nothing_of_its_bits_is_named(dense: Path, tmp_path: Path) -> None:
+    """The first steps of quantised bases name a folder. Its weights are not those of the training."""
+    train(load(dense, NF4_BITS), tmp_path, NONE)
+    path = tmp_path / "checkpoint-4" / "pruning" / "state.json"
+    state = read_json(path)
+    assert state["origin"].pop("bits") == "nf4"
+    write_json(path, state)
+    manifest = read_json(path.parent / MANIFEST)["files"]
+    write_manifest(path.parent, manifest | {path.name: seal(path)})
     contents = find_contents(tmp_path / "checkpoint-4")
     must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")
 
@@ -116,7 +158,7 @@ def test_a_model_with_a_relative_path_is_exported_from_elsewhere(
     dense: Path, tmp_path: Path, name: str
 ) -> None:
     with chdir(dense.parent if name == "dense" else dense):
-        train(Path(name), tmp_path)
+        train(plain(Path(name)), tmp_path)
     out = tmp_path / "exported"
     export(find_contents(tmp_path / "checkpoint-4"), "hf", out)
     assert read_tensors(out).keys() == read_tensors(tmp_path / "live").keys()
@@ -127,30 +169,27 @@ def test_a_model_with_a_relative_path_is_exported_from_elsewhere(
 @pytest.mark.parametrize(
     ("spoil", "names"),
     [
-        (lambda dense: edit_tensors(merge_a_lora)(dense), "dense source"),
-        (lambda dense: edit("config.json", rope_theta=7.0)(dense), "dense source"),
-        (
-            lambda dense: remove("../checkpoint-4/pruning/lora-00001.safetensors")(dense),
-            "lora-00001",
-        ),
+        (edit_tensors(merge_a_lora), "dense source"),
+        (edit("config.json", rope_theta=7.0), "dense source"),
+        (remove("../checkpoint-4/pruning/lora-00001.safetensors"), "lora-00001"),
     ],
 )
 def test_what_has_changed_since_is_named(
     dense: Path, tmp_path: Path, spoil: Spoil, names: str
 ) -> None:
-    train(dense, tmp_path)
+    train(plain(dense), tmp_path)
     spoil(dense)
     contents = find_contents(tmp_path / "checkpoint-4")
     must_name(f"checkpoint-4 {names}", export, contents, "hf", tmp_path / "out")
 
 
 def test_an_evaluation_says_that_a_checkpoint_needs_an_export(dense: Path, tmp_path: Path) -> None:
-    train(dense, tmp_path)
+    train(plain(dense), tmp_path)
     for folder in (tmp_path / "checkpoint-4", tmp_path):
         must_name("checkpoint launch/export.py", find_model, str(folder))
 
 
 def test_an_adapter_cannot_hold_what_trains_beside_lora(dense: Path, tmp_path: Path) -> None:
-    train(dense, tmp_path, modules_to_save=["lm_head"])
+    train(plain(dense), tmp_path, modules_to_save=["lm_head"])
     contents = find_contents(tmp_path / "checkpoint-4")
     must_name("lm_head.weight", export, contents, "adapter", tmp_path / "out")

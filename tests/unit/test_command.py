@@ -261,7 +261,7 @@ def describe_groups() -> tuple[list[timedelta], str | None]:
 
 
 def test_the_timeout_reaches_all_process_groups() -> None:
-    with closing(RankPool(setup=start_alone)) as pool:
+    with closing(RankPool(start_alone, fresh=True)) as pool:
         assert pool.run(1, describe_groups) == [([timedelta(minutes=77)] * 2, "lo")]
 
 

@@ -2,8 +2,6 @@
 
 import io
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import copy
 from functools import partial
@@ -17,7 +15,6 @@ from torch import nn, optim
 
 from loraprune_ds import Pruning
 from tests.oracle.models import make_tiny_llama
-from tests.support.launching import ROOT
 from tests.support.local_training import PRUNE, STEPS, Make, Rows, make_model, train
 from tests.support.refusals import must_name
 
@@ -202,35 +199,3 @@ def test_what_is_compiled_later_is_refused_in_the_first_step(
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
     must_name(f"{name} torch.compile", begin)
-
-
-WITHOUT_DEEPSPEED = """
-import json, sys
-sys.modules["deepspeed"] = None  # makes an import fail
-from pathlib import Path
-from tests.support.local_training import make_model, train
-from loraprune_ds import LoraPruneCallback
-from loraprune_ds.cli import compare, evaluate, export, plan, run
-dense, out = map(Path, sys.argv[1:])
-def call(function, *words):
-    sys.argv[1:] = map(str, words)
-    return function()
-rows, *_ = train(make_model(dense), out=out)
-assert rows[0][1] != rows[-1][1]
-assert call(plan.main, "llama-7b", "--gpu-memory", 80) == 0
-assert call(export.main, out, "--format", "gguf-f16", "--out", out / "gguf") == 0
-result = call(lambda: evaluate.measure(evaluate.parse_arguments()), out, "--dense", dense, "--text", "README.md")
-(out / "result.json").write_text(json.dumps(result))
-assert call(compare.main, out / "result.json") == 0
-assert not any(name.startswith(("deepspeed.", "loraprune_ds.zero.sharded")) for name in sys.modules)
-quickstart = ("--config", "launch/configs/quickstart.yaml", "--set", f"output_dir={out}/run")
-assert [call(run.main, *quickstart), call(evaluate.main, out, "--sharded")] == [2, 2]
-"""
-
-
-def test_all_but_zero_3_needs_no_deepspeed(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_DEEPSPEED, str(folder), str(tmp_path / "model")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert ["deepspeed" in line.lower() for line in errors] == [True, True]

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,10 +57,7 @@ def split(folder: Path) -> None:
     """Makes two weight files and an index, as larger models have them."""
     tensors = tensors_of(folder)
     names = sorted(tensors)
-    halves = {
-        "model-00001-of-00002.safetensors": names[::2],
-        "model-00002-of-00002.safetensors": names[1::2],
-    }
+    halves = {FIRST: names[::2], SECOND: names[1::2]}
     for file, members in halves.items():
         save(folder, {name: tensors[name] for name in members}, file)
     (folder / "model.safetensors").unlink()
@@ -131,62 +127,46 @@ def test_a_head_that_config_json_calls_tied_is_tied_as_in_transformers(
 
 # Damage
 
-SINGLE, FIRST, SECOND = (
-    "model.safetensors",
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-)
-THIRD, SURPLUS = "model-00003-of-00003.safetensors", "model.layers.3.mlp.up_proj.weight"
+SINGLE = "model.safetensors"
+FIRST, SECOND, THIRD = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2, 3))
+SURPLUS = "model.layers.3.mlp.up_proj.weight"
 
 
-def change_tensors(act: Callable[[dict[str, Tensor]], object]) -> tuple[bool, Spoil]:
-    return False, edit_tensors(act)
-
-
-# of one file, or of two and their index; names in the line
-DAMAGE: list[tuple[bool, Spoil, str]] = [
-    *((False, truncate(SINGLE, left), SINGLE) for left in (0, 3, 100, -1)),
-    (False, lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), SINGLE),
-    (*change_tensors(lambda x: x.pop(WEIGHT)), WEIGHT),
+# What is damaged, and names in the line: of one file, and of two and their index.
+OF_ONE: list[tuple[Spoil, str]] = [
+    *((truncate(SINGLE, left), SINGLE) for left in (0, 3, 100, -1)),
+    (lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), SINGLE),
+    (edit_tensors(lambda x: x.pop(WEIGHT)), WEIGHT),
+    (edit("config.json", num_hidden_layers=1000), "model.layers.999. num_hidden_layers 1000"),
+    (edit("config.json", attention_bias=True), "model.layers.0.self_attn.q_proj.bias"),
     (
-        False,
-        edit("config.json", num_hidden_layers=1000),
-        "model.layers.999. num_hidden_layers 1000",
-    ),
-    (False, edit("config.json", attention_bias=True), "model.layers.0.self_attn.q_proj.bias"),
-    (
-        *change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})),
+        edit_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})),
         f"{SINGLE} {WEIGHT} [48, 37] [37, 48]",
     ),
+    (edit_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(torch.int8)})), f"{SINGLE} {WEIGHT} I8"),
+    (edit_tensors(lambda x: x.update({SURPLUS: torch.ones(48)})), f"{SINGLE} {SURPLUS}"),
     (
-        *change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(torch.int8)})),
-        f"{SINGLE} {WEIGHT} I8",
-    ),
-    (*change_tensors(lambda x: x.update({SURPLUS: torch.ones(48)})), f"{SINGLE} {SURPLUS}"),
-    (
-        False,
         lambda x: save(x, {WEIGHT: tensors_of(x)[WEIGHT]}, "more.safetensors"),
         f"more.safetensors {WEIGHT}",
     ),
-    (False, lambda folder: (folder / SINGLE).rename(folder / "model.bin"), "safetensors"),
-    (
-        False,
-        lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"),
-        "safetensors",
-    ),
-    (False, remove("config.json"), "config.json"),
-    (False, write("config.json", "[1, 2]"), "config.json"),
-    *(
-        (True, write(INDEX, text), INDEX)
-        for text in ("\udcff{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {}}')
-    ),
-    (True, remove(SECOND), f"{SECOND} {INDEX}"),
-    (True, truncate(FIRST, -1), FIRST),
-    (True, lambda folder: shutil.copy(folder / SECOND, folder / THIRD), f"{THIRD} {INDEX}"),
+    (lambda x: (x / SINGLE).rename(x / "model.bin"), "safetensors"),
+    (lambda x: (x / SINGLE).rename(x / "adapter_model.safetensors"), "safetensors"),
+    (remove("config.json"), "config.json"),
+    (write("config.json", "[1, 2]"), "config.json"),
+]
+NO_MAPS = ("\udcff{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {}}')
+OF_TWO: list[tuple[Spoil, str]] = [
+    *((write(INDEX, text), INDEX) for text in NO_MAPS),
+    (remove(SECOND), f"{SECOND} {INDEX}"),
+    (truncate(FIRST, -1), FIRST),
+    (lambda folder: shutil.copy(folder / SECOND, folder / THIRD), f"{THIRD} {INDEX}"),
 ]
 
 
-@pytest.mark.parametrize(("in_two", "damage", "names"), DAMAGE, ids=[names for *_, names in DAMAGE])
+@pytest.mark.parametrize(
+    ("in_two", "damage", "names"),
+    [*((False, *case) for case in OF_ONE), *((True, *case) for case in OF_TWO)],
+)
 def test_damage_is_named(folder: Path, in_two: bool, damage: Spoil, names: str) -> None:
     if in_two:
         split(folder)

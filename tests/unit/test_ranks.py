@@ -22,7 +22,7 @@ def no_setup(rank: int, world_size: int, folder: Path) -> None:
 @pytest.fixture
 def pool() -> Iterator[RankPool]:
     """Workers without torch, which start in a tenth of a second: most tests here end them."""
-    pool = RankPool(setup=no_setup)
+    pool = RankPool(no_setup, fresh=True)
     yield pool
     pool.close()
 
