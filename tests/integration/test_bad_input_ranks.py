@@ -172,12 +172,15 @@ def test_launched_a_config_that_only_one_rank_lacks(
     assert "run.yaml" in ended.err
 
 
-def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_named(material: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ended = launch(arguments(material, tmp_path), port=port)
+        first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        first |= {"MASTER_ADDR": "127.0.0.1"}
+        given = arguments(material, tmp_path)
+        (ended,) = fork_ranks(given, tmp_path, environment=lambda rank: first)
     assert_refused(ended, f"127.0.0.1:{port}", "--master_port")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from loraprune_ds.checkpoint.layout import numbered, step_folder, verify
 from tests.support import launching
+from tests.support.families import heavy
 from tests.support.resuming import CUTS, STEPS, losses, write_run
 
 # A node that is lost ends the job on the others. Two launchers on this machine stand for two nodes
@@ -37,7 +38,7 @@ def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Po
     )
 
 
-@pytest.mark.parametrize(("how", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+@pytest.mark.parametrize(("how", "lost"), [heavy(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_the_job_ends_soon_after_a_node_is_lost(
     tmp_path: Path, how: signal.Signals, lost: int
 ) -> None:

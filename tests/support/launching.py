@@ -85,13 +85,12 @@ def launch(
     *,
     launcher: Launcher = "deepspeed",
     ranks: int = 2,
-    port: int | None = None,
     cwd: Path = ROOT,
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> Ended:
     """Runs launch/run.py with these arguments to its end, as `run_to_end` does."""
-    command = [*on_ranks(ranks, launcher, port), str(RUN), *arguments]
+    command = [*on_ranks(ranks, launcher), str(RUN), *arguments]
     return run_to_end(command, cwd=cwd, environment=environment, timeout=timeout)
 
 
