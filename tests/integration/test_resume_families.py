@@ -35,17 +35,7 @@ SECTIONS = {
     "checkpoint": {"every": None},
 }
 
-IN_CI = (
-    "qwen2",
-    "phi3",
-    "olmo2",
-    "mixtral",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "glm4_moe_lite",
-    "gemma4_text",
-    "t5",
-)
+IN_CI = ("qwen2", "phi3", "olmo2", "qwen3_5_moe_text", "glm4_moe_lite", "gemma4_text", "t5")
 IN_CI += ("glm4",)  # has moments of query heads
 
 

@@ -51,8 +51,7 @@ LENGTHS = [3 + 5 * i % 14 for i in range(STEPS * SAMPLES)]
 
 
 @pytest.mark.parametrize(
-    ("temperature", "checkpointing", "lengths"),
-    [(1, True, None), (2, False, None), (2, False, LENGTHS)],
+    ("temperature", "checkpointing", "lengths"), [(1, True, None), (2, False, LENGTHS)]
 )
 def test_loss_and_gradients_are_the_dense_ones(
     ranks: RankPool, job: Job, temperature: float, checkpointing: bool, lengths: list[int] | None

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.family import FAMILIES
 from tests.support.driver import family_job, train
-from tests.support.families import families, kinds
+from tests.support.families import families, heavy, kinds
 from tests.support.paper import OPEN, PAPER
 from tests.support.plain_training import PlainRun
 from tests.support.ranks import RankPool
@@ -78,8 +78,12 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     )
 
 
+# fewer ranks hold larger parts of the same; test_sharded_equals_dense has them in CI
+@pytest.mark.parametrize("world_sizes", [[3], heavy([1, 2])], ids=str)
 @pytest.mark.parametrize("family", families(*IN_CI))
-def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
+def test_sharded_equals_the_stock_model(
+    ranks: RankPool, tmp_path: Path, family: str, world_sizes: list[int]
+) -> None:
     heads_go = FAMILIES[family].has_experts and "heads" in {*kinds(family)} - {
         *FAMILIES[family].fixed
     }
@@ -102,7 +106,7 @@ def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family:
     }
     # A scaling that is wrong by a thousandth moves moments by more than 1. With AVX-512 a Gemma 4 rounds to 1.1e-3.
     assert max(allowed.values()) < 2e-3
-    for world_size in (1, 2, 3):
+    for world_size in world_sizes:
         run = ranks.run(world_size, train, job)[0]
         assert run.kept[-1] == exact.kept()
         assert all(found == expected for found, expected in run.state_bytes)
