@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -30,15 +31,10 @@ from loraprune_ds.pretrained.exported_config import ExportedConfig, export_confi
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.text_part import Tower
 from loraprune_ds.ranks.comm import Communicator
-from tests.support.published import PUBLISHED
 
 VOCAB = 400
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-LLAMA3 = PUBLISHED["llama3.1-8b"][0]["rope_scaling"] | {
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "rope_theta": 5000.0,
-}
+_FILE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+LINEAR, LLAMA3 = _FILE["linear"], _FILE["llama3"]
 
 
 @dataclass(frozen=True)
@@ -57,69 +53,10 @@ class Case:
         return self.name
 
 
-MHA = {
-    "hidden_size": 48,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "head_dim": 8,
-    "intermediate_size": 37,
-}
-# head_dim is not hidden_size / heads. 9 of the 12 query heads do not divide hidden_size.
-GQA = {
-    "hidden_size": 48,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 6,
-    "intermediate_size": 53,
-}
-BIASES = {"attention_bias": True, "mlp_bias": True}
-TIED = {"tie_word_embeddings": True}
-NO_WINDOW = {"sliding_window": None}
-UNEQUAL = [(3, 53), (1, 17), (2, 40)]
-
-CASES = [
-    Case("mha", "llama", MHA, [(4, 21)] * 3, "llama"),
-    Case("gqa_tied", "llama", GQA, [(2, 31)] * 3, "llama", options=TIED),
-    Case("biases", "llama", GQA, [(2, 31)] * 3, "llama", options=BIASES),
-    Case(
-        "stand_in",
-        "llama",
-        GQA,
-        [(3, 31)] * 3,
-        "mistral",
-        options=TIED | {"rope_parameters": LINEAR},
-    ),
-    Case("biases_odd_heads", "llama", GQA, [(3, 31)] * 3, "pruned_llama", options=BIASES),
-    Case("layers_mha_tied", "llama", MHA, [(5, 37), (1, 1), (5, 20)], "pruned_llama", options=TIED),
-    Case(
-        "layers_gqa_biases",
-        "llama",
-        GQA,
-        UNEQUAL,
-        "pruned_llama",
-        options=BIASES | {"rope_parameters": LLAMA3},
-    ),
-    Case(
-        "layers_bf16", "llama", GQA, [(4, 53), (1, 17), (2, 40)], "pruned_llama", dtype="bfloat16"
-    ),
-    Case("window", "mistral", GQA, [(3, 31)] * 3, "mistral", options={"sliding_window": 5}),
-    Case(
-        "layers_window",
-        "mistral",
-        GQA,
-        [(3, 53), (1, 17), (4, 40)],
-        "pruned_mistral",
-        options={"sliding_window": 5},
-    ),
-    Case(
-        "layers_no_window",
-        "mistral",
-        MHA,
-        [(5, 37), (1, 9), (5, 20)],
-        "pruned_mistral",
-        options=NO_WINDOW,
-    ),
-]
+CASES, WIDE = (
+    [Case(**x | {"keep": [(h, c) for h, c in x["keep"]]}) for x in _FILE[name]]
+    for name in ("cases", "wide")
+)
 
 
 def dense_model(case: Case) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from tests.oracle.models import make_tiny_llama
@@ -26,7 +27,8 @@ from tests.support.stranger import ask_stranger
 
 VOCAB, LAYERS, HEAD_DIM = 259, 3, 8
 STEPS, WINDOW, WINDOWS = 6, 32, 24
-SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64}
+_FILE: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+SIZES, GLOBAL = _FILE["sizes"], _FILE["global"]
 
 
 @dataclass(frozen=True)
@@ -47,44 +49,7 @@ class Case:
         return self.name
 
 
-GLOBAL = {"ranking": "global", "normalize": "none", "ratio": 0.35}
-CHECKPOINTING = {"gradient_checkpointing": True}
-CASES = (
-    Case("uniform", "llama", {**SIZES, "tie": True}),
-    Case("watched", "llama", {**SIZES, "tie": True}, launcher=None, evaluate={"every": 1}),
-    # 5 heads become 3, which do not divide the hidden size. transformers refuses such a llama.
-    Case(
-        "indivisible",
-        "mistral",
-        {**SIZES, "heads": 5, "kv_heads": 5, "hidden": 40},
-        launcher="torchrun",
-    ),
-    Case(
-        "mistral",
-        "mistral",
-        {**SIZES, "model_type": "mistral"},
-        launcher="python",
-        ranks=1,
-        dtype="bfloat16",
-    ),
-    Case(
-        "global",
-        "pruned_llama",
-        {**SIZES, "biases": True},
-        launcher=None,
-        dtype="bfloat16",
-        prune=GLOBAL,
-    ),
-    Case(
-        "again",
-        "pruned_llama",
-        "global",
-        launcher=None,
-        dtype="bfloat16",
-        prune=GLOBAL,
-        train=CHECKPOINTING,
-    ),
-)
+CASES = tuple(Case(**x) for x in _FILE["cases"])
 NAMES = [case.name for case in CASES]
 
 

@@ -36,7 +36,7 @@ from loraprune_ds.pretrained.sources import embedded_model_dir
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.integration.heavy.results import ask, python_of, record, selected
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
-from tests.support.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
+from tests.support.export_cases import CASES, VOCAB, WIDE, dense_model, export
 from tests.support.families import YARN, is_seq2seq
 from tests.support.gguf_cases import (
     PHI3,
@@ -58,19 +58,7 @@ NEW_TOKENS = 16
 
 
 REAL = [DENSE, *PRUNED]  # dense: what is usual
-# The other tiny models have rows of 48, which q8_0 leaves in f16.
-WIDE = {
-    "hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "intermediate_size": 128,
-}
-TINY = [
-    *CASES,
-    Case("wide", "llama", WIDE, [(2, 96)] * 3, "llama", options=TIED),
-    Case("wide_layers", "llama", WIDE, [(4, 128), (2, 96), (1, 77)], "pruned_llama"),
-]
+TINY = [*CASES, *WIDE]
 
 AS_PUBLISHED = {
     "rope_parameters": YARN["rope_parameters"]
