@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,7 +16,7 @@ LINEARS = (
     *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
 )
 # that 2 and 4 ranks do not divide
-ODD_SIZES: dict[str, int] = {"heads": 6, "kv_heads": 3, "hidden": 42, "ffn": 45, "layers": 3}
+ODD_SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 42, "ffn": 45, "layers": 3}
 
 
 def make_tiny_llama(

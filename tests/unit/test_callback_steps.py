@@ -27,7 +27,7 @@ from tests.support.resuming import assert_equal_tensors, read_tensors
 
 REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 NONE = replace(REFIT, compensate="none")
-PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 32}}
 SOME = DOUBLE | {"llm_int8_skip_modules": ["v_proj", "lm_head"]}
 
 
