@@ -157,7 +157,7 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(
 @pytest.mark.parametrize(
     ("engine", "other", "size"),
     [
-        ("DDP", "FULL", 2),
+        heavy("DDP", "FULL", 2),
         ("DDP", "SHARDED", 2),
         ("ZeRO-3", "FULL", 2),
         ("FULL", "SHARDED", 2),
