@@ -190,20 +190,26 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     if request.refits:
         batch = request.training_batch
         kept = {"hidden_states": refits.bytes_of_passes(request, before)}
-        layer, module, linear = _largest(request, before)
-        embedding = request.element_size * max(tensor.numel for tensor in before.outer)
-        if request.world_size == 1 and not request.offloads("param"):
-            layer = module = embedding = 0
-        # gathered for all passes, next to a buffer or what is dequantised
-        phases["repeated passes, embeddings"] = kept | {"gathered_weights": 2 * embedding}
+        of_embeddings, of_layer = _gathered_once(request, before)
+        phases["repeated passes, embeddings"] = kept | {"gathered_weights": of_embeddings}
         phases["repeated passes"] = kept | _forward_pass(request, before, batch)
         phases["repeated passes"] |= {
-            "gathered_weights": layer + max(min(layer, module), linear),
+            "gathered_weights": of_layer,
             "measured_inputs": 4 * batch.tokens * refits.widest_inputs(request, before),
             "input_moments": refits.bytes_of_moments(request, before),
         }
         phases["refit"] = kept | {"refit": refits.bytes_in_a_refit(request, before, after)}
     return Stage("the first cut", state, phases, host)
+
+
+def _gathered_once(request: Request, shape: ModelShape) -> tuple[int, int]:
+    """Returns the most bytes while all passes go through the embeddings, and through a layer."""
+    layer, module, linear = _largest(request, shape)
+    if request.world_size == 1 and not request.offloads("param"):
+        return 0, linear
+    embedding = request.element_size * max(tensor.numel for tensor in shape.outer)
+    # next to a buffer of a module, or to a linear that is dequantised
+    return 2 * embedding, layer + max(min(layer, module), linear)
 
 
 def _training(request: Request, shape: ModelShape) -> Terms:
