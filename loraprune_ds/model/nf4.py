@@ -34,6 +34,9 @@ VALUES = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 SMALLEST = 1e-38  # of the scales that a block is divided by
+CHUNK = (
+    1 << 22
+)  # weights that are decoded at a time without a GPU's kernels, which pass through fp32
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,17 @@ class NF4(Quantised):
         return values.to(self.dtype).float()
 
     def _dequantise(self, codes: Tensor, scale: Tensor) -> Tensor:
+        if _kernels() is not None and codes.device.type != "cpu":
+            return self._decode_rows(codes, scale)
+        rows, width = codes.shape
+        matrix = torch.empty((rows, 2 * width), dtype=self.dtype, device=codes.device)
+        step = max(1, CHUNK // matrix.shape[1])
+        parts = zip(matrix.split(step), codes.split(step), scale.split(step), strict=True)
+        for part, of_part, scales in parts:
+            part.copy_(self._decode_rows(of_part, scales))
+        return matrix
+
+    def _decode_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
         rows, width = codes.shape
         shape = (rows, 2 * width)
         kernels = _kernels()

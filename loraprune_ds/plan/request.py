@@ -134,12 +134,7 @@ class Request:
     def dequantised(self, linear: TensorSpec) -> int:
         """Counts the bytes while a linear is dequantised, of a stack one expert. 0 if its weight is stored."""
         numel = linear.numel // linear.matrices
-        if self.config.model.frozen is None:
-            return 0
-        if self.config.model.frozen == "int8":
-            return self.element_size * numel
-        # without bitsandbytes: fp32, next to codes in int32 or a copy in 16 bits
-        return (4 + 2) * numel
+        return self.element_size * numel if self.config.model.frozen else 0
 
     @cached_property
     def taught(self) -> list[StoredTensor]:

@@ -19,6 +19,7 @@ axes = pytest.mark.parametrize("axis", [0, 1], ids=["rows are cut", "columns are
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch alone"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "CHUNK", 500)  # a few rows
     if not request.param:
         monkeypatch.setattr(nf4, "_kernels", lambda: None)
 
