@@ -1,5 +1,6 @@
 """The callback in Trainers that shard by FSDP2, on CPU ranks: equal to our own trainer, which holds the model whole."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.trainers import PLAIN, WITHOUT, Setup, train_alone
 TRAINER = f"{ALONE} --fsdp --max_length 32"
 SHARDED: dict[str, Any] = {"state_dict_type": "SHARDED_STATE_DICT"}
 FROM_RANK_0: dict[str, Any] = {"cpu_ram_efficient_loading": True}
+BY_SHARDS = ["--fsdp_config", json.dumps({"version": 2, **SHARDED})]
 ENGINES: dict[str, dict[str, Any]] = {
     "DDP": WITHOUT,
     "ZeRO-3": {},
@@ -77,7 +79,7 @@ def test_an_example_prunes_and_what_it_writes_agrees(
     data = str(write_rows(tmp_path / "rows.jsonl", fields))
     out = tmp_path / "out"
     own_loop = script == "fsdp_loop.py"
-    options = [str(out)] if own_loop else ["--output_dir", str(out), *TRAINER.split()]
+    options = [str(out)] if own_loop else ["--output_dir", str(out), *TRAINER.split(), *BY_SHARDS]
     ids = torch.arange(3, 35)[None]
     arguments = [str(model), data, *options]
     live = ranks.run(2, fsdp_trainers.run_example, script, arguments, ids)[0]
