@@ -103,9 +103,11 @@ def run_ranks(folder: Path, limit: int, *options: str) -> Watched:
     command = [*on_ranks(RANKS), "tests/benchmarks/wide_layers_rank.py", "--folder", str(folder)]
     command += options
     output = folder / "output.txt"
+    # freed blocks are given back, as in `plan_measured`
+    environment = cpu_environment(MALLOC_MMAP_THRESHOLD_=str(1 << 17))
     with output.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=cpu_environment(), stdout=file, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         watched = watch(process, folder, limit)
     if watched.exit_code and watched.killed is None:
