@@ -34,9 +34,8 @@ VALUES = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 SMALLEST = 1e-38  # of the scales that a block is divided by
-CHUNK = (
-    1 << 22
-)  # weights that are decoded at a time without a GPU's kernels, which pass through fp32
+# decoded at a time without a GPU's kernels, which pass weights through fp32
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
