@@ -133,8 +133,9 @@ class Request:
 
     def dequantised(self, linear: TensorSpec) -> int:
         """Counts the bytes while a linear is dequantised, of a stack one expert. 0 if its weight is stored."""
-        numel = linear.numel // linear.matrices
-        return self.element_size * numel if self.config.model.frozen else 0
+        if self.config.model.frozen is None:
+            return 0
+        return self.element_size * (linear.numel // linear.matrices)
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
