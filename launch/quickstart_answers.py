@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WIDTH, ROWS = 48, 8  # of a column
 # The figures stand in tests/benchmarks/README.md. Nobody has measured the answers of a longer run.
 ADVICE = """Good for drafts of short replies at most: even uncut, so small a model solves 77 of 300 questions. Take a
-larger one and more tokens: 409,600 instead of 81,920 lower WikiText-2's perplexity at 41.7 % from 48.2 to 41.9."""
+larger one and more tokens: 409,600 instead of 81,920 lower WikiText-2's perplexity at 41.7 % from 47.2 to 41.9."""
 
 
 def side_by_side(*texts: str) -> str:
