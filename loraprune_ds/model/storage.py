@@ -35,15 +35,21 @@ class Storage(NamedTuple):
             return NF4(int(tensor.loses_inputs), self.dtype)
         return tensor.format(int8=True)
 
+    def parts(self, tensor: TensorSpec, element_size: int) -> dict[str, StoredTensor]:
+        """Returns the tensors that ZeRO-3 shards for this one, by name inside the layer."""
+        if not tensor.lora:
+            return tensor.stored(element_size, int8=False)
+        parts = self.format(tensor).stored(tensor.matrix, element_size)
+        return {tensor.stored_name(name): part for name, part in parts.items()}
+
     def stored(self, shape: ModelShape, element_size: int) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
         tensors = shape.stored(element_size, int8=False)
         for layer, linear in shape.linears():
             prefix = shape.prefix(layer)
             del tensors[prefix + linear.name]
-            parts = self.format(linear).stored(linear.matrix, element_size)
-            for part, stored in parts.items():
-                tensors[prefix + linear.stored_name(part)] = stored
+            for name, stored in self.parts(linear, element_size).items():
+                tensors[prefix + name] = stored
         return tensors
 
     def linear_bytes(self, shape: ModelShape) -> int:

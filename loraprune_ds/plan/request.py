@@ -125,10 +125,7 @@ class Request:
             storage = storage._replace(refits=refits)
         parts: list[StoredTensor] = []
         for tensor in tensors:
-            if tensor.lora:
-                parts += storage.format(tensor).stored(tensor.matrix, self.element_size).values()
-            else:
-                parts += tensor.stored(self.element_size, int8=False).values()
+            parts += storage.parts(tensor, self.element_size).values()
         return parts
 
     def dequantised(self, linear: TensorSpec) -> int:

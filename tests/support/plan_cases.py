@@ -193,11 +193,7 @@ def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tupl
     element_size = request.element_size
     of_layer: dict[str, StoredTensor] = {}
     for spec in layer.tensors:
-        if not spec.lora:
-            of_layer |= spec.stored(element_size, int8=False)
-            continue
-        parts = request.storage.format(spec).stored(spec.matrix, element_size)
-        of_layer |= {spec.stored_name(part): stored for part, stored in parts.items()}
+        of_layer |= request.storage.parts(spec, element_size)
     for name, kept, linear in layer.cuts(keep, request.storage.format):
         stored = of_layer[name]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
