@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 REFIT = "prune.compensate=least_squares"
 DISTILL = "train.distill_weight=0.5"
+NO_TEACHER = "train.distill_weight=0"
 QUARTER, WARM = "train.distill_weight=0.25", "train.distill_temperature=2"
 FISHER = ("prune.criterion=fisher", "prune.normalize=none")
 GLOBAL = ("prune.ranking=global", "prune.normalize=none")
@@ -115,7 +116,7 @@ def _settings() -> list[Setting]:
     protected = [
         _recipe("protected-uniform", *PROTECTED, UNIFORM),
         _recipe("protected-first-half", *PROTECTED, "prune.cooldown_fraction=0.5"),
-        _recipe("protected-no-distillation", *PROTECTED, "train.distill_weight=0"),
+        _recipe("protected-no-distillation", *PROTECTED, NO_TEACHER),
     ]
     # a refit repeats passes, so half of the cuts cost half of its time
     seldom = (*SHORT, DEEP, RATE, "prune.prune_every=8")
@@ -137,7 +138,14 @@ def _settings() -> list[Setting]:
         Setting("heads", f"gqa-heads{suffix}", (*SHORT, RATE, ratio), "gqa", answers=False)
         for suffix, ratio in (("", DEEP), ("-30", "prune.ratio=0.3"))
     ]
-    return [*short, *peers, *long, *light, *gqa, *protected, *recipe, *heads, *_paper()]
+    # as a plugin of another trainer prunes: the recipe without its teacher
+    alone = (*SHORT, RATE, "prune.prune_every=8", "prune.ratio=0.3", NO_TEACHER)
+    plugin = [
+        Setting("plugin", f"plugin-{name}-30", (*alone, f"prune.ranking={name}"), answers=False)
+        for name in ("global", "uniform")
+    ]
+    groups = (short, peers, long, light, gqa, protected, recipe, heads, plugin, _paper())
+    return [setting for group in groups for setting in group]
 
 
 # The paper's experiments (PAPER.md). `once` scores ten steps without tuning, and prunes in one cut.
