@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, run_command
+from loraprune_ds.removed import OPTIONS
 
 COMMANDS = {  # the modules of loraprune_ds/cli
     "run": "prune a model while it is tuned",
@@ -49,6 +50,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        for word in message.split():
+            require(word not in OPTIONS, f"{word} was removed: {OPTIONS.get(word)}")
         raise UserError(message)
 
 

@@ -17,6 +17,7 @@ from loraprune_ds.config_sources import format_of
 from loraprune_ds.config_types import LIST, ONE
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import JsonObject, read_text
+from loraprune_ds.removed import KEYS
 
 log = logging.getLogger(__name__)
 # has launch/configs/ and ds_configs/, in a checkout and in a wheel
@@ -27,33 +28,6 @@ SECTIONS: dict[Any, Any] = {
 }
 # of `data` and a mixture's entries
 SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Removed:
-    """A setting of earlier commits. Files of runs and callbacks have it, which must stay readable.
-
-    Attributes:
-        default: with this value a training goes on unchanged.
-        advice: what to do instead.
-        last_reader: the last commit that reads another value. Empty: any value is left out.
-    """
-
-    default: Any
-    advice: str
-    last_reader: str = ""
-
-
-DROP_BEFORE = "drop layers before the run, as launch/examples/drop_layers.py does"
-REPEATED = (
-    "remove it: a refit now repeats the last passes, with ten tokens for each input of a linear"
-)
-REMOVED = {
-    "model.drop_layers": Removed([], DROP_BEFORE, "6ec3512a"),
-    "prune.depth_ratio": Removed(0.0, DROP_BEFORE, "6ec3512a"),
-    "prune.compensate_steps": Removed(4, REPEATED),
-    "prune.compensate_decay": Removed(0.9, REPEATED),
-}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -121,12 +95,12 @@ def config_from_dict(raw: JsonObject) -> RunConfig:
 
 
 def without_removed(saved: JsonObject) -> JsonObject:
-    """Returns a config that an earlier commit saved, without the keys in `REMOVED`.
+    """Returns a config that an earlier commit saved, without the keys in `removed.KEYS`.
 
     Raises UserError if the training cannot go on with its value. The line names the commit that reads it.
     """
     config = dict(saved)
-    for dotted, removed in REMOVED.items():
+    for dotted, removed in KEYS.items():
         section, key = dotted.split(".")
         values = config.get(section)
         if isinstance(values, dict) and key in values:
@@ -145,7 +119,7 @@ def without_removed(saved: JsonObject) -> JsonObject:
 def _say_left_out(dotted: str, value: Any) -> None:
     """Says once that a saved setting no longer counts."""
     if int(os.environ.get("RANK", "0")) == 0:
-        log.warning("the saved %s: %s no longer counts; %s", dotted, value, REMOVED[dotted].advice)
+        log.warning("the saved %s: %s no longer counts; %s", dotted, value, KEYS[dotted].advice)
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -233,8 +207,8 @@ def _describe(error: ValidationError) -> str:
 
 def _advice(key: str, path: list[str | int]) -> str:
     """Says what to do in place of a removed key, or which keys exist there."""
-    if key in REMOVED:
-        return REMOVED[key].advice
+    if key in KEYS:
+        return KEYS[key].advice
     section = RunConfig
     if len(path) == 2:
         section = SECTIONS[path[0]]

@@ -31,9 +31,6 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)"
     )
     parser.add_argument(
-        "--mtp", metavar="DENSE", help="keep this model's layers that predict further tokens"
-    )
-    parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository"
     )
     parser.add_argument(
@@ -55,18 +52,15 @@ def convert(arguments: argparse.Namespace) -> None:
     require_option(arguments, "push_to_hub", "public", "results")
     silence_libraries()
     # These imports take seconds.
-    from loraprune_ds.config import ModelConfig
     from loraprune_ds.export.contents import find_contents
     from loraprune_ds.export.formats import export
     from loraprune_ds.export.model_card import check_push, push
-    from loraprune_ds.pretrained.sources import locate_model
 
     repo: str | None = arguments.push_to_hub
     if repo is not None:
         check_push(repo, arguments.results)
     contents = find_contents(source)
-    mtp = locate_model(ModelConfig(arguments.mtp), "--mtp: ") if arguments.mtp else None
-    for remark in export(contents, arguments.format, out, mtp):
+    for remark in export(contents, arguments.format, out):
         print(f"note: {remark}")
     print(f"{arguments.format}: {out}")
     if repo is not None:

@@ -21,7 +21,6 @@ from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
-from loraprune_ds.export.mtp import add_mtp, cut_mtp
 from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import last_names, task_type
 from loraprune_ds.model.experts import as_in_peft
@@ -29,8 +28,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, name_in_file
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from loraprune_ds.pretrained.text_part import MTP
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_headers, write_weight_file
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.units import format_bytes
 
@@ -105,24 +103,16 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     return config
 
 
-def export(contents: FolderContents, name: str, out: Path, mtp: Path | None = None) -> list[str]:
-    """Writes format `name` of `FORMATS` into the new folder `out`, atomically. Returns remarks for the user.
-
-    Args:
-        mtp: a dense model, to keep its layers that predict further tokens (`cut_mtp`).
-    """
+def export(contents: FolderContents, name: str, out: Path) -> list[str]:
+    """Writes format `name` of `FORMATS` into the new folder `out`, atomically. Returns remarks for the user."""
     require(
         bool(contents.model or contents.checkpoints),
         f"{contents.folder} has nothing to export: it {contents.summary}",
     )
-    write = FORMATS[name]
-    if mtp is not None:
-        require(name == "hf", "--mtp needs --format hf")
-        write = partial(_write_huggingface, mtp=mtp)
     try:
         staging = begin(out)
         try:
-            remarks = write(contents, staging)
+            remarks = FORMATS[name](contents, staging)
             publish(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -133,24 +123,14 @@ def export(contents: FolderContents, name: str, out: Path, mtp: Path | None = No
     return remarks
 
 
-def _write_huggingface(
-    contents: FolderContents, folder: Path, mtp: Path | None = None
-) -> list[str]:
+def _write_huggingface(contents: FolderContents, folder: Path) -> list[str]:
     if contents.model is None:
         checkpoint, remarks = open_newest(contents.checkpoints)
-        heads = cut_mtp(mtp, checkpoint.shape) if mtp else None
         _check_room(checkpoint, folder)
         write_model(checkpoint, folder, card_of_step(checkpoint), one_rank())
-    else:
-        remarks = []
-        pretrained = open_pretrained(contents.model)
-        require(
-            mtp is None or not any(name.startswith(MTP) for name in read_headers(contents.model)),
-            f"{contents.model} has layers that predict further tokens ({MTP}*) already",
-        )
-        heads = cut_mtp(mtp, pretrained.shape) if mtp else None
-        copy_model(pretrained, folder)
-    return [*remarks, add_mtp(heads, folder)] if heads else remarks
+        return remarks
+    copy_model(open_pretrained(contents.model), folder)
+    return []
 
 
 def _check_room(checkpoint: TrainingCheckpoint, folder: Path) -> None:

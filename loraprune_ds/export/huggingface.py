@@ -3,10 +3,6 @@
 rank 0  staging = begin(out)
 each    write_model(source, staging, ...)
 rank 0  publish(out)
-
-Layers that predict further tokens (MTP) are cut to the counts of the pruned model. A server builds them from the same
-config.json as the others, and verifies their predictions. No forward of a run passes them, so they have no scores and
-are not tuned. The groups with the largest weights of each kind stay.
 """
 
 import shutil

@@ -275,6 +275,5 @@ def _describe_model(attn_implementation: str, pretrained: PretrainedModel) -> It
         yield "only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size"
     if pretrained.config.get(NEXT_TOKENS):
         yield (
-            f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0. "
-            "launch/export.py --mtp keeps them, cut to fit"
+            f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
         )

@@ -26,7 +26,7 @@ MOST_ADDED = 0.15
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files",),
+    ("files", "removed"),
     ("units", "config", "arguments"),
     ("ranks",),
     ("model",),
