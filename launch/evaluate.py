@@ -1,4 +1,4 @@
-"""Measures a model: `python launch/evaluate.py runs/mine --dense path/to/llama --speed`.
+"""Measures a model: `python launch/evaluate.py runs/mine --dense path/to/llama`.
 
 The code is in loraprune_ds/cli/evaluate.py. `loraprune-ds evaluate` runs the same.
 """

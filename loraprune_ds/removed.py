@@ -29,4 +29,7 @@ KEYS = {
     "prune.compensate_steps": RemovedKey(4, REPEATED),
     "prune.compensate_decay": RemovedKey(0.9, REPEATED),
 }
-OPTIONS = {"--mtp": "results have no layers that predict further tokens"}
+OPTIONS = {
+    "--mtp": "results have no layers that predict further tokens",
+    "--speed": "--answers gives tokens per second, tests/benchmarks/serving.py a server's",
+}

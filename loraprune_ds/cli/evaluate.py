@@ -1,7 +1,7 @@
-"""Measures a model: perplexity, zero-shot tasks, parameters, MACs, speed and memory, alone or next to a dense one.
+"""Measures a model: perplexity, zero-shot tasks, parameters and bytes, alone or next to a dense one.
 
 %(prog)s MODEL --text FILE --window 128 --max-windows 160 --dtype float32 --json
-%(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
+%(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048
 %(prog)s MODEL --tasks paper
 %(prog)s runs/quickstart --dense embedded --answers --page answers.html
 %(prog)s runs/quickstart --dense embedded --tasks reasoning_gym reasoning_gym:number_sequence:easy
@@ -25,7 +25,7 @@ answers.
 import argparse
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +41,6 @@ from loraprune_ds.files import JsonObject, json_text, read_text, write_text, wri
 from loraprune_ds.generate import prompts
 from loraprune_ds.ranks import job
 
-ROUND = fields(settings.SpeedSettings)  # one option each
 TASKS_HELP = (
     "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 )
@@ -85,12 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--page", type=Path, metavar="FILE.html", help="write the answers side by side"
     )
-    parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
-    for field in ROUND:
-        about = f"of --speed (default: {field.default})"
-        parser.add_argument(
-            f"--{field.name}", type=at_least(1), metavar="N", default=argparse.SUPPRESS, help=about
-        )
     parser.add_argument(
         "--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)"
     )
@@ -132,7 +125,6 @@ def measure(arguments: argparse.Namespace) -> JsonObject:
         "--sharded and several ranks need DeepSpeed; install it",
     )
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
-    require_option(arguments, "speed", *(field.name for field in ROUND))
     require_option(arguments, "answers", "max_new_tokens", "page")
     chosen = settings.EvaluationSettings(
         window=arguments.window,
@@ -141,7 +133,6 @@ def measure(arguments: argparse.Namespace) -> JsonObject:
         batch_size=arguments.batch_size,
         sharded=arguments.sharded,
         tasks=task_settings(arguments),
-        speed=speed_settings(arguments),
         answers=answer_settings(arguments),
     )
     if not arguments.verbose:  # progress bars stay on a terminal
@@ -189,14 +180,6 @@ def task_settings(arguments: argparse.Namespace) -> settings.TaskSettings | None
     )
 
 
-def speed_settings(arguments: argparse.Namespace) -> settings.SpeedSettings | None:
-    if not arguments.speed:
-        return None
-    names = [field.name for field in ROUND]
-    options = {name: value for name, value in vars(arguments).items() if name in names}
-    return settings.SpeedSettings(**options)
-
-
 def answer_settings(arguments: argparse.Namespace) -> prompts.AnswerSettings | None:
     """Reads the prompts, and checks that the page can be written, before any long work."""
     if arguments.answers is None:
@@ -228,7 +211,7 @@ def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationTe
     if arguments.text:
         text = read_text(arguments.text, "--text")
         return settings.EvaluationText(arguments.text.name, None, text)
-    if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
+    if not arguments.dataset and (arguments.tasks or arguments.answers):
         for option, value in (
             ("--split", arguments.split),
             ("--max-windows", arguments.max_windows),

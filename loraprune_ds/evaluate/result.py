@@ -115,7 +115,6 @@ def make_result(
         "world_size": world_size,
         "sharded": settings.sharded,
         "answers_plan": settings.answers and asdict(settings.answers),
-        "speed_plan": settings.speed and asdict(settings.speed),
         **provenance,
     }
 
@@ -166,11 +165,6 @@ def _answer_lines(result: JsonObject) -> Iterator[str]:
     for _, model in _models(result):
         if not model["answers"]["chat_template"]:
             yield f"        {model['path']} has no chat template: it continues the prompts as plain text"
-    if result["answers"]["closeness"]:
-        cost = result["cost"]["macs_per_token"]["total"]
-        dense_cost = result["dense"]["cost"]["macs_per_token"]["total"]
-        share = f"1/3 of the dense cost, here {cost / dense_cost:.2f}"
-        yield f"draft   accepted at the overlap's rate; pays off only below about {share}"
 
 
 def _rows(models: Sequence[JsonObject]) -> Iterator[Row]:
@@ -179,7 +173,6 @@ def _rows(models: Sequence[JsonObject]) -> Iterator[Row]:
         ("perplexity", _perplexity_rows),
         ("tasks", _task_rows),
         ("answers", _answer_rows),
-        ("speed", _speed_rows),
     ):
         if models[0][key] is not None:
             yield from rows([model[key] for model in models])
@@ -193,9 +186,6 @@ def _size_rows(models: Sequence[JsonObject]) -> Iterator[Row]:
     yield "parameters", parameters, remark
     linears = [cost["linear_parameters"] for cost in costs]
     yield _cost_row("  in the layers' linears", linears, ",")
-    macs = [cost["macs_per_token"]["total"] / 1e6 for cost in costs]
-    context = costs[-1]["macs_per_token"]["mean_context"]
-    yield _cost_row(f"MACs per token at {context:g} of context, M", macs)
     weights = [cost["weight_bytes"] / 1e6 for cost in costs]
     yield _cost_row("weights, MB", weights)
     cache = [cost["kv_bytes_per_token"] / 1e3 for cost in costs]
@@ -259,19 +249,6 @@ def _answer_tables(models: Sequence[JsonObject]) -> Iterator[str]:
     for kind in KINDS:
         yield ""
         yield from answers_table(f"{kind} answers", [model["answers"][kind] for model in models])
-
-
-def _speed_rows(speeds: list[JsonObject]) -> Iterator[Row]:
-    for name in ("prefill", "decode"):
-        values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
-        cells = [f"{value:,.1f}" for value in values]
-        ratio = ""
-        if len(values) > 1:
-            ratio = f"{values[1] / values[0]:.2f} times as fast"
-        yield f"{name}, tokens/s", cells, ratio
-    if speeds[0]["peak_bytes"] is not None:
-        peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
-        yield _cost_row("peak memory beyond weights, MB", peaks)
 
 
 def answers_page(result: JsonObject) -> str:

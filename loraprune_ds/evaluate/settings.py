@@ -92,17 +92,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class SpeedSettings:
-    """A round of `prompt` random tokens and `generated` greedy ones. `rounds` follow a warm-up."""
-
-    prompt: int = 512
-    generated: int = 32
-    rounds: int = 5
-
-
-@dataclass(frozen=True)
 class EvaluationSettings:
-    """Selects what to measure. Text, tasks, answers and speed are not measured if they are None."""
+    """Selects what to measure. Text, tasks and answers are not measured if they are None."""
 
     window: int = 128  # tokens of the adjacent windows for perplexity
     max_windows: int | None = None
@@ -112,13 +103,12 @@ class EvaluationSettings:
     batch_size: int | None = None
     tasks: TaskSettings | None = None
     answers: AnswerSettings | None = None
-    speed: SpeedSettings | None = None
     sharded: bool = False  # ZeRO-3 shards the weights, for models that fit no single device
 
     def __post_init__(self) -> None:
-        if self.sharded and (self.tasks or self.answers or self.speed):
+        if self.sharded and (self.tasks or self.answers):
             raise UserError(
-                "--sharded measures perplexity only; --tasks, --answers and --speed need the whole model"
+                "--sharded measures perplexity only; --tasks and --answers need the whole model"
             )
 
     @property

@@ -8,7 +8,6 @@ python -m tests.benchmarks.paper memory
 import argparse
 import copy
 import multiprocessing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loraprune_ds.evaluate.evaluation import measure_speed
-from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import QuantisedLinear, storage_format, stored_tensors
 from loraprune_ds.model.int8 import Int8
@@ -31,6 +28,7 @@ from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, TEXT, picture, sca
 from tests.benchmarks.memory import Peak
 from tests.benchmarks.quality import digest
 from tests.benchmarks.quality_settings import PERCENTS
+from tests.benchmarks.reading_speed import ROUND, measure_speed
 from tests.benchmarks.running import RESULTS, record
 from tests.support.families import LLAMA_LINEARS
 
@@ -128,17 +126,12 @@ def measure_merged(pruned: list[Path]) -> None:
             models[f"{name}, {form}"] = (
                 get_peft_model(loaded, LORA) if form == "unmerged" else loaded
             ).eval()
-    settings = SpeedSettings(prompt=2048, generated=16, rounds=10)
-    speeds = dict(
-        zip(models, map(asdict, measure_speed(list(models.values()), settings)), strict=True)
-    )
+    speeds = dict(zip(models, measure_speed(list(models.values())), strict=True))
     dense = speeds["dense, merged"]
     times = {
         name: {key: dense[key] / of[key] for key in of if of[key]} for name, of in speeds.items()
     }
-    record(
-        "paper_speed", {"settings": vars(settings), "speeds": speeds, "time_of_dense_merged": times}
-    )
+    record("paper_speed", {"settings": ROUND, "speeds": speeds, "time_of_dense_merged": times})
 
 
 # Table 4: memory of the criteria in one process, unsharded

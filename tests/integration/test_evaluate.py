@@ -169,25 +169,6 @@ def test_two_ranks_give_the_same_number(made: Path, sharded: list[str]) -> None:
     assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
 
 
-def test_speed_is_measured_on_both(made: Path, tmp_path: Path) -> None:
-    for name in ("dense", "run/model"):  # the tiny ones read 512 tokens at most
-        shutil.copytree(made / name, tmp_path / name)
-        config = json.loads((tmp_path / name / "config.json").read_text()) | {
-            "max_position_embeddings": 1024
-        }
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    found = answer(
-        evaluate(made, tmp_path / "run/model", "--dense", tmp_path / "dense", "--speed", "--json")
-    )
-    assert found["perplexity"] is None
-    for model in (found, found["dense"]):
-        assert (
-            model["speed"]["prefill_tokens_per_second"]
-            > model["speed"]["decode_tokens_per_second"]
-            > 0
-        )
-
-
 def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
     """The run is over, so a new start has only this left. It measures in a process of its own."""
     folder = tmp_path / "run"

@@ -90,7 +90,6 @@ def submit(
         (["--text", "x.txt"], True),
         (["--tasks", "piqa", "boolq"], False),
         (["--tasks=paper"], False),
-        (["--text", "x.txt", "--speed"], False),
     ],
 )
 def test_only_perplexity_is_measured_sharded(

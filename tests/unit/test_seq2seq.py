@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import DataConfig
 from loraprune_ds.evaluate.answers import write_answers
-from loraprune_ds.evaluate.evaluation import CACHE, measure_speed
-from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.generate.encoding import encode_prompts
 from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.generate.writer import Writer
@@ -235,19 +233,6 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
         read_prompts,
         str(write_json(tmp_path / "prompts.jsonl", missing)),
     )
-
-
-def test_speed_reads_with_both_caches() -> None:
-    model = tiny_model("t5", num_decoder_layers=3)
-    calls: list[tuple[int, ...]] = []
-
-    def note(_: Any, args: Any, given: dict[str, Any]) -> None:
-        caches = given[CACHE].self_attention_cache, given[CACHE].cross_attention_cache
-        calls.append((given["input_ids"].shape[1], *(cache.get_seq_length() for cache in caches)))
-
-    model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
-    measure_speed([model], SpeedSettings(prompt=7, generated=2, rounds=1))
-    assert calls == [(1, 0, 0), (1, 1, 7), (1, 2, 7)] * 2
 
 
 @pytest.mark.parametrize(
