@@ -32,4 +32,9 @@ KEYS = {
 OPTIONS = {
     "--mtp": "results have no layers that predict further tokens",
     "--speed": "--answers gives tokens per second, tests/benchmarks/serving.py a server's",
+    "--server-memory": "--set prune.target=12GiB finds the ratio for a server's memory",
+    **dict.fromkeys(
+        ("--intra-bandwidth", "--inter-bandwidth", "--host-bandwidth", "--flops", "--utilisation"),
+        "a plan no longer estimates seconds, which no GPU has measured",
+    ),
 }

@@ -1,10 +1,9 @@
-"""Plans a run: memory per rank, whether it fits, traffic and seconds.
+"""Plans a run: memory per rank, and whether it fits.
 
 %(prog)s llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 %(prog)s path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
 %(prog)s llama-65b --gpu-memory 40 --smallest                  on up to --nodes machines, if given
 %(prog)s llama-65b --cards                                     which setting fits on GPUs of 16 to 80 GiB
-%(prog)s llama-7b --server-memory 24                           tokens of KV cache next to the dense and the pruned
 %(prog)s path/to/model --set prune.target=12GiB --set prune.target_context=8192      which ratio that takes
 
 MODEL is a folder, a hub id (only its config.json is fetched), or llama-7b, llama-13b, llama-30b or llama-65b, with the
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser
-from loraprune_ds.errors import UserError, require, run_command, tell
+from loraprune_ds.errors import UserError, run_command, tell
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.ranks.job import silence_libraries
 
@@ -42,8 +41,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     samples = "in the training data, for a run that counts epochs; default: 1,000 steps are assumed"
     parser.add_argument("--samples", type=int, help=samples)
-    server = "show what a server with this memory for weights and KV cache can hold"
-    parser.add_argument("--server-memory", type=float, metavar="GIB", help=server)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of a table"
     )
@@ -76,36 +73,32 @@ def plan(arguments: argparse.Namespace) -> int:
         print(FORMULAS.read_text(), end="")
         return 0
     cluster = Cluster(**{key: value for key, value in vars(arguments).items() if key in CLUSTER})
-    gib = arguments.server_memory
-    require(
-        gib is None or 0 < gib < float("inf"),
-        f"--server-memory must be a number above 0; got {gib}",
-    )
     silence_libraries()
     # These imports take seconds, so they come after the check of arguments.
-    from loraprune_ds.plan.cards import best_for_cards
-    from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, search
+    from loraprune_ds.plan import options
+    from loraprune_ds.plan.plan import make_plan, plan_json
     from loraprune_ds.plan.request import build_request, read_run
-    from loraprune_ds.plan.table import card_table, plan_table, verdict
+    from loraprune_ds.plan.table import option_table, plan_table, verdict
 
     run = read_run(arguments.model, config_path=arguments.config, overrides=arguments.set)
     build = partial(build_request, *run, samples=arguments.samples)
-    most_nodes = getattr(arguments, "nodes", MOST_NODES)
+    most_nodes = getattr(arguments, "nodes", options.MOST_NODES)
     if arguments.cards:
-        cards = list(best_for_cards(build, cluster, most_nodes))
-        print(json.dumps(cards, indent=2) if arguments.json else card_table(cards))
+        best = options.best_for_cards(build, cluster, most_nodes)
+        cards = list(map(options.row_of, best))
+        print(json.dumps(cards, indent=2) if arguments.json else option_table(cards))
         return 0
-    reason = ""
     if arguments.smallest:
-        planned, reason = search(build, cluster, most_nodes)
+        planned = options.first_that_fits(build, options.sizes(cluster, most_nodes))
     else:
         planned = make_plan(build(cluster))
-    facts = plan_json(planned, gib)
+    facts = plan_json(planned)
+    facts["options"] = list(map(options.row_of, options.options(build, planned)))
     if arguments.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
     else:
         print(plan_table(planned, facts))
     if planned.fits:
         return 0
-    tell(UserError(reason or verdict(planned)))
+    tell(UserError(verdict(planned)))
     return DOES_NOT_FIT_EXIT_CODE

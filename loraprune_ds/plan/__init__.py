@@ -1,1 +1,1 @@
-"""What a run needs in memory, traffic and time, before it runs."""
+"""What a run needs in memory, before it runs."""

@@ -36,14 +36,6 @@ class Cluster:
     host_reserve: float = _option(
         3.0, "GiB of host memory of a rank's process before it loads anything"
     )
-    intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
-    # over all its network cards
-    inter_bandwidth: float = _option(25.0, "GB/s that a machine receives from the others")
-    host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
-    flops: float = _option(
-        312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, by its data sheet"
-    )
-    utilisation: float = _option(0.4, "fraction of --flops that a run reaches")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -83,12 +75,3 @@ class Cluster:
     @property
     def host_bytes(self) -> int:
         return int(self.host_memory * GIB)
-
-    def between_nodes(self, per_rank: float, ranks: int) -> float:
-        """Returns how many of `per_rank` bytes go to other nodes, if a rank sends them evenly to `ranks`."""
-        return per_rank * max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
-
-    def seconds_to_receive(self, per_rank: float, ranks: int) -> float:
-        """Returns the time until every rank has received `per_rank` bytes over the slower link, without latencies."""
-        per_node = self.between_nodes(per_rank, ranks)  # a byte enters a node once for all its GPUs
-        return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

@@ -72,23 +72,6 @@ def _bytes_to_solve(n: int, k: int, m: int) -> int:
     return max(right, solution, check)
 
 
-def sent_in_a_cut(request: Request, before: ModelShape, layers: list[int]) -> int:
-    """Counts the bytes of a cut that changes these layers: the weights once, half moments, refitted linears twice."""
-    linears = [linear for i, linear in refitted(request, before) if i in layers]
-    if not linears:
-        return 0
-    shards = request.shard_bytes(request.stored(before))
-    shards += request.element_size * request.lora_shards(before)
-    moments = 4 * sum(_halves(request, before).values())
-    refits = 2 * full_bytes(request.stored_as(*linears))  # to the owner and back
-    return shards * (request.world_size - 1) + moments + refits
-
-
-def flops_per_token(request: Request, shape: ModelShape) -> int:
-    """Counts the operations of the moments per repeated token."""
-    return 2 * sum(_halves(request, shape).values())
-
-
 def saved_bytes(request: Request, shape: ModelShape) -> int:
     """Counts the bytes of the linears that were refitted on the way to a shape. Token ids do not count."""
     changed = set(refitted(request, shape)) - set(refitted(request, request.shape))

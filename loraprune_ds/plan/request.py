@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import apply_override, config_from_dict, merge, read_config
+from loraprune_ds.config_file import apply_override, config_from_dict, read_config
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import attn_implementation
@@ -71,6 +71,7 @@ class Request:
     schedule: Schedule
     ds_config: JsonObject  # with every "auto" replaced
     samples: int | None = None  # in the training data, if known
+    overrides: Sequence[str] = ()  # of this request, as `--set` gives them
 
     @property
     def steps_known(self) -> bool:
@@ -217,10 +218,16 @@ def build_request(
     shape: ModelShape,
     config: RunConfig,
     cluster: Cluster,
+    overrides: Sequence[str] = (),
     *,
     samples: int | None = None,
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
+    if overrides:
+        raw = config.to_dict()
+        for override in overrides:
+            apply_override(raw, override)
+        config = config_from_dict(raw)
     train = config.train
     train.gradient_accumulation_steps(cluster.world_size)
     text = text_config(source, name)
@@ -257,31 +264,9 @@ def build_request(
         is_whole,
         f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs",
     )
-    return Request(name, text, shape, config, cluster, schedule, ds_config, samples)
+    return Request(name, text, shape, config, cluster, schedule, ds_config, samples, overrides)
 
 
 def full_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Counts the bytes of unsharded tensors."""
     return sum(tensor.element_size * math.prod(tensor.shape) for tensor in tensors)
-
-
-def changed(request: Request, cluster: Cluster | None = None, **sections: JsonObject) -> Request:
-    """Builds the same request with another cluster, or other values in sections: `train={...}`.
-
-    `deepspeed={...}` are keys of zero_optimization. hpZ's "auto" depends on the cluster and is resolved again.
-    """
-    zero = sections.pop("deepspeed", {})
-    config = config_from_dict(merge(request.config.to_dict(), sections))
-    new = build_request(
-        request.model,
-        request.source,
-        request.shape,
-        config,
-        cluster or request.cluster,
-        samples=request.samples,
-    )
-    settings = request.ds_config["zero_optimization"] | zero
-    if HPZ not in zero:
-        settings.pop(HPZ, None)
-    new.ds_config["zero_optimization"] |= settings
-    return new

@@ -1,7 +1,7 @@
 """Bytes of a rank over the whole run, by term. README.md in this folder has the formulas."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.frozen import StoredTensor
@@ -9,7 +9,7 @@ from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan import refits
 from loraprune_ds.plan.activations import activations, forward_temporaries, logits
-from loraprune_ds.plan.request import PlannedBatch, Request, changed, full_bytes
+from loraprune_ds.plan.request import PlannedBatch, Request, full_bytes
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.ranks.flat import GATHERED_NUMEL
 
@@ -51,7 +51,8 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     if (
         request.config.model.frozen
     ):  # the export is not quantised. It is evaluated after the run's model was freed
-        stock = changed(request, model={"frozen": None})
+        config = request.config
+        stock = replace(request, config=replace(config, model=replace(config.model, frozen=None)))
         shape = stock.shape_at(stock.schedule.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
@@ -141,15 +142,6 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     ahead = linear + module * max(1, math.ceil(prefetched / module))
     fetched = max(live, stays) + max(module + max(module, prefetched), ahead)
     return min(fetched, model + max(prefetched, linear))
-
-
-def passes_of_weights(request: Request, shape: ModelShape) -> int:
-    """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
-    numel, _ = _model_size(request, shape)
-    stays = numel <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
-    again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
-    # a layer that is gathered as one is still there for recomputation
-    return (1 if stays else 2) + again
 
 
 def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:

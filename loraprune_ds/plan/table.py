@@ -22,33 +22,22 @@ def plan_table(plan: Plan, facts: JsonObject) -> str:
     """Lays out the `facts` of `plan_json`."""
     lines = _head_lines(plan, facts)
     lines += ["", *_memory_rows(facts["stages"])]
-    lines += ["", *_cost_rows(facts["costs"])]
-    lines += _total_rows(facts, steps_known=plan.request.steps_known)
+    lines += ["", *_total_rows(facts, steps_known=plan.request.steps_known)]
     lines += ["", verdict(plan)]
     lines += [f"note: {note}" for note in facts["notes"]]
-    for served in facts["serving"]:
-        room = f"{served['tokens']:,} tokens of KV cache" if served["tokens"] else "they do not fit"
-        weights = _gib(served["weights"])
-        lines.append(f"on the server, {served['model']}: {weights} GiB of weights, {room}")
-    for row in facts["suggestions"]:
-        fits = "fits" if row["fits"] else "does not fit"
-        device = _gib(row["device_bytes"])
-        lines.append(f"  {fits:<13}{device:>8} GiB  {row['change']}: {row['setting']}")
-    if most := facts["largest_micro_batch"]:
-        lines.append(
-            f"the largest micro-batch that fits, with the same result: --set train.micro_batch_size={most}"
-        )
+    lines += ["", option_table(facts["options"])]
     return "\n".join(lines)
 
 
-def card_table(cards: Iterable[JsonObject]) -> str:
-    """Lays out the rows of `best_for_cards`."""
+def option_table(options: Iterable[JsonObject]) -> str:
+    """Lays out plans of other settings, or on other GPUs."""
     rows = [f"{'GiB':>8}{'GPUs':>8}{'peak':>8}  settings"]
-    for card in cards:
-        gpus = card["gpus"] if card["fits"] else "none"
-        overrides = " ".join(f"--set {override}" for override in card["overrides"])
+    for option in options:
+        gpus = option["gpus"] if option["fits"] else "none"
+        overrides = " ".join(f"--set {override}" for override in option["overrides"])
         settings = overrides or "as it is"
-        rows.append(f"{card['gpu_memory']:>8g}{gpus:>8}{_gib(card['device_bytes']):>8}  {settings}")
+        peak = _gib(option["device_bytes"])
+        rows.append(f"{option['gpu_memory']:>8g}{gpus:>8}{peak:>8}  {settings}")
     return "\n".join(rows)
 
 
@@ -111,37 +100,13 @@ def _terms(columns: Iterable[Terms]) -> list[str]:
     return list(dict.fromkeys(term for term, count in counts if count))
 
 
-def _cost_rows(costs: dict[str, JsonObject]) -> list[str]:
-    """Returns a column per kind of step and for the cut."""
-    columns = costs.values()
-    sent = [cost["sent"] for cost in columns]
-    rows = [_row("", costs)]
-    for term in _terms(sent):
-        sent_gb = (terms.get(term, 0) / 1e9 for terms in sent)
-        rows.append(_number_row(f"GB sent: {term}", sent_gb))
-    between_nodes = (cost["between_nodes"] / 1e9 for cost in columns)
-    rows.append(_number_row("GB of it to other nodes", between_nodes))
-    for name in ("compute", "communication", "host_copies"):
-        rows.append(_number_row(f"seconds: {name}", (cost[name] for cost in columns)))
-    for name in ("at_least", "at_most"):
-        rows.append(_number_row(f"seconds {name}", (cost[name] for cost in columns), digits=2))
-    return rows
-
-
 def _total_rows(facts: JsonObject, *, steps_known: bool) -> list[str]:
-    """Returns the hours, bytes and files of the whole run."""
-    total = facts["in_all"]
-    hours = f"{total['at_least'] / 3600:.1f} to {total['at_most'] / 3600:.1f} hours"
-    steps = f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts"
+    """Returns the steps and files of the whole run."""
     checkpoint = facts["disk_bytes"]["checkpoint"] / 1e9
     return [
-        f"in all: {hours}, {total['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}",
+        f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts",
         f"on the shared disk: a checkpoint {checkpoint:.1f} GB",
     ]
-
-
-def _number_row(name: str, numbers: Iterable[float], digits: int = 3) -> str:
-    return _row(name, (f"{number:.{digits}f}" for number in numbers))
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """The sizes that a run makes, from `prune.ratio`, `prune.target` or `prune.sizes`."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -232,14 +231,6 @@ def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
     weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
     cache = BYTES * cached_numel(shape) * config.target_context + 4 * state_numel(shape)
     return {"weights": weights, "kv_cache": cache}
-
-
-def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
-    """Returns the bytes of weights, and how many tokens of KV cache fit into the rest of `memory` bytes."""
-    weights = server_memory(config, shape)["weights"]
-    rest = memory - weights - 4 * state_numel(shape)
-    tokens = max(0, math.floor(rest / (BYTES * cached_numel(shape))))
-    return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
 
 
 def measure(config: PruneConfig, shape: ModelShape, amount: Amount) -> float:

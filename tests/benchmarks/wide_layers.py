@@ -27,7 +27,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.groups import Kind
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.request import Request, build_request, changed
+from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import Stage, plan_stages, split_state
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.weight_files import write_weight_file
@@ -36,6 +36,7 @@ from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, mak
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
 from tests.support.launching import on_ranks
 from tests.support.plan_cases import planned_peak
+from tests.support.plan_requests import changed
 from tests.support.published import sizes_of
 
 RESULT = RESULTS / "wide_layers.json"
@@ -153,7 +154,7 @@ def request_for(name: str, folder: Path, shape: ModelShape) -> Request:
 
 
 def planned_cut(request: Request) -> Stage:
-    after = changed(request, prune={"ratio": CUTS[1]}).shape_at(STEPS)
+    after = changed(request, f"prune.ratio={CUTS[1]}").shape_at(STEPS)
     return plan_stages(request, after, after)[1]
 
 
@@ -167,7 +168,7 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
         both = list[tuple[int, int]]()
         for step in steps:
             at = (
-                changed(request, prune={"ratio": gone[step - 1]}).shape_at(STEPS)
+                changed(request, f"prune.ratio={gone[step - 1]}").shape_at(STEPS)
                 if step > 1
                 else request.shape
             )

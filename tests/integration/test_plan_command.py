@@ -49,7 +49,7 @@ def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
     out, error = capsys.readouterr()
     found = json.loads(out)
     assert found["fits"] is False
-    assert any(suggestion["fits"] for suggestion in found["suggestions"])
+    assert any(option["fits"] for option in found["options"])
     assert error.count("\n") == 1
 
 
@@ -58,7 +58,7 @@ def test_the_smallest_cluster_as_a_table(plan: Plan, capsys: pytest.CaptureFixtu
     assert plan(f"llama-7b --gpu-memory 24 --smallest {steps}") == 0
     out = capsys.readouterr().out
     assert "llama-7b fits on " in out
-    assert all(f"\n{row} " in out for row in ("peak", "  while", "+ repartition", "in all:"))
+    assert all(f"\n{row} " in out for row in ("peak", "  while", "+ repartition"))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_smallest_cluster_as_a_table(plan: Plan, capsys: pytest.CaptureFixtu
         ("llama-65b --smallest --nodes 0", "--nodes"),
         ("./nowhere", "./nowhere"),
         ("", "--config"),
-        ("embedded --server-memory 0", "--server-memory"),
+        ("embedded --server-memory 24", "prune.target"),
         ("embedded --set prune.target=4GX", "prune.target"),
         # refused by the run's own check of the model
         ("embedded --set prune.ratio=0.999", "prune.ratio"),
@@ -87,24 +87,11 @@ def test_bad_input_is_one_line(
     assert named in error
 
 
-def test_a_server_gets_what_fits_beside_the_weights(
-    plan: Plan, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """SmolLM2-135M: 134,515,008 parameters, 3 key-value heads of 64 in 30 layers."""
-    target = "--set prune.ranking=uniform --set prune.target=0.3GiB --set prune.target_context=8192"
-    assert plan(f"embedded --gpus-per-node 1 {target} --server-memory 0.5 --json") == 0
-    found = json.loads(capsys.readouterr().out)
-    dense, pruned = found["serving"]
-    assert (dense["parameters"], dense["weights"]) == (134_515_008, 2 * 134_515_008)
-    assert dense["tokens"] == (2**29 - 2 * 134_515_008) // (2 * 30 * 3 * 64 * 2)
-    assert pruned["parameters"] == found["parameters_after"]
-    assert 0.29 * 2**30 < found["target"]["reached"] <= 0.3 * 2**30
-
-
 def test_the_best_setting_for_each_card(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("embedded --cards --set train.distill_weight=0 --json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["gpus"], row["overrides"]) for row in rows] == 5 * [(1, [])]
     assert plan("llama-65b --cards --gpus-per-node 1 --nodes 1") == 0
-    cells = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert cells == ["GPUs", "none", "none", "none", "none", "1"]
+    settings = [line.split()[3:] for line in capsys.readouterr().out.splitlines()[1:]]
+    offload = ["--set", "deepspeed=ds_configs/zero3_offload.json"]
+    assert settings == [*4 * [offload], ["--set", "model.frozen=int8"]]

@@ -22,7 +22,6 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.activations import saved_in_layer
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import split_state, training_stage
 from loraprune_ds.pretrained.pretrained import open_for_pruning
@@ -36,6 +35,7 @@ from tests.support.driver import Consecutive, ShardedTrainer, assemble
 from tests.support.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
 
 STEPS = 4  # the cut follows the second
+IN_GROUP = "weights_in_group"  # gathered inside a group of hpZ. Other bytes go to all ranks
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         cut_layers = [cut for layer, kept in layers for cut in layer_cuts(layer, kept, request)]
         moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
-        counts = {
-            "most": cut_cost(request, before, after).sent["cut"],
-            "moved": moved,
-            "counted": sent,
-        }
-        rows[-1] |= {"sent": counts, "peak_rss": cutting.peak - baseline}
+        rows[-1] |= {"sent": {"moved": moved, "counted": sent}, "peak_rss": cutting.peak - baseline}
     return {"rank": rank, "states": rows, "steps": steps}
 
 
@@ -251,32 +246,38 @@ def _measured_step(
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
     scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
-    planned = step_sent(request, shape, scores=scores)
-    pruning = planned["scoring"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "magnitude")
-    of_lora = 8 * request.lora_shards(shape) * (world_size - 1) if lora_scored else 0
+    lora_shards = request.lora_shards(shape) * (world_size - 1)
+    of_lora = 8 * lora_shards * lora_scored
     agreed = 7 * 8 * (world_size - 1)  # fp64 numbers of a step (`RankNumbers`)
     return {
         "step": step,
-        "weights": {
-            "most": planned["weights"],
-            "counted": sent["all_gather_into_tensor"] - of_lora - agreed,
-        },
-        IN_GROUP: {"most": planned[IN_GROUP], "counted": sent[IN_GROUP]},
+        "weights": sent["all_gather_into_tensor"] - of_lora - agreed,
+        IN_GROUP: sent[IN_GROUP],
         "second_copy": {
             "planned": split_state(request, shape)[0].get("second_copy", 0),
             "counted": storage_bytes(chain(*map(second_copies, modules(trainer)))),
         },
         "lora_gradients": {
-            "planned": planned["lora_gradients"],
+            "planned": 4 * request.micro_batches * lora_shards,
             "counted": sent["reduce_scatter_tensor"],
         },
-        "pruning": {"planned": pruning, "counted": own - agreed},
+        "pruning": {
+            "planned": of_lora + 8 * _scores(request, shape) * (scores and world_size > 1),
+            "counted": own - agreed,
+        },
         "resident_planned": training_stage("", request, shape, scores=scores).resident,
         "peak_planned": planned_peak(request, shape, scores=scores),
         "peak_rss": peak.peak - baseline,
         "rss": resident_bytes() - baseline,
     }
+
+
+def _scores(request: Request, shape: ModelShape) -> int:
+    """Counts the scores that ranks add up."""
+    if request.config.prune.criterion == "fisher":
+        return sum(run.scores for _, linear in shape.input_linears() for run in linear.spans)
+    return sum(run.groups for _, linear in shape.linears() for run in linear.spans)
 
 
 def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:

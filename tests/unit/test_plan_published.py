@@ -12,8 +12,8 @@ import pytest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.files import read_json
-from loraprune_ds.plan.cards import best_for_cards, with_overrides
 from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.options import best_for_cards, row_of
 from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import Run, build_request, read_run
 from loraprune_ds.pretrained.read_shape import shape_from_config
@@ -64,14 +64,11 @@ def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str, one_gpu: 
 
 
 def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
-    total, request = plan.in_all, plan.request
-    hours = " to ".join(
-        dict.fromkeys(f"{seconds / 3600:.1f}" for seconds in (total.at_least, total.at_most))
-    )
+    ranks = plan.request.world_size
     memory = plan.device_bytes / GIB
     saved = plan.checkpoint_bytes / 1e9
     run = ", ".join(f"`{part}`" for part in (path.name, *overrides))
-    return f"| {run} | {request.world_size} | {memory:.0f} | {hours} | {saved:.0f} |"
+    return f"| {run} | {ranks} | {memory:.0f} | {saved:.0f} |"
 
 
 def run_of(name: str, overrides: Sequence[str] = ()) -> Run:
@@ -95,15 +92,15 @@ def test_each_line_of_the_table_of_cards_is_a_plan(
     count = int(gpus)
     nodes = max(1, count // 8)
     cluster = Cluster(nodes, count // nodes, gpu_memory=int(memory))
-    request = build_request(*run_of(name), cluster)
-    plan = make_plan(with_overrides(request, re.findall(r"`([^`]+)`", settings)))
+    overrides = re.findall(r"`([^`]+)`", settings)
+    plan = make_plan(build_request(*run_of(name), cluster, overrides))
     assert plan.fits
     assert f"{plan.device_bytes / GIB:.1f}" == peak
 
 
 def test_the_best_settings_of_an_8b_are_those_of_the_page() -> None:
     name = "llama3.1-8b"
-    found = best_for_cards(partial(build_request, *run_of(name)), Cluster(), 1)
+    found = map(row_of, best_for_cards(partial(build_request, *run_of(name)), Cluster(), 1))
     rows = [
         f"| `{name}.yaml` | {x['gpu_memory']} | {x['gpus']} | {x['device_bytes'] / GIB:.1f} | "
         f"{', '.join(f'`{override}`' for override in x['overrides'])} |"

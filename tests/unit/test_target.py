@@ -15,13 +15,7 @@ from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import Budget, Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_goal
 from loraprune_ds.pruning.schedule import plan_pruning
-from loraprune_ds.pruning.target import (
-    describe_target,
-    measure,
-    on_a_server,
-    resolve,
-    server_memory,
-)
+from loraprune_ds.pruning.target import describe_target, measure, resolve, server_memory
 from tests.support.families import EQUAL, MIXTURES, tiny_config
 from tests.support.paper import FREE, PAPER
 from tests.support.refusals import must_name, refused
@@ -219,8 +213,6 @@ def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
     )
     assert server_memory(config, shape)["kv_cache"] == 2 * per_token * 100 + 4 * state
     assert attention_product(shape, 50) == 2 * 10 * 12 * 50 + 2 * 3 * state
-    memory = server_memory(config, shape)["weights"] + 4 * state + 2 * per_token * 7
-    assert on_a_server(config, shape, memory)["tokens"] == 7
 
 
 # `prune.sizes`: several models of one run

@@ -37,14 +37,16 @@ def steps(found: Found) -> None:
     for micro_batch in size.micro_batches:
         for criterion in CRITERIA:
             trainer, request = make_trainer(size, micro_batch_size=micro_batch, criterion=criterion)
-            plan, name = make_plan(request), f"micro-batch {micro_batch}"
+            name = f"micro-batch {micro_batch}"
             if criterion == "lora":
                 with patch.object(trainer.pruner, "score", lambda step: None):
                     _timed(trainer, found, f"{name}, plain: s per step")
                     found.row(f"{name}, plain: kernels' part of the time", **_profiled(trainer))
             name = f"{name}, {criterion}"
-            last = _timed(trainer, found, f"{name}: s per step", plan.costs["step"].total.at_most)
-            found.row(f"{name}: peak GiB", peak_bytes() / GIB, plan.stages[0].peak / GIB)
+            last = _timed(trainer, found, f"{name}: s per step")
+            found.row(
+                f"{name}: peak GiB", peak_bytes() / GIB, make_plan(request).stages[0].peak / GIB
+            )
             if last.mfu is not None:
                 found.row(f"{name}: MFU", last.mfu)
             trainer.engine.release()
@@ -54,8 +56,8 @@ def cuts(found: Found) -> None:
     """Times cuts of a multiple, then of odd widths, and the steps at each width."""
     _start()
     size = sizes("llama-7b")
-    trainer, request = make_trainer(size, micro_batch_size=size.micro_batches[-1])
-    _timed(trainer, found, "dense: s per step", make_plan(request).costs["step"].total.at_most)
+    trainer, _ = make_trainer(size, micro_batch_size=size.micro_batches[-1])
+    _timed(trainer, found, "dense: s per step")
     _cuts(trainer, found, size, size.cuts, "host" if is_cpu() else "allocated")
     _timed(trainer, found, "at a multiple: s per step")
     with Profile() as profiler:
@@ -75,8 +77,8 @@ def offload(found: Found) -> None:
     """Makes steps and cuts with all weights on the host."""
     _start()
     size = sizes("llama-13b")
-    trainer, request = make_trainer(size, deepspeed="ds_configs/zero3_offload.json")
-    _timed(trainer, found, "s per step", make_plan(request).costs["step"].total.at_most)
+    trainer, _ = make_trainer(size, deepspeed="ds_configs/zero3_offload.json")
+    _timed(trainer, found, "s per step")
     _cuts(trainer, found, size, min(3, size.cuts), "host")
 
 
@@ -104,22 +106,13 @@ def _start() -> None:
     run_engine(sharded=True).start_ranks()
 
 
-def _timed(
-    trainer: ShardedTrainer, found: Found, what: str, planned: float | None = None
-) -> StepRecord:
+def _timed(trainer: ShardedTrainer, found: Found, what: str) -> StepRecord:
     """Adds the row of a few steps. Returns the record of the last one."""
     accelerator().reset_peak_memory_stats()
     _, *records = [trainer.step(1) for _ in range(1 + TIMED)]
     seconds, last = [record.seconds for record in records], records[-1]
     speed = {"seconds": seconds, "tokens_per_second": last.tokens_per_second, "mfu": last.mfu}
-    found.row(
-        what,
-        statistics.median(seconds),
-        planned,
-        **speed,
-        peak_bytes=peak_bytes(),
-        **device_bytes(),
-    )
+    found.row(what, statistics.median(seconds), **speed, peak_bytes=peak_bytes(), **device_bytes())
     return last
 
 
