@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
-    from torch import Tensor
 
     from loraprune_ds.model.groups import Kind, LayerKeep
     from loraprune_ds.model.shape import ModelShape
@@ -59,8 +58,6 @@ LEGEND_ABOVE: Any = {
     "ncols": 3,
     "borderaxespad": 0.2,
 }
-MOST_CELLS = 384  # of a strip: more would be narrower than a pixel or two
-MOST_CELLS_APART = 64  # with gaps between the cells
 MOST_NUMBERED = 48  # layers whose counts are written down
 # Evaluations during the run have no label.
 NAMES: dict[EvaluationName, str] = {
@@ -150,74 +147,25 @@ def _place(label: "Annotation", axes: "Axes", taken: "list[Bbox]") -> None:
 
 
 def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]") -> None:
-    """Draws which groups of each kind every layer kept, as a strip per layer, and their number."""
+    """Draws how many groups of each kind every layer kept."""
     from matplotlib.ticker import MaxNLocator
 
     layers = len(dense.layers)
-    height = 1.3 + min(max(0.115 * layers, 1.4), 9.0)
-    dense_counts = {kind: [layer[kind] for layer in dense.counts] for kind in dense.kinds}
-    widths: list[int] = []
-    for counts in dense_counts.values():
-        cells_are_apart = max(counts) <= MOST_CELLS_APART
-        widths += (3 if cells_are_apart else 6, 1)  # of the strips, and of their bars
-    with picture(path, (11, height), {"axes.grid": False}) as figure:
-        axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
-        for kind, strips, bars in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
+    kinds = dense.kinds
+    size = (1.5 + 3.5 * len(kinds), 1.3 + min(max(0.115 * layers, 1.4), 9.0))
+    with picture(path, size, {"axes.grid": False}) as figure:
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for kind, axes in zip(kinds, panels, strict=True):
             title, colour = PANELS[kind]
-            counts = dense_counts[kind]
-            groups = [keep[kind] for keep in kept]
-            _draw_strips(strips, groups, counts, colour)
-            kept_counts = [len(layer) for layer in groups]
-            _draw_counts(bars, counts, kept_counts, colour)
+            counts = [layer[kind] for layer in dense.counts]
+            kept_counts = [len(keep[kind]) for keep in kept]
+            _draw_counts(axes, counts, kept_counts, colour)
             total = sum(counts)
             total_kept = sum(kept_counts)
             percent = 100 * total_kept / total
-            strips.set_title(f"{title}: {total_kept:,} of {total:,} kept ({percent:.0f} %)")
-        axes[0].set(ylabel="decoder layer", ylim=(layers - 0.5, -0.5))
-        axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
-
-
-def _draw_strips(
-    axes: "Axes", kept: "Sequence[Tensor]", counts: Sequence[int], colour: str
-) -> None:
-    """Draws a row per layer and a cell per group, or per several if there are too many.
-
-    Args:
-        kept: the kept groups of each layer.
-        counts: the groups of each dense layer.
-    """
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.ticker import MaxNLocator
-
-    layers = len(counts)
-    most = max(counts)
-    groups_per_cell = math.ceil(most / MOST_CELLS)
-    cells = math.ceil(most / groups_per_cell)
-    share = np.full((layers, cells), np.nan)  # kept fraction of the groups in a cell
-    for row, groups, count in zip(share, kept, counts, strict=True):
-        cell = np.arange(count) // groups_per_cell
-        dense = np.bincount(cell, minlength=cells)
-        stays = np.bincount(cell[groups.numpy()], minlength=cells)
-        np.divide(stays, dense, out=row, where=dense > 0)
-    axes.imshow(
-        share,
-        cmap=LinearSegmentedColormap.from_list("kept", [PALE, colour]),
-        vmin=0,
-        vmax=1,
-        extent=(-0.5, cells * groups_per_cell - 0.5, layers - 0.5, -0.5),
-        aspect="auto",
-        interpolation="nearest",
-    )
-    axes.hlines(np.arange(1, layers) - 0.5, -0.5, most - 0.5, color="white", lw=0.8)
-    if most <= MOST_CELLS_APART:
-        axes.vlines(np.arange(1, most) - 0.5, -0.5, layers - 0.5, color="white", lw=0.8)
-    label = "number in the dense model, grey is removed"
-    if groups_per_cell > 1:
-        label += f", one shade for {groups_per_cell}"
-    axes.set(xlim=(-0.5, most - 0.5), xlabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.set_title(f"{title}: {total_kept:,} of {total:,} kept ({percent:.0f} %)")
+        panels[0].set(ylabel="decoder layer", ylim=(layers - 0.5, -0.5))
+        panels[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
 def _draw_counts(
@@ -230,7 +178,7 @@ def _draw_counts(
     if len(counts) <= MOST_NUMBERED:
         numbers = [f" {count:,}" for count in kept_counts]
         axes.bar_label(bars, numbers, fontsize=7, color=TEXT, padding=1)
-    room = 1.3 * max(counts)  # for the numbers
+    room = 1.15 * max(counts)  # for the numbers
     axes.set(xlim=(0, room), xticks=[], xlabel="number kept")
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(left=False)
