@@ -1,26 +1,22 @@
 """Tasks by name. Those with its prefix come from reasoning-gym, all others from EleutherAI's lm-evaluation-harness.
 
-reasoning-gym makes questions with checkable answers, and scores the answers. Both packages are optional, and imported
-only when used.
+reasoning-gym makes questions with checkable answers, and scores the answers. lm-eval asks them. Both packages are
+optional, and imported only when used.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.files import JsonObject, read_json
-from loraprune_ds.generate.encoding import encode_prompts
-from loraprune_ds.generate.prompts import AnswerSettings, Message, Prompt
 from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
 
@@ -55,34 +51,27 @@ FEWSHOT = 3  # examples before a question
 QUESTIONS = 100
 SEED = 0  # question i has the seed SEED + i
 EXAMPLES_SEED = 10**6  # far from the seeds of the questions
-ROOM = 8  # tokens beyond the longest right answer
+ROOM = 8  # tokens beyond the characters of the longest right answer
 # of reasoning-gym, with the reasons
 REFUSED_TASKS = read_json(Path(__file__).with_name("refused_tasks.json"))
 
 
 def check_tasks(settings: TaskSettings) -> None:
     """Checks that the packages are installed and can load all tasks. Raises UserError with the first that fails."""
-    gym, others = _split(settings)
-    require(
-        bool(others.names) or settings.include_path is None,
-        f"--include-path has no effect on tasks of {GYM}",
-    )
-    if gym.names:
-        load_tasks(gym)
-    if not others.names:
-        return
     require(
         importlib.util.find_spec("lm_eval") is not None,
         "--tasks needs the package lm-eval: pip install 'lm-eval[hf]'",
     )
     folder = settings.include_path
     require(folder is None or folder.is_dir(), f"--include-path: {folder} is not a folder")
-    available = _task_manager(folder).all_tasks
-    for name in _expand(others.names):
+    gym, others = _split(settings)
+    available = _task_manager(folder).all_tasks if others else ()
+    for name in others:
         is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
         if name not in available and not is_file:
             hint = did_you_mean(name, available) or "; see `lm-eval ls tasks`"
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
+    _gym_tasks(gym, settings)
 
 
 def run_tasks(
@@ -97,45 +86,60 @@ def run_tasks(
     gym, others = _split(settings)
     results: JsonObject = {}
     reported: JsonObject = {}
-    if others.names:
-        results, reported = _run_lm_eval(others, writer, batch_size, comm)
-    if gym.names:
-        gym_results, reported[GYM] = _run_gym(gym, writer, batch_size, comm)
+    model = _model_on_ranks(writer, batch_size, comm)
+    if others:
+        results, reported = _run_lm_eval(others, settings, model)
+    if gym:
+        templated = bool(writer.tokenizer.chat_template)
+        tasks = _gym_tasks(gym, settings)
+        gym_results, about = _run_lm_eval(tasks, settings, model, templated=templated)
         results |= gym_results
+        reported[GYM] = about | {GYM: version("reasoning-gym")}
     return {"results": results, "settings": reported} if comm.rank == 0 else None
 
 
-def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
-    """Returns the settings of reasoning-gym's tasks and of lm-eval's."""
-    gym = tuple(name for name in settings.names if name.partition(":")[0] == GYM)
-    others = tuple(name for name in settings.names if name not in gym)
-    return replace(settings, names=gym, include_path=None), replace(settings, names=others)
+def _split(settings: TaskSettings) -> tuple[list[str], list[str]]:
+    """Returns the names of reasoning-gym's tasks and of lm-eval's. No task is repeated."""
+    names: dict[str, None] = {}
+    for name in settings.names:
+        names |= dict.fromkeys(SETS.get(name, (name,)))
+    prefix = f"{GYM}:"
+    gym = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return gym, [name for name in names if not name.startswith(prefix)]
+
+
+def _gym_tasks(names: list[str], settings: TaskSettings) -> list[Any]:
+    if names and importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(f"--tasks {GYM} needs the package reasoning-gym: pip install reasoning-gym")
+    fewshot = FEWSHOT if settings.fewshot is None else settings.fewshot
+    return [gym_task(name, fewshot, settings.limit or QUESTIONS) for name in names]
 
 
 def _run_lm_eval(
-    settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator
+    tasks: list[Any], settings: TaskSettings, model: Any, *, templated: bool = False
 ) -> ResultsAndSettings:
     """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Empty but on rank 0. Collective."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         answer = _lm_eval("").simple_evaluate(
-            _model_on_ranks(writer, batch_size, comm),
-            tasks=list(_expand(settings.names)),
+            model,
+            tasks=tasks,
             task_manager=_task_manager(settings.include_path),
             num_fewshot=settings.fewshot,
-            batch_size=batch_size,
+            batch_size=model.batch_size,
             limit=settings.limit,
             log_samples=False,
+            apply_chat_template=templated,
+            fewshot_as_multiturn=templated,
         )
     except Exception as error:  # a task file can hold any code, and `datasets` raises anything
         raise UserError(f"--tasks {' '.join(settings.names)}: {one_line(error)}") from error
-    if comm.rank != 0:
+    if answer is None:
         return {}, {}
     reported = {
         "lm_eval": answer["lm_eval_version"],
         "fewshot": answer["n-shot"],
         "versions": answer["versions"],
-        "documents": answer["n-samples"],
+        "documents": {task: count["effective"] for task, count in answer["n-samples"].items()},
         "max_length": answer["max_length"],
         "chat_template": answer.get("chat_template"),
         **{key: answer["config"].get(key) for key in LM_EVAL_SETTINGS},
@@ -147,21 +151,32 @@ def _model_on_ranks(writer: Writer, batch_size: int, comm: Communicator) -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     backend = "seq2seq" if writer.model.config.is_encoder_decoder else "causal"
     base: Any = _lm_eval(".models.huggingface").HFLM
-    model = base(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
+    model = base(
+        writer.model,
+        backend,
+        tokenizer=writer.tokenizer,
+        batch_size=batch_size,
+        enable_thinking=False,
+    )
+    encode = model.tok_batch_encode
+
+    def encode_whole(texts: list[str], *, left_truncate_len: int, **options: Any) -> Any:
+        """Encodes the prompts of a batch. lm-eval would cut a long one from the left."""
+        ids, mask = encode(texts, **options)
+        length = ids.shape[1]
+        require(
+            length <= left_truncate_len,
+            f"a prompt has {length} tokens, and only {left_truncate_len} leave room for an answer; lower --num-fewshot",
+        )
+        return ids, mask
+
+    model.tok_batch_encode = encode_whole
     model._rank = comm.rank
     model._world_size = comm.world_size
     # a scalar from each: (world_size,)
     model.all_gather = lambda tensor: comm.all_gather(tensor.view(1)).flatten()
     model.barrier = comm.barrier
     return model
-
-
-def _expand(names: Sequence[str]) -> list[str]:
-    """Replaces names of sets by their tasks. No task is repeated."""
-    tasks: list[str] = []
-    for name in names:
-        tasks += SETS.get(name, (name,))
-    return list(dict.fromkeys(tasks))
 
 
 @cache
@@ -171,45 +186,55 @@ def _task_manager(include_path: Path | None) -> Any:
 
 
 def _lm_eval(module: str) -> Any:
-    """Imports a module of lm-eval, which may not be installed where types are checked."""
+    """Imports a module of lm-eval without its warnings. It may not be installed where types are checked."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return importlib.import_module(f"lm_eval{module}")
 
 
-@dataclass(frozen=True)
-class GymTask:
-    """A task with its questions."""
-
-    name: str  # as in the results
-    dataset: Any
-    questions: list[Question]
-    examples: list[Question]
-
-    @property
-    def digest(self) -> str:
-        """Returns the SHA-256 of examples and questions. Only results with equal digests are comparable."""
-        questions = [entry["question"] for entry in (*self.examples, *self.questions)]
-        return hashlib.sha256("\0".join(questions).encode()).hexdigest()
-
-    def score(self, answer: str, question: Question) -> float:
-        """Returns the package's own score, from 0 to 1."""
-        try:
-            return float(self.dataset.score_answer(answer, question))
-        except Exception:  # noqa: BLE001  # some scorers raise at an answer that they cannot read
-            return 0.0
-
-
 @cache
-def load_tasks(settings: TaskSettings) -> tuple[GymTask, ...]:
-    """Makes the questions of all tasks. Raises UserError for a task that is unknown or cannot be loaded."""
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"--tasks {GYM} needs the package reasoning-gym: pip install reasoning-gym")
-    names = [name.removeprefix(f"{GYM}:") for name in _expand(settings.names)]
-    fewshot = FEWSHOT if settings.fewshot is None else settings.fewshot
-    return tuple(_load(name, fewshot, settings.limit or QUESTIONS) for name in names)
+def gym_task(name: str, fewshot: int, count: int) -> Any:
+    """Makes a task of lm-eval from `name`, such as "products" or "products:easy", of reasoning-gym.
+
+    Raises:
+        UserError: the task is unknown or cannot be loaded.
+    """
+    dataset, questions, examples = _make_questions(name, fewshot, count)
+
+    def score(row: JsonObject, answers: list[str]) -> JsonObject:
+        """Returns the package's own score, from 0 to 1, and whether it is full."""
+        try:
+            value = float(dataset.score_answer(answers[0].strip(), questions[row["number"]]))
+        except Exception:  # noqa: BLE001  # some scorers raise at an answer that they cannot read
+            value = 0.0
+        return {"exact_match": float(value >= 1), "score": value}
+
+    def rows(entries: list[Question]) -> list[JsonObject]:
+        keys = ("question", "answer")
+        return [{"number": i, **{key: x[key] for key in keys}} for i, x in enumerate(entries)]
+
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    longest = max(len(entry["answer"]) for entry in questions)
+    config = {
+        "task": f"{GYM}:{name}",
+        "custom_dataset": lambda: {"test": Dataset.from_list(rows(questions))},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "\n",
+        "fewshot_config": {"sampler": "first_n", "samples": rows(examples)},
+        "num_fewshot": fewshot,
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": longest + ROOM},
+        "process_results": score,
+        "metric_list": [{"metric": metric, **mean} for metric in ("exact_match", "score")],
+    }
+    return _lm_eval(".api.task").ConfigurableTask(config=config)
 
 
-def _load(name: str, fewshot: int, count: int) -> GymTask:
-    """Makes the questions of the task `name`, such as "products" or "products:easy", and its examples."""
+def _make_questions(
+    name: str, fewshot: int, count: int
+) -> tuple[Any, list[Question], list[Question]]:
+    """Makes the data set, the questions and the examples before each question."""
     factory: Any = importlib.import_module("reasoning_gym.factory")
     task, _, level = name.partition(":")
     option = f"--tasks {GYM}:{name}"
@@ -232,13 +257,10 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
         candidates = make(EXAMPLES_SEED, 4 * fewshot + 8)
         questions = [dataset[i] for i in range(count)]
         texts = {entry["question"] for entry in questions}
-        examples: list[Question] = []
-        for i in range(len(candidates)):
-            entry = candidates[i]
-            if entry["question"] not in texts:
-                examples.append(entry)
+        others = [candidates[i] for i in range(len(candidates))]
     except Exception as error:  # a task may need more settings, and its generator raises anything
         raise UserError(f"{option}: {one_line(error)}") from error
+    examples = [entry for entry in others if entry["question"] not in texts]
     require(
         all(isinstance(entry["answer"], str) for entry in (*questions, *examples)),
         f"{option}: its questions have no right answer for the examples",
@@ -247,83 +269,4 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
         len(examples) >= fewshot,
         f"{option}: it has too few different questions; lower --num-fewshot or --limit",
     )
-    return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
-
-
-def _run_gym(
-    settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator
-) -> ResultsAndSettings:
-    """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective."""
-    tasks = load_tasks(settings)
-    results = {}
-    for task in tasks:
-        answers = greedy_answers(task, writer, batch_size, comm)
-        pairs = zip(answers, task.questions, strict=True)
-        scores = [task.score(answer, question) for answer, question in pairs]
-        count = len(scores)
-        share = sum(score >= 1 for score in scores) / count  # of full scores
-        error = math.sqrt(share * (1 - share) / max(1, count - 1))
-        results[task.name] = {
-            "exact_match,none": share,
-            "exact_match_stderr,none": error,
-            "score,none": sum(scores) / count,
-        }
-    reported = {
-        "reasoning_gym": version("reasoning-gym"),
-        "fewshot": len(tasks[0].examples),
-        "documents": {task.name: len(task.questions) for task in tasks},
-        "sha256": {task.name: task.digest for task in tasks},
-        "seed": SEED,
-        "chat_template": bool(writer.tokenizer.chat_template),
-    }
-    return results, reported
-
-
-def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
-    """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
-    tokenizer = writer.tokenizer
-    has_template = bool(tokenizer.chat_template)
-    right_answers = [entry["answer"] for entry in task.questions]
-    right_ids = tokenizer(right_answers, add_special_tokens=False)["input_ids"]
-    most = max(map(len, right_ids)) + ROOM
-    prompts: list[Prompt] = []
-    for number, entry in enumerate(task.questions, start=1):
-        prompts.append(Prompt(number, _messages(task, entry["question"], has_template)))
-    encoded = encode_prompts(
-        AnswerSettings(task.name, task.digest, tuple(prompts), most),
-        tokenizer,
-        _limits(writer),
-        "--tasks",
-        enable_thinking=False,
-    )
-    answers: dict[int, str] = {}  # of this rank, by the number of the question
-    for first in range(comm.rank * batch_size, len(encoded), comm.world_size * batch_size):
-        batch = encoded[first : first + batch_size]
-        for i, ids in enumerate(writer.write(batch, max_new_tokens=most, do_sample=False), first):
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            if not has_template:
-                text, _, _ = text.partition("\n\n")
-            answers[i] = text.strip()
-    all_answers: dict[int, str] = {}
-    for rank_answers in comm.gather_objects(answers):
-        all_answers |= rank_answers
-    return [all_answers[i] for i in range(len(encoded))]
-
-
-def _limits(writer: Writer) -> tuple[str, int | None, int]:
-    """Returns the name, the context length and the vocabulary of a model."""
-    positions = getattr(writer.model.config, "max_position_embeddings", None)
-    embedding: Any = writer.model.get_input_embeddings()
-    return writer.tokenizer.name_or_path, positions, len(embedding.weight)
-
-
-def _messages(task: GymTask, question: str, templated: bool) -> list[Message]:
-    """Returns the examples and a question: as turns for a chat template, or else as plain paragraphs."""
-    if not templated:
-        paragraphs = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
-        return [{"role": "user", "content": "".join([*paragraphs, f"{question}\n"])}]
-    turns: list[Message] = []
-    for entry in task.examples:
-        turns.append({"role": "user", "content": entry["question"]})
-        turns.append({"role": "assistant", "content": entry["answer"]})
-    return [*turns, {"role": "user", "content": question}]
+    return dataset, questions, examples[:fewshot]

@@ -259,12 +259,11 @@ def _evaluation_results(result: JsonObject, model: JsonObject) -> Iterator[EvalR
 
 
 def _task_results(task: str, metrics: JsonObject) -> Iterator[EvalResult]:
-    harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
     for metric, value in metrics.items():
         name, _, variant = metric.partition(",")  # such as "acc,none"
         is_number = isinstance(value, int | float)
         if variant and is_number and not name.endswith("_stderr"):
-            yield _result(task, name, value, f"{name} ({variant}), {harness}")
+            yield _result(task, name, value, f"{name} ({variant}), lm-eval")
 
 
 def _perplexity_result(value: float, text: str, window: int | None) -> EvalResult:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RunError
 from loraprune_ds.evaluate import tasks
 from loraprune_ds.evaluate.settings import TaskSettings
-from loraprune_ds.evaluate.tasks import GYM_DEFAULT, GymTask, greedy_answers, load_tasks
+from loraprune_ds.evaluate.tasks import FEWSHOT, GYM_DEFAULT, QUESTIONS, gym_task
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.generate.writer import Writer
 from tests.oracle.models import make_tiny_llama
@@ -43,9 +43,10 @@ def of_gym(name: str, **settings: Any) -> TaskSettings:
 def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     must_name("--tasks lm-eval[hf]", tasks.check_tasks, TaskSettings(("piqa",)))
+    must_name("--tasks lm-eval[hf]", tasks.check_tasks, of_gym("chain_sum"))
+    installed = {"lm_eval"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     must_name("--tasks reasoning-gym", tasks.check_tasks, of_gym("chain_sum"))
-    local = of_gym("chain_sum", include_path=Path())
-    must_name("--include-path reasoning_gym", tasks.check_tasks, local)
 
 
 @needs_gym
@@ -65,31 +66,37 @@ def test_a_task_that_cannot_be_loaded_is_named(name: str, names: str) -> None:
     must_name(f"--tasks {name} {names}", tasks.check_tasks, of_gym(name))
 
 
+def questions_of(name: str) -> tuple[Any, Any]:
+    """Returns a task's questions and its examples."""
+    task = gym_task(name, FEWSHOT, QUESTIONS)
+    return list(task.test_docs()), task.config.fewshot_config.samples
+
+
 @needs_gym
 def test_questions_depend_on_the_seed_alone() -> None:
     """Python shuffles sets by PYTHONHASHSEED. Examples are none of the questions."""
     code = (
-        "from loraprune_ds.evaluate.tasks import TaskSettings, load_tasks;"
-        "print(*(task.digest for task in load_tasks(TaskSettings(('reasoning_gym',)))))"
+        "import json; from tests.unit.test_tasks import GYM_DEFAULT, questions_of;"
+        "print(json.dumps([questions_of(name) for name in GYM_DEFAULT]))"
     )
-    loaded = load_tasks(TaskSettings(("reasoning_gym",)))
-    assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in GYM_DEFAULT]
+    made = [questions_of(name) for name in GYM_DEFAULT]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # here it is another one
     answer = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
-    for task in loaded:
-        assert (len(task.questions), len(task.examples)) == (100, 3)
-        asked = {entry["question"] for entry in task.questions}
-        assert not any(entry["question"] in asked for entry in task.examples)
-        assert all(task.score(entry["answer"], entry) == 1 for entry in task.questions)
+    assert json.loads(answer.stdout.splitlines()[-1]) == [list(pair) for pair in made]
+    for name, (questions, examples) in zip(GYM_DEFAULT, made, strict=True):
+        assert (len(questions), len(examples)) == (QUESTIONS, FEWSHOT)
+        asked = {row["question"] for row in questions}
+        assert not any(row["question"] in asked for row in examples)
+        score = gym_task(name, FEWSHOT, QUESTIONS).process_results
+        assert all(score(row, [row["answer"]])["exact_match"] == 1 for row in questions)
 
 
 @needs_gym
 def test_an_answer_that_the_scorer_cannot_read_is_wrong() -> None:
-    (task,) = load_tasks(of_gym("prime_factorization"))
-    assert task.score("x", task.questions[0]) == 0.0
+    task = gym_task("prime_factorization", 3, 2)
+    assert task.process_results(next(iter(task.test_docs())), ["x"])["score"] == 0
 
 
 # Answers and scores
@@ -99,72 +106,54 @@ def words(*numbers: int) -> str:
     return " ".join(f"w{number}" for number in numbers)
 
 
-def task_of(*lengths: int) -> GymTask:
+def entries_of(*lengths: int) -> list[dict[str, str]]:
     """Makes questions of different lengths, so that batches need padding."""
-    entries = [{"question": words(*range(1, n + 1)), "answer": words(5, n)} for n in lengths]
-    scorer = SimpleNamespace(
-        score_answer=lambda answer, entry: 1.0 if answer == entry["answer"] else 0.25
-    )
-    return GymTask("reasoning_gym:made", scorer, entries[1:], entries[:1])
+    return [{"question": words(*range(1, n + 1)), "answer": words(5)} for n in lengths]
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
-def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(
-    template: str | None, tmp_path: Path
+def test_answers_in_batches_are_those_of_each_question_alone(
+    template: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_llama(tmp_path, vocab=70, seed=3)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.config.max_position_embeddings = 64
     tokenizer = make_tokenizer(template="<s> $A")
     tokenizer.chat_template = template
-    task, writer = task_of(2, 9, 1, 6, 3, 4), Writer(model, tokenizer)
+    example, *questions = entries_of(2, 9, 1, 6, 3, 4)
     expected = []
-    for entry in task.questions:
-        first, question = task.examples[0], entry["question"]
-        plain = f"<s> {first['question']} {first['answer']} {question}"
-        chat = (
-            f"<s> {first['question']} </s> <s> {first['answer']} </s> <s> {question} </s> <s> w59"
-        )
+    for entry in questions:
+        question = entry["question"]
+        plain = f"<s> {example['question']} {example['answer']} {question}"
+        chat = f"<s> {example['question']} </s> <s> {example['answer']} </s> <s> {question} </s> <s> w59"
         ids = tokenizer(chat if template else plain, add_special_tokens=False)["input_ids"]
         made: list[int] = []
-        while len(made) < 2 + tasks.ROOM and made[-1:] != [tokenizer.eos_token_id]:
+        while len(made) < len(words(5)) + tasks.ROOM and made[-1:] != [tokenizer.eos_token_id]:
             made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
         expected.append(str(tokenizer.decode(made, skip_special_tokens=True)).strip())
     assert len(set(expected)) > 1
-    assert greedy_answers(task, writer, 3, rank_of(1, 0)) == expected
-    by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
-    of_two = rank_of(2, 0, gather_objects=lambda mine: [by_rank_1, mine])
-    assert greedy_answers(task, writer, 2, of_two) == expected
-    must_name(
-        "--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), writer, 2, rank_of(1, 0)
-    )
-    model.resize_token_embeddings(18)
-    must_name("reasoning_gym:made vocab_size 18", greedy_answers, task, writer, 2, rank_of(1, 0))
+    given: list[str] = []
 
+    def score(answer: str, entry: dict[str, str]) -> float:
+        given.append(answer)
+        return 1.0 if answer == expected[0] else 0.25
 
-def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of(2, 3, 4, 6, 7)
-    right = [entry["answer"] for entry in task.questions]
-    monkeypatch.setattr(tasks, "load_tasks", lambda settings: (task,))
+    data = SimpleNamespace(score_answer=score), questions, [example]
+    monkeypatch.setattr(tasks, "_make_questions", lambda *_: data)
     monkeypatch.setattr(tasks, "version", lambda package: "0")
-    monkeypatch.setattr(tasks, "greedy_answers", lambda *given: [right[0], "w1", "w1", "w1"])
-    settings = TaskSettings(("reasoning_gym:made",))
-    found: Any = tasks.run_tasks(
-        settings, Writer(cast(Any, None), make_tokenizer()), 2, rank_of(1, 0)
-    )
-    error = (0.25 * 0.75 / 3) ** 0.5
-    metrics = {
-        "exact_match,none": 0.25,
-        "exact_match_stderr,none": error,
-        "score,none": (1 + 3 * 0.25) / 4,
-    }
-    assert found["results"] == {"reasoning_gym:made": metrics}
-    about = found["settings"]["reasoning_gym"]
-    assert (about["fewshot"], about["documents"], about["chat_template"]) == (
-        1,
-        {"reasoning_gym:made": 4},
-        False,
-    )
+    tasks.gym_task.cache_clear()
+    settings = TaskSettings(("reasoning_gym:made",), fewshot=1)
+    writer = Writer(model, tokenizer)
+    alone = rank_of(1, 0, barrier=None, all_gather=None)
+    found: Any = tasks.run_tasks(settings, writer, 3, alone)
+    assert given == expected
+    share = expected.count(expected[0]) / len(expected)
+    metrics = found["results"]["reasoning_gym:made"]
+    assert metrics["exact_match,none"] == share
+    assert metrics["score,none"] == pytest.approx(share + 0.25 * (1 - share))
+    assert found["settings"]["reasoning_gym"]["documents"] == {"reasoning_gym:made": 5}
+    model.config.max_position_embeddings = 16
+    must_name("--tasks prompt --num-fewshot", tasks.run_tasks, settings, writer, 3, alone)
+    tasks.gym_task.cache_clear()
 
 
 # After a run
@@ -249,10 +238,9 @@ def test_each_size_of_a_shelf_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks.load_tasks.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     after.check_after(run_of("answers"))
-    must_name("evaluate.after reasoning-gym", after.check_after, run_of("answers", "tasks"))
+    must_name("evaluate.after lm-eval", after.check_after, run_of("answers", "tasks"))
     tokenizer = make_tokenizer()
     must_name(
         "evaluate.after default 1", after.check_prompts, run_of("answers"), tokenizer, 130, 100
