@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -151,9 +152,13 @@ def _write_pruner(staging: Staging, pruner: Pruner) -> None:
             f"{RESUME_FOLDER}/{layout.SCORES_FILE}", lambda path: write_weight_file(path, tensors)
         )
     if pruner.passes is not None and pruner.passes.steps:
-        passes = pruner.passes.to_plain()
-        name = layout.PASSES.format(pruner.model.rank)
-        staging.write(f"{RESUME_FOLDER}/{name}", lambda path: torch.save(passes, path))
+        name = f"{RESUME_FOLDER}/{layout.PASSES.format(pruner.model.rank)}"
+        staging.write(name, partial(_write_passes, pruner.passes.to_plain()))
+
+
+def _write_passes(passes: JsonObject, path: Path) -> None:
+    with path.open("wb") as file:  # whose errors are OSErrors, unlike those of torch's own writer
+        torch.save(passes, file)
 
 
 def _write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ an output worse if inputs share a large common part. Such an output keeps its we
 C is symmetric, so ranks compute and send only half of it, as tiles on and right of the diagonal.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -70,7 +71,7 @@ def _solve(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) 
     # The change of each output's mean squared error is diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
     step = new.float() - old.float()
     change = step @ moment.index_select(0, kept).index_select(1, kept)
-    worse = change.sub_(right.T, alpha=2).mul_(step).sum(1) > 0
+    worse = ~(change.sub_(right.T, alpha=2).mul_(step).sum(1) <= 0)  # also NaN, of a row past fp16
     del step, change
     new[worse] = old[worse]
     weight = linear.weight.clone()
@@ -99,17 +100,31 @@ def products_of(dtype: torch.dtype, device: torch.device) -> Generator[None]:
 
     TF32 of a GPU has 11 significant bits. A CPU with bf16 products has 8, and takes 0.4 of the time.
     """
-    precision = "highest"
+    precision = "ieee"
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        precision = "high"
+        precision = "tf32"
     elif device.type == "cpu" and dtype == torch.bfloat16 and has_fast_bfloat16():
-        precision = "medium"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+        precision = "bf16"
+    read, write = _precision_switch(device)
+    before = read()
+    write(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        write("none")
+        if read() != before:  # else it follows a switch of more than products
+            write(before)
+
+
+def _precision_switch(device: torch.device) -> tuple[Callable[[], str], Callable[[str], None]]:
+    """Returns what reads and what sets the precision of fp32 products on a device."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        names = {"none": "highest", "ieee": "highest", "tf32": "high", "bf16": "medium"}
+        read = torch.get_float32_matmul_precision
+        return read, lambda name: torch.set_float32_matmul_precision(names.get(name, name))
+    backends: Any = torch.backends
+    matmul = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+    return lambda: matmul.fp32_precision, partial(setattr, matmul, "fp32_precision")
 
 
 def _tiles(n: int) -> Iterator[tuple[slice, slice]]:

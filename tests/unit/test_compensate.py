@@ -84,6 +84,18 @@ def test_a_refit_is_in_fp32_whatever_surrounds_it() -> None:
         assert torch.equal(refit(linear, moment, kept), expected)
 
 
+def test_an_output_whose_refit_exceeds_fp16_keeps_its_weights() -> None:
+    """No format of 8 bits could hold an infinite weight."""
+    linear, inputs = made_up(0, torch.float16)
+    inputs[:, 1] = inputs[:, 0] / 100  # so the weight of 1 grows by 100 times that of 0
+    linear.stored["weight"][0, 0] = 1000
+    kept = torch.arange(1, IN)
+    refitted = refit(linear, inputs.T @ inputs, kept, 1e-9)
+    assert refitted.isfinite().all()
+    assert torch.equal(refitted[0], linear.weight[0])
+    assert (refitted[1:, kept] != linear.weight[1:, kept]).any(1).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_a_moment_that_cannot_be_inverted_is_an_error(bad: float) -> None:
     linear, _ = made_up(3)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,21 +30,58 @@ from loraprune_ds.zero.params import into_pinned, shard_at_birth
 from tests.support.launching import write_config
 
 
+@pytest.fixture
+def switches() -> Iterator[Any]:
+    """Lets a test change the precision of products."""
+    backends: Any = torch.backends
+    yield backends
+    torch.set_float32_matmul_precision("highest")
+    for switch in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        switch.fp32_precision = "none"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 @pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
 def test_products_of_halves_keep_only_the_bits_of_halves(
-    dtype: torch.dtype, name: str, native: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    name: str,
+    native: bool,
+    before: str,
+    switches: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whatever a trainer has set for all products, which later changes of that still reach."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    precision = "highest"
+    precision = "ieee"
     if name == "cuda" and dtype != torch.float32:
-        precision = "high"
+        precision = "tf32"
     elif name == "cpu" and dtype == torch.bfloat16 and native:
-        precision = "medium"
+        precision = "bf16"
+    switch = switches.cuda.matmul if name == "cuda" else switches.mkldnn.matmul
+    switches.fp32_precision = before
     with compensate.products_of(dtype, torch.device(name)):
-        assert torch.get_float32_matmul_precision() == precision
-    assert torch.get_float32_matmul_precision() == "highest"
+        assert switch.fp32_precision == precision
+    for later in (before, "ieee", "tf32"):
+        switches.fp32_precision = later
+        assert switch.fp32_precision == later
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.usefixtures("switches")
+def test_the_older_switch_of_products_is_what_it_was(
+    is_new: bool, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_new:  # torch before 2.9
+        monkeypatch.delattr(type(torch.backends), "fp32_precision")
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    torch.set_float32_matmul_precision(before)
+    with compensate.products_of(torch.bfloat16, torch.device("cpu")):
+        if not is_new:
+            assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

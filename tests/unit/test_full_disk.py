@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
+import torch
 
 from loraprune_ds.chats.collect import collect
-from loraprune_ds.checkpoint.save import Staging
+from loraprune_ds.checkpoint.save import Staging, write_step
 from loraprune_ds.cli.after import measure_after
 from loraprune_ds.config import EvaluateConfig, RunConfig
 from loraprune_ds.errors import UserError
@@ -104,6 +105,16 @@ def save(folder: Path) -> None:
     staging.publish()
 
 
+def save_passes(folder: Path) -> None:
+    """On a rank that writes nothing else."""
+    passes = SimpleNamespace(steps=[1], to_plain=lambda: {"steps": [torch.zeros(1000)]})
+    model = SimpleNamespace(rank=1, world_size=2, layers=[], trained_parameters=list)
+    staging = Staging(Communicator(), folder / "step-1", "step")
+    with full_disk():
+        write_step(staging, Mock(model=model, passes=passes), Mock(), Mock(), Mock())
+    staging.publish()
+
+
 def measure(folder: Path) -> None:
     write_json(folder / "report.json", {"shelf": []})
     model = {"tasks": {}, "answers": None}
@@ -152,6 +163,7 @@ WRITERS: list[Act] = [
     record,
     draw_curves,
     save,
+    save_passes,
     measure,
     export_model,
     draw_chats,
