@@ -110,7 +110,6 @@ def check_model(model: PeftModel) -> None:
     needed = f"target_modules={last_names(linear.linear for _, linear in shape.linears())}"
     for index, layer in enumerate(decoder_layers(model)):
         modules: dict[str, Any] = dict(layer.named_modules())
-        _refuse_unsloth(index, modules)
         for linear in shape.layers[index].linears:
             module = modules.get(linear.linear)
             over = type(getattr(module, "base_layer", None)).__name__
@@ -119,15 +118,6 @@ def check_model(model: PeftModel) -> None:
                 where = f"layer {index} {linear.linear}"
                 require(not refused(module), f"{where} {reason.format(needed=needed, kind=kind)}")
     _check_others(model, shape)
-
-
-def _refuse_unsloth(layer: int, modules: dict[str, Any]) -> None:
-    for name, module in modules.items():
-        require(
-            not str(module.forward.__module__).startswith("unsloth"),
-            f"layer {layer} {name} is replaced by Unsloth, whose kernels keep the dense sizes; "
-            "load the model by transformers",
-        )
 
 
 def _check_others(model: PeftModel, shape: ModelShape) -> None:

@@ -1,14 +1,25 @@
 """Watches the forward passes of a trainer."""
 
 from contextlib import ExitStack
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.passes import layer_stacks
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.session.compiled import refuse_compiled
+
+# whose kernels go around linears, by a part of the module's name: what turns them off
+KERNELS = {
+    "axolotl": "set lora_qkv_kernel, lora_o_kernel and lora_mlp_kernel to false",
+    "unsloth": "load the model by transformers",
+}
 
 
 class ForwardWatch:
@@ -37,6 +48,16 @@ class ForwardWatch:
                 )
             )
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
+        self._in_pass = False
+        self._checked = False
+        self._uncalled = dict[LinearId, RemovableHandle]()
+        layers = pruner.model.layers
+        for i, linear in pruner.model.shape.linears():
+            if linear.spans:
+                where = LinearId(i, linear.linear)
+                hook = partial(self._note_call, where)
+                module = layers[i].get_submodule(linear.linear)
+                self._uncalled[where] = module.register_forward_pre_hook(hook)
 
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
@@ -44,14 +65,35 @@ class ForwardWatch:
         self._tokens.zero_()
         return tokens
 
+    def check_calls(self) -> None:
+        """Checks once, after a pass, that the passes of some rank called each scored linear. Collective."""
+        if self._checked:
+            return
+        self._checked = True
+        model = self._pruner.model
+        first = set.intersection(*map(set, model.comm.gather_objects([*self._uncalled])))
+        self._forget()
+        if first:
+            raise UserError(_describe(model.layers, min(first)))
+
     def close(self) -> None:
         self._hooks.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        while self._uncalled:
+            self._uncalled.popitem()[1].remove()
+
+    def _note_call(self, where: LinearId, *_: Any) -> None:
+        if self._in_pass and where in self._uncalled:
+            self._uncalled.pop(where).remove()
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
             refuse_compiled()  # pyright: ignore[reportCallIssue]
+        self._in_pass = True
         candidates = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         inputs = next(x for x in candidates if x is not None)
         size = inputs.shape[:2]
@@ -69,7 +111,22 @@ class ForwardWatch:
         self._recording.enter_context(self._pruner.record_forward(*[mask] * len(self._layer_lists)))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._in_pass = False
         self._recording.close()
+
+
+def _describe(layers: nn.ModuleList, where: LinearId) -> str:
+    """Says who went around a linear, by the methods that somebody gave to the module around it."""
+    around = layers[where.layer].get_submodule(where.name.rpartition(".")[0])
+    methods = {k: f for k, f in vars(around).items() if isinstance(f, (FunctionType, MethodType))}
+    makers = [f"{name} of {method.__module__}" for name, method in methods.items()]
+    kind = type(around)
+    by = " and ".join(makers) or f"forward of {kind.forward.__module__}"
+    advice = next((KERNELS[k] for k in KERNELS if k in by), "leave this replacement out")
+    return (
+        f"layer {where.layer} {where.name} was called by no forward pass, so it has no score: "
+        f"{kind.__module__}.{kind.__name__} goes around it, by its {by}; {advice}"
+    )
 
 
 def _padding_and_ends(config: Any) -> list[int]:

@@ -226,6 +226,7 @@ class Pruning(PruningSession):
             f"step {step}: no forward pass was in training mode, so none was recorded; "
             "call model.train() before",
         )
+        self._forward.check_calls()
         self.score()
 
     def _export(self, folder: Path, tokenizer: Any, *, merge: bool) -> None:

@@ -274,13 +274,6 @@ def narrow(folder: Path) -> Any:
     return with_lora(load(small, NF4_BITS))
 
 
-def by_unsloth(model: Any) -> Any:
-    mlp = cast(Any, decoder_layers(model)[1]).mlp
-    mlp.forward = lambda x: x
-    mlp.forward.__module__ = "unsloth.kernels.fast_lora"
-    return model
-
-
 def changed(name: str, value: object) -> Callable[[Path], Any]:
     def make(folder: Path) -> Any:
         model = with_lora(load(folder, NF4_BITS))
@@ -302,11 +295,6 @@ def changed(name: str, value: object) -> Callable[[Path], Any]:
         (changed("blocksize", 128), torch.optim.AdamW, "model.layers.0.self_attn.q_proj 128 64"),
         (changed("ds_tensor", None), torch.optim.AdamW, "ZeRO-3 DDP model.frozen"),
         (narrow, torch.optim.AdamW, "model.layers.0.self_attn.q_proj 32 64"),
-        (
-            lambda folder: by_unsloth(with_lora(load(folder, NF4_BITS))),
-            torch.optim.AdamW,
-            "layer 1 mlp Unsloth",
-        ),
         (
             lambda folder: with_lora(load(folder, NF4_BITS), use_dora=True),
             torch.optim.AdamW,
