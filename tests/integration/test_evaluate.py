@@ -226,7 +226,7 @@ def test_tasks_are_what_lm_eval_by_hand_gives(made: Path) -> None:
         assert on_two == pytest.approx(alone, rel=1e-5)
     assert pruned["tiny_prose"] != dense["tiny_prose"]
     settings = found["tasks"]["settings"]
-    assert settings["documents"]["tiny_choice"] == {"original": 5, "effective": 5}
+    assert settings["documents"]["tiny_choice"] == 5
     assert settings["fewshot"] == {"tiny_choice": 0, "tiny_prose": 0}
 
 
