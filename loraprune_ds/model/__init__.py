@@ -1,1 +1,1 @@
-"""The network: shapes, families, files on disk, LoRA, int8."""
+"""The network: shapes, families, LoRA, losses, int8 and NF4."""

@@ -201,9 +201,10 @@ def read_run(
     if model in LLAMA_SIZES:
         config_path = config_path or f"launch/configs/paper/{model}.yaml"
     require(model is not None or config_path is not None, "give a model or --config")
-    raw: JsonObject = {"output_dir": "unused", "train": {"steps": 100}}
+    raw: JsonObject = {"train": {"steps": 100}}
     if config_path is not None:
         raw = read_config(config_path)
+    raw.setdefault("output_dir", "unused")  # a plan writes nothing
     for override in overrides:
         apply_override(raw, override)
     config = config_from_dict(raw)

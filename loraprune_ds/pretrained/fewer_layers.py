@@ -30,8 +30,7 @@ def config_of_layers(config: JsonObject, shape: ModelShape, layers: Sequence[int
             smaller[key] = "".join(letters[i] for i in layers)
     for names, rest in zip(family.layer_lists, shape.only(layers).layer_lists, strict=True):
         smaller[names.count] = len(rest)
-    dense = [n for n, i in enumerate(layers) if not shape.counts[i].get("experts")]
-    smaller |= family.dense_layers(dense, len(layers))
+    smaller |= family.dense_layers([shape.counts[i] for i in layers])
     sizes = config.get(family.per_layer)
     if sizes:
         smaller[family.per_layer] = {

@@ -90,8 +90,8 @@ def read_model(config: JsonObject, where: str) -> tuple[ModelShape, PreTrainedMo
             layers.append(equal.setdefault(layer, layer))
     first = layer_config(settings, 0, family.per_layer)
     kinds = _kinds(family.layer(first, 0), layers)
-    if isinstance(family, Moe) and not family.optional and "experts" not in kinds:
-        raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
+    if isinstance(family, Moe):
+        family.check_layers([layer.counts for layer in layers], where)
     in_layers = tuple(f"{names.path}." for names in family.layer_lists)
     outer = [
         TensorSpec(name, shape=shape)

@@ -1,6 +1,6 @@
 """A model that can be pruned while it trains, the values that pass through it, and hooks on the inputs of its linears.
 
-Each engine has one: zero/sharded.py on the ranks of ZeRO-3, and local/model.py in one process or DDP's.
+Each engine has one: zero/sharded.py for ZeRO-3, fsdp/model.py for FSDP2, local/model.py for one process and DDP.
 """
 
 from abc import ABC, abstractmethod

@@ -60,13 +60,8 @@ def resolve(
             f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}",
         )
     refits = any(share > 0 for kind, share in sizes[-1].budget.shares.items() if kind != "experts")
-    if config.compensate is None:
+    if config.compensate is None or not refits:
         config = replace(config, compensate="least_squares" if refits else "none")
-    require(
-        refits or config.compensate == "none",
-        f"prune.compensate: {config.compensate} makes up for heads and channels, but here only experts leave; "
-        "set prune.head_ratio, or remove prune.compensate",
-    )
     return config, limits, sizes
 
 

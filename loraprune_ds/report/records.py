@@ -45,7 +45,7 @@ class StepRecord:
     tokens_per_second: Number
     weight_bytes: list[int]  # frozen and LoRA
     resident_bytes: list[int]  # current memory, not its peak
-    skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
+    skipped: bool = False  # a loss scaler left out the update, because gradients were not finite
     reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
     # of the step. 0 or empty: unknown
     peak_bytes: list[int] = field(default_factory=list)

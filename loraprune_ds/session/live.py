@@ -1,4 +1,4 @@
-"""Reads and checks a trainer's live PEFT model, and watches its forward passes. A refusal is one line before step 1."""
+"""Reads and checks a trainer's live PEFT model. A refusal is one line before step 1."""
 
 import json
 from pathlib import Path

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Pruning(PruningSession):
-    """Scores and cuts a model that an external loop trains, and exports it: on ZeRO-3, on DDP or in one process.
+    """Scores and cuts a model that an external loop trains, and exports it: in one process, on DDP, ZeRO-3 or FSDP2.
 
     Hooks record the passes, and score before each update.
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,15 @@ def test_bad_input_is_one_line(
     out, error = capsys.readouterr()
     assert (out, error.count("\n"), error.startswith("error: ")) == ("", 1, True)
     assert named in error
+
+
+def test_a_config_needs_no_folder_for_results(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("prune: {ratio: 0.3}\ntrain: {steps: 50}\n")
+    assert plan(f"embedded --config {config} --gpu-memory 80 --json") == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is True
 
 
 def test_the_best_setting_for_each_card(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

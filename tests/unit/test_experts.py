@@ -199,7 +199,8 @@ def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:
 
     assert (resolved("llama"), resolved("mixtral")) == ("least_squares", "none")
     assert resolved("mixtral", head_ratio=0.2) == "least_squares"
-    must_name("prune.compensate least_squares", resolved, "mixtral", compensate="least_squares")
+    # nothing to refit is no error, so that one config serves all models
+    assert resolved("mixtral", compensate="least_squares") == "none"
 
 
 @pytest.mark.parametrize("family", KINDS)

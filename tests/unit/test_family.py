@@ -272,6 +272,10 @@ OF_OTHERS = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_ra
         *(({"model_type": x}, f"'{x}' llama") for x in (*REFUSED, "llama4_text", "jamba")),
         *((config_json("llama") | {key: 8}, key) for key in OF_OTHERS),
         (config_json("qwen2_moe", mlp_only_layers=[0, 1]), "experts"),
+        *(
+            (config_json(x, mlp_layer_types=["sparse", "dense"]), "mlp_layer_types first_k_dense")
+            for x in ("glm4_moe_lite", "glm_moe_dsa", "exaone_moe")
+        ),
         (config_json("hunyuan_v1_moe", moe_topk=[3, 2]), "size list"),
         (config_json("t5") | {"architectures": ["T5EncoderModel"]}, "encoder"),  # of an image model
     ],

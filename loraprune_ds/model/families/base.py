@@ -171,8 +171,8 @@ class Family:
         """Returns the fields of config.json that hold for all layers."""
         return {"hidden_size": c.hidden_size, "head_dim": self.head_dim(c)}
 
-    def dense_layers(self, dense: list[int], layers: int) -> JsonObject:
-        """Returns the fields that say which of the `layers` have no experts."""
+    def dense_layers(self, layers: Sequence[LayerCounts]) -> JsonObject:
+        """Returns the fields that say which layers have no experts."""
         return {}
 
     def counted(self, c: Any, layers: Sequence[LayerSpec]) -> list[LayerCounts]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import transformers
 
+from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.families.base import (
     Attention,
@@ -100,15 +101,26 @@ class Moe(Family):
         return super().layer_fields(c, counts) | {self.count: counts.get("experts", 0)}
 
     def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> JsonObject:
-        dense = [i for i, counts in enumerate(layers) if not counts.get("experts")]
-        return super().model_fields(c, layers) | self.dense_layers(dense, len(layers))
+        return super().model_fields(c, layers) | self.dense_layers(layers)
 
-    def dense_layers(self, dense: list[int], layers: int) -> JsonObject:
-        first_are_dense = dense == [*range(len(dense))]
-        assert first_are_dense or not {*FIRST_DENSE} & {*self.dense_fields}
-        sparse = [i for i in range(layers) if i not in dense] or [layers]
+    def check_layers(self, layers: Sequence[LayerCounts], where: str) -> None:
+        """Raises UserError if no layer has experts, or if a dense one follows, where config.json counts these."""
+        dense = layers_without_experts(layers)
+        require(
+            self.optional or len(dense) < len(layers),
+            f"{where}: no layer has experts; save the model as one of a dense family",
+        )
+        require(
+            {*FIRST_DENSE}.isdisjoint(self.dense_fields) or dense == [*range(len(dense))],
+            f"{where}: mlp_layer_types in config.json has a dense layer after a sparse one; "
+            f"of a pruned model {FIRST_DENSE[0]} must tell the dense layers, so these must be the first",
+        )
+
+    def dense_layers(self, layers: Sequence[LayerCounts]) -> JsonObject:
+        dense = layers_without_experts(layers)
+        sparse = [i for i in range(len(layers)) if i not in dense] or [len(layers)]
         interval = sparse[1] - sparse[0] if len(sparse) > 1 else 1
-        types = ["sparse"] * layers
+        types = ["sparse"] * len(layers)
         for i in dense:
             types[i] = "dense"
         fields = {
@@ -122,6 +134,11 @@ class Moe(Family):
             NEXT: 0,
         }
         return {name: fields[name] for name in self.dense_fields}
+
+
+def layers_without_experts(layers: Sequence[LayerCounts]) -> list[int]:
+    """Numbers the layers without experts."""
+    return [i for i, counts in enumerate(layers) if not counts.get("experts")]
 
 
 class Mixtral(Moe):
