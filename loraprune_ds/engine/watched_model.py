@@ -18,10 +18,10 @@ from loraprune_ds.errors import fail_point, require
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.passes import AUTOGRAD
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 
-AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 # (holder, private name of torch)
 PrivateName = tuple[Any, str]
 PRIVATE: tuple[PrivateName, ...] = ((AUTOGRAD, "queue_callback"), (torch, "_foreach_norm"))

@@ -1,16 +1,17 @@
-"""Keeps the inputs of the last forward passes, by which a cut can repeat them (replay.py).
+"""Keeps the inputs of the last passes, by which a cut can repeat them (replay.py).
+
+A call counts once a backward pass through it has ended. So one that failed and was tried again counts once.
 
 Token ids and masks are tiny beside what a pass computes. A model with its own embeddings of images is called with
 hidden states instead of ids, and those are kept.
 """
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from types import NoneType
 from typing import Any, cast
@@ -33,6 +34,7 @@ MOST_STEPS = 16
 OF_THE_PASS = ("use_cache", "encoder_hidden_states")
 # torch reads them back without running code
 PLAIN = (bool, int, float, str, torch.dtype, NoneType)
+AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Call:
     inputs: dict[str, Any]
     mask: Tensor | None
     autocast: torch.dtype | None
+
+    def without_tokens(self) -> "Call":
+        """Returns the call with all of its tokens as padding."""
+        tokens = tokens_of(self.inputs)
+        return replace(self, mask=tokens.new_zeros(tokens.shape[:2], dtype=torch.bool))
 
 
 # The calls of one forward pass by the number of the list: an encoder has 0 and its decoder 1.
@@ -78,14 +85,18 @@ class KeptPasses:
         self._enough = 0  # tokens of all ranks that a refit needs
         self._warned = False
         self._masks: tuple[Tensor | None, ...] | None = None  # of the pass that is kept
+        self._pass: Pass = {}  # the newest
+        self._call: Call | None = None  # whose forward pass runs
         hooks = ExitStack()
         for number, stack in enumerate(layer_stacks(model)):
-            hook = self._keeper(number)
-            hooks.enter_context(stack.register_forward_pre_hook(hook, with_kwargs=True))
+            begin = partial(self._begin_call, number)
+            hooks.enter_context(stack.register_forward_pre_hook(begin, with_kwargs=True))
+            hooks.enter_context(stack.register_forward_hook(partial(self._end_call, number)))
         self.detach = hooks.close
 
     def begin_step(self) -> None:
         self.steps.append(StepPasses([]))
+        self._pass = {}
 
     @contextmanager
     def record_forward(self, *masks: Tensor | None) -> Generator[None]:
@@ -132,21 +143,21 @@ class KeptPasses:
     def restore(self, of_ranks: Sequence[ReadPlain]) -> None:
         """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing.
 
-        Reads only what this rank repeats, because passes may hold hidden states.
+        A rank takes whole files, or a part of one that several share, because passes may hold hidden states.
         """
         self.steps.clear()
         if not of_ranks:
             return
-        files = [cache(read) for read in of_ranks]
         rank = self._model.rank
-        world_size = self._model.world_size
-        nearest = files[rank % len(files)]()  # holds the first pass of this rank, if it has any
-        for step, tokens in enumerate(nearest["tokens"]):
-            count = len(nearest["steps"][step]) * len(files)
-            own = [_in_turn(files, step, number) for number in range(rank, count, world_size)]
-            if len(own) < math.ceil(count / world_size):  # all ranks make equally many
-                own.append(_without_tokens(_in_turn(files, step, count - 1)))
-            self.steps.append(StepPasses(own, tokens))
+        turn, first = divmod(rank, len(of_ranks))
+        sharing = len(range(first, self._model.world_size, len(of_ranks)))
+        own = [read() for read in of_ranks[first :: self._model.world_size]]
+        for step, tokens in enumerate(own[0]["tokens"]):
+            calls: list[Any] = [of_pass for file in own for of_pass in file["steps"][step]]
+            passes = [{n: Call(**call) for n, call in of_pass.items()} for of_pass in calls]
+            # each rank enters each layer
+            spare = [{n: call.without_tokens() for n, call in kept.items()} for kept in passes[-1:]]
+            self.steps.append(StepPasses(passes[turn::sharing] or spare, tokens))
 
     @property
     def tokens(self) -> int:
@@ -155,51 +166,69 @@ class KeptPasses:
     def passes(self) -> list[Pass]:
         return [kept for step in self.steps for kept in step.passes]
 
-    def _keeper(self, number: int) -> Any:
-        def keep(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._masks is None:
-                return
-            device_type = self._model.device.type
-            autocast = None
-            if torch.is_autocast_enabled(device_type):
-                autocast = torch.get_autocast_dtype(device_type)
-            inputs = kwargs
-            if args:
-                inputs = signature(stack.forward).bind_partial(*args).arguments | kwargs
-            kept = {
-                name: _plain(name, value)
-                for name, value in inputs.items()
-                if not (value is None or name in OF_THE_PASS or _is_empty_cache(value))
-            }
-            passes = self.steps[-1].passes
-            if number == 0:
-                passes.append({})
-            require(
-                passes,
-                "a decoder was called without a pass of its encoder, which the refit of a cut must repeat; "
-                "call the whole model, or set compensate: none",
-            )
-            passes[-1][number] = Call(kept, _plain("mask", self._masks[number]), autocast)
+    def _begin_call(
+        self, number: int, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._masks is None:
+            return
+        require(
+            number == 0 or 0 in self._pass,
+            "a decoder was called without a pass of its encoder, which the refit of a cut must repeat; "
+            "call the whole model, or set compensate: none",
+        )
+        device_type = self._model.device.type
+        autocast = None
+        if torch.is_autocast_enabled(device_type):
+            autocast = torch.get_autocast_dtype(device_type)
+        kept = {
+            name: _plain(name, value)
+            for name, value in inputs_by_name(stack, args, kwargs).items()
+            if not (value is None or name in OF_THE_PASS or _is_empty_cache(value))
+        }
+        self._call = Call(kept, None, autocast).without_tokens()
 
-        return keep
+    def _end_call(self, number: int, stack: nn.Module, args: Any, output: Any) -> None:
+        call = self._call
+        if self._masks is None or call is None:
+            return
+        if number == 0:
+            self._pass = {}
+        elif number in self._pass:  # another target of the same source
+            self._pass = {0: self._pass[0].without_tokens()}
+        self._pass[number] = call
+        kept = self._pass
+        passes = self.steps[-1].passes
+        mask = _plain("mask", self._masks[number])
+
+        def count() -> None:
+            call.mask = mask
+            if not any(kept is one for one in passes):
+                passes.append(kept)
+
+        after_backward(output, count)
 
 
-def _in_turn(files: Sequence[ReadPlain], step: int, number: int) -> Pass:
-    """Returns a pass of a step. The first pass of each rank comes first, as micro-batches went to the ranks."""
-    turn, rank = divmod(number, len(files))
-    kept: dict[int, Any] = files[rank]()["steps"][step][turn]
-    return {n: Call(**call) for n, call in kept.items()}
+def after_backward(output: Any, action: Callable[[], object]) -> None:
+    """Acts once, when a backward pass through the output of a list of layers has ended."""
+    once = cache(action)
+
+    def wait(_: Tensor) -> None:
+        AUTOGRAD.queue_callback(once)
+
+    if output[0].requires_grad:
+        output[0].register_hook(wait)
 
 
-def _without_tokens(kept: Pass) -> Pass:
-    """Returns the pass with all of its tokens as padding."""
-    empty: Pass = {}
-    for number, call in kept.items():
-        names = ("input_ids", "inputs_embeds")
-        inputs: Tensor = next(call.inputs[name] for name in names if name in call.inputs)
-        mask = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        empty[number] = replace(call, mask=mask)
-    return empty
+def inputs_by_name(
+    stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    return signature(stack.forward).bind_partial(*args).arguments | kwargs
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """Returns the ids, or the embeddings, that a list of layers was called with."""
+    names = ("input_ids", "inputs_embeds")
+    return next(inputs[name] for name in names if inputs.get(name) is not None)
 
 
 def tokens_needed(shape: ModelShape, inputs: int) -> int:

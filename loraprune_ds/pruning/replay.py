@@ -40,7 +40,7 @@ def refit_by_replay(
     """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective.
 
     Args:
-        passes: of this rank. All ranks have equally many.
+        passes: of this rank, at least one.
 
     Raises:
         RunError: the moments of a linear cannot be inverted. The line names the step and the linear.
@@ -111,10 +111,14 @@ def _enter_layers(
         if layers.start > last:
             return
         with _stops([*layer_list.children()]):
-            lanes = [
-                Lane(stack, kept[number], states, model.device.type)
-                for kept, states in zip(passes, encoded, strict=True)
-            ]
+            pairs = zip(passes, encoded, strict=False)
+            # an encoder may have run alone
+            own = [(kept[number], states) for kept, states in pairs if number in kept]
+            # All ranks enter each layer equally often.
+            most = max(model.comm.gather_objects(len(own)))
+            spare = own[-1:] * (most - len(own))
+            own += [(call.without_tokens(), states) for call, states in spare]
+            lanes = [Lane(stack, *inputs, model.device.type) for inputs in own]
             # embeddings and norms
             outside = [child for child in stack.children() if child is not layer_list]
             with model.gathered(*outside):

@@ -1,5 +1,6 @@
 """Watches the forward passes of a trainer."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import FunctionType, MethodType
@@ -11,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pruning.passes import layer_stacks
+from loraprune_ds.pruning.passes import after_backward, inputs_by_name, layer_stacks, tokens_of
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.session.compiled import refuse_compiled
 
@@ -48,7 +49,7 @@ class ForwardWatch:
                 )
             )
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
-        self._in_pass = False
+        self._count: Callable[[], object] | None = None  # counts the pass that runs
         self._checked = False
         self._uncalled = dict[LinearId, RemovableHandle]()
         layers = pruner.model.layers
@@ -85,7 +86,7 @@ class ForwardWatch:
             self._uncalled.popitem()[1].remove()
 
     def _note_call(self, where: LinearId, *_: Any) -> None:
-        if self._in_pass and where in self._uncalled:
+        if self._count is not None and where in self._uncalled:
             self._uncalled.pop(where).remove()
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -93,25 +94,26 @@ class ForwardWatch:
             return
         if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
             refuse_compiled()  # pyright: ignore[reportCallIssue]
-        self._in_pass = True
-        candidates = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        inputs = next(x for x in candidates if x is not None)
+        named = inputs_by_name(decoder, args, kwargs)
+        inputs = tokens_of(named)
         size = inputs.shape[:2]
-        mask = kwargs.get("attention_mask")
+        mask = named.get("attention_mask")
         # a target, whose last token predicts nothing
-        if mask is None and "encoder_hidden_states" in kwargs:
+        if mask is None and "encoder_hidden_states" in named:
             mask = ~torch.isin(inputs, inputs.new_tensor(_padding_and_ends(decoder.config)))
             mask[:, 0] = True  # the start token has the id of padding
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
             mask = mask.bool()
-            self._tokens += mask.sum()
+            self._count = partial(self._tokens.add_, mask.sum())
         else:  # no padding, or packed samples
             mask = None
-            self._tokens += size.numel()
+            self._count = partial(self._tokens.add_, size.numel())
         self._recording.enter_context(self._pruner.record_forward(*[mask] * len(self._layer_lists)))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        self._in_pass = False
+        if self._count is not None and output is not None:  # the forward pass did not fail
+            after_backward(output, self._count)
+        self._count = None
         self._recording.close()
 
 

@@ -1,4 +1,4 @@
-"""A linear that no recorded pass calls is named before the first update, whoever goes around it."""
+"""What a trainer's passes count as. A linear that none calls is named before the first update."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +119,89 @@ def one_rank_goes_around(folder: Path) -> int:
 
 def test_one_rank_that_calls_it_is_enough(ranks: RankPool, folder: Path) -> None:
     assert ranks.run(2, one_rank_goes_around, folder) == [2, 2]
+
+
+# What counts
+
+PADDED = torch.tensor([[5, 9, 11, 4, 8, 3, 0, 0], [7, 4, 60, 33, 21, 2, 9, 1]])
+MASK = torch.arange(8) < torch.tensor([[6], [8]])
+
+
+def train_by(forward: Any, model: Any) -> list[torch.Tensor]:
+    """Trains with two cuts and refits, by passes that `forward` makes. All count once."""
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    config = replace(PRUNE, criterion="lora", normalize="step", compensate="least_squares")
+    pruning = Pruning(model.train(), optimizer, config, STEPS)
+    for _ in range(STEPS):
+        pruning.begin_step()
+        forward(model).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruning.end_step()
+    assert len(pruning.cuts) == 2
+    assert {step.tokens for step in pruning.recorder.history.steps} == {int(MASK.sum())}
+    pruning.close()
+    return [*model.parameters()]
+
+
+def named(model: Any) -> torch.Tensor:
+    return model.get_base_model().model(input_ids=PADDED, attention_mask=MASK)[0]
+
+
+def positional(model: Any) -> torch.Tensor:
+    return model.get_base_model().model(PADDED, MASK)[0]
+
+
+def again_after(fail: Any) -> Any:
+    """Tries a pass again after its failure, as for want of memory."""
+
+    def forward(model: Any) -> torch.Tensor:
+        with pytest.raises(MemoryError):
+            fail(model)
+        model.zero_grad()
+        return named(model)
+
+    return forward
+
+
+def fail_behind_the_decoder(model: Any) -> None:
+    named(model)
+    raise MemoryError
+
+
+def fail_in_a_layer(model: Any) -> None:
+    hook = decoder_layers(model)[2].register_forward_pre_hook(raise_error)
+    try:
+        named(model)
+    finally:
+        hook.remove()
+
+
+def fail_in_the_backward_pass(model: Any) -> None:
+    mlp: Any = decoder_layers(model)[1].mlp
+    weight = mlp.down_proj.lora_B.default.weight
+    hook = weight.register_hook(raise_error)
+    try:
+        named(model).square().mean().backward()
+    finally:
+        hook.remove()
+
+
+def raise_error(*_: Any) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        positional,
+        again_after(fail_behind_the_decoder),
+        again_after(fail_in_a_layer),
+        again_after(fail_in_the_backward_pass),
+    ],
+)
+def test_each_token_counts_once(folder: Path, forward: Any) -> None:
+    """In the records and in refits, which find the same weights."""
+    expected = train_by(named, make_model(folder))
+    found = train_by(forward, make_model(folder))
+    assert all(map(torch.equal, found, expected))

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,8 +24,22 @@ MASK = torch.tensor([[True, True, False], [True, True, True]])
 class Stack(nn.Module):
     """Stands for the module of a list of layers."""
 
-    def forward(self, input_ids: Tensor, **more: Any) -> None:
-        return None
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids: Tensor, *, fails: bool = False, **more: Any) -> tuple[Tensor]:
+        if fails:
+            raise OutOfMemoryError
+        return (self.weight * 2,)
+
+
+class OutOfMemoryError(Exception):
+    pass
+
+
+def train(stack: nn.Module, *args: Any, **named: Any) -> None:
+    stack(*args, **named)[0].backward()
 
 
 def live(rank: int = 0, world_size: int = 1, stacks: int = 1) -> Any:
@@ -60,7 +75,7 @@ def test_whatever_a_trainer_passes_comes_back_from_a_file(tmp_path: Path) -> Non
         "pair": (IDS, 3),
     }
     with kept.record_forward(MASK), torch.autocast("cpu", torch.bfloat16):
-        model.stacks[0](IDS, cache=DynamicCache(), nothing=None, use_cache=True, **passed)
+        train(model.stacks[0], IDS, cache=DynamicCache(), nothing=None, use_cache=True, **passed)
     kept.end_step(tokens=5, inputs=9)
     other = KeptPasses(live())
     other.restore([lambda: through_a_file(kept, tmp_path / "passes.pt")])
@@ -116,7 +131,7 @@ def test_a_trainer_may_use_its_batch_again(tmp_path: Path) -> None:
     buffer = torch.ones(100_000, 3, dtype=torch.long)
     masks = torch.ones(100_000, 3, dtype=torch.bool)
     with kept.record_forward(masks[:2]):
-        model.stacks[0](buffer[:2])
+        train(model.stacks[0], buffer[:2])
     buffer.zero_()
     masks.zero_()
     (of_pass,) = kept.passes()
@@ -151,25 +166,26 @@ def readers(files: list[Any], reads: list[int] | None = None) -> list[Callable[[
 
 @pytest.mark.parametrize(
     ("before", "after", "count"),
-    [(1, 2, 3), (2, 3, 4), (3, 2, 3), (3, 2, 9), (2, 2, 4), (3, 1, 3), (1, 3, 1)],
+    [(1, 2, 3), (2, 3, 4), (3, 2, 3), (3, 2, 8), (2, 2, 4), (3, 1, 3), (1, 3, 1), (5, 3, 7)],
 )
-def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -> None:
-    """As micro-batches do. A rank with fewer repeats one without tokens, because all enter each layer together."""
+def test_all_passes_go_to_other_ranks(before: int, after: int, count: int) -> None:
+    """Also if ranks made unequal numbers. A rank without any has one without tokens, to enter each layer."""
+    found: list[int] = []
     for rank in range(after):
         kept = KeptPasses(live(rank, after))
         kept.restore(readers(numbered_passes(before, count)))
         assert [step.tokens for step in kept.steps] == [7, 8]
-        for step in kept.steps:
-            calls = [of_pass[0] for of_pass in step.passes]
-            assert len(calls) == -(-count // after)
-            numbers = list(range(rank, count, after))
-            real = calls[: len(numbers)]
-            assert [int(call.inputs["input_ids"][0, 0]) for call in real] == numbers
-            assert all(call.mask is None for call in real)
-            for call in calls[len(numbers) :]:
-                assert call.mask is not None
+        first, second = ([of_pass[0] for of_pass in step.passes] for step in kept.steps)
+        assert str(first) == str(second)
+        assert first
+        for call in first:
+            if call.mask is None:
+                found.append(int(call.inputs["input_ids"][0, 0]))
+            else:
                 assert call.mask.shape == (1, 3)
                 assert not call.mask.any()
+                assert len(first) == 1
+    assert sorted(found) == list(range(count))
 
 
 @pytest.mark.parametrize(
@@ -178,9 +194,9 @@ def test_passes_go_to_other_ranks_in_turn(before: int, after: int, count: int) -
         (4, 2, 4, 12, [2]),
         (4, 1, 2, 12, [1, 3]),
         (2, 3, 4, 6, [1]),
-        (2, 0, 3, 4, [0, 1]),
-        (3, 1, 2, 3, [1, 2]),  # padding is the last pass without its tokens
-        (1, 2, 3, 1, [0]),  # padding alone
+        (2, 2, 3, 4, [0]),
+        (5, 1, 3, 5, [1, 4]),
+        (1, 2, 3, 1, [0]),  # without tokens
         (3, 0, 1, 3, [0, 1, 2]),
     ],
 )
@@ -213,14 +229,56 @@ def test_an_encoder_and_its_decoder_are_one_pass() -> None:
     kept.begin_step()
     for _ in range(2):
         with kept.record_forward(MASK, MASK):
-            model.stacks[0](IDS)
+            train(model.stacks[0], IDS)
         with kept.record_forward(None, None):
-            model.stacks[1](IDS, encoder_hidden_states=IDS.double())
+            train(model.stacks[1], IDS, encoder_hidden_states=IDS.double())
     assert [list(of_pass) for of_pass in kept.passes()] == [[0, 1], [0, 1]]
     assert kept.passes()[0][1].mask is None
     kept.begin_step()
     with kept.record_forward(None, None):
         must_name("encoder compensate", model.stacks[1], IDS)
+
+
+def test_a_second_target_repeats_the_encoder_without_its_tokens() -> None:
+    model = live(stacks=2)
+    kept = KeptPasses(model)
+    kept.begin_step()
+    with kept.record_forward(MASK, None):
+        train(model.stacks[0], IDS)
+        for target in (IDS, IDS + 1):
+            train(model.stacks[1], target)
+    first, second = kept.passes()
+    assert torch.equal(first[0].inputs["input_ids"], second[0].inputs["input_ids"])
+    assert torch.equal(cast(Tensor, first[0].mask), MASK)
+    assert not cast(Tensor, second[0].mask).any()
+    for of_pass, target in ((first, IDS), (second, IDS + 1)):
+        assert torch.equal(of_pass[1].inputs["input_ids"], target)
+        assert of_pass[1].mask is None
+
+
+def test_a_pass_that_failed_and_was_tried_again_counts_once() -> None:
+    """Forward or backward, also in the encoder. Only a backward pass that has ended makes it count."""
+    model = live(stacks=2)
+    encoder, decoder = model.stacks
+    kept = KeptPasses(model)
+    kept.begin_step()
+    with kept.record_forward(None, None):
+        for stack in (encoder, decoder):
+            with pytest.raises(OutOfMemoryError):
+                stack(IDS, fails=True)
+            (failed,) = stack(IDS)
+            failing = stack.weight.register_hook(Mock(side_effect=OutOfMemoryError))
+            with pytest.raises(OutOfMemoryError):
+                failed.backward()
+            failing.remove()
+            assert len(kept.passes()) == (stack is decoder)
+            train(stack, IDS)
+    assert [call.mask is None for of_pass in kept.passes() for call in of_pass.values()] == [
+        True,  # its decoder's calls failed
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def batches(family: str) -> list[Batch]:
     return drawn
 
 
+def run(model: LocalModel, inputs: dict[str, Any]) -> Any:
+    """Makes a forward pass: of the encoder alone without a target."""
+    module: Any = model.module
+    if model.shape.family.has_encoder and "decoder_input_ids" not in inputs:
+        module = module.get_base_model().get_encoder()
+    return module(**inputs)
+
+
 @torch.no_grad()
 def refit_from_ordinary_passes(model: LocalModel, keep: list[LayerKeep], of: list[Batch]) -> None:
     """Refits by moments that hooks on all linears gather in whole forward passes."""
@@ -63,7 +71,7 @@ def refit_from_ordinary_passes(model: LocalModel, keep: list[LayerKeep], of: lis
     remove = hook_inputs(model, [(key.layer, linear) for key, linear in shrinking.items()], see)
     for inputs, of_batch in of:
         masks.append(of_batch)
-        model.module(**inputs)
+        run(model, inputs)
     remove()
 
     def compute(key: LinearId, linear: CollectedLinear) -> Tensor:
@@ -92,7 +100,8 @@ def replay(model: LocalModel, keep: list[LayerKeep], of: list[Batch]) -> None:
     model.module.train()
     for inputs, masks in of:
         with kept.record_forward(*masks):
-            model.module(**inputs)
+            output = run(model, inputs)
+        output[0].sum().backward()
     refit_by_replay(model, keep, kept.passes(), step=7)
 
 
@@ -134,7 +143,8 @@ def test_so_it_does_in_the_precision_of_the_passes(family: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for inputs, masks in batches(family):
             with kept.record_forward(*masks):
-                model.module(**inputs)
+                loss = model.module(**inputs)[0].sum()
+            loss.backward()
     refit_by_replay(model, keep, kept.passes(), step=7)
     assert_same_refit(family, model, expected, keep)
 
@@ -151,6 +161,36 @@ def test_so_it_does_from_embeddings() -> None:
     assert_same_refit("llama", model, expected, keep)
 
 
+def test_so_it_does_for_a_second_target_and_an_encoder_alone() -> None:
+    model = live("t5")
+    expected = live("t5")
+    keep = draw(model.shape, FEW)
+    (first, masks), (padded, padded_masks) = batches("t5")
+    alone = {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+    def calls(encoded: Tensor) -> list[Batch]:
+        second: dict[str, Any] = {"encoder_outputs": (encoded,)}
+        second |= {"attention_mask": first["attention_mask"]}
+        second |= {"decoder_input_ids": first["input_ids"][:, 5:12]}
+        return [(first, masks), (second, masks), (alone, padded_masks)]
+
+    with torch.no_grad():
+        of = calls(expected.module(**first).encoder_last_hidden_state)
+    refit_from_ordinary_passes(expected, keep, of)
+    kept = KeptPasses(model)
+    kept.begin_step()
+    model.module.train()
+    with kept.record_forward(*masks):
+        output = model.module(**first)
+    losses = [output[0].sum()]
+    for inputs, of_call in calls(output.encoder_last_hidden_state)[1:]:
+        with kept.record_forward(*of_call):
+            losses.append(run(model, inputs)[0].sum())
+    torch.stack(losses).sum().backward()
+    refit_by_replay(model, keep, kept.passes(), step=7)
+    assert_same_refit("t5", model, expected, keep)
+
+
 def test_a_refit_that_fails_names_step_and_linear_and_leaves_the_model_as_it_was() -> None:
     model = live("llama")
     keep = draw(model.shape, FEW)
@@ -162,7 +202,8 @@ def test_a_refit_that_fails_names_step_and_linear_and_leaves_the_model_as_it_was
     kept.begin_step()
     for inputs, masks in nothing:
         with kept.record_forward(*masks):
-            model.module(**inputs)
+            loss = model.module(**inputs)[0].sum()
+        loss.backward()
     kept.detach()
     with pytest.raises(RunError, match=r"step 7: layer 0 self_attn\.o_proj"):
         refit_by_replay(model, keep, kept.passes(), step=7)
@@ -180,7 +221,9 @@ def test_an_evaluation_is_not_kept_nor_a_graph() -> None:
     passes.begin_step()
     model.module(input_ids=ids)
     with passes.record_forward(None):
-        model.module(inputs_embeds=embedded, use_cache=True)
+        loss = model.module(inputs_embeds=embedded, use_cache=True)[0].sum()
+        model.module(input_ids=ids)  # no backward pass follows
+    loss.backward()
     model.module(input_ids=ids)
     (kept,) = passes.passes()
     assert torch.equal(kept[0].inputs["inputs_embeds"], embedded)

@@ -17,6 +17,7 @@ from loraprune_ds.evaluate.answers import write_answers
 from loraprune_ds.generate.encoding import encode_prompts
 from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.generate.writer import Writer
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.perplexity import measure_perplexity
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.pretrained.tokenizer import Starts, tokenize_pairs
@@ -245,10 +246,15 @@ def test_a_trainer_s_targets_count_without_padding_and_ends(
     model: Any = tiny_model("umt5")
     model = get_peft_model(model, LoraConfig(target_modules=linear_names(model)))
     model.get_base_model().decoder.config.update({"pad_token_id": pad, "eos_token_id": eos})
-    live = SimpleNamespace(module=model, device=torch.device("cpu"), shape=base_shape(model))
+    shape = base_shape(model)
+    live = SimpleNamespace(
+        module=model, device=torch.device("cpu"), shape=shape, layers=decoder_layers(model)
+    )
     pruner: Any = SimpleNamespace(model=live, record_forward=lambda *masks: nullcontext())
     watch = ForwardWatch(pruner)
     watch.active = True
     targets = torch.tensor([[START, 9, 3, 2, 0, 0]])
-    model.train()(input_ids=torch.tensor([[7, 8]]), decoder_input_ids=targets)
+    output = model.train()(input_ids=torch.tensor([[7, 8]]), decoder_input_ids=targets)
+    assert watch.take_tokens() == 0  # of no backward pass
+    output.logits.sum().backward()
     assert watch.take_tokens() == 2 + counted  # the source has no mask
