@@ -116,8 +116,9 @@ def _enter_layers(
             own = [(kept[number], states) for kept, states in pairs if number in kept]
             # All ranks enter each layer equally often.
             most = max(model.comm.gather_objects(len(own)))
-            spare = own[-1:] * (most - len(own))
-            own += [(call.without_tokens(), states) for call, states in spare]
+            own += [(call.without_tokens(), states) for call, states in own[-1:]] * (
+                most - len(own)
+            )
             lanes = [Lane(stack, *inputs, model.device.type) for inputs in own]
             # embeddings and norms
             outside = [child for child in stack.children() if child is not layer_list]

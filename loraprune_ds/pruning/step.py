@@ -80,7 +80,6 @@ class Pruner:
         self.passes: KeptPasses | None = None
         if config.compensate != "none":
             self.passes = KeptPasses(model)
-        self._keeps = False  # the passes of this step
         self.mask_gradients = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
@@ -89,7 +88,6 @@ class Pruner:
     def record_step(self, step: int) -> Generator[None]:
         """Lets hooks record for `fisher` and a refit. Open it around all passes and `score`."""
         is_scored = self.schedule.is_scored(step)
-        self._keeps = is_scored
         if self.passes is not None:
             if is_scored:
                 self.passes.begin_step()
@@ -102,13 +100,13 @@ class Pruner:
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
         """Records one micro-batch, around its forward pass alone. `masks` as in `KeptPasses.record_forward`."""
-        if self.passes is None or not self._keeps:
+        if self.passes is None or not self.passes.steps:
             return nullcontext()
         return self.passes.record_forward(*masks)
 
     def note_tokens(self, tokens: int) -> None:
         """Notes how many tokens the passes of this step had on all ranks, without padding."""
-        if self.passes is not None and self._keeps:
+        if self.passes is not None and self.passes.steps:
             linears = measured_linears(self.model.shape, self.limits.open_layers)
             widest = max((linear.inputs for _, linear in linears), default=0)
             self.passes.end_step(tokens, widest)

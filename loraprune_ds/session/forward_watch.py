@@ -104,10 +104,11 @@ class ForwardWatch:
             mask[:, 0] = True  # the start token has the id of padding
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
             mask = mask.bool()
-            self._count = partial(self._tokens.add_, mask.sum())
+            tokens = mask.sum()
         else:  # no padding, or packed samples
             mask = None
-            self._count = partial(self._tokens.add_, size.numel())
+            tokens = size.numel()
+        self._count = partial(self._tokens.add_, tokens)
         self._recording.enter_context(self._pruner.record_forward(*[mask] * len(self._layer_lists)))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
