@@ -221,7 +221,7 @@ def test_bf16_masks_are_the_same_on_any_number_of_ranks(ranks: RankPool, job: Jo
 def test_a_rank_with_another_mask_ends_the_run_everywhere(ranks: RankPool, job: Job) -> None:
     messages = ranks.run(3, cutting.disagree, job)
     message = (
-        "step 7: rank 2 computed another mask than rank 0; check the hardware of that rank, "
+        "step 1: rank 2 computed another mask than rank 0; check the hardware of that rank, "
         "then resume from the last checkpoint"
     )
     assert messages == [message] * 3

@@ -72,6 +72,7 @@ def size(scores: Tensor) -> Tensor:
         ("llama", SHARED | {"prune": FISHER, "reshard": False, "parts": 2, "r": 1, "checkpointing": "not reentrant"}),
         ("tied", {"prune": REFIT | {"normalize": "none"}, "mesh": (2, 1), "checkpointing": "wrapper"}),
         ("t5", SHARED | {"prune": FISHER_REFIT, "offload": True}),
+        ("llama", SHARED | {"prune": {}, "scale": 1024.0, "steps": 5}),
         heavy("llama", SHARED | {"prune": FISHER}),
         heavy("llama", SHARED | {"prune": MAGNITUDE | REFIT}),
         heavy("llama", SHARED | {"prune": REFIT, "r": 1}),
@@ -95,7 +96,7 @@ def test_rows_of_ranks_are_scored_and_cut_as_one_process_cuts_them(
     ranks: RankPool, folders: dict[str, Path], tmp_path: Path, model: str, settings: dict[str, Any]
 ) -> None:
     training = Training(folders[model], **settings)
-    plain = replace(training, mesh=(), offload=False, evaluates=False)
+    plain = replace(training, mesh=(), offload=False, evaluates=False, scale=0.0)
     world_size = 1
     for size in training.mesh:
         world_size *= size

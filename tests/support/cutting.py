@@ -21,7 +21,6 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.step import check_same_mask
 from loraprune_ds.ranks import comm
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad, partition_numel
 from loraprune_ds.zero import sharded
@@ -275,11 +274,18 @@ def _lora_in_order(trainer: ShardedTrainer) -> list[Any]:
 
 
 def disagree(job: Job) -> str:
-    """Makes the last rank keep another group. Every rank must say so, and none may hang."""
+    """Makes the last rank rank its groups the other way round. Every rank must say so, cut nothing, and not hang."""
     trainer = build(job)
     model = trainer.model
-    heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
-    return refused(check_same_mask, some_keep(trainer, heads, list(range(50))), model, 7)
+    trainer.step(1)
+    if model.rank == model.world_size - 1:
+        for layer in trainer.pruner.average.scores or []:
+            for values in layer.values():
+                values.neg_()
+    before = model.shape
+    message = refused(trainer.cut, 1)
+    assert model.shape == before
+    return message
 
 
 def poisoned(job: Job, where: str) -> str:

@@ -53,6 +53,7 @@ class Training:
         parts: micro-batches of a step. Gradients are averaged in the last alone.
         evaluates: makes forward passes without a backward after each step.
         half: the base is in bf16.
+        scale: of the loss, by a scaler. 0: none.
         policy: reduces in this dtype, and computes in bf16.
     """
 
@@ -66,6 +67,7 @@ class Training:
     prefetches: bool = False
     evaluates: bool = False
     half: bool = False
+    scale: float = 0.0
     policy: torch.dtype | None = None
     r: int = 4
     steps: int = 7
@@ -158,7 +160,10 @@ def prepare(training: Training) -> tuple[Any, AdamW]:
         assert sum(isinstance(module, FSDPModule) for module in model.modules()) > 2
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # a larger epsilon keeps rounding small: Adam divides by the roots of tiny second moments
-    return model, AdamW(trained, lr=5e-3, eps=1e-3, weight_decay=0.0)
+    optimizer: Any = AdamW(trained, lr=5e-3, eps=1e-3, weight_decay=0.0)
+    if training.scale:
+        optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=training.scale)
+    return model, optimizer
 
 
 def train(training: Training, out: Path | None = None) -> Result:
@@ -190,17 +195,20 @@ def one_step(
     total = torch.zeros(())
     parts = ids.chunk(training.parts)
     loss = None
+    scaler = getattr(optimizer, "scaler", None) or torch.amp.GradScaler("cpu", enabled=False)
     for i, part in enumerate(parts):
         if training.mesh:
             model.set_requires_gradient_sync(i == len(parts) - 1)
         loss = model(input_ids=part, labels=part).loss / len(parts)
-        loss.backward()
+        scaler.scale(loss).backward()
         total += loss.detach()
+    scaler.unscale_(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm: Any = torch.nn.utils.clip_grad_norm_(trained, 0.5)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
     record = pruning.end_step()  # the graph of the last loss is alive
     if record is not None:

@@ -112,6 +112,12 @@ def test_files_are_on_the_disk_before_anything_relies_on_them(
     )
     make_step(tmp_path, 4)
     assert synced == [layout.STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
+    del synced[:]
+    with save.Staging(Communicator(), tmp_path / "step-5", "step") as staging:
+        staging.write("resume/state.json", lambda path: path.write_text("{}"))
+        staging.publish()
+    in_resume = [layout.STATE_FILE, layout.MANIFEST, layout.RESUME_FOLDER]
+    assert [name for name in synced if "partial" not in name] == [*in_resume, tmp_path.name]
 
 
 def test_removal_is_all_or_nothing_and_can_be_repeated(

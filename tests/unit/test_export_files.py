@@ -1,6 +1,7 @@
 """Tests the parts of an exported folder: merged weights, weight files, index, tokenizer, card, and the whole folder."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from loraprune_ds import files
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
 from loraprune_ds.export.model_card import write_model_card
 from loraprune_ds.model.groups import LayerCounts
@@ -67,6 +69,23 @@ def test_an_export_needs_a_new_or_an_empty_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     must_name(str(out), begin, out)
     assert begin(tmp_path / "new" / "model").is_dir()
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        files.os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+    )
+    staging = begin(tmp_path / "out")
+    (staging / "base").mkdir()
+    written = [staging / "config.json", staging / "base" / "model.safetensors"]
+    for path in written:
+        path.touch()
+    publish(tmp_path / "out")
+    assert {*map(str, written), f"{staging / 'base'}"} <= {*synced}
+    assert synced[-2:] == [f"{staging}", f"{tmp_path}"]
 
 
 def test_tokenizer_files_are_copied_unchanged(tmp_path: Path) -> None:

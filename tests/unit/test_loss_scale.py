@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -78,3 +79,24 @@ def rates(overflows: set[int]) -> list[float]:
 def test_the_learning_rate_counts_skipped_steps() -> None:
     assert rates({1, 2, 3, 9}) == rates(set())
     assert rates(set())[8:] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
+
+
+def test_a_resumed_run_has_the_scale_that_overflows_left() -> None:
+    def engine() -> ShardedEngine:
+        made = object.__new__(ShardedEngine)
+        made.deepspeed = Mock(gradient_accumulation_steps=lambda: 2, train_batch_size=lambda: 8)
+        made.deepspeed.optimizer.loss_scaler = DynamicLossScaler(
+            2**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+        )
+        made.lr_scheduler = EngineThatSkips(set()).lr_scheduler
+        return made
+
+    straight, resumed = engine(), engine()
+    scaler = straight.deepspeed.optimizer.loss_scaler
+    # two overflows, of which the first is tolerated, and a step
+    vars(scaler).update(cur_scale=2.0**15, cur_iter=3, last_overflow_iter=1, cur_hysteresis=1)
+    saved = straight.loss_scale()
+    resumed.restore_counters(3, straight.lr_scheduler.state_dict(), saved)
+    assert resumed.loss_scale() == saved != engine().loss_scale()
+    counts = resumed.deepspeed
+    assert (counts.global_steps, counts.micro_steps, counts.global_samples) == (3, 6, 24)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock, patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from loraprune_ds.model.int8 import Int8
 from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.storage import Storage
 from loraprune_ds.pretrained.pretrained import open_for_pruning
+from loraprune_ds.train import trainer
 from tests.oracle.models import make_tiny_llama
 from tests.support.families import tiny_model
 from tests.support.refusals import must_name
@@ -66,3 +68,14 @@ def test_the_first_line_of_a_run_says_what_refits_and_a_teacher_add(tmp_path: Pa
     assert all(part in both for part in ("nf4", "int8", "teacher"))
     assert "int8" not in Storage("nf4").describe(shape, taught=True)
     assert "teacher" not in Storage("nf4", refits=True).describe(shape, taught=False)
+
+
+def test_no_linear_of_a_teacher_is_stored_for_refits(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path, hidden=64, ffn=96)
+    student = open_for_pruning(folder, ModelConfig(frozen="nf4")).with_refits("least_squares")
+    prepared = Mock(pretrained=student)
+    with patch.multiple(trainer, build_engine=DEFAULT, PruningSession=DEFAULT, Trainer=DEFAULT):
+        trainer.build_trainer(prepared, Mock())
+    taught = prepared.engine.build_inference_engine.call_args.args[0].weights.storage
+    kinds = {type(taught.format(linear)) for _, linear in student.shape.linears()}
+    assert kinds == {NF4}
