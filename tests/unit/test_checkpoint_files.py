@@ -120,6 +120,16 @@ def test_files_are_on_the_disk_before_anything_relies_on_them(
     assert [name for name in synced if "partial" not in name] == [*in_resume, tmp_path.name]
 
 
+def test_a_save_that_fails_leaves_no_half_on_a_disk_that_may_be_full(tmp_path: Path) -> None:
+    def fail() -> None:
+        with save.Staging(Communicator(), tmp_path / "step-5", "step") as staging:
+            staging.write("state.json", lambda path: path.write_text("{}"))
+            raise UserError("layer 1 cannot be gathered")
+
+    must_name("layer 1", fail)
+    assert names(tmp_path) == []
+
+
 def test_removal_is_all_or_nothing_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache
 
 from loraprune_ds.pruning.passes import MOST_STEPS, Call, KeptPasses
+from loraprune_ds.pruning.step import Pruner
 from tests.support.refusals import must_name
 
 IDS = torch.arange(6).view(2, 3)
@@ -305,3 +306,10 @@ def test_the_first_refit_says_which_steps_a_resume_has_lost(
     lines = [entry.getMessage() for entry in caplog.records]
     assert len(lines) == warned
     assert all(f"step {before + steps}" in line and "30 tokens" in line for line in lines)
+
+
+def test_no_pass_is_kept_once_no_cut_is_left() -> None:
+    schedule = Mock(is_scored=lambda step: False)
+    passes = Mock(steps=["of the last cut"])
+    with Pruner.record_step(Mock(schedule=schedule, passes=passes, mask_gradients=None), 9):
+        assert passes.steps == []
