@@ -46,7 +46,7 @@ class Staging(AbstractContextManager["Staging"]):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and self._comm.rank == 0:
-            pass
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Writes and seals one file on this rank, because only the writer's fsync surely flushes its cache.

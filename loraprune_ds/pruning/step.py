@@ -92,7 +92,7 @@ class Pruner:
             if is_scored:
                 self.passes.begin_step()
             else:  # no cut is left
-                pass
+                self.passes.steps.clear()
         with ExitStack() as recordings:
             if self.mask_gradients is not None and is_scored:
                 recordings.enter_context(self.mask_gradients.record())
