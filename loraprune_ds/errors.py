@@ -126,6 +126,19 @@ def run_command(work: Callable[[], int | None], *, agreed: bool = True) -> int:
         return error.exit_code
 
 
+def shorten_errors() -> None:
+    """Makes a UserError that nobody catches end as one line, in a process of another tool."""
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, UserError):
+            tell(error)
+        else:
+            others(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 def leave(code: int) -> NoReturn:
     """Ends this process immediately. A normal shutdown can abort in a thread of gloo (exit code -6)."""
     sys.stdout.flush()

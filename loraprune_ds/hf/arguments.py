@@ -60,7 +60,7 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
 )
 
 
-def check_arguments(args: Any, model: nn.Module) -> None:
+def check_arguments(args: Any, model: nn.Module | None) -> None:
     """Raises UserError for an argument of a Trainer or a cache of the model that does not allow cuts."""
     for name, refused, reason in ARGUMENTS:
         value = args

@@ -1,0 +1,166 @@
+"""What plugins of other tools share: refusals before a model is loaded, the table, and the base of the next command."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraprune_ds import PruneConfig
+from loraprune_ds.config_types import Ranking
+from loraprune_ds.files import read_json
+from loraprune_ds.hf.plugin import Tool, check_settings, describe, find_base, needs_our_code
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.pruning.schedule import plan_pruning
+from loraprune_ds.pruning.target import resolve
+from loraprune_ds.session.preparing import before_lora
+from tests.oracle.models import make_tiny_llama
+from tests.support.families import tiny_model
+from tests.support.local_training import make_model, train_and_save
+from tests.support.refusals import must_name
+from tests.support.resuming import assert_equal_tensors, read_tensors
+
+TOOL = Tool(
+    model="base_model",
+    lora="adapter",
+    with_lora=("lora", "qlora"),
+    targets="targets",
+    dora="use_dora",
+    optimizer="optim",
+    resume=("resume_from_checkpoint", "auto_resume"),
+)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("dense"), layers=4)
+
+
+@pytest.fixture
+def settings(dense: Path, tmp_path: Path) -> dict[str, Any]:
+    block = {"ratio": 0.3, "channel_multiple": 1}
+    return {
+        "base_model": str(dense),
+        "adapter": "lora",
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 20,
+        "loraprune": block,
+    }
+
+
+def test_a_block_has_the_settings_of_a_run(settings: dict[str, Any]) -> None:
+    config, linears = check_settings(TOOL, settings)
+    assert config == PruneConfig(ratio=0.3, channel_multiple=1)
+    assert linears == LINEARS
+    others = {"adapter": "qlora", "optim": "adamw_torch_fused", "targets": LINEARS, "max_steps": -1}
+    assert check_settings(TOOL, settings | others)[0] == config
+    check_settings(TOOL, settings | {"targets": "all-linear"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"loraprune": None}, "loraprune section {ratio: 0.3}"),
+        ({"loraprune": {"ratoi": 0.3}}, "unknown key prune.ratoi known keys ratio"),
+        ({"loraprune": {"ratio": 1.5}}, "prune.ratio 1.5"),
+        ({"loraprune": {"ratio": 0.99, "channel_multiple": 1}}, "prune.ratio 0.99"),
+        (
+            {"loraprune": {"sizes": ["0.2", "0.3"], "channel_multiple": 1}, "max_steps": 1},
+            "prune.sizes 1 train.steps",
+        ),
+        ({"adapter": None}, "adapter: None adapter: lora"),
+        ({"use_dora": True}, "use_dora"),
+        ({"optim": "paged_adamw_8bit"}, "optim: paged_adamw_8bit optim: adamw_torch"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"targets": ["q_proj", "v_proj"]}, "targets lacks down_proj, gate_proj, k_proj"),
+    ],
+)
+def test_what_cannot_be_pruned_is_one_line_before_a_model_is_loaded(
+    settings: dict[str, Any], changes: dict[str, Any], names: str
+) -> None:
+    must_name(names, check_settings, TOOL, settings | changes)
+
+
+def test_families_are_refused_by_config_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    for kind, names in (("mixtral", "experts"), ("gpt2", "gpt2")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        must_name(names, check_settings, TOOL, settings | {"base_model": str(folder)})
+
+
+@pytest.mark.parametrize("found", ["base", "checkpoint-6/pruning"])
+def test_the_folder_of_another_run_is_refused_and_its_resume_is_not(
+    settings: dict[str, Any], found: str
+) -> None:
+    Path(settings["output_dir"], found).mkdir(parents=True)
+    must_name(f"{found} auto_resume new folder", check_settings, TOOL, settings)
+    check_settings(TOOL, settings | {"auto_resume": True})
+
+
+def test_the_table_tells_cuts_shapes_and_who_can_load_the_result(dense: Path) -> None:
+    shape = shape_from_config(read_json(dense / "config.json"), "tiny")
+    tables: dict[Ranking, list[str]] = {"uniform": ["heads", "channels"], "global": []}
+    for ranking, lines in tables.items():
+        config = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, ranking=ranking)
+        schedule = plan_pruning(*resolve(config, shape), 12)
+        table = describe(schedule, 4, dense / "base")
+        assert "30.0 %" in table[0]
+        assert ", ".join(map(str, schedule.cut_steps)) + " of 12" in table[0]
+        assert [line.split()[0] for line in table[2:-1] if line.split()[0] in shape.kinds] == lines
+        assert ("trust_remote_code" in table[-1]) == (ranking == "global")
+        assert any(f"{shape.total_numel() / 1e3:.1f} k" in line for line in table)
+
+
+def test_a_t5_gets_its_own_biases_before_lora_and_a_llama_stays() -> None:
+    llama: Any = tiny_model("llama")
+    assert before_lora(llama) is llama
+    t5: Any = tiny_model("t5", dropout_rate=0.0, tie_word_embeddings=False)
+    assert before_lora(t5).config.model_type == "umt5"
+
+
+@pytest.fixture(scope="module")
+def trained(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a plugin leaves it: checkpoint, base and adapter."""
+    out = tmp_path_factory.mktemp("trained")
+    model = make_model(dense)
+    pruning = train_and_save(model.train(), PRUNE, out)
+    pruning.save_base(out / "base")
+    for folder in (out, out / "checkpoint-4"):
+        model.save_pretrained(folder)
+    return out
+
+
+def test_a_base_is_found_and_that_of_a_checkpoint_is_written(trained: Path) -> None:
+    base = find_base(trained)
+    assert base == trained / "base"
+    assert needs_our_code(base)
+    of_checkpoint = find_base(trained / "checkpoint-4")
+    assert_equal_tensors(read_tensors(of_checkpoint), read_tensors(base))
+    stamp = of_checkpoint.stat().st_mtime_ns
+    assert find_base(trained / "checkpoint-4").stat().st_mtime_ns == stamp
+
+
+def take_other_base(folder: Path) -> None:
+    shutil.rmtree(folder / "base")
+    make_tiny_llama(folder / "base", layers=4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (shutil.rmtree, "no adapter"),
+        (lambda folder: shutil.rmtree(folder / "base"), "no base/ stopped checkpoint-4"),
+        (take_other_base, "does not fit different trainings lora_"),
+    ],
+)
+def test_a_folder_that_is_gone_or_of_another_run_is_one_line(
+    trained: Path, tmp_path: Path, spoil: Callable[[Path], object], names: str
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    spoil(folder)
+    must_name(names, find_base, folder)
