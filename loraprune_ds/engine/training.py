@@ -53,7 +53,7 @@ class TrainingEngine(InferenceEngine):
 
     @abstractmethod
     def update(self, *, skipped: bool) -> None:
-        """Clips and makes the update, unless fp16 has `skipped` it. `model.gradient_norm` then has the norm before."""
+        """Clips and makes the update, unless fp16 has `skipped` it."""
 
     def infer(self, **inputs: Any) -> Any:
         self.module.eval()

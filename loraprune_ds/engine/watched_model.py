@@ -24,7 +24,7 @@ from loraprune_ds.ranks.comm import Communicator
 
 # (holder, private name of torch)
 PrivateName = tuple[Any, str]
-PRIVATE: tuple[PrivateName, ...] = ((AUTOGRAD, "queue_callback"), (torch, "_foreach_norm"))
+PRIVATE: tuple[PrivateName, ...] = ((AUTOGRAD, "queue_callback"),)
 
 
 def check_private_names(names: Iterable[PrivateName]) -> None:
@@ -63,13 +63,14 @@ class WatchedModel(PrunableModel, ABC):
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._norms: Tensor | None = None
         self._zero = torch.zeros((), device=self.device)
-        self._norm = self._zero
+        self._one = torch.ones((), device=self.device)
         self._copies = False
         self._queued = False
 
     @property
-    def loss_scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+    def loss_scale(self) -> float | Tensor:
+        # to ask the scaler for its number would wait for the device
+        return 1.0 if self._scaler is None else self._scaler.scale(self._one)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         gradient = self._gradients.get(parameter)
@@ -77,8 +78,9 @@ class WatchedModel(PrunableModel, ABC):
             gradient = self.held(parameter.grad)
         return torch.zeros_like(self.held(parameter)) if gradient is None else gradient.float()
 
-    def gradient_sum(self) -> Tensor:
-        return vector_norm(self._last_norms())
+    def gradient_norm(self) -> Tensor:
+        (norm,) = self._unscaled([vector_norm(self._last_norms())])
+        return norm
 
     def nonfinite_layer(self) -> int | None:
         norms = dict(zip(self._trained, self._last_norms(), strict=True))
@@ -86,22 +88,10 @@ class WatchedModel(PrunableModel, ABC):
             map(norms.__getitem__, layer.values()) for layer in self.lora_parameters()
         )
 
-    def gradient_norm(self) -> float:
-        return float(self._norm)
-
-    def note_norm(self, norm: Tensor) -> None:
-        """Notes the norm that a loop without `before_each_update` has measured before it clipped."""
-        self._norm = norm
-
-    def norm_over_ranks(self, norm: Tensor) -> Tensor:
-        """Returns the norm of whole gradients. `norm` is of the parts that this rank holds, by default all."""
-        return norm
-
     def before_each_update(
         self, action: Callable[[], None], *, reads_gradients: bool = True
     ) -> Callable[[], None]:
         def act(*_: Any) -> None:
-            self._norm = self.norm_over_ranks(self.gradient_sum()) / self.loss_scale
             action()
             self._gradients.clear()
             self._norms = None
@@ -141,11 +131,11 @@ class WatchedModel(PrunableModel, ABC):
         self._queued = False
         self._norms = self._gradient_norms()
         if self._copies:
-            self._gradients = {
-                parameter: self.held(parameter.grad).to(self.device, copy=True)
-                for parameter in self._lora
-                if parameter.grad is not None
-            }
+            changed = [parameter for parameter in self._lora if parameter.grad is not None]
+            gradients = [self.held(cast(Tensor, parameter.grad)) for parameter in changed]
+            copies = [torch.empty_like(gradient, device=self.device) for gradient in gradients]
+            aten._foreach_copy_(copies, gradients)
+            self._gradients = dict(zip(changed, copies, strict=True))
 
     def _last_norms(self) -> Tensor:
         return self._gradient_norms() if self._norms is None else self._norms
@@ -156,7 +146,7 @@ class WatchedModel(PrunableModel, ABC):
             self._zero if parameter.grad is None else self.held(parameter.grad).to(self.device)
             for parameter in self._trained
         ]
-        return torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        return torch.stack(aten._foreach_norm(gradients))
 
 
 def cut_layers(

@@ -64,7 +64,7 @@ class FsdpModel(WatchedModel):
     # Scoring
 
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        return gather_factors(self, self._rows.gather)
+        return gather_factors(self, self._rows.shards, self._rows.padded)
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         weight = self._module(linear_id).base_layer.weight
@@ -153,8 +153,8 @@ class FsdpModel(WatchedModel):
         self._reshard()
         return super().lora_parameters()
 
-    def norm_over_ranks(self, norm: Tensor) -> Tensor:
-        return self._rows.norm(norm)
+    def norm_over_ranks(self, norms: list[float]) -> float:
+        return self._rows.norm(norms)
 
 
 class RowState(TorchState):

@@ -13,7 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from loraprune_ds.model.groups import Slice
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, owned_range, pad, partition_numel
+from loraprune_ds.ranks.flat import (
+    AxisCut,
+    ReshardPlan,
+    owned_range,
+    pad,
+    partition_numel,
+    without_padding,
+)
 
 Shape = Sequence[int]
 
@@ -38,9 +45,10 @@ class RowShards:
     def replica_count(self) -> int:
         return 1 if self.replicas is None else self.replicas.world_size
 
-    def norm(self, norm: Tensor) -> Tensor:
-        """Returns the norm of full tensors. `norm` is of this rank's rows."""
-        return self.shards.all_reduce(norm.double().square()).sqrt()
+    def norm(self, norms: Sequence[float]) -> float:
+        """Returns the norm of full tensors. `norms` are of the rows of each rank of the whole job."""
+        replica: list[int] = self._ranks[0].tolist()
+        return math.hypot(*(norms[rank] for rank in replica))
 
     def place(self, rank: int) -> tuple[int, int]:
         """Returns the numbers of replica and shard of a rank of the whole job."""
@@ -58,21 +66,13 @@ class RowShards:
         numel = partition_numel(shape[0], self.shards.world_size) * math.prod(shape[1:])
         return pad(local.detach().to(self.shards.device).reshape(-1), numel)
 
-    def gather(self, local: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """Gathers full tensors of one dtype, and of the shapes of `like`, on every rank, by one all-gather."""
-        shapes = [tensor.shape for tensor in like]
-        padded = [self.padded(rows, shape) for rows, shape in zip(local, shapes, strict=True)]
-        gathered = self.shards.all_gather(torch.cat(padded))  # (shards, sum of padded)
-        parts = gathered.split([len(rows) for rows in padded], dim=1)
-        return [_without_padding(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-
     def collect(self, local: Tensor, shape: Shape, owner: int) -> Tensor | None:
         """Returns the full tensor on the rank `owner` of the whole job. None elsewhere."""
         replica, shard = self.place(owner)
         if replica != self.replica:
             return None
         gathered = self.shards.gather_to(shard, self.padded(local, shape))
-        return None if gathered is None else _without_padding(gathered, shape)
+        return None if gathered is None else without_padding(gathered, shape)
 
     def overwrite(self, local: Tensor, shape: Shape, owner: int, full: Tensor | None) -> None:
         """Overwrites this rank's rows, in every replica, by the rows of `full` on rank `owner`."""
@@ -102,8 +102,3 @@ class RowShards:
         receive = [columns * plan.receive.get(rank, 0) for rank in ranks]
         incoming = self.shards.all_to_all(outgoing, send, receive)
         return incoming.view(-1, *shape[1:]).to(local.device)
-
-
-def _without_padding(shards: Tensor, shape: Shape) -> Tensor:
-    """Joins the padded shards of all ranks: (shards, padded) -> `shape`."""
-    return shards.reshape(-1)[: math.prod(shape)].view(tuple(shape))

@@ -1,6 +1,5 @@
 """Trains and measures a model that one process holds whole, without DeepSpeed."""
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ class LocalEngine(TrainingEngine):
         model = LocalModel(module, shape, optimizer)
         super().__init__(module.train(), model, model.optimizer_state, lr_scheduler)
         self._optimizer = optimizer
-        self._max_norm = max_norm or math.inf
+        self._max_norm = max_norm
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -53,7 +52,8 @@ class LocalEngine(TrainingEngine):
         for parameter in trained:
             if parameter.grad is None:  # its moments decay, as under ZeRO-3
                 parameter.grad = torch.zeros_like(parameter)
-        self.model.note_norm(clip_grad_norm_(trained, self._max_norm))
+        if self._max_norm:
+            clip_grad_norm_(trained, self._max_norm)
         self._optimizer.step()
         self.lr_scheduler.step()
         self._optimizer.zero_grad()

@@ -97,12 +97,14 @@ class Span(NamedTuple):
         return self.groups * self.width
 
     @property
-    def scores(self) -> int:
-        """The numbers that `fisher` keeps: one per group, or a matrix of second moments per range of query heads."""
-        if self.kind != QUERY_HEADS:
-            return self.groups
+    def score_shape(self) -> Shape:
+        """The shape of what `fisher` keeps: one per group, or a matrix of second moments per range of query heads."""
         in_range = self.groups // self.ranges
-        return self.groups * in_range
+        return (self.ranges, in_range, in_range) if self.kind == QUERY_HEADS else (self.groups,)
+
+    @property
+    def scores(self) -> int:
+        return math.prod(self.score_shape)
 
     def resized(self, counts: Mapping[Kind, int]) -> Self:
         return self._replace(groups=counts[self.kind])

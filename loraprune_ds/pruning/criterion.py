@@ -30,13 +30,14 @@ DEVICE_BLOCK_NUMEL = 1 << 23
 # elements of inputs at a time, so their fp32 copies and squares stay in a CPU's cache
 CPU_INPUTS = 1 << 17
 
-# (rows of W in fp32, which it may overwrite; their LoRA factors) -> element importance up to its sign, in their shape.
-ElementCriterion = Callable[[Tensor, LoraFactors], Tensor]
+# (rows of W in fp32; their LoRA factors; those rows, if they may be overwritten) -> element importance up to its sign,
+# in their shape.
+ElementCriterion = Callable[[Tensor, LoraFactors, Tensor | None], Tensor]
 
 
-def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Turns W into W + s·B·A in place."""
-    return weight.addmm_(factors.B, factors.A, alpha=factors.scaling)
+def effective_weight(weight: Tensor, factors: LoraFactors, out: Tensor | None = None) -> Tensor:
+    """Returns W + s·B·A."""
+    return torch.addmm(weight, factors.B, factors.A, alpha=factors.scaling, out=out)
 
 
 def gradient_estimate(factors: LoraFactors) -> Tensor:
@@ -47,9 +48,9 @@ def gradient_estimate(factors: LoraFactors) -> Tensor:
     )
 
 
-def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
+def lora(weight: Tensor, factors: LoraFactors, out: Tensor | None = None) -> Tensor:
     """Returns G ⊙ (W + s·B·A), signed: the loss's first-order change without an element, as in the released code."""
-    return gradient_estimate(factors).mul_(effective_weight(weight, factors))
+    return gradient_estimate(factors).mul_(effective_weight(weight, factors, out))
 
 
 # `fisher` scores masks on inputs, not elements: `MaskGradients`.
@@ -58,9 +59,9 @@ ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "magnitude": effe
 
 @torch.no_grad()
 def score_shard(
-    shard: OwnedShard, factors: LoraFactors, criterion: ElementCriterion, axis: int
-) -> Tensor:
-    """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight.
+    total: Tensor, shard: OwnedShard, factors: LoraFactors, criterion: ElementCriterion, axis: int
+) -> None:
+    """Adds the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight to `total`.
 
     Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). Only owned elements
     count in the first and last row, so the sums of the ranks add up to the sums of the weight. A block has rows of one
@@ -72,18 +73,14 @@ def score_shard(
     experts = len(factors.A) // factors.B.shape[1]  # a linear that is not a stack counts as one
     rows = shard.shape[0] // experts
     columns = shard.shape[1]
-    device = shard.flat.device
-    total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=device)
     start = shard.start
     end = start + len(shard.flat)
-    if start == end:
-        return total
-    block_numel = CPU_BLOCK_NUMEL if device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    block_numel = CPU_BLOCK_NUMEL if shard.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
     of_experts = list(zip(factors.A.chunk(experts), factors.grad_A.chunk(experts), strict=True))
     block_rows = max(1, block_numel // columns)
     row = start // columns
     last_row = -(-end // columns)
-    while row < last_row:
+    while start < end and row < last_row:
         expert = row // rows
         stop = min(row + block_rows, last_row, (expert + 1) * rows)
         # the owned part of these rows
@@ -98,16 +95,15 @@ def score_shard(
         of_rows = LoraFactors(
             a, factors.B[row:stop], grad_a, factors.grad_B[row:stop], factors.scaling
         )
-        importance = criterion(shard.decode(stored, row), of_rows)
+        weight = shard.decode(stored, row)
+        importance = criterion(weight, of_rows, None if weight is stored else weight)
         if head or tail:
             flat = importance.view(-1)
             flat[:head] = 0
             flat[len(flat) - tail :] = 0
-        sums = importance.abs_().sum(1 - axis).double()  # on a CPU a tenth of vector_norm's time
         part = total[row:stop] if axis == 0 else total
-        part += sums
+        part += importance.abs_().sum(1 - axis)  # on a CPU a tenth of vector_norm's time
         row = stop
-    return total
 
 
 class Tap(torch.autograd.Function):
@@ -155,7 +151,8 @@ class MaskGradients:
     def __init__(self, model: PrunableModel) -> None:
         self._model = model
         self._active = False
-        self._squares: dict[LinearId, Tensor] = {}
+        self._squares: dict[LinearId, Tensor] = {}  # of the pass that goes backward
+        self._total: Tensor | None = None  # of the passes before
         self.detach = hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
@@ -167,6 +164,7 @@ class MaskGradients:
         finally:
             self._active = False
             self._squares.clear()
+            self._total = None
 
     @property
     def linears(self) -> list[LayerLinear]:
@@ -177,7 +175,9 @@ class MaskGradients:
         """Returns this rank's part of the sums over t, float64, for each linear that reads groups (LayerScores)."""
         # The loss was multiplied by the number of ranks, to undo ZeRO-3's average, and in fp16 by a scale.
         scale = self._model.world_size * self._model.loss_scale
-        return [self._squares[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
+        spans = [linear.spans[0] for _, linear in self.linears]
+        parts = (self._add_up() / scale**2).split([span.scores for span in spans])
+        return [part.view(span.score_shape) for part, span in zip(parts, spans, strict=True)]
 
     def _tap(
         self, linear_id: LinearId, inputs: Tensor, counts: list[int] | None = None
@@ -200,7 +200,21 @@ class MaskGradients:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
             parts = [sum_of_squares(mask_gradients(x, g, x.shape[1])) for x, g in of_experts]
             squares = torch.cat(parts)
-        self._squares[linear_id] = self._squares.get(linear_id, 0.0) + squares.double()
+        if linear_id in self._squares:  # the pass before is over
+            self._total = self._add_up()
+            self._squares.clear()
+        self._squares[linear_id] = squares
+
+    def _add_up(self) -> Tensor:
+        """Returns the sums of this and the earlier passes, flat and in float64."""
+        parts = [
+            self._squares[key].flatten()
+            if (key := LinearId(i, linear.linear)) in self._squares
+            else torch.zeros(linear.spans[0].scores, device=self._model.device)
+            for i, linear in self.linears
+        ]
+        sums = torch.cat(parts).double()
+        return sums if self._total is None else sums + self._total
 
 
 def mask_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Iterator[Tensor]:

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.config_types import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import Kind, LayerKeep, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerKeep, Span
 from loraprune_ds.model.shape import LayerLinear, LinearId, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
-from loraprune_ds.pruning.layer_scores import LayerScores
+from loraprune_ds.pruning.layer_scores import LayerScores, flatten, views
 from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.ranks.device import to_device
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,31 @@ class GroupSums:
         A fused linear then counts like separate linears. `step` divides all scores by their sum, so steps with large
         gradients weigh the same in the moving average. `none` adds the scores unchanged.
         """
-        new_zeros = self.of_spans[0].new_zeros
-        layers = [
-            {kind: new_zeros(count) for kind, count in counts.items()}
-            for counts in self.shape.counts
-        ]
+        rounds: list[dict[tuple[int, Kind], Tensor]] = [{}]  # the first spans of a layer, and so on
         of_spans = zip(self._places(), self._normalized(normalization), strict=True)
         for (layer, _, kind), scores in of_spans:
-            if scores.ndim == 1:
-                scores = layers[layer][kind] + scores
-            layers[layer][kind] = scores  # second moments belong to one span
-        return list(map(LayerScores, layers))
+            number = sum((layer, kind) in spans for spans in rounds)
+            if number == len(rounds):
+                rounds.append({})
+            rounds[number][layer, kind] = scores
+        totals, *others = rounds
+        for spans in others:
+            sums = aten._foreach_add([totals[key] for key in spans], list(spans.values()))
+            totals |= zip(spans, sums, strict=True)
+        nothing = self._flat[:0]  # of a kind that the layer lacks
+        return [
+            LayerScores((kind, totals.get((layer, kind), nothing)) for kind in counts)
+            for layer, counts in enumerate(self.shape.counts)
+        ]
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The sum of all scores."""
+        return self._flat.sum()
 
     def check(self) -> None:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
-        if torch.isfinite(self._sum()):
+        if torch.isfinite(self.total):
             return
         for (layer, linear, _), scores in zip(self._places(), self.of_spans, strict=True):
             if not torch.isfinite(scores).all():
@@ -55,18 +68,21 @@ class GroupSums:
                     "finite; lower train.learning_rate, or look at the data of this step"
                 )
 
-    def _normalized(self, normalization: Normalization) -> list[Tensor]:
-        if normalization == "none":
-            return list(self.of_spans)
-        if normalization == "l2":
-            divisors = [cast(Any, scores).norm() for scores in self.of_spans]
-        else:
-            divisors = [self._sum()] * len(self.of_spans)
-        pairs = zip(self.of_spans, divisors, strict=True)
-        return [scores / divisor.where(divisor > 0, 1.0) for scores, divisor in pairs]
+    @cached_property
+    def _flat(self) -> Tensor:
+        return torch.cat([scores.flatten() for scores in self.of_spans])
 
-    def _sum(self) -> Tensor:
-        return torch.cat([scores.flatten() for scores in self.of_spans]).sum()
+    def _normalized(self, normalization: Normalization) -> Sequence[Tensor]:
+        if normalization == "none":
+            return self.of_spans
+        sizes = [scores.numel() for scores in self.of_spans]
+        divisor = self.total
+        if normalization == "l2":
+            norms = torch.stack(aten._foreach_norm(self.of_spans))
+            counts = to_device(torch.tensor(sizes), norms.device)
+            divisor = norms.repeat_interleave(counts, output_size=len(self._flat))
+        parts = torch.split(self._flat / (divisor + (divisor == 0)), sizes)
+        return [part.view(x.shape) for part, x in zip(parts, self.of_spans, strict=True)]
 
     def _places(self) -> Iterator[tuple[int, str, Kind]]:
         """Yields the layer, the linear and the kind of each span."""
@@ -88,23 +104,29 @@ def score_groups(
     if mask_gradients is not None:
         return add_over_ranks(model, mask_gradients.linears, mask_gradients.sums(), step)
     score_element = ELEMENT_CRITERIA[criterion]
-    partial: list[Tensor] = []
+    linears = [(i, linear) for i, linear in model.shape.linears() if linear.spans]
+    spans = [span for _, linear in linears for span in linear.spans]
+    sizes = [span.size for span in spans]
+    rows = torch.zeros(sum(sizes), dtype=torch.float64, device=model.device)
+    parts = iter(torch.split(rows, [linear.shape[linear.axis] for _, linear in linears]))
     for layer, factors in enumerate(model.lora_factors()):
         for linear in model.shape.layers[layer].linears:
-            if not linear.spans:
-                continue
-            shard = model.owned_weight(LinearId(layer, linear.linear))
-            sums = score_shard(shard, factors[linear.linear], score_element, linear.axis)
-            partial += sums_of_spans(linear, sums)
-    return add_over_ranks(model, model.shape.linears(), partial, step)
+            if linear.spans:
+                shard = model.owned_weight(LinearId(layer, linear.linear))
+                score_shard(next(parts), shard, factors[linear.linear], score_element, linear.axis)
+    return add_over_ranks(model, linears, sums_of_groups(spans, torch.split(rows, sizes)), step)
 
 
-def sums_of_spans(linear: TensorSpec, values: Tensor) -> list[Tensor]:
-    """Adds up values (rows,) or (columns,) of a linear: (groups,) of each span."""
-    parts = torch.split(values, [span.size for span in linear.spans])
-    return [
-        part.view(-1, span.width).sum(1) for span, part in zip(linear.spans, parts, strict=True)
-    ]
+def sums_of_groups(spans: Sequence[Span], values: Sequence[Tensor]) -> list[Tensor]:
+    """Adds up the values (rows,) or (columns,) of each span: (groups,). Spans with groups of one width share a sum."""
+    of_groups = list(values)
+    for width in {span.width for span in spans} - {1}:
+        places = [i for i, span in enumerate(spans) if span.width == width]
+        sums = torch.cat([values[i] for i in places]).view(-1, width).sum(1)
+        parts = torch.split(sums, [spans[i].groups for i in places])
+        for i, part in zip(places, parts, strict=True):
+            of_groups[i] = part
+    return of_groups
 
 
 def add_over_ranks(
@@ -127,25 +149,24 @@ class MovingAverage:
 
     def update(self, now: list[LayerScores]) -> None:
         """Adds the scores of one more step."""
-        before = self.scores or [layer.map(torch.zeros_like) for layer in now]
-        self.scores = [self._mix(*layers) for layers in zip(before, now, strict=True)]
+        mixed = flatten(now).mul_(1 - self.decay)
+        if self.scores is not None:
+            before = flatten(self.scores).to(mixed.device)  # restored scores are on the host
+            mixed += before.mul_(self.decay)
+        self.scores = views(mixed, now)
         self.updates_since_cut += 1
-
-    def _mix(self, before: LayerScores, now: LayerScores) -> LayerScores:
-        mixed: dict[Kind, Tensor] = {}
-        for kind, scores in now.items():
-            average = before[kind].to(scores.device)  # restored scores are on the host
-            mixed[kind] = self.decay * average + (1 - self.decay) * scores
-        return LayerScores(mixed)
 
     def on_host(self) -> list[LayerScores] | None:
         """Returns the scores in host memory. None if nothing was scored yet."""
         if self.scores is None:
             return None
-        return [layer.map(Tensor.cpu) for layer in self.scores]
+        return views(flatten(self.scores).cpu(), self.scores)
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Keeps the scores of the groups that a cut leaves."""
         assert self.scores is not None
-        self.scores = [scores.select(k) for scores, k in zip(self.scores, keep, strict=True)]
+        flat = flatten(self.scores)
+        places = views(torch.arange(len(flat)), self.scores)
+        kept = [of_layer.select(k) for of_layer, k in zip(places, keep, strict=True)]
+        self.scores = views(flat[to_device(flatten(kept), flat.device)], kept)
         self.updates_since_cut = 0

@@ -10,7 +10,8 @@ q query heads for each key-value head.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Self
 
 import torch
@@ -38,6 +39,17 @@ class LayerScores(LayerTensors):
         return self.map(lambda scores: add_in_turn(scores) if scores.ndim > 1 else scores)
 
 
+def flatten(scores: Iterable[LayerScores]) -> Tensor:
+    """Copies the scores of all layers into one flat tensor."""
+    return torch.cat([values.flatten() for layer in scores for values in layer.values()])
+
+
+def views(flat: Tensor, like: Sequence[LayerScores]) -> list[LayerScores]:
+    """Returns the scores that `flatten` has copied, as views. `like` has their shapes."""
+    parts = iter(torch.split(flat, [x.numel() for layer in like for x in layer.values()]))
+    return [layer.map(lambda x: next(parts).view(x.shape)) for layer in like]
+
+
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
     """Draws one fixed score per group for the criterion `random`, the same on any number of ranks."""
     scores: list[LayerScores] = []
@@ -53,16 +65,13 @@ def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
 
 def second_moments(gradients: Iterable[Tensor], ranges: int) -> Tensor:
     """Returns M. `gradients` are the s of blocks of tokens, (tokens, ranges · q)."""
-    sums: list[Tensor] = []
-    for block in gradients:
-        s = block.double().view(len(block), ranges, -1)
-        sums.append(torch.einsum("tkg,tkh->kgh", s, s))
-    return torch.stack(sums).sum(0)
+    blocks = (block.double().view(len(block), ranges, -1) for block in gradients)
+    return reduce(torch.add, (torch.einsum("tkg,tkh->kgh", s, s) for s in blocks))
 
 
 def select(moments: Tensor, keep: Tensor) -> Tensor:
     """Returns M of the heads that stay: ascending indices, of each range the same number."""
-    in_range = keep.view(len(moments), -1).to(moments.device) % moments.shape[1]  # (ranges, kept)
+    in_range = keep.view(len(moments), -1) % moments.shape[1]  # (ranges, kept)
     rows = moments.take_along_dim(in_range[:, :, None], 1)
     return rows.take_along_dim(in_range[:, None, :], 2)
 

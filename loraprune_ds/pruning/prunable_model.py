@@ -29,6 +29,8 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import layer_owner
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -46,13 +48,13 @@ class LoraFactors:
         return LoraFactors(self.B.t(), self.A.t(), self.grad_B.t(), self.grad_A.t(), self.scaling)
 
 
-# (some rows of a weight as they are stored, number of the first) -> a new tensor with these rows in fp32
+# (some rows of a weight as they are stored, number of the first) -> these rows in fp32, perhaps the same tensor
 Decode = Callable[[Tensor, int], Tensor]
 
 
 def in_fp32(rows: Tensor, first: int) -> Tensor:
     """Decodes rows of a weight that is stored in the model's dtype."""
-    return rows.to(torch.float32, copy=True)
+    return rows.float()
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class PrunableModel(ABC):
 
     @property
     @abstractmethod
-    def loss_scale(self) -> float:
-        """The factor on gradients during a backward: 1 unless fp16. Not collective."""
+    def loss_scale(self) -> float | Tensor:
+        """The factor on gradients during a backward: 1 unless fp16, maybe on the device. Not collective."""
 
     # A cut
 
@@ -285,23 +287,30 @@ class PrunableModel(ABC):
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's part of an averaged LoRA gradient in fp32, scaled in fp16. Not collective."""
 
-    def unscaled_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Returns `gradient` of the unscaled loss. The criterion is not linear in it (gB·gA). Not collective."""
-        gradient = self.gradient(parameter)
+    def unscaled_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """Returns each `gradient` of the unscaled loss. The criterion is not linear in it (gB·gA). Not collective."""
+        return self._unscaled([self.gradient(parameter) for parameter in parameters])
+
+    def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
         scale = self.loss_scale
-        return gradient if scale == 1 else gradient / scale
+        if isinstance(scale, Tensor) or scale != 1:
+            gradients = list(aten._foreach_div(gradients, scale))
+        return gradients
 
     @abstractmethod
-    def gradient_sum(self) -> Tensor:
-        """Returns a number that is finite if all averaged LoRA gradients of this rank are. Not collective."""
+    def gradient_norm(self) -> Tensor:
+        """Returns the norm of this rank's part of the averaged gradients, of the unscaled loss. Not collective.
 
-    @abstractmethod
-    def gradient_norm(self) -> float:
-        """Returns the norm of all gradients at the last update, before clipping. Not collective."""
+        It is not finite if one of their elements is not.
+        """
+
+    def norm_over_ranks(self, norms: list[float]) -> float:
+        """Returns the norm of whole gradients from the `gradient_norm` of each rank. By default each has all."""
+        return norms[0]
 
     def nonfinite_layer(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's averaged LoRA gradients. Not collective."""
-        if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
+        if torch.isfinite(self.gradient_norm()):  # one pass in the usual case
             return None
         return self.first_nonfinite(
             map(self.gradient, layer.values()) for layer in self.lora_parameters()

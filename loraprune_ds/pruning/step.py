@@ -29,6 +29,7 @@ micro-batches, and each rank scores its shard of W (criterion.py).
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -44,7 +45,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.criterion import MaskGradients
 from loraprune_ds.pruning.importance import GroupSums, MovingAverage, score_groups
-from loraprune_ds.pruning.layer_scores import LayerScores, random_scores
+from loraprune_ds.pruning.layer_scores import LayerScores, flatten, random_scores
 from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
@@ -82,7 +83,7 @@ class Pruner:
             self.passes = KeptPasses(model)
         self.mask_gradients = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
-        self._unchecked: GroupSums | None = None
+        self._unchecked: GroupSums | None = None  # of the last step
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
@@ -125,6 +126,22 @@ class Pruner:
             scores = self._unchecked.by_layer(self.config.normalize)
         self.average.update(scores)
 
+    @property
+    def unchecked(self) -> Tensor | None:
+        """The sum of the last step's scores, on the device. None if it is known to be finite."""
+        return None if self._unchecked is None else self._unchecked.total
+
+    def check(self, total: float = math.nan) -> None:
+        """Raises RunError if a score of the last step is not finite. No cut or save follows from such scores.
+
+        Args:
+            total: the number that is `unchecked`. By default it waits for the device to read it.
+        """
+        sums = self._unchecked
+        self._unchecked = None
+        if sums is not None and not math.isfinite(total):
+            sums.check()
+
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
         """Cuts the model, if the schedule says so. Call it after each update. Returns None if no width changed.
 
@@ -136,9 +153,6 @@ class Pruner:
             RunError: a score is not finite, all are zero, none was updated since the last cut, or a rank computed
                 another mask.
         """
-        if self._unchecked is not None:
-            self._unchecked.check()  # at no cost here: the update has waited for the device
-            self._unchecked = None
         if not self.schedule.is_cut(step):
             return None
         if not scored and step != self.schedule.section(step).cut_steps[-1]:
@@ -177,7 +191,9 @@ class Pruner:
                 f"step {step}: a cut is due but no score was updated since the last cut, as in fp16 if the "
                 "gradients of every step overflow; lower train.learning_rate, or use bfloat16"
             )
-        if not any(values.any() for layer in scores for values in layer.values()):
+        values = flatten(scores)
+        self.check(float(values.sum()))
+        if not values.any():
             raise RunError(
                 f"step {step}: a cut is due but all scores are zero; is the model identical to its teacher?"
             )

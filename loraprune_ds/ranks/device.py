@@ -55,9 +55,9 @@ def peak_flops(device: str, dtype: Dtype) -> float | None:
     return None
 
 
-def to_device(tensor: Tensor) -> Tensor:
-    """Copies a tensor from the host to this rank's device, asynchronously."""
-    return tensor if is_cpu() else tensor.pin_memory().to(current_device(), non_blocking=True)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor from the host to a device, without waiting for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def empty_cache() -> None:

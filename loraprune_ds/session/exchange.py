@@ -20,7 +20,8 @@ class RankNumbers:
 
     losses: list[float]  # each rank's part of the loss. 0 if the loop does not tell it
     tokens: list[int]  # of its passes, without padding. 0 if the loop counts them itself
-    gradient_sums: list[float]
+    gradient_norms: list[float]  # of each rank's part of the gradients
+    scores: list[float]  # the sum of the scores of the step before. 0 if it is known already
     resident_bytes: list[int]
     reserved_bytes: list[int]
     # of this step. 0 if a rank has not measured it
@@ -29,26 +30,27 @@ class RankNumbers:
 
 
 def exchange_numbers(
-    model: PrunableModel, loss: Tensor, tokens: Tensor, *, peak: int, request: int
+    model: PrunableModel, loss: Tensor, tokens: Tensor, scores: Tensor, *, peak: int, request: int
 ) -> RankNumbers:
     """Exchanges the outcome of a step in one collective. Waits for the device once.
 
     Args:
         loss: `RankNumbers.losses` of this rank, fp64 and on the device.
-        tokens: `RankNumbers.tokens` of this rank, fp64 and on the device.
+        tokens: `RankNumbers.tokens` of this rank, likewise.
+        scores: `RankNumbers.scores` of this rank, likewise.
     """
-    gradient_sum = model.gradient_sum().to(loss)
-    on_device = torch.stack([loss, gradient_sum, tokens])
+    on_device = loss, model.gradient_norm().double(), scores, tokens
     on_host = torch.tensor([resident_bytes(), reserved_bytes(), peak, request], dtype=torch.float64)
-    numbers = torch.cat([on_device, to_device(on_host)])
+    numbers = torch.cat([*(number[None] for number in on_device), to_device(on_host, model.device)])
     by_rank: Any = model.comm.all_gather(numbers)
-    losses, gradient_sums, *rows = by_rank.T.tolist()  # a row for each number
+    losses, gradient_norms, sums, *rows = by_rank.T.tolist()  # a row for each number
     integers = [list(map(int, row)) for row in rows]
     tokens_by_rank, resident, reserved, peaks, requests = integers
     return RankNumbers(
         losses=losses,
         tokens=tokens_by_rank,
-        gradient_sums=gradient_sums,
+        gradient_norms=gradient_norms,
+        scores=sums,
         resident_bytes=resident,
         reserved_bytes=reserved,
         peak_bytes=peaks,
@@ -58,7 +60,7 @@ def exchange_numbers(
 
 def find_bad_layers(model: PrunableModel, numbers: RankNumbers) -> list[int | None]:
     """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
-    if all(map(math.isfinite, (*numbers.losses, *numbers.gradient_sums))):
+    if all(map(math.isfinite, (*numbers.losses, *numbers.gradient_norms))):
         return [None] * len(numbers.losses)
     is_finite = math.isfinite(numbers.losses[model.rank])
     find = model.nonfinite_layer if is_finite else model.nonfinite_weights

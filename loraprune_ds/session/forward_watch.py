@@ -36,7 +36,7 @@ class ForwardWatch:
     def __init__(self, pruner: Pruner) -> None:
         self.active = False
         self._pruner = pruner
-        self._tokens = torch.zeros((), dtype=torch.int64, device=pruner.model.device)
+        self._tokens = torch.zeros((), dtype=torch.float64, device=pruner.model.device)
         self._recording = ExitStack()
         self._hooks = ExitStack()
         self._layer_lists = pruner.model.shape.family.layer_lists
@@ -62,8 +62,8 @@ class ForwardWatch:
 
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
-        tokens = self._tokens.double()
-        self._tokens.zero_()
+        tokens = self._tokens
+        self._tokens = torch.zeros_like(tokens)
         return tokens
 
     def check_calls(self) -> None:

@@ -77,6 +77,7 @@ class PruningSession:
         self._began = 0.0
         self._learning_rate = 0.0
         self._numbers: RankNumbers | None = None  # of the open step, once it was exchanged
+        self._nothing = torch.zeros((), dtype=torch.float64, device=model.device)
 
     @property
     def schedule(self) -> Schedule:
@@ -117,18 +118,20 @@ class PruningSession:
             loss: this rank's part of the loss, one fp64 number on the device. None if the loop does not know it.
             tokens: of this rank's passes, likewise.
             request: to stop or save (train/stop.py).
+
+        Raises:
+            RunError: a score of the step before is not finite.
         """
         groups: Any = cast(torch.optim.Optimizer, self.model.optimizer).param_groups
         self._learning_rate = float(groups[0]["lr"])  # before the update changes it
-        nothing = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        if loss is None:
-            loss = nothing
-        if tokens is None:
-            tokens = nothing
-        self._numbers = exchange_numbers(
-            self.model, loss, tokens, peak=self.peak.of_step(), request=request
-        )
-        return self._numbers
+        given = [
+            self._nothing if number is None else number
+            for number in (loss, tokens, self.pruner.unchecked)
+        ]
+        numbers = exchange_numbers(self.model, *given, peak=self.peak.of_step(), request=request)
+        self.pruner.check(numbers.scores[0])
+        self._numbers = numbers
+        return numbers
 
     def score(self) -> None:
         """Scores the groups, if due and all gradients are finite, right before the update. Fp16 skips other steps.
@@ -159,9 +162,9 @@ class PruningSession:
         Raises:
             RunError: see `Pruner.cut`.
         """
-        grad_norm = self.model.gradient_norm() if self.scored else None
         seconds = time.perf_counter() - self._began
         numbers = cast(RankNumbers, self._numbers)
+        grad_norm = self.model.norm_over_ranks(numbers.gradient_norms) if self.scored else None
         self._recording.close()
         self._numbers = None
         self.step += 1
@@ -257,8 +260,9 @@ class PruningSession:
             with_records: adds metrics.jsonl.
 
         Raises:
-            RunError: a rank cannot write.
+            RunError: a rank cannot write, or a score is not finite.
         """
+        self.pruner.check()
         state = self.state()
         resume = describe_resume(self.pruner, schedule or {}, loss_scale or {})
         with Staging(self.model.comm, target, kind) as staging:

@@ -89,13 +89,14 @@ class Trainer:
         """Copies these samples to the device without waiting for it. Also returns the masks, an encoder's first."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
         masks = [self.samples.attention_mask(indices)]
+        device = self.model.device
         rows = None
         if self.model.shape.family.has_encoder:
             host_rows = split_rows(**inputs)
             masks = [host_rows.source_mask, host_rows.target_mask]
-            rows = host_rows._make(map(to_device, host_rows))
+            rows = host_rows._make(to_device(x, device) for x in host_rows)
         inputs["supervised"] = supervised_positions(inputs["labels"])
-        inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
+        inputs = {name: to_device(tensor, device) for name, tensor in inputs.items()}
         if rows is not None:
             inputs["rows"] = rows
         if self.teacher is not None:

@@ -59,7 +59,6 @@ OPTIMIZER_ATTRIBUTES = (
     "dp_process_group",
     "communication_data_type",
     "gradient_accumulation_dtype",
-    "_global_grad_norm",
 )
 LAYOUT_ATTRIBUTES = (
     "grad_partitions_flat_buffer",

@@ -1,11 +1,13 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from loraprune_ds.engine.gathered_lora import gather_factors
 from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState, collect_shards
@@ -20,7 +22,6 @@ from loraprune_ds.pruning.prunable_model import (
     PrunableModel,
 )
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import without_padding
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
@@ -64,7 +65,7 @@ class ShardedModel(PrunableModel):
 
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary.
-        return gather_factors(self, self._gather)
+        return gather_factors(self, self.comm, lambda shard, _: shard.to(self.device))
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer
@@ -139,11 +140,13 @@ class ShardedModel(PrunableModel):
         shards = self.zero_optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return shards[cast(Any, parameter).ds_id].float()
 
-    def gradient_sum(self) -> Tensor:
-        return self.zero_optimizer.grad_partitions_flat_buffer.sum()
+    def gradient_norm(self) -> Tensor:
+        gradients = self.zero_optimizer.grad_partitions_flat_buffer
+        (norm,) = self._unscaled([vector_norm(gradients, dtype=torch.float64).to(self.device)])
+        return norm
 
-    def gradient_norm(self) -> float:
-        return float(self.zero_optimizer._global_grad_norm)
+    def norm_over_ranks(self, norms: list[float]) -> float:
+        return math.hypot(*norms)
 
     def before_each_update(
         self, action: Callable[[], None], *, reads_gradients: bool = True
@@ -176,13 +179,6 @@ class ShardedModel(PrunableModel):
         """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
         if not self._coordinator.is_invalid_trace():
             self._coordinator._invalidate_trace()
-
-    def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""
-        gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
-        parts = gathered.split(list(map(len, shards)), dim=1)
-        pairs = zip(parts, parameters, strict=True)
-        return [without_padding(part, full_shape(parameter)) for part, parameter in pairs]
 
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. The record of the module order stays valid."""

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from loraprune_ds.config_types import Normalization
 from loraprune_ds.errors import leave, leave_on_error
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.pruning.criterion import Tap, effective_weight, score_shard
+from loraprune_ds.pruning.criterion import ElementCriterion, Tap, effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
-from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel, hook_inputs
+from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel, hook_inputs
 from loraprune_ds.pruning.step import Pruner
 
 
@@ -40,14 +40,14 @@ from loraprune_ds.pruning.step import Pruner
 class Metric:
     """Holds what a method does with each element of W', and with the number, sum and squares of each input."""
 
-    element: Callable[[Tensor, LoraFactors], Tensor]
+    element: ElementCriterion
     size: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 METRICS = {
     "wanda": Metric(effective_weight, lambda tokens, total, squares: squares.sqrt()),
     "flap": Metric(
-        lambda weight, factors: effective_weight(weight, factors).square_(),
+        lambda weight, factors, out: effective_weight(weight, factors, out).square_(),
         lambda tokens, total, squares: (squares / tokens - (total / tokens).square()).clamp_(min=0),
     ),
 }
@@ -94,9 +94,8 @@ class InputSizes(StepRecorder):
             linear_id = LinearId(layer, linear.linear)
             tokens, sums = model.comm.all_reduce(self._recorded[linear_id]).tensor_split([1])
             shard = model.owned_weight(linear_id)
-            columns = score_shard(
-                shard, factors[layer][linear.linear], self._metric.element, axis=1
-            )
+            columns = torch.zeros(linear.inputs, dtype=torch.float64, device=model.device)
+            score_shard(columns, shard, factors[layer][linear.linear], self._metric.element, 1)
             scores = columns * self._metric.size(tokens, *sums.chunk(2))
             parts.append(scores.view(-1, linear.group_width).sum(1))
         return add_over_ranks(model, self._linears, parts, step)

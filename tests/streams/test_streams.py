@@ -54,7 +54,7 @@ def test_a_missing_wait_of_ours_is_reported(cards: RankPool, tmp_path: Path) -> 
 def test_a_missing_wait_of_deepspeed_is_reported(cards: RankPool, tmp_path: Path) -> None:
     found = races(cards, prune_alone, make_job(tmp_path), FETCH, REDUCE)
     assert ("partition_parameters.py wait", "lora_product.py forward") in found
-    assert ("stage3.py partition_grads", "sharded.py gradient_sum") in found
+    assert ("stage3.py partition_grads", "sharded.py gradient_norm") in found
 
 
 def test_the_race_of_deepspeed_is_found_and_its_mend_is_enough(

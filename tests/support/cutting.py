@@ -309,7 +309,7 @@ def poisoned(job: Job, where: str) -> str:
         trainer.pruning.exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
         trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
-    return refused(lambda: (trainer.step(1), trainer.cut(1)))
+    return refused(lambda: (trainer.step(1), trainer.cut(1), trainer.step(2)))
 
 
 class _PoisonedScores:  # stands in for a PrunableModel

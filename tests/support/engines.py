@@ -133,7 +133,7 @@ class Found:
 
     engine: str = ""
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step
-    norm: float = 0.0
+    norms: list[float] = field(default_factory=list)
     nonfinite: list[int | None] = field(default_factory=list)  # in a good step, then with a NaN
     losses: list[float] = field(default_factory=list)
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -232,10 +232,11 @@ def train(name: str, folder: Path) -> Found:
                 found.gradients.setdefault(f"{name}A.default.weight", factors.grad_A)
                 found.gradients.setdefault(f"{name}B.default.weight", factors.grad_B)
         found.nonfinite.append(model.nonfinite_layer())
+        norms = model.comm.gather_objects(float(model.gradient_norm()))
+        found.norms.append(model.norm_over_ranks(norms))
 
     undo = model.before_each_update(look)
     found.losses.append(training.step(1))
-    found.norm = model.gradient_norm()
     undo()
     found.losses.append(training.step(2))
     found.before = training.tensors()

@@ -64,7 +64,7 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
         size = -(-len(flat) // world_size)
         for start in range(0, len(flat), size):
             shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
-            total += score_shard(shard, lora, ELEMENT_CRITERIA["lora"], 0)
+            score_shard(total, shard, lora, ELEMENT_CRITERIA["lora"], 0)
         torch.testing.assert_close(total.float(), torch.cat(wanted))
 
 

@@ -49,11 +49,12 @@ def scoring(found: Found) -> None:
         torch.randn(size.channels, RANK, device=device),
     )
     factors = LoraFactors(a, b, a * 0.1, b * 0.1, 2.0)
+    total = torch.zeros(len(b), dtype=torch.float64, device=device)
     for ranks, power in product((1, 8, 32), (22, 23, 24, 25)):
         flat = torch.randn(shape[0] * shape[1] // ranks, device=device, dtype=torch.bfloat16)
         shard = OwnedShard(flat, 0, shape)
         with patch.object(criterion, "DEVICE_BLOCK_NUMEL", 1 << power):
-            seconds = seconds_of(lambda shard=shard: score_shard(shard, factors, lora, 0))
+            seconds = seconds_of(lambda shard=shard: score_shard(total, shard, factors, lora, 0))
         found.row(f"a linear over {ranks} ranks, blocks of 2^{power}: ms", 1e3 * seconds)
 
 
