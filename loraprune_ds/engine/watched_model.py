@@ -21,6 +21,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.passes import AUTOGRAD
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import foreach
 
 # (holder, private name of torch)
 PrivateName = tuple[Any, str]
@@ -134,7 +135,7 @@ class WatchedModel(PrunableModel, ABC):
             changed = [parameter for parameter in self._lora if parameter.grad is not None]
             gradients = [self.held(cast(Tensor, parameter.grad)) for parameter in changed]
             copies = [torch.empty_like(gradient, device=self.device) for gradient in gradients]
-            aten._foreach_copy_(copies, gradients)
+            foreach._foreach_copy_(copies, gradients)
             self._gradients = dict(zip(changed, copies, strict=True))
 
     def _last_norms(self) -> Tensor:
@@ -146,7 +147,7 @@ class WatchedModel(PrunableModel, ABC):
             self._zero if parameter.grad is None else self.held(parameter.grad).to(self.device)
             for parameter in self._trained
         ]
-        return torch.stack(aten._foreach_norm(gradients))
+        return torch.stack(foreach._foreach_norm(gradients))
 
 
 def cut_layers(

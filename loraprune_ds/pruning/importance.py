@@ -14,9 +14,7 @@ from loraprune_ds.model.shape import LayerLinear, LinearId, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.layer_scores import LayerScores, flatten, views
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.ranks.device import to_device
-
-aten = torch.ops.aten
+from loraprune_ds.ranks.device import foreach, to_device
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class GroupSums:
             rounds[number][layer, kind] = scores
         totals, *others = rounds
         for spans in others:
-            sums = aten._foreach_add([totals[key] for key in spans], list(spans.values()))
+            sums = foreach._foreach_add([totals[key] for key in spans], list(spans.values()))
             totals |= zip(spans, sums, strict=True)
         nothing = self._flat[:0]  # of a kind that the layer lacks
         return [
@@ -78,7 +76,7 @@ class GroupSums:
         sizes = [scores.numel() for scores in self.of_spans]
         divisor = self.total
         if normalization == "l2":
-            norms = torch.stack(aten._foreach_norm(self.of_spans))
+            norms = torch.stack(foreach._foreach_norm(self.of_spans))
             counts = to_device(torch.tensor(sizes), norms.device)
             divisor = norms.repeat_interleave(counts, output_size=len(self._flat))
         parts = torch.split(self._flat / (divisor + (divisor == 0)), sizes)

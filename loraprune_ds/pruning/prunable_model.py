@@ -26,10 +26,8 @@ from loraprune_ds.model.frozen import DENSE, Slice, StorageFormat, storage_forma
 from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.device import storage_bytes
+from loraprune_ds.ranks.device import foreach, storage_bytes
 from loraprune_ds.ranks.flat import layer_owner
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -294,7 +292,7 @@ class PrunableModel(ABC):
     def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
         scale = self.loss_scale
         if isinstance(scale, Tensor) or scale != 1:
-            gradients = list(aten._foreach_div(gradients, scale))
+            gradients = list(foreach._foreach_div(gradients, scale))
         return gradients
 
     @abstractmethod

@@ -29,6 +29,7 @@ PEAK_TERAFLOPS = {
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512", "LRU_CACHE_CAPACITY": "32"}
 HALF = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
+foreach: Any = torch  # Names of operations that are one kernel for many tensors look private.
 
 
 def is_cpu() -> bool:
