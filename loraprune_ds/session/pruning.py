@@ -195,7 +195,11 @@ class Pruning(PruningSession):
         )
 
     def close(self) -> None:
-        """Detaches from the model and its optimizer. Warns if not all cuts were made."""
+        """Detaches from the model and its optimizer. Warns if not all cuts were made.
+
+        Raises:
+            RunError: a score of the last step is not finite.
+        """
         end = self.schedule.last_cut
         if self.step < end and self.model.rank == 0:
             log.warning(
@@ -209,6 +213,7 @@ class Pruning(PruningSession):
         self._forward.close()
         self.pruner.detach()
         self.recorder.close()
+        self.pruner.check()
 
     def _before_update(self) -> None:
         """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import torch
 from torch import nn, optim
 
 from loraprune_ds import Pruning
+from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning.prunable_model import OwnedShard
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import PRUNE, STEPS, Make, Rows, make_model, train
 from tests.support.refusals import must_name
@@ -84,6 +87,41 @@ def test_a_step_that_the_scaler_skips_is_not_scored(folder: Path, make: Make) ->
         (i == 3, i == 3) for i in range(1, 6)
     ]
     torch.testing.assert_close(rows[2][0], rows[1][0], **BITWISE)
+
+
+@pytest.mark.parametrize(("bad", "reader"), [(1, "update"), (2, "cut"), (1, "save"), (1, "close")])
+def test_nothing_follows_from_a_score_that_is_not_finite(
+    folder: Path, tmp_path: Path, bad: int, reader: str
+) -> None:
+    """Its check needs no wait of its own: the next step's exchange has it, unless something needs it before."""
+    model = make_model(folder).train()
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    pruning = Pruning(model, optimizer, PRUNE, STEPS)
+    owned_weight, counts = pruning.model.owned_weight, pruning.model.shape.counts
+
+    def poisoned(linear_id: LinearId) -> OwnedShard:
+        shard = owned_weight(linear_id)
+        if pruning.step + 1 == bad and linear_id == LinearId(1, "self_attn.q_proj"):
+            shard = replace(shard, flat=torch.full_like(shard.flat, math.inf))
+        return shard
+
+    pruning.model.owned_weight = poisoned  # type: ignore[method-assign]
+
+    def step() -> None:
+        pruning.begin_step()
+        ids = torch.arange(8)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        pruning.end_step()
+
+    for _ in range(1, bad):
+        step()
+    if reader != "cut":
+        step()
+    readers = {"save": lambda: pruning.save(tmp_path / "checkpoint"), "close": pruning.close}
+    must_name(f"step {bad} layer 1 self_attn.q_proj finite", readers.get(reader, step))
+    assert pruning.model.shape.counts == counts
+    assert not list(tmp_path.iterdir())
 
 
 def test_calls_out_of_order_are_refused_until_pruning_has_ended(folder: Path) -> None:
