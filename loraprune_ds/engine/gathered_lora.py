@@ -36,7 +36,7 @@ def gather_factors(
         parameters = [parameter for layer in layers for parameter in lora[layer]]
         shapes = [state.full_shape(parameter) for parameter in parameters] * 2
         masters = [state.shard(parameter, "master") for parameter in parameters]
-        parts = masters + model.unscaled_gradients(parameters)
+        parts = masters + model.unscaled([model.gradient(parameter) for parameter in parameters])
         gathered = _gather(list(map(pad, parts, shapes)), comm)
         full = list(map(without_padding, gathered, shapes))
         weights = iter(full[: len(parameters)])

@@ -80,7 +80,7 @@ class WatchedModel(PrunableModel, ABC):
         return torch.zeros_like(self.held(parameter)) if gradient is None else gradient.float()
 
     def gradient_norm(self) -> Tensor:
-        (norm,) = self._unscaled([vector_norm(self._last_norms())])
+        (norm,) = self.unscaled([vector_norm(self._last_norms())])
         return norm
 
     def nonfinite_layer(self) -> int | None:

@@ -54,7 +54,8 @@ class LocalModel(WatchedModel):
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         for i, layer in enumerate(self.lora_parameters()):
             weights = (factor.detach().float() for factor in layer.values())
-            yield self._named_factors(i, weights, iter(self.unscaled_gradients(layer.values())))
+            gradients = self.unscaled(list(map(self.gradient, layer.values())))
+            yield self._named_factors(i, weights, iter(gradients))
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer

@@ -143,7 +143,7 @@ class PrunableModel(ABC):
     @property
     @abstractmethod
     def loss_scale(self) -> float | Tensor:
-        """The factor on gradients during a backward: 1 unless fp16, maybe on the device. Not collective."""
+        """The factor on gradients during a backward: 1 unless fp16. A tensor is on the device. Not collective."""
 
     # A cut
 
@@ -285,11 +285,8 @@ class PrunableModel(ABC):
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's part of an averaged LoRA gradient in fp32, scaled in fp16. Not collective."""
 
-    def unscaled_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """Returns each `gradient` of the unscaled loss. The criterion is not linear in it (gB·gA). Not collective."""
-        return self._unscaled([self.gradient(parameter) for parameter in parameters])
-
-    def _unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
+    def unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Returns gradients of the unscaled loss. The criterion is not linear in them (gB·gA). Not collective."""
         scale = self.loss_scale
         if isinstance(scale, Tensor) or scale != 1:
             gradients = list(foreach._foreach_div(gradients, scale))
@@ -297,10 +294,7 @@ class PrunableModel(ABC):
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
-        """Returns the norm of this rank's part of the averaged gradients, of the unscaled loss. Not collective.
-
-        It is not finite if one of their elements is not.
-        """
+        """Returns the norm of this rank's part of the averaged, unscaled gradients. Not collective."""
 
     def norm_over_ranks(self, norms: list[float]) -> float:
         """Returns the norm of whole gradients from the `gradient_norm` of each rank. By default each has all."""

@@ -62,8 +62,8 @@ class ForwardWatch:
 
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
-        tokens = self._tokens
-        self._tokens = torch.zeros_like(tokens)
+        tokens = self._tokens.clone()
+        self._tokens.zero_()
         return tokens
 
     def check_calls(self) -> None:

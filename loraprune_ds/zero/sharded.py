@@ -142,7 +142,7 @@ class ShardedModel(PrunableModel):
 
     def gradient_norm(self) -> Tensor:
         gradients = self.zero_optimizer.grad_partitions_flat_buffer
-        (norm,) = self._unscaled([vector_norm(gradients, dtype=torch.float64).to(self.device)])
+        (norm,) = self.unscaled([vector_norm(gradients, dtype=torch.float64).to(self.device)])
         return norm
 
     def norm_over_ranks(self, norms: list[float]) -> float:
