@@ -302,8 +302,6 @@ class PrunableModel(ABC):
 
     def nonfinite_layer(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's averaged LoRA gradients. Not collective."""
-        if torch.isfinite(self.gradient_norm()):  # one pass in the usual case
-            return None
         return self.first_nonfinite(
             map(self.gradient, layer.values()) for layer in self.lora_parameters()
         )
