@@ -240,6 +240,7 @@ def _serve(
         faulthandler.register(signal.SIGUSR1, stack_file)
         rank = setup_arguments[0]
         connection.send_bytes(_answer(rank, setup, setup_arguments))
+        gc.freeze()  # DeepSpeed collects garbage twice a cut, and imports left none
         with contextlib.suppress(EOFError):
             while True:
                 connection.send_bytes(_answer(rank, _run_job, (connection.recv_bytes(),)))
