@@ -7,22 +7,17 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import deepspeed
 import pytest
 
 import loraprune_ds
-from loraprune_ds.zero import private
-from loraprune_ds.zero.private import check_private_attributes
+from loraprune_ds.zero.private import METHODS, check_private_attributes
 from tests.support.launching import ROOT
-from tests.support.refusals import refused
+from tests.support.refusals import must_name
 
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
-# CPU seconds that the callback's import adds, per second that its libraries take: 0.46 of 4.1 were measured
-MOST_ADDED = 0.15
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
@@ -107,16 +102,15 @@ def imports_between_files() -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_file_keeps_to_its_layer_and_is_short(path: Path) -> None:
-    source, part = path.read_text(), part_of_file(path)
-    assert part in LEVEL or not part, f"`{part}` has no place in LAYERS"
-    assert not part or import_faults(part, source) == []
-    assert len(source.splitlines()) <= MAX_LINES
-    if part and path.name == "__init__.py":
-        assert not list(imported_modules(ast.parse(source))), (
-            "only the package itself names what others define"
-        )
+def test_every_file_keeps_to_its_layer_and_is_short() -> None:
+    for path in FILES:
+        source, part = path.read_text(), part_of_file(path)
+        assert part in LEVEL or not part, f"`{part}` has no place in LAYERS"
+        assert not part or import_faults(part, source) == [], path
+        assert len(source.splitlines()) <= MAX_LINES, path
+        if part and path.name == "__init__.py":
+            imported = list(imported_modules(ast.parse(source)))
+            assert not imported, "only the package itself names what others define"
 
 
 def test_no_file_imports_itself_through_others() -> None:
@@ -135,8 +129,9 @@ EXPORT_AND_EVALUATE = [
     [
         (f"import loraprune_ds.pruning.step, {', '.join(EXPORT_AND_EVALUATE)}", ["deepspeed"]),
         ("from loraprune_ds import PruneConfig", ["torch", "deepspeed"]),
+        ("from loraprune_ds import LoraPruneCallback", ["gguf", "matplotlib"]),
     ],
-    ids=["exports and evaluations", "settings"],
+    ids=["exports and evaluations", "settings", "the callback"],
 )
 def test_an_import_does_not_wait_for_packages_it_does_not_need(
     line: str, unwanted: list[str]
@@ -145,38 +140,14 @@ def test_an_import_does_not_wait_for_packages_it_does_not_need(
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-IMPORTS = """
-import sys, time
-import peft, torch, transformers.trainer
-libraries = time.process_time()
-from loraprune_ds import LoraPruneCallback, PruneConfig
-print((time.process_time() - libraries) / libraries, *sys.modules)
-"""
-
-
-def test_the_callback_adds_little_to_the_import_of_its_libraries() -> None:
-    added = []
-    while min(added, default=1) > MOST_ADDED:
-        # the first may also compile our modules
-        assert len(added) < 3, f"{added} of the libraries' seconds"
-        command = [sys.executable, "-c", IMPORTS]
-        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        share, *loaded = printed.stdout.split()
-        assert not {"gguf", "matplotlib"} & set(loaded)
-        added.append(float(share))
-
-
 # What ZeRO-3 sets on a parameter. Settings and files of DeepSpeed may have names that begin alike.
 OF_A_PARAMETER = re.compile(r"\bds_(?!configs?\b)\w+")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if part_of_file(path) != KNOWS_DEEPSPEED],
-    ids=lambda path: path.relative_to(ROOT).as_posix(),
-)
-def test_only_one_package_reads_what_zero_3_sets_on_a_parameter(path: Path) -> None:
-    assert OF_A_PARAMETER.findall(path.read_text()) == []
+def test_only_one_package_reads_what_zero_3_sets_on_a_parameter() -> None:
+    for path in FILES:
+        if part_of_file(path) != KNOWS_DEEPSPEED:
+            assert OF_A_PARAMETER.findall(path.read_text()) == [], path
 
 
 def test_every_public_name_leads_to_its_definition() -> None:
@@ -187,90 +158,10 @@ def test_every_public_name_leads_to_its_definition() -> None:
         exec("from loraprune_ds import LoraPrune")
 
 
-# A DeepSpeed that lacks what a cut relies on is refused by name, with its version, before any work
-
-
-def refusal() -> str:
-    message = refused(check_private_attributes)
-    assert message.startswith(
-        f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs ("
-    )
-    return message.split("(", 1)[1].rsplit(")", 1)[0]
-
-
-@pytest.mark.parametrize(
-    ("cls", "name"), [(cls, name) for cls, names in private.METHODS for name in names]
-)
-def test_a_missing_method_is_named(monkeypatch: pytest.MonkeyPatch, cls: Any, name: str) -> None:
-    for base in getattr(cls, "__mro__", [cls]):
-        if name in vars(base):
-            monkeypatch.delattr(base, name)
-    assigned = [
-        f"{holder}.{x}"
-        for _, function, holder, names in private.ASSIGNED
-        if function == name
-        for x in names
-    ]
-    assert refusal().split(", ") == [f"{cls.__name__}.{name}", *assigned]
-
-
-@pytest.mark.parametrize(
-    ("cls", "function", "holder", "name"),
-    [
-        (cls, function, holder, name)
-        for cls, function, holder, names in private.ASSIGNED
-        for name in names
-    ],
-)
-def test_a_lack_is_named(
-    monkeypatch: pytest.MonkeyPatch, cls: type, function: str, holder: str, name: str
+def test_a_deepspeed_without_a_name_that_cuts_need_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Pretends that DeepSpeed's function assigns everything but this one."""
-    names = tuple(n for n in getattr(cls, function).__code__.co_names if n != name)
-    monkeypatch.setattr(cls, function, SimpleNamespace(__code__=SimpleNamespace(co_names=names)))
-    assert refusal() == f"{holder}.{name}"
-
-
-# The list is exact: it has every private name that the package uses.
-
-# Names of the package's variables. Of the engine itself it uses only public names, and writes some counters.
-OBJECTS = {"zero", "zero_optimizer", "optimizer", "offload", "coordinator", "init", "scaler"}
-PUBLIC = {"optimizer", "state", "param_groups", "loss_scale", "get", "clear"}
-ONLY_WRITTEN = {"ds_numel_aligned"}  # in a decorated function, whose names cannot be seen
-
-
-def touched(source: str) -> set[str]:
-    """Finds the attributes of DeepSpeed's optimizer, its helpers and its parameters that a file mentions."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute):
-            owner = ast.unparse(node.value).split(".")[-1].lstrip("_")
-            if owner in OBJECTS or OF_A_PARAMETER.fullmatch(node.attr):
-                found.add(node.attr)
-    return found
-
-
-def written_to_engine(source: str) -> set[str]:
-    """Finds the attributes that a file assigns to DeepSpeed's engine."""
-    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign))
-    attributes = [x for node in nodes for x in node.targets if isinstance(x, ast.Attribute)]
-    return {x.attr for x in attributes if ast.unparse(x.value).split(".")[-1] == "deepspeed"}
-
-
-def test_everything_the_package_touches_is_checked() -> None:
-    checked = {name for _, names in private.METHODS for name in names}
-    checked |= {name for *_, names in private.ASSIGNED for name in names}
-    files = [
-        path
-        for path in (ROOT / "loraprune_ds" / "zero").glob("*.py")
-        if "ds_config" not in path.name
-    ]
-    used = set().union(*(touched(path.read_text()) for path in files))
-    assert used >= {"ds_tensor", "grad_position", "is_invalid_trace", "_setup_for_real_optimizer"}
-    assert used - checked - PUBLIC - ONLY_WRITTEN == set()
-    assert set().union(*(written_to_engine(path.read_text()) for path in files)) == set(
-        private.ENGINE_COUNTERS
-    )
-    by_name = {*private.FLAT_LISTS, *private.LOSS_SCALE_FIELDS}  # in loops over the list
-    others = "\n".join(path.read_text() for path in files if path.name != "private.py")
-    assert {name for name in checked - by_name if not re.search(rf"\b{name}\b", others)} == set()
+    check_private_attributes()
+    cls, (name, *_) = METHODS[0]
+    monkeypatch.delattr(cls, name)
+    must_name(f"{deepspeed.__version__} {name}", check_private_attributes)
