@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -30,6 +31,28 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ranks" in cast(pytest.Function, item).fixturenames or "streams" in item.path.parts:
+            item.add_marker("ranks")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Adds the seconds of each test to the file of TEST_DURATIONS, the longest first."""
+    path = os.environ.get("TEST_DURATIONS")
+    if path is None:
+        return
+    seconds = dict[str, float]()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
+    with open(path, "a") as file:
+        for test in sorted(seconds, key=seconds.__getitem__, reverse=True):
+            file.write(f"{seconds[test]:7.2f} {test}\n")
 
 
 @pytest.fixture

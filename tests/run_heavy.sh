@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Exports in the hands of the tools that serve them, and all families on real ranks. Needs gcc, g++ and cmake; writes
-# what it finds into tests/benchmarks/results/export_formats.json.
+# What is heavier than it is worth in CI: all families on real ranks, kills within saves, reporters, and exports in the
+# hands of the tools that serve them, for each tool that is asked for. It writes what it finds there into
+# tests/benchmarks/results/export_formats.json.
 #
-#   bash tests/run_heavy.sh [--vllm] [--quantise] [arguments of pytest]
+#   bash tests/run_heavy.sh [--llama-cpp] [--vllm] [--quantise] [arguments of pytest]
 #   bash tests/run_heavy.sh --transformers        the oldest transformers that exports promise to load in
 #
-# Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (compiles for ten minutes on
-# two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes), with --quantise llm-compressor in
-# .venv-quantise. LLAMA_CPP_PYTHON, VLLM_PYTHON and QUANTISE_PYTHON may name a Python that has them already.
-# The tour needs wandb, which goes into .venv.
+# Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (needs gcc, g++ and cmake, and
+# compiles for ten minutes on two cores), vLLM's CPU build in .venv-vllm (3 GB, three minutes), llm-compressor in
+# .venv-quantise. LLAMA_CPP_PYTHON, VLLM_PYTHON and QUANTISE_PYTHON may name a Python that has them already; tests of
+# other tools are skipped. wandb, trackio and mlflow go into .venv.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
@@ -55,13 +56,16 @@ export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 if [[ ${1:-} == --transformers ]]; then
   export OTHER_TRANSFORMERS=$ROOT/.venv-transformers
   [[ -d $OTHER_TRANSFORMERS/transformers ]] || install_transformers
-  exec python -m pytest tests/integration/test_export_fresh_process.py tests/integration/test_family_fresh_process.py
+  exec python -m pytest -m "" tests/integration/test_export_fresh_process.py tests/integration/test_family_fresh_process.py
 fi
-if ! has python wandb; then
-  quietly python -m pip install wandb==0.31.0
+for reporter in wandb trackio mlflow; do
+  has python "$reporter" || quietly python -m pip install "$reporter"
+done
+if [[ ${1:-} == --llama-cpp ]]; then
+  shift
+  export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
+  has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp
 fi
-export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
-has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp
 if [[ ${1:-} == --vllm ]]; then
   shift
   export VLLM_PYTHON=${VLLM_PYTHON:-$ROOT/.venv-vllm/bin/python}

@@ -1,8 +1,8 @@
 """The architectures of llama.cpp for our families, and their differences from transformers.
 
-`bash tests/run_heavy.sh` compares each with transformers. llama.cpp's qwen2, phi3, starcoder2, cohere2 and olmo2 take
-hidden_size for the width of all query heads, so they cannot hold a model that lost heads. A Qwen2 or Phi-3 is written
-as an equivalent LLaMA.
+`bash tests/run_heavy.sh --llama-cpp` compares each with transformers. llama.cpp's qwen2, phi3, starcoder2, cohere2 and
+olmo2 take hidden_size for the width of all query heads, so they cannot hold a model that lost heads. A Qwen2 or Phi-3
+is written as an equivalent LLaMA.
 """
 
 from collections.abc import Iterator, Mapping

@@ -157,6 +157,7 @@ def test_tokens_equal_those_of_the_run(exported: Exported) -> None:
         assert exported.found[f"text{i}"].tolist() == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(OTHER_TRANSFORMERS is None, reason="for tests/run_heavy.sh --transformers")
 def test_what_another_transformers_found_is_recorded(exports: dict[str, Exported]) -> None:
     rows = []

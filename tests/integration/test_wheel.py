@@ -1,7 +1,6 @@
 """The wheel holds all it needs, and its commands work in a folder that has nothing to do with the checkout."""
 
 import json
-import os
 import shutil
 import sys
 import sysconfig
@@ -116,9 +115,6 @@ def test_a_mistake_is_told_before_ranks_start(programs: Path, tmp_path: Path) ->
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(
-    "LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"
-)
 def test_the_quickstart_runs_from_the_wheel(programs: Path, tmp_path: Path) -> None:
     """Makes fewer steps than the quickstart does."""
 

@@ -1,6 +1,5 @@
 """Random tiny models of every family: grouped queries, odd counts, and every special field in use."""
 
-import os
 from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
@@ -131,10 +130,7 @@ def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:
 
 def heavy(*values: Any) -> Any:
     """Returns a case that waits for tests/run_heavy.sh."""
-    wait = pytest.mark.skipif(
-        "LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"
-    )
-    return pytest.param(*values, marks=[pytest.mark.heavy, wait])
+    return pytest.param(*values, marks=pytest.mark.heavy)
 
 
 def heads_divide_hidden(family: str) -> bool:

@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 import loraprune_ds
 from loraprune_ds.zero.private import METHODS, check_private_attributes
+from tests.support.imports import imported_modules, imports_between, module_of
 from tests.support.launching import ROOT
 from tests.support.refusals import must_name
 
@@ -52,16 +52,6 @@ def part_of(module: str) -> str:
     return names[0] if names[0] != PACKAGE else ".".join(names[1:2]).partition("_")[0]
 
 
-def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Every module imported anywhere in the file, functions and TYPE_CHECKING blocks included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import hides its layer"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
 def import_faults(part: str, source: str) -> list[str]:
     faults = []
     for module in imported_modules(ast.parse(source)):
@@ -80,26 +70,8 @@ def import_faults(part: str, source: str) -> list[str]:
     return faults
 
 
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
 def part_of_file(path: Path) -> str:
     return part_of(module_of(path).removesuffix(".__init__"))
-
-
-def imports_between_files() -> dict[str, set[str]]:
-    modules = {module_of(path): path for path in FILES}
-    found = {}
-    for module, path in modules.items():
-        targets = {
-            name
-            for name in imported_modules(ast.parse(path.read_text()))
-            if name.startswith(PACKAGE)
-        }
-        named = {name if name in modules else name.rpartition(".")[0] for name in targets}
-        found[module] = {name for name in named if name in modules} - {module}
-    return found
 
 
 def test_every_file_keeps_to_its_layer_and_is_short() -> None:
@@ -114,7 +86,7 @@ def test_every_file_keeps_to_its_layer_and_is_short() -> None:
 
 
 def test_no_file_imports_itself_through_others() -> None:
-    imports = imports_between_files()
+    imports = imports_between(FILES)
     assert "loraprune_ds.pruning.prunable_model" in imports["loraprune_ds.zero.sharded"]
     TopologicalSorter(imports).prepare()  # raises a CycleError that names the files
 

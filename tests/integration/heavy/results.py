@@ -14,13 +14,7 @@ from loraprune_ds.report.report import hardware, versions
 from tests.benchmarks.running import RESULTS
 
 FILE, MEMORY_FILE = RESULTS / "export_formats.json", RESULTS / "server_memory.json"
-TAKES_MINUTES = [
-    pytest.mark.heavy,
-    pytest.mark.timeout(2400),
-    pytest.mark.skipif(
-        "LLAMA_CPP_PYTHON" not in os.environ, reason="takes minutes; see tests/run_heavy.sh"
-    ),
-]
+TAKES_MINUTES = [pytest.mark.heavy, pytest.mark.timeout(2400)]
 
 
 def python_of(variable: str) -> str:

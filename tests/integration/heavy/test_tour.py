@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tests.integration.heavy.results import TAKES_MINUTES, ask
+from tests.integration.heavy.results import TAKES_MINUTES, ask, python_of
 from tests.support.launching import ROOT, Ended, read_json, run_to_end
 
 pytestmark = TAKES_MINUTES
@@ -110,7 +110,7 @@ def test_the_tour(tmp_path: Path) -> None:
     # From README.md to the page about servers, and to an answer.
     assert f"({EXPORT.relative_to(ROOT)})" in FIRST.read_text()
     start(documented(FIRST, "--format gguf-q8_0"))
-    python = os.environ["LLAMA_CPP_PYTHON"]
+    python = python_of("LLAMA_CPP_PYTHON")
     assert len(ask(python, "-c", snippet(EXPORT, "llama_cpp"), cwd=tmp_path).stdout.split()) > 3
 
     command = [
