@@ -38,6 +38,7 @@ class LiveTraining:
         shape: of the weights of `peft_model`.
         optimizer: torch's or DeepSpeed's, perhaps in wrappers of accelerate.
         ds_config: DeepSpeed's JSON, if `model` is not its engine.
+        scaler: torch's loss scaler, if the loop has one.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class LiveTraining:
     shape: ModelShape
     optimizer: Any
     ds_config: JsonObject | None
+    scaler: Any = None
 
     def optimizers(self) -> Iterator[Any]:
         """Yields the optimizer, then those that it wraps. The last is torch's."""

@@ -118,6 +118,11 @@ class WatchedModel(PrunableModel, ABC):
     def _watch_backward(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._queued = False  # in case a backward pass failed
         if output[0].requires_grad:
+            require(
+                self.skips_updates or _compute_dtype(output[0]) != torch.float16,
+                "gradients are in float16, but no loss scaler is known, so they underflow; train in bfloat16, set "
+                "fp16=True of a Trainer, or pass your own as Pruning(..., scaler=...)",
+            )
             output[0].register_hook(self._await_gradients)
 
     def _await_gradients(self, _: Tensor) -> None:
@@ -148,6 +153,11 @@ class WatchedModel(PrunableModel, ABC):
             for parameter in self._trained
         ]
         return torch.stack(foreach._foreach_norm(gradients))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def cut_layers(

@@ -88,5 +88,4 @@ class LiveFsdp(LiveEngine):
 
         *_, optimizer = training.optimizers()
         check_fsdp(training.peft_model, optimizer)
-        scaler = getattr(training.optimizer, "scaler", None)
-        return FsdpModel(training.peft_model, training.shape, optimizer, scaler)
+        return FsdpModel(training.peft_model, training.shape, optimizer, training.scaler)

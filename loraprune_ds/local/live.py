@@ -77,5 +77,4 @@ class LiveLocal(LiveEngine):
         *_, optimizer = training.optimizers()
         check_private_names(PRIVATE)
         check_optimizer(optimizer)
-        scaler = getattr(training.optimizer, "scaler", None)
-        return LocalModel(peft_model, training.shape, optimizer, scaler)
+        return LocalModel(peft_model, training.shape, optimizer, training.scaler)

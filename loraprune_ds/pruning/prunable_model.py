@@ -94,7 +94,7 @@ class PrunableModel(ABC):
     """A PEFT model under pruning. Unless a method says otherwise, it is collective: every rank calls it, in one order.
 
     Attributes:
-        skips_updates: a loss scaler may leave out an update without a call of the optimizer.
+        skips_updates: a loss scaler leaves out updates whose gradients are not finite.
     """
 
     optimizer: torch.optim.Optimizer | None  # torch's, whose learning rate counts

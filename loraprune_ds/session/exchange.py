@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import RunError
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.device import reserved_bytes, resident_bytes, to_device
@@ -68,16 +67,17 @@ def find_bad_layers(model: PrunableModel, numbers: RankNumbers) -> list[int | No
 
 
 def can_update(
-    bad_layers: list[int | None], losses: Sequence[float], *, dtype: Dtype, step: int
+    bad_layers: list[int | None], losses: Sequence[float], *, skips: bool, step: int
 ) -> bool:
-    """Decides whether a step's gradients can be scored and applied. fp16 skips a step with overflowed gradients.
+    """Decides whether a step's gradients can be scored and applied.
 
     Args:
         bad_layers: per rank, the first layer with a non-finite LoRA gradient, or with a non-finite weight if the loss
             is not finite.
+        skips: a loss scaler leaves out the update if gradients have overflowed.
 
     Raises:
-        RunError: a loss is not finite, or a gradient is not finite in a dtype without a loss scale.
+        RunError: a loss is not finite, or a gradient is not, and no loss scaler leaves out the update.
     """
     advice = "lower train.learning_rate, or look at the data of this step"
     bad_ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -90,7 +90,7 @@ def can_update(
             message += f"; the weights of layer {min(bad_weights)} are not finite"
         raise RunError(f"{message}; {advice}")
     overflowed = [layer for layer in bad_layers if layer is not None]
-    if overflowed and dtype != "float16":
+    if overflowed and not skips:
         layer = min(overflowed)
         raise RunError(f"step {step}: the LoRA gradient of layer {layer} is not finite; {advice}")
     return not overflowed

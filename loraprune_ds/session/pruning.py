@@ -23,7 +23,7 @@ from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject, read_json, remove_folder, remove_leftovers, write_json
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pruning.schedule import plan_pruning
@@ -48,11 +48,11 @@ class Pruning(PruningSession):
 
     Args:
         model: DeepSpeed's engine, DistributedDataParallel, or the PEFT model inside, sharded or not, ready to train.
-        optimizer: torch's, or returned by `accelerator.prepare` or `deepspeed.initialize`. A loss scaler of your own
-            must be its attribute `scaler`, as in accelerate.
+        optimizer: torch's, or returned by `accelerator.prepare` or `deepspeed.initialize`.
         steps: optimizer steps of the whole training. The schedule is a fraction of them.
         checkpoint: returned by `cut_to_checkpoint`.
         ds_config: DeepSpeed's JSON, if `model` is not the engine.
+        scaler: your own `torch.amp.GradScaler`. That of accelerate is known.
 
     Raises:
         UserError: a part of the training cannot be pruned, or the checkpoint has other steps or another seed.
@@ -69,6 +69,7 @@ class Pruning(PruningSession):
         checkpoint: PruningCheckpoint | None = None,
         ds_config: JsonObject | None = None,
         sinks: Sequence[records.Sink] = (),
+        scaler: Any = None,
     ) -> None:
         """Checks the model and attaches to it. Collective."""
         if checkpoint:
@@ -78,9 +79,9 @@ class Pruning(PruningSession):
         adopt_quantised(peft_model, refits=config.compensate != "none")
         check_model(peft_model)
         self.peft_model = peft_model
-        live = connect(
-            LiveTraining(model, peft_model, live_shape(peft_model), optimizer, ds_config)
-        )
+        scaler = scaler or getattr(optimizer, "scaler", None)
+        shape = live_shape(peft_model)
+        live = connect(LiveTraining(model, peft_model, shape, optimizer, ds_config, scaler))
         if checkpoint and checkpoint.restores_optimizer:
             checkpoint.restore_lora(live)
         dense = checkpoint.dense if checkpoint else live.shape
@@ -122,13 +123,8 @@ class Pruning(PruningSession):
             UserError: the optimizer made no update since `begin_step`.
             RunError: see `Pruner.cut`.
         """
-        if not self.exchanged and self.model.skips_updates:  # a gradient overflowed
-            self.exchange(tokens=self._forward.take_tokens())
-            self.scored = False
         if not self.exchanged:
-            raise UserError(
-                f"end_step was called in step {self.step + 1}, but the optimizer has made no update"
-            )
+            self._expect_skip()
         self._forward.active = False
         return super().end_step(loss, tokens=tokens, flops=flops)
 
@@ -214,6 +210,18 @@ class Pruning(PruningSession):
         self.pruner.detach()
         self.recorder.close()
         self.pruner.check()
+
+    def _expect_skip(self) -> None:
+        """Ends a step without an update. Only a loss scaler may leave it out, as it saw an overflow. Collective."""
+        is_skipped = False
+        if self.model.skips_updates:
+            numbers = self.exchange(tokens=self._forward.take_tokens())
+            is_skipped = not all(map(math.isfinite, numbers.gradient_sums))
+        require(
+            is_skipped,
+            f"end_step was called in step {self.step + 1}, but the optimizer has made no update",
+        )
+        self.scored = False
 
     def _before_update(self) -> None:
         """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""

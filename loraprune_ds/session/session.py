@@ -134,17 +134,16 @@ class PruningSession:
         return numbers
 
     def score(self) -> None:
-        """Scores the groups, if due and all gradients are finite, right before the update. Fp16 skips other steps.
+        """Scores the groups, if due and all gradients are finite, right before the update.
 
         Raises:
-            RunError: the loss is not finite, or a gradient is not.
+            RunError: the loss is not finite, or a gradient is not and no loss scaler leaves out the update.
         """
         step = self.step + 1
         numbers = cast(RankNumbers, self._numbers)
         bad_layers = find_bad_layers(self.model, numbers)
-        # a loss scaler leaves out the update
-        dtype = "float16" if self.model.skips_updates else self.dtype
-        self.scored = can_update(bad_layers, numbers.losses, dtype=dtype, step=step)
+        skips = self.model.skips_updates
+        self.scored = can_update(bad_layers, numbers.losses, skips=skips, step=step)
         if self.scored:
             self.pruner.score(step)
         self._recording.close()

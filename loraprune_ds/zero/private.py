@@ -55,6 +55,7 @@ OPTIMIZER_ATTRIBUTES = (
     "parameter_offload",
     "persistent_parameters",
     "loss_scaler",
+    "dtype",
     "optimizer",
     "dp_process_group",
     "communication_data_type",

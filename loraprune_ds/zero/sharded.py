@@ -55,6 +55,7 @@ class ShardedModel(PrunableModel):
         trained = [p for p in module.parameters() if p.requires_grad]
         self.zero_optimizer = zero_optimizer
         self.optimizer = zero_optimizer.optimizer
+        self.skips_updates = zero_optimizer.dtype == torch.float16
         self.optimizer_state = ShardedState(zero_optimizer, trained)
         self._coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
         self._releases = decide_releases(self._coordinator)

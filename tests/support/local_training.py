@@ -41,12 +41,14 @@ def train(
     """Trains on the same batches. At a rate of 0 only cuts change weights. `at`: settings of pruning, and more."""
     optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
-    cast(Any, optimizer).scaler = scaler
+    known = {"scaler": scaler}
+    if at.get("of_accelerate"):
+        cast(Any, optimizer).scaler = known.pop("scaler")
     prune = replace(
         PRUNE,
         **{key: value for key, value in at.items() if key in PruneConfig.__dataclass_fields__},
     )
-    pruning, rows = Pruning(model.train(), optimizer, prune, STEPS), Rows()
+    pruning, rows = Pruning(model.train(), optimizer, prune, STEPS, **known), Rows()
     for step, (ids, _) in enumerate(
         make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1
     ):

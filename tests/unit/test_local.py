@@ -48,7 +48,7 @@ def test_neither_clipping_nor_a_loss_scaler_changes_a_bit_of_a_score(
     cases: tuple[dict[str, Any], ...] = (
         {"clip": True},
         {"scale": 4096.0},
-        {"scale": 4096.0, "clip": True},
+        {"scale": 4096.0, "clip": True, "of_accelerate": True},
     )
     for settings in cases:
         same(train(make_model(folder), **settings)[0], plain, **BITWISE)
@@ -122,6 +122,61 @@ def test_nothing_follows_from_a_score_that_is_not_finite(
     must_name(f"step {bad} layer 1 self_attn.q_proj finite", readers.get(reader, step))
     assert pruning.model.shape.counts == counts
     assert not list(tmp_path.iterdir())
+
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+@pytest.mark.parametrize(
+    ("base", "autocast", "needs_scaler"),
+    [
+        (torch.float32, torch.float16, True),
+        (torch.float16, None, True),
+        (torch.float16, torch.bfloat16, False),
+        (torch.float32, None, False),
+    ],
+)
+def test_gradients_in_fp16_need_a_known_scaler(
+    folder: Path, base: torch.dtype, autocast: torch.dtype | None, needs_scaler: bool
+) -> None:
+    def begin(**known: Any) -> None:
+        model = make_model(folder).train()
+        for name, parameter in model.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(base)
+        optimizer = optim.SGD(model.parameters(), lr=0.0)
+        Pruning(model, optimizer, PRUNE, STEPS, **known).begin_step()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            model(input_ids=IDS)
+
+    begin(scaler=torch.amp.GradScaler("cpu"))
+    if needs_scaler:
+        must_name("float16 bfloat16 scaler=", begin)
+        must_name("scaler=", begin, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    else:
+        begin()
+
+
+def test_an_overflow_ends_a_training_whose_update_nothing_skips(folder: Path) -> None:
+    """A base in fp16 overflows, too, where gradients are bf16, and Adam would write NaN into LoRA."""
+    model = make_model(folder).train()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            parameter.data = parameter.data.half()
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    Pruning(model, optimizer, PRUNE, STEPS).begin_step()
+    with torch.autocast("cpu", torch.bfloat16):
+        (model(input_ids=IDS, labels=IDS).loss * math.inf).backward()
+    must_name("step 1 layer 0", optimizer.step)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_scaler_skips_no_step_whose_gradients_are_finite(folder: Path) -> None:
+    model, scaler = make_model(folder).train(), torch.amp.GradScaler("cpu")
+    pruning = Pruning(model, optim.SGD(model.parameters()), PRUNE, STEPS, scaler=scaler)
+    pruning.begin_step()
+    scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
+    must_name("end_step step 1", pruning.end_step)
 
 
 def test_calls_out_of_order_are_refused_until_pruning_has_ended(folder: Path) -> None:
