@@ -216,7 +216,7 @@ class Pruning(PruningSession):
         is_skipped = False
         if self.model.skips_updates:
             numbers = self.exchange(tokens=self._forward.take_tokens())
-            is_skipped = not all(map(math.isfinite, numbers.gradient_sums))
+            is_skipped = not all(map(math.isfinite, numbers.gradient_norms))
         require(
             is_skipped,
             f"end_step was called in step {self.step + 1}, but the optimizer has made no update",
