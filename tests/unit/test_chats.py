@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import DEFAULT, Mock
 
@@ -26,7 +25,7 @@ from loraprune_ds.evaluate.settings import EvaluationText
 from loraprune_ds.generate import sampling
 from loraprune_ds.generate.models import Ids, find_model, load_model
 from loraprune_ds.generate.prompts import read_prompts
-from loraprune_ds.generate.sampling import Sampling, Text, Tick, extend, extend_by_vllm, leave_one
+from loraprune_ds.generate.sampling import Sampling, Text, Tick, extend, leave_one
 from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
 from tests.support.chat_model import BOS, END, TEMPLATE, make_chat_model
@@ -107,31 +106,6 @@ def test_a_text_follows_from_its_seed_in_any_batch(
             extend(writer, batch_size, unfinished, written.append)
         assert [text.ids for text in texts] == expected
         assert sum(written) == sum(map(len, expected))
-
-
-def test_vllm_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def generate(prompts: list[Any], settings: list[Any], use_tqdm: bool) -> list[Any]:
-        asked.extend(zip(prompts, settings, strict=True))
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(7, END))]) for _ in prompts]
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
-    texts = [Text([1, 2], 8, HOW), Text([3], 9, HOW)]
-    extend_by_vllm(SimpleNamespace(generate=generate), texts, Mock())
-    assert [(text.ids, text.ended) for text in texts] == [([7, END], True)] * 2
-    common = {
-        "temperature": 0.8,
-        "top_p": 0.9,
-        "max_tokens": 11,
-        "stop_token_ids": [END],
-        "ignore_eos": True,
-    }
-    expected = [
-        ({"prompt_token_ids": ids}, common | {"seed": seed})
-        for ids, seed in (([1, 2], 8), ([3], 9))
-    ]
-    assert asked == expected
 
 
 # Draws

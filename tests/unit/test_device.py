@@ -16,14 +16,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.cli import run as command
-from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.pruning import compensate
-from loraprune_ds.pruning.compensate import add_half_of_product, empty_half
 from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products, peak_flops
-from loraprune_ds.train import run
-from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.zero import engine, params
 from loraprune_ds.zero.engine import Zero3
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
@@ -82,12 +77,6 @@ def test_the_older_switch_of_products_is_what_it_was(
         if not is_new:
             assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == before
-
-
-def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensate, "products_of", asked := Mock(wraps=compensate.products_of))
-    add_half_of_product(empty_half(4, torch.device("cpu")), torch.randn(5, 4).bfloat16())
-    asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("emulates", [True, False])
@@ -274,18 +263,3 @@ def test_the_environment_has_it_before_ranks_join(
     monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(config[0])])
     assert command.main() == Reached.exit_code
     assert found == ([":4096:8", "1"] if config[1] else [None, None])
-
-
-def test_torch_has_it_before_the_model_is_read(
-    monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]
-) -> None:
-    def prepare(config: RunConfig, *others: Any, **more: Any) -> None:
-        raise Reached(str(torch.are_deterministic_algorithms_enabled()))
-
-    monkeypatch.setattr(run, "prepare", prepare)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    try:
-        with pytest.raises(Reached, match=str(config[1])):
-            run.run(OutputFolder(read_config(config[0])), Mock())
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -14,7 +14,6 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import SavedStep, verify_step
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session import checkpoint
 from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
@@ -74,21 +73,6 @@ def test_a_checkpoint_that_does_not_fit_is_named(
 ) -> None:
     saved(tmp_path, **changes)
     must_name(f"{tmp_path} {names}", checkpoint._read, tmp_path, CONFIG, COMM)
-
-
-@pytest.mark.parametrize(
-    ("zero", "world_size", "names"),
-    [(True, 2, ""), (True, 3, "zero3 3 ranks"), (False, 2, "local"), (False, 1, "local")],
-)
-def test_another_engine_or_other_ranks_of_zero_3_cannot_load_an_optimizer(
-    tmp_path: Path, zero: bool, world_size: int, names: str
-) -> None:
-    state = step_with(tmp_path, zero=zero, world_size=world_size).state
-    obstacle = checkpoint._obstacle(state, [], LiveZero3(), 2)
-    assert (obstacle is None) == (names == "")
-    assert all(name in (obstacle or "") for name in names.split())
-    # each rank of DDP has the whole optimizer
-    assert (checkpoint._obstacle(state, [], LiveLocal(), 2) is None) == (not zero)
 
 
 @pytest.mark.parametrize(

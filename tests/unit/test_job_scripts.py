@@ -284,20 +284,6 @@ class FakeRanks:
         pass
 
 
-def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(preflight, "distributed", FakeRanks())
-    assert preflight._exchange(0, 2, "cpu") == 2.0**-40
-    for wrong, told in (
-        ("sum", "a sum over all ranks is 5"),
-        ("part", "an all-to-all brought wrong numbers"),
-    ):
-        monkeypatch.setattr(preflight, "distributed", FakeRanks(wrong))
-        with pytest.raises(ValueError, match=told):
-            preflight._exchange(0, 2, "cpu")
-
-
 def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     gpus = SimpleNamespace(

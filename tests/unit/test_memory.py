@@ -4,9 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,9 +17,6 @@ from loraprune_ds.ranks.device import (
     resident_bytes,
     trim_heap,
 )
-from loraprune_ds.report.records import History, Recorder
-from loraprune_ds.session import session
-from loraprune_ds.session.session import PruningSession
 
 MB = 1_000_000
 ONEDNN, TORCH = KERNEL_CACHES
@@ -84,21 +78,6 @@ def test_memory_between_used_blocks_goes_back_to_the_system() -> None:
     del blocks[:-1]
     trim_heap()
     assert resident_bytes() < before - 150 * MB
-
-
-@pytest.mark.parametrize("cut", ["a cut", None])
-def test_a_cut_trims_the_heap(monkeypatch: pytest.MonkeyPatch, cut: str | None) -> None:
-    monkeypatch.setattr(session, "trim_heap", trimmed := Mock())
-    monkeypatch.setattr(PruningSession, "_describe", Mock())
-    made: Any = PruningSession.__new__(PruningSession)
-    made.model = SimpleNamespace(weight_bytes=lambda: [1])
-    made.pruner = SimpleNamespace(cut=lambda step, scored: cut)
-    made.recorder = Recorder(History(), [])
-    made.step = 1
-    made.scored = True
-    made.weight_bytes = [2]
-    made.cut()
-    assert trimmed.called == (cut is not None)
 
 
 # The peak

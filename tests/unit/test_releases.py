@@ -3,14 +3,11 @@
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, cast
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import _init_external_params
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
@@ -18,7 +15,6 @@ from torch import nn
 
 from loraprune_ds.zero import releases
 from loraprune_ds.zero.releases import Releases, fetched_by, iter_params, listed_once
-from loraprune_ds.zero.sharded import ShardedModel
 
 COORDINATOR: Any = PartitionedParameterCoordinator
 FREE_AS_DEEPSPEED = COORDINATOR._PartitionedParameterCoordinator__params_to_release
@@ -123,25 +119,3 @@ def test_a_decision_is_remembered_and_a_new_one_knows_the_new_sizes(
     again.sizes_changed()
     for step, module in enumerate(record[1:], 2):
         assert again(module, step) == FREE_AS_DEEPSPEED(coordinator, module, step)
-
-
-def test_a_weight_that_a_cut_makes_small_may_take_the_place_of_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Weights of up to 8 elements stay gathered, 10 elements in all. DeepSpeed itself never takes a mark away."""
-    monkeypatch.setattr(parameter_offload, "print_rank_0", Mock())
-    module = nn.ParameterList([torch.empty(0), torch.empty(0)])
-    for parameter, numel in zip(cast(Any, module), (20, 7), strict=True):
-        parameter.ds_numel, parameter.ds_persist = numel, False
-    offload: Any = Mock(
-        module=module, param_numel_persistence_threshold=8, model_persistence_threshold=10
-    )
-    offload.mark_persistent_parameters = partial(
-        DeepSpeedZeRoOffload.mark_persistent_parameters, offload
-    )
-    model: Any = Mock(module=module, zero_optimizer=Mock(parameter_offload=offload))
-    for numel, kept in ((20, [False, True]), (5, [True, False])):
-        cast(Any, module)[0].ds_numel = numel
-        ShardedModel._refresh_zero(model)
-        assert [parameter.ds_persist for parameter in cast(Any, module)] == kept
-        assert len(model.zero_optimizer.persistent_parameters) == 1
