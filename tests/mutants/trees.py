@@ -20,7 +20,7 @@ from tests.support.launching import ROOT
 LIBRARIES = ("torch", "deepspeed", "peft", "datasets", "accelerate", "transformers.trainer")
 OURS = ("tests", "loraprune_ds")
 SECONDS = 240  # of a test: a bug may make ranks wait for ever
-SEEN = re.compile(r"^(?:FAILED|ERROR|SKIPPED) (?:\[\d+\] )?(\S+)", re.MULTILINE)
+SEEN = re.compile(r"^(?:FAILED|ERROR|SKIPPED) (?:\[\d+\] )?(.+?)(?: - .*)?$", re.MULTILINE)
 
 
 def load_libraries() -> None:

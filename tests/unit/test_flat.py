@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, owned_range, partition_numel
 from loraprune_ds.zero.cut import reshard
+from tests.support.properties import for_any
 from tests.support.zero_bytes import elements_sent
 
 
@@ -65,36 +66,34 @@ def exchange(case: Case, plans: list[ReshardPlan]) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_all_ranks_together_select_the_kept_elements(seed: int) -> None:
-    draw = random.Random(seed)
-    for _ in range(1000):
-        case = random_case(draw)
-        plans, left = case.plans(), case.left()
-        for sender, plan in enumerate(plans):
-            arrives = {
-                rank: other.receive[sender]
-                for rank, other in enumerate(plans)
-                if sender in other.receive
-            }
-            assert plan.send == arrives
-            assert all(plan.send.values())
-        shards = exchange(case, plans)
-        for rank, (plan, shard) in enumerate(zip(plans, shards, strict=True)):
-            start, end = owned_range(left.numel(), case.world_size, rank)
-            assert len(shard) == sum(plan.receive.values()) == end - start <= plan.new_partition
-            # the last ones may own only padding
-            assert torch.equal(shard, left.reshape(-1)[start:end]), (case, rank)
-        assert sum(map(len, shards)) == left.numel()
-        assert case.cut.new_shape == left.shape
-        old_owner, new_owner = (
-            case.owners(case.unpruned.numel())[left.reshape(-1).long()],
-            case.owners(left.numel()),
-        )
-        moved = old_owner[old_owner != new_owner].bincount(minlength=case.world_size)
-        assert [
-            elements_sent(case.cut, case.world_size, rank) for rank in range(case.world_size)
-        ] == moved.tolist()
+@for_any(500)
+def test_all_ranks_together_select_the_kept_elements(draw: random.Random) -> None:
+    case = random_case(draw)
+    plans, left = case.plans(), case.left()
+    for sender, plan in enumerate(plans):
+        arrives = {
+            rank: other.receive[sender]
+            for rank, other in enumerate(plans)
+            if sender in other.receive
+        }
+        assert plan.send == arrives
+        assert all(plan.send.values())
+    shards = exchange(case, plans)
+    for rank, (plan, shard) in enumerate(zip(plans, shards, strict=True)):
+        start, end = owned_range(left.numel(), case.world_size, rank)
+        assert len(shard) == sum(plan.receive.values()) == end - start <= plan.new_partition
+        # the last ones may own only padding
+        assert torch.equal(shard, left.reshape(-1)[start:end]), (case, rank)
+    assert sum(map(len, shards)) == left.numel()
+    assert case.cut.new_shape == left.shape
+    old_owner, new_owner = (
+        case.owners(case.unpruned.numel())[left.reshape(-1).long()],
+        case.owners(left.numel()),
+    )
+    moved = old_owner[old_owner != new_owner].bincount(minlength=case.world_size)
+    assert [
+        elements_sent(case.cut, case.world_size, rank) for rank in range(case.world_size)
+    ] == moved.tolist()
 
 
 @pytest.mark.parametrize("mask", ["random", "first"])

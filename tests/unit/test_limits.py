@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_types import Ranking
@@ -16,6 +17,7 @@ from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
 from loraprune_ds.pruning.target import resolve
 from tests.support.families import tiny_config
 from tests.support.paper import OPEN, PAPER
+from tests.support.properties import for_any, seed
 from tests.support.published import PUBLISHED
 from tests.support.refusals import must_name, refused
 from tests.support.shapes_and_scores import (
@@ -119,34 +121,29 @@ def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> None:
-    draw, generator = random.Random(2), torch.Generator().manual_seed(2)
-    reached_something = 0
-    for _ in range(300):
-        shape = random_shape(draw, uniform=ranking == "uniform")
-        config = random_config(draw, ranking, shape)
-        if config.protected_last + (config.protected_first or 0) >= len(shape.layers):
-            continue
-        most = largest_ratio(config, shape)
-        if most == 0:
-            continue
-        reached_something += 1
-        config = replace(config, ratio=most)
-        _, limits, (size,) = resolve(config, shape)
-        keep = keep_at_end(random_scores_of(shape, generator), shape, limits, size)
-        steps = {
-            kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()
-        }
-        step = (
-            len(limits.open_layers) * steps["channels"] / 2
-            if limits.uniform
-            else max(steps.values())
-        )
-        # The stated ratio has four digits, rounded down.
-        short = most * shape.linear_numel() - gone(shape.after(keep), shape)
-        assert short <= step + 1e-9, (config, shape)
-        assert shortfall(limits, most, most - short / shape.linear_numel()) is None
-    assert reached_something > 150
+@for_any(150)
+def test_the_stated_ratio_is_reached_whatever_the_scores(
+    ranking: Ranking, draw: random.Random
+) -> None:
+    shape = random_shape(draw, uniform=ranking == "uniform")
+    config = random_config(draw, ranking, shape)
+    assume(config.protected_last + (config.protected_first or 0) < len(shape.layers))
+    most = largest_ratio(config, shape)
+    assume(most > 0)
+    generator = torch.Generator().manual_seed(seed(draw))
+    config = replace(config, ratio=most)
+    _, limits, (size,) = resolve(config, shape)
+    keep = keep_at_end(random_scores_of(shape, generator), shape, limits, size)
+    steps = {
+        kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()
+    }
+    step = (
+        len(limits.open_layers) * steps["channels"] / 2 if limits.uniform else max(steps.values())
+    )
+    # The stated ratio has four digits, rounded down.
+    short = most * shape.linear_numel() - gone(shape.after(keep), shape)
+    assert short <= step + 1e-9, (config, shape)
+    assert shortfall(limits, most, most - short / shape.linear_numel()) is None
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

@@ -239,6 +239,11 @@ def layer(model: Any) -> Any:
     return model.get_base_model().model.layers[1]
 
 
+def spread(model: Any) -> Any:
+    layer(model).input_layernorm.to("meta")
+    return model
+
+
 compiled: Callable[[Any], Any] = partial(torch.compile, backend="eager")
 
 
@@ -246,6 +251,7 @@ compiled: Callable[[Any], Any] = partial(torch.compile, backend="eager")
     ("wrap", "make", "names"),
     [
         (nn.DataParallel, optim.SGD, "DataParallel"),
+        (spread, optim.SGD, "spread cpu meta"),
         (lambda model: model, optim.Adafactor, "Adafactor"),
         (lambda model: model.bfloat16(), optim.SGD, "bfloat16 autocast_adapter_dtype"),
         (lambda model: model, lambda p, lr: SimpleNamespace(), "SimpleNamespace"),

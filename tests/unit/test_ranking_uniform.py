@@ -15,6 +15,7 @@ from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal
 from tests.oracle.formula import keep_best
 from tests.support.families import tiny_config
 from tests.support.paper import PAPER
+from tests.support.properties import for_any, seed
 from tests.support.refusals import must_name
 from tests.support.shapes_and_scores import (
     LLAMA_7B,
@@ -46,15 +47,14 @@ def all_counts(limits: Limits) -> list[LayerCounts]:
     return [LayerCounts(heads=h, channels=c) for h in heads for c in channels]
 
 
-def test_the_goal_comes_nearest_of_all_counts() -> None:
-    draw = random.Random(0)
-    for _ in range(400):
-        (limits, budget), ratio = random_settings(draw, uniform=True), draw.uniform(0.01, 0.95)
-        goal, allowed = uniform_goal(limits, replace(budget, ratio=ratio)), all_counts(limits)
-        half_a_step = limits.multiples["channels"] * limits.dense.group_numel["channels"] / 2
-        assert goal in allowed
-        nearest = min(error(limits, counts, ratio) for counts in allowed)
-        assert error(limits, goal, ratio) <= max(nearest, half_a_step) + 1e-6
+@for_any(200)
+def test_the_goal_comes_nearest_of_all_counts(draw: random.Random) -> None:
+    (limits, budget), ratio = random_settings(draw, uniform=True), draw.uniform(0.01, 0.95)
+    goal, allowed = uniform_goal(limits, replace(budget, ratio=ratio)), all_counts(limits)
+    half_a_step = limits.multiples["channels"] * limits.dense.group_numel["channels"] / 2
+    assert goal in allowed
+    nearest = min(error(limits, counts, ratio) for counts in allowed)
+    assert error(limits, goal, ratio) <= max(nearest, half_a_step) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -112,25 +112,23 @@ def test_the_papers_model_and_both_kinds_in_proportion_on_the_way() -> None:
     assert (rounded["heads"], rounded["channels"]) == (13, 4480)
 
 
-def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
-    draw, generator = random.Random(1), torch.Generator().manual_seed(1)
-    for _ in range(150):
-        (limits, budget), ratio = random_settings(draw, uniform=True), draw.uniform(0.05, 0.8)
-        budget = replace(budget, ratio=ratio)
-        goal, shape = uniform_goal(limits, budget), limits.dense
-        for fraction in TARGETS:
-            scores = random_scores_of(shape, generator)
-            keep = rank_uniform(
-                scores, shape, limits, uniform_counts(limits, fraction * ratio, budget)
-            )
-            shape = shape.after(keep)  # indexing would fail if a count grew
-            (counts,) = {shape.counts[i] for i in limits.open_layers}
-            for kind, multiple in limits.multiples.items():
-                assert counts[kind] >= goal[kind]
-                assert counts[kind] % multiple == 0 or counts[kind] == limits.dense.counts[0][kind]
-            closed = set(range(len(shape.layers))) - set(limits.open_layers)
-            assert all(shape.counts[i] == limits.dense.counts[i] for i in closed)
-        assert counts == goal
+@for_any(100)
+def test_counts_never_grow_on_the_way_and_end_exactly(draw: random.Random) -> None:
+    generator = torch.Generator().manual_seed(seed(draw))
+    (limits, budget), ratio = random_settings(draw, uniform=True), draw.uniform(0.05, 0.8)
+    budget = replace(budget, ratio=ratio)
+    goal, shape = uniform_goal(limits, budget), limits.dense
+    for fraction in TARGETS:
+        scores = random_scores_of(shape, generator)
+        keep = rank_uniform(scores, shape, limits, uniform_counts(limits, fraction * ratio, budget))
+        shape = shape.after(keep)  # indexing would fail if a count grew
+        (counts,) = {shape.counts[i] for i in limits.open_layers}
+        for kind, multiple in limits.multiples.items():
+            assert counts[kind] >= goal[kind]
+            assert counts[kind] % multiple == 0 or counts[kind] == limits.dense.counts[0][kind]
+        closed = set(range(len(shape.layers))) - set(limits.open_layers)
+        assert all(shape.counts[i] == limits.dense.counts[i] for i in closed)
+    assert counts == goal
 
 
 def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:

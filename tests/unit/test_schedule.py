@@ -1,10 +1,11 @@
 """When to cut and how much: the cubic schedule against the oracle's."""
 
-import random
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis.strategies import integers
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import config_from_dict, read_config
@@ -14,6 +15,7 @@ from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
 from tests.oracle.formula import cubic_target
 from tests.support.launching import ROOT
+from tests.support.properties import REPEATABLE
 from tests.support.refusals import must_name
 from tests.support.shapes_and_scores import LLAMA_7B
 
@@ -33,26 +35,18 @@ def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
             )
 
 
-def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
-    """0.29 · 100 is 28.999999999999996. Rounding may not move the step at which a target leaves or arrives."""
-    draw = random.Random(0)
-    drawn = [(draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)) for _ in range(500)]
-    for steps, warmup, cooldown in [(100, 29, 29), *drawn]:  # in per cent
-        config = PruneConfig(
-            ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100
-        )
-        schedule = make_schedule(config, steps)
-        for step in range(steps + 1):
-            assert (schedule.target(step) > 0) == (100 * step > warmup * steps), (
-                steps,
-                warmup,
-                step,
-            )
-            assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps), (
-                steps,
-                cooldown,
-                step,
-            )
+@example(100, 29, 29)  # 0.29 · 100 is 28.999999999999996
+@given(integers(5, 300), integers(0, 49), integers(0, 49))
+@settings(REPEATABLE, max_examples=200)
+def test_borders_fall_on_the_right_step_for_any_fraction(
+    steps: int, warmup: int, cooldown: int
+) -> None:
+    """Rounding may not move the step at which a target leaves or arrives. Fractions are in per cent."""
+    config = PruneConfig(ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100)
+    schedule = make_schedule(config, steps)
+    for step in range(steps + 1):
+        assert (schedule.target(step) > 0) == (100 * step > warmup * steps)
+        assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps)
 
 
 @pytest.mark.parametrize(
