@@ -14,6 +14,7 @@ from tests.support import resuming
 from tests.support.bad_input import assert_refused
 from tests.support.callback_results import check_results, load, logits, relative
 from tests.support.examples import ALONE, DS_CONFIG, OPTIONS, write_rows
+from tests.support.families import heavy
 from tests.support.launching import ROOT, run_to_end
 from tests.support.ranks import RankPool
 from tests.support.refusals import edit_tensors
@@ -43,7 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", ["sft.py", heavy("dpo.py"), heavy("gkd.py"), heavy("accelerate_loop.py")]
+)
 def test_an_example_prunes_and_what_it_writes_agrees(
     ranks: RankPool, model: Path, tmp_path: Path, script: str
 ) -> None:
@@ -57,7 +60,7 @@ def test_an_example_prunes_and_what_it_writes_agrees(
     assert own_loop or list((out / "runs/pruning").iterdir())
 
 
-@pytest.mark.parametrize("script", QLORA)
+@pytest.mark.parametrize("script", ["qlora.py", heavy("dpo.py")])
 def test_on_a_base_in_4_bits_the_export_agrees(
     ranks: RankPool, model: Path, tmp_path: Path, script: str
 ) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +107,29 @@ def test_an_example_runs_by_accelerate_launch(tmp_path: Path, kind: str) -> None
     assert adapter["base_model_name_or_path"] == str(tmp_path / "out" / "base")
 
 
+@pytest.fixture(scope="module")
+def straight(
+    ranks: RankPool, job: Job, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Job, Any, Any, str]]:
+    """Returns a job, its rows and weights on an engine with two ranks, and its checkpoint of step 2, each made once."""
+    refitting = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
+
+    @cache
+    def train(engine: str) -> tuple[Job, Any, Any, str]:
+        out = tmp_path_factory.mktemp("straight")
+        more = SAVES | ENGINES[engine]
+        rows, weights = ranks.run(2, training(more), refitting, out, more)[0]
+        return refitting, rows, weights, str(out / "checkpoint-2")
+
+    return train
+
+
 @pytest.mark.parametrize(("kind", "size"), [("FULL", 2), ("SHARDED", 2), heavy("FULL", 4)])
 def test_a_resume_across_a_cut_changes_no_bit_and_other_engines_and_ranks_go_on(
-    ranks: RankPool, job: Job, tmp_path: Path, kind: str, size: int
+    ranks: RankPool, straight: Any, tmp_path: Path, kind: str, size: int
 ) -> None:
-    job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
+    job, rows, weights, checkpoint = straight(kind)
     more = ENGINES[kind]
-    rows, weights = ranks.run(2, train_with_callback, job, tmp_path / "a", SAVES | more)[0]
-    checkpoint = str(tmp_path / "a" / "checkpoint-2")
     forgetful = fsdp_trainers.resume_without_the_callback
     for error in ranks.run(size, forgetful, job, tmp_path / "f", more, checkpoint):
         assert "pruning.resume(trainer.model)" in error
@@ -174,12 +191,9 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(
     ],
 )
 def test_what_another_engine_has_saved_goes_on(
-    ranks: RankPool, job: Job, tmp_path: Path, engine: str, other: str, size: int
+    ranks: RankPool, straight: Any, tmp_path: Path, engine: str, other: str, size: int
 ) -> None:
-    job = replace(job, prune=REFIT, batches=job.batches[:6])  # cuts after 2, 4 and 5
-    more = SAVES | ENGINES[engine]
-    rows, _ = ranks.run(2, training(more), job, tmp_path / "a", more)[0]
-    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    job, rows, _, checkpoint = straight(engine)
     more = ENGINES[other]
     again, _ = ranks.run(size, training(more), job, tmp_path / "b", more, checkpoint)[0]
     assert_same_course(again, rows[2:], cuts=2)

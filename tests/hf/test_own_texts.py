@@ -6,6 +6,7 @@ from shutil import rmtree
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -97,6 +98,7 @@ def assert_same(out: Path, other: Path) -> None:
         assert_equal_tensors(load_file(path), load_file(other / path.relative_to(out)))
 
 
+@pytest.mark.heavy
 def test_a_cut_between_two_rounds_of_generation_changes_no_bit(
     ranks: RankPool, tmp_path: Path
 ) -> None:
