@@ -140,7 +140,8 @@ class WatchedModel(PrunableModel, ABC):
             changed = [parameter for parameter in self._lora if parameter.grad is not None]
             gradients = [self.held(cast(Tensor, parameter.grad)) for parameter in changed]
             copies = [torch.empty_like(gradient, device=self.device) for gradient in gradients]
-            foreach._foreach_copy_(copies, gradients)
+            if copies:  # torch refuses an empty list
+                foreach._foreach_copy_(copies, gradients)
             self._gradients = dict(zip(changed, copies, strict=True))
 
     def _last_norms(self) -> Tensor:

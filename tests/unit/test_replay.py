@@ -103,6 +103,7 @@ def replay(model: LocalModel, keep: list[LayerKeep], of: list[Batch]) -> None:
             output = run(model, inputs)
         output[0].sum().backward()
     refit_by_replay(model, keep, kept.passes(), step=7)
+    assert all(part.training for part in model.module.modules())
 
 
 def assert_same_refit(

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis.strategies import integers
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import PruneConfig, TrainConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.config_types import Ranking
+from loraprune_ds.engine.optimizer import learning_rate_factor
 from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_config
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
@@ -108,6 +109,14 @@ def test_a_ratio_that_changes_no_width_and_a_run_too_short_to_cut_are_refused() 
     assert make_schedule(config, 1).cut_steps == [1]
     config = replace(config, cooldown_fraction=0.5 - 1e-15)
     must_name("train.steps prune.warmup_fraction", make_schedule, config, 100_000_000)
+
+
+def test_the_learning_rate_warms_up_once_and_falls_in_each_cycle() -> None:
+    config = TrainConfig(steps=10, warmup_steps=2, lr_scheduler="linear")
+    factors = [learning_rate_factor(config, [6, 4], step) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25, 1, 0.75, 0.5, 0.25])
+    config = replace(config, lr_scheduler="cosine")
+    assert learning_rate_factor(config, [6, 4], 4) == pytest.approx(0.5)
 
 
 def test_every_step_up_to_the_last_cut_scores() -> None:
