@@ -12,9 +12,9 @@ from pydantic import BaseModel
 
 log = logging.getLogger(__name__)
 KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
-# The pruned base has the weights that 4 bits meant.
+# The pruned base has the weights that 4 bits meant. Its only code is ours, for layers that differ.
 AS_IT_IS = {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": False}
-AS_IT_IS |= dict.fromkeys(KERNELS, False)
+AS_IT_IS |= {"trust_remote_code": True, **dict.fromkeys(KERNELS, False)}
 
 
 class Arguments(BaseModel):
@@ -35,7 +35,7 @@ class LoraPrunePlugin(BasePlugin):
         """Checks the block. In a later command, puts the pruned base in the place of the base."""
         try:
             from loraprune_ds.errors import shorten_errors
-            from loraprune_ds.hf.plugin import find_base, needs_our_code, read_block
+            from loraprune_ds.hf.plugin import find_base, read_block
         except ImportError as error:
             raise SystemExit(f"loraprune: {error}; install it, or remove the plugin") from None
         shorten_errors()
@@ -44,7 +44,6 @@ class LoraPrunePlugin(BasePlugin):
             base = find_base(Path(cfg["lora_model_dir"] or cfg["output_dir"]))
             log.warning("loraprune: %s takes the place of base_model, as it is", base)
             cfg.update(AS_IT_IS, base_model=str(base), revision_of_model=None)
-            cfg["trust_remote_code"] = needs_our_code(base) or cfg["trust_remote_code"]
             _merge_as_it_is()
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:

@@ -66,7 +66,7 @@ def check_settings(tool: Tool, settings: Mapping[str, Any]) -> tuple[PruneConfig
     adapter = settings.get(tool.lora)
     require(
         adapter in tool.with_lora,
-        f"{tool.lora}: {adapter}: pruning needs LoRA; write {tool.lora}: {_yaml(tool.with_lora[0])}",
+        f"{tool.lora}: {adapter}: pruning needs LoRA; write {tool.lora}: {tool.with_lora[0]}",
     )
     require(
         not settings.get(tool.dora), f"{tool.dora}: DoRA cannot be cut; leave it out for plain LoRA"
@@ -103,10 +103,6 @@ def read_block(block: Any) -> PruneConfig:
         isinstance(block, Mapping), f"{BLOCK} must be a section of keys, such as {{ratio: 0.3}}"
     )
     return config_from_dict({"output_dir": "", "prune": dict(block)}).prune
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_new(folder: Path, resume: str) -> None:
@@ -243,8 +239,3 @@ def find_base(adapter: Path) -> Path:
                 f"{name} has sizes {[*sizes]}",
             )
     return base
-
-
-def needs_our_code(base: Path) -> bool:
-    """Tells whether stock classes cannot load a base, whose layers differ."""
-    return "auto_map" in read_json(base / "config.json")

@@ -110,7 +110,7 @@ def test_two_ranks_prune_on_ddp_and_zero_3(
     [
         (["gkd"], {}, "sft or dpo gkd"),
         (["sft"], {}, "--config"),
-        (["sft", "--config"], {"use_peft": False}, "use_peft: true"),
+        (["sft", "--config"], {"use_peft": False}, "use_peft: True"),
         (["sft", "--config"], {"optim": "paged_adamw_8bit"}, "optim: adamw_torch"),
         (["dpo", "--config"], {"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
         (["sft", "--config"], {"loraprune": {"ratoi": 0.3}}, "prune.ratoi"),

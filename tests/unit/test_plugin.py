@@ -10,7 +10,7 @@ import pytest
 from loraprune_ds import PruneConfig
 from loraprune_ds.config_types import Ranking
 from loraprune_ds.files import read_json
-from loraprune_ds.hf.plugin import Tool, check_settings, describe, find_base, needs_our_code
+from loraprune_ds.hf.plugin import Tool, check_settings, describe, find_base
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
@@ -138,7 +138,6 @@ def trained(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_base_is_found_and_that_of_a_checkpoint_is_written(trained: Path) -> None:
     base = find_base(trained)
     assert base == trained / "base"
-    assert needs_our_code(base)
     of_checkpoint = find_base(trained / "checkpoint-4")
     assert_equal_tensors(read_tensors(of_checkpoint), read_tensors(base))
     stamp = of_checkpoint.stat().st_mtime_ns
