@@ -22,7 +22,6 @@ from tests.support.examples import DS_CONFIG, write_rows
 from tests.support.launching import ROOT
 from tests.support.resuming import read_tensors
 
-pytest.importorskip("axolotl", reason="tests/axolotl.sh installs it beside its own versions")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": ""}
 PLUGIN = "loraprune_ds.hf.axolotl.LoraPrunePlugin"
 # What Axolotl's examples/llama-3/lora-1b.yml has, apart from CHANGED
