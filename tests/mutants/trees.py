@@ -88,7 +88,7 @@ def _become_pytest(tree: Path, tests: Sequence[str], log: Path) -> NoReturn:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": tempfile.tempdir,
     }
-    options = ["-x", "--tb=no", "-rfEs", "-p", "no:cacheprovider", f"--timeout={SECONDS}"]
+    options = ["-x", "-m", "", "--tb=no", "-rfEs", "-p", "no:cacheprovider", f"--timeout={SECONDS}"]
     code = 1
     try:
         code = pytest.main([*options, *tests])
