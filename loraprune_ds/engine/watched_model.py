@@ -22,6 +22,7 @@ from loraprune_ds.pruning.passes import AUTOGRAD
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
+from loraprune_ds.ranks.flat import kept_within
 
 # (holder, private name of torch)
 PrivateName = tuple[Any, str]
@@ -172,4 +173,5 @@ def cut_layers(
         for parameter, kept in parameter_cuts(layer, spec, layer_keep):
             cut(parameter, kept)
         set_sizes(layer, spec.resized(layer_keep.counts))
+        kept_within.cache_clear()
         fail_point("cut.layer")

@@ -16,6 +16,7 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import (
     AxisCut,
     ReshardPlan,
+    kept_within,
     owned_range,
     pad,
     partition_numel,
@@ -91,11 +92,12 @@ class RowShards:
             shape: of the full tensor before the cut.
         """
         if kept.axis:
-            return local.index_select(kept.axis, kept.keep.to(local.device))
+            indices = kept_within(kept.keep, 0, shape[kept.axis], local.device)
+            return local.index_select(kept.axis, indices)
         ranks = range(self.shards.world_size)
         # a row is one element of the plan
         plan = ReshardPlan(AxisCut((shape[0], 1), 0, kept.keep), len(ranks), self.shards.rank)
-        mine = plan.kept_within(*plan.owned).to(local.device)
+        mine = kept_within(kept.keep, *plan.owned, local.device)
         outgoing = local.index_select(0, mine).reshape(-1).to(self.shards.device)
         columns = math.prod(shape[1:])
         send = [columns * plan.send.get(rank, 0) for rank in ranks]

@@ -21,7 +21,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, cut_whole
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range
+from loraprune_ds.ranks.flat import kept_within, owned_range
 
 PRIVATE = ((DistributedDataParallel, "_get_active_ddp_module"),)  # beside `_comm_hooks`
 
@@ -81,7 +81,8 @@ class LocalModel(WatchedModel):
 
     def _select(self, parameter: nn.Parameter, kept: Slice) -> None:
         def cut_moment(moment: Tensor) -> Tensor:
-            return moment.index_select(kept.axis, kept.keep.to(moment.device))
+            indices = kept_within(kept.keep, 0, moment.shape[kept.axis], moment.device)
+            return moment.index_select(kept.axis, indices)
 
         self.cut_moments(parameter, cut_moment)
         cut_whole(parameter, kept)

@@ -27,7 +27,7 @@ from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach, storage_bytes
-from loraprune_ds.ranks.flat import layer_owner
+from loraprune_ds.ranks.flat import kept_within, layer_owner
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
 def cut_whole(parameter: nn.Parameter, kept: Slice) -> None:
     """Makes a parameter smaller that this process holds whole, and drops its gradient."""
     parameter.grad = None
-    indices = kept.keep.to(parameter.device)
+    indices = kept_within(kept.keep, 0, parameter.shape[kept.axis], parameter.device)
     replace_data(parameter, parameter.data.index_select(kept.axis, indices))
 
 

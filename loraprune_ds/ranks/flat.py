@@ -8,10 +8,13 @@ elements of a shard [s, e) are [kept_before(s), kept_before(e)) of the smaller t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from loraprune_ds.ranks.device import to_device
 
 # Elements of LoRA's factors and gradients in one all-gather: 32 MiB, or one layer.
 GATHERED_NUMEL = 1 << 23
@@ -116,14 +119,12 @@ class ReshardPlan:
         received = overlap(new[rank], new[rank + 1], old[:-1], old[1:])
         self.send = _nonzero(sent)
         self.receive = _nonzero(received)
-        self._keep = cut.keep  # on the device of the last shard
 
     def take(self, shard: Tensor) -> Tensor:
         """Returns the kept elements of this rank's old shard, in flat order: (sum(send),). Never reads padding."""
         start, end = self.owned
         axis = self.cut.axis
         columns = self.cut.columns
-        self._keep = self._keep.to(shard.device)
         position = start
         parts: list[Tensor] = []
         # Blocks of whole rows. The shard may begin and end inside a row, which is then a block of its own.
@@ -133,14 +134,17 @@ class ReshardPlan:
             width = min(columns - column, end - position)
             first, count = (row, rows) if axis == 0 else (column, width)
             block = shard[position - start :][: rows * width].view(rows, width)
-            kept = block.index_select(axis, self.kept_within(first, first + count))
-            parts.append(kept.reshape(-1))
+            kept = kept_within(self.cut.keep, first, first + count, shard.device)
+            parts.append(block.index_select(axis, kept).reshape(-1))
             position += rows * width
-        return torch.cat(parts) if parts else shard[:0]
+        return torch.cat(parts) if len(parts) > 1 else (*parts, shard[:0])[0]
 
-    def kept_within(self, first: int, end: int) -> Tensor:
-        start, stop = map(int, torch.searchsorted(self.cut.keep, torch.tensor([first, end])))
-        return self._keep[start:stop] - first
+
+@lru_cache(64)  # tensors of a layer share it
+def kept_within(keep: Tensor, first: int, end: int, device: torch.device) -> Tensor:
+    """Returns the kept indices in [first, end), counted from `first`, on a device."""
+    start, stop = map(int, torch.searchsorted(keep, torch.tensor([first, end])))
+    return to_device(keep[start:stop] - first, device)
 
 
 def _nonzero(counts: Tensor) -> dict[int, int]:

@@ -14,7 +14,8 @@ from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.pruning.prunable_model import parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
+from loraprune_ds.ranks.device import foreach
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, kept_within
 from loraprune_ds.zero.params import install_shard
 from loraprune_ds.zero.shards import full_shape
 
@@ -37,9 +38,9 @@ def cut_layer(
     new_shards = reshard(state_cuts, comm)
     cut_parameters(cuts, comm)
     set_sizes(layer, spec.resized(keep.counts))
-    for (parameter, key), shard in zip(carried, new_shards, strict=True):
-        # by now the shard is the smaller view of the old slot
-        state.shard(parameter, key).copy_(shard)
+    if carried:  # by now a shard is the smaller view of the old slot
+        foreach._foreach_copy_([state.shard(*slot) for slot in carried], new_shards)
+    kept_within.cache_clear()
 
 
 def shard_cuts(
@@ -104,14 +105,17 @@ def _by_destination(cuts: list[ShardCut]) -> Tensor:
 
 def _by_tensor(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
     """Makes the padded new shards from a buffer ordered by source rank, then by tensor."""
-    parts: list[list[Tensor]] = [[] for _ in plans]
-    position = 0
+    shards = [incoming.new_empty(plan.new_partition) for plan in plans]
+    rests = list(shards)  # without what has a source
+    parts: list[tuple[Tensor, Tensor]] = []
     for source in sorted({source for plan in plans for source in plan.receive}):
-        for plan, parts_of_tensor in zip(plans, parts, strict=True):
+        for i, plan in enumerate(plans):
             count = plan.receive.get(source, 0)
-            parts_of_tensor.append(incoming[position:][:count])
-            position += count
-    for plan, parts_of_tensor in zip(plans, parts, strict=True):
-        padding = plan.new_partition - sum(plan.receive.values())
-        parts_of_tensor.append(incoming.new_zeros(padding))
-    return list(map(torch.cat, parts))
+            parts.append((rests[i][:count], incoming[:count]))
+            rests[i] = rests[i][count:]
+            incoming = incoming[count:]
+    if parts:
+        foreach._foreach_copy_(*map(list, zip(*parts, strict=True)))
+    for padding in filter(len, rests):
+        padding.zero_()
+    return shards

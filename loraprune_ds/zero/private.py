@@ -7,17 +7,21 @@ Four more names are only written, and cannot be checked: a parameter's `ds_numel
 `final_location` (params.py), and `deepspeed.ops.__compatible_ops__` (engine.py).
 """
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import deepspeed
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
+from torch import Tensor
 
 from loraprune_ds.errors import require
 
@@ -103,6 +107,7 @@ METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
         ),
     ),
     (partitioned_param_coordinator, ("iter_params",)),
+    (stage3, ("defragment",)),
     (Init, ("_convert_to_deepspeed_param",)),
     (groups, ("_get_zero_param_intra_parallel_group",)),
 )
@@ -135,6 +140,25 @@ ASSIGNED: tuple[tuple[type | ModuleType, str, str, tuple[str, ...]], ...] = (
     (Init, "__init__", "Init", ("local_device", "remote_device", "pin_memory")),
     (Init, "_convert_to_deepspeed_param", "Parameter", PARAMETER_ATTRIBUTES),
 )
+
+
+@contextmanager
+def defragmenting_on_device() -> Generator[None]:
+    """Lets DeepSpeed join its LoRA shards without a copy of each to the host and back, which waits for the device."""
+    original = stage3.defragment
+    stage3.defragment = _join
+    try:
+        yield
+    finally:
+        stage3.defragment = original
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    flat = torch.cat(list(tensors))
+    parts = torch.split(flat, [len(tensor) for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.data = part
+    return flat
 
 
 def check_private_attributes() -> None:

@@ -22,6 +22,7 @@ from loraprune_ds.pruning.prunable_model import (
     PrunableModel,
 )
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import foreach
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
@@ -229,10 +230,13 @@ class ShardedState(OptimizerState):
         if old_states:
             others = {key: x for key, x in old_states[0].items() if key not in MOMENTS}
             self.create_moments(others)
+        new: list[Tensor] = []
+        old: list[Tensor] = []
         for parameter, (group, offset) in zip(self.parameters, old_slots, strict=True):
             for key in keys:
-                new = self.shard(parameter, key)
-                new.copy_(old_flats[group][key].narrow(0, offset, new.numel()))
+                new.append(self.shard(parameter, key))
+                old.append(old_flats[group][key].narrow(0, offset, len(new[-1])))
+        foreach._foreach_copy_(new, old)
 
     def _lay_out(self) -> None:
         """Makes DeepSpeed build its flat buffers again, as at its start. Adam's state is empty afterwards."""
@@ -244,7 +248,8 @@ class ShardedState(OptimizerState):
             getattr(zero, name).clear()
         zero.sub_group_to_group_id = {}
         zero.optimizer.state.clear()
-        zero._create_fp16_partitions_with_defragmentation(zero.trainable_param_groups)
+        with private.defragmenting_on_device():
+            zero._create_fp16_partitions_with_defragmentation(zero.trainable_param_groups)
         zero._setup_for_real_optimizer()
         zero.grad_position = {}
         zero.set_grad_positions()
