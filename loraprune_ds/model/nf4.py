@@ -121,7 +121,7 @@ class NF4(Quantised):
         return torch.stack([flat >> 4, flat & 15], 1).view(-1)
 
     def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
-        values = torch.tensor(VALUES, device=rows.device)[rows.int()]
+        values = _values(rows.device)[rows.int()]
         of_rows = scales[first - first_band :][: len(rows)]
         _blocks(values).mul_(of_rows.unsqueeze(2))
         return values.to(self.dtype).float()
@@ -161,9 +161,14 @@ def _kernels() -> Any:
 
 
 @cache
+def _values(device: torch.device) -> Tensor:
+    return torch.tensor(VALUES, device=device)
+
+
+@cache
 def _pairs(device: torch.device) -> Tensor:
     """Returns the two values that each byte stands for: (256, 2)."""
-    values = torch.tensor(VALUES, device=device)
+    values = _values(device)
     return torch.cartesian_prod(values, values)
 
 
@@ -184,7 +189,7 @@ def _quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _blocks(rows.float().contiguous())
     scale = _scales(blocks)
     blocks = blocks * (1.0 / scale.clamp(min=SMALLEST)).unsqueeze(2)
-    values = torch.tensor(VALUES, device=rows.device)
+    values = _values(rows.device)
     bounds = (values[1:] + values[:-1]) / 2
     codes = torch.bucketize(blocks.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8)
     codes = codes.view(len(rows), -1)

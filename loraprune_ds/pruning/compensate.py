@@ -10,6 +10,7 @@ an output worse if inputs share a large common part. Such an output keeps its we
 C is symmetric, so ranks compute and send only half of it, as tiles on and right of the diagonal.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.shape import LayerLinear, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from loraprune_ds.ranks.device import has_fast_bfloat16
+from loraprune_ds.ranks.device import has_fast_bfloat16, to_device
 
 # 0.01 gave 47.7/60.7/133 instead of 45.7/56.4/126 (tests/benchmarks/README.md of commit 95c06ca)
 RIDGE = 0.05
@@ -31,11 +32,12 @@ TILE_ROWS = 1024  # rows of a second moment that are computed at a time
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     """Returns the weight (out_features, in_features) with ΔW added to the kept columns, in its dtype.
 
-    `moment` is C or any multiple of it, `ridge` is λ. Raises RunError if C is zero or holds an inf or NaN.
+    `moment` is C or any multiple of it, `kept` is on the host, `ridge` is λ. Waits for the device once. Raises RunError
+    if C is zero or holds an inf or NaN.
 
     Solves in fp32: float64 changes the error by less than 1e-4 of it (tests/benchmarks/README.md). With n inputs, k of
-    them kept, and m outputs, its peak is the largest of these bytes: right-hand side 4k² + 4kn + 4(n − k)(k + m),
-    solution 8k² + 14km, check 4k² + 4kn + 12km.
+    them kept, and m outputs, its peak is the largest of these bytes: right-hand side 4k² + 4(n − k)(k + m) + 4km,
+    solution 8k² + 14km, check 4k² + 12km.
     """
     with (
         torch.autocast(moment.device.type, enabled=False),
@@ -45,10 +47,12 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
 
 
 def _solve(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    is_removed = torch.ones(len(moment), dtype=torch.bool, device=kept.device)
+    is_removed = torch.ones(len(moment), dtype=torch.bool)
     is_removed[kept] = False
-    removed = is_removed.nonzero().flatten()
-    system = moment.index_select(0, kept).index_select(1, kept)
+    removed = to_device(is_removed.nonzero().flatten(), moment.device)
+    kept = to_device(kept, moment.device)
+    rows = kept[:, None]
+    system = moment[rows, kept]
     system.diagonal().add_(ridge * moment.diagonal().mean())
     factor, info = cast(Any, torch.linalg).cholesky_ex(system)
     del system
@@ -56,10 +60,11 @@ def _solve(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) 
     # W'[:, R]
     effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)
     # In shape (k, m)
-    right = moment.index_select(0, kept).index_select(1, removed) @ effective.T
+    right = moment[rows, removed] @ effective.T
     del effective
     delta = torch.cholesky_solve(right, factor).T
-    if info.item() != 0 or not torch.isfinite(delta).all():
+    failed, total = cast(Any, torch.stack([info, delta.sum()])).tolist()
+    if failed or not math.isfinite(total):
         raise RunError(
             "the second moment of its inputs cannot be inverted; "
             "set prune.compensate: none, or train on more tokens a step"
@@ -70,13 +75,12 @@ def _solve(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float) 
     del delta
     # The change of each output's mean squared error is diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
     step = new.float() - old.float()
-    change = step @ moment.index_select(0, kept).index_select(1, kept)
-    worse = ~(change.sub_(right.T, alpha=2).mul_(step).sum(1) <= 0)  # also NaN, of a row past fp16
+    change = step @ moment[rows, kept]
+    is_better = (
+        change.sub_(right.T, alpha=2).mul_(step).sum(1) <= 0
+    )  # not if NaN, of a row past fp16
     del step, change
-    new[worse] = old[worse]
-    weight = linear.weight.clone()
-    weight[:, kept] = new
-    return weight
+    return linear.weight.index_copy(1, kept, new.where(is_better[:, None], old))
 
 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LayerLinear]:
@@ -166,5 +170,6 @@ def from_half(half: Tensor, n: int) -> Tensor:
     total = half.new_empty(n, n)
     for rows, columns, tile in _views(half, n):
         total[rows, columns] = tile
-        total[rows.stop :, rows] = tile[:, len(tile) :].T
+        if rows.stop < n:
+            total[rows.stop :, rows] = tile[:, len(tile) :].T
     return total

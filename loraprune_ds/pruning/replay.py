@@ -29,6 +29,7 @@ from loraprune_ds.pruning.compensate import (
 )
 from loraprune_ds.pruning.passes import Call, Pass, layer_lists, layer_stacks
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
+from loraprune_ds.ranks.device import to_device
 
 Halves = dict[LinearId, Tensor]  # half of each second moment, flat (compensate.py)
 
@@ -55,9 +56,8 @@ def refit_by_replay(
     def compute(halves: Halves, key: LinearId, linear: CollectedLinear) -> Tensor:
         spec = shrinking[key]
         moment = from_half(halves.pop(key), spec.inputs)
-        kept = spec.kept_indices(keep[key.layer]).to(moment.device)
         try:
-            return refit(linear, moment, kept)
+            return refit(linear, moment, spec.kept_indices(keep[key.layer]))
         except RunError as error:
             raise RunError(f"step {step}: layer {key.layer} {key.name}: {error}") from None
 
@@ -89,7 +89,9 @@ def _measure_layer(
     """Sends all passes through a layer. Returns half of the moments of its linears, on its owner alone."""
     parts = {key: empty_half(spec.inputs, model.device) for key, spec in linears.items()}
     inputs = [(layer, spec) for spec in linears.values()]
-    with model.gathered(model.layers[layer]):
+    # autocast forgets the casts of weights where the outermost block ends
+    outermost = torch.autocast(model.device.type, enabled=False)
+    with model.gathered(model.layers[layer]), outermost:
         for lane in lanes:
             with lane.seeing_inputs(model, inputs, parts):
                 lane.advance()
@@ -119,7 +121,11 @@ def _enter_layers(
             own += [(call.without_tokens(), states) for call, states in own[-1:]] * (
                 most - len(own)
             )
-            lanes = [Lane(stack, *inputs, model.device.type) for inputs in own]
+            tokens = _real_tokens([call for call, _ in own], model.device)
+            lanes = [
+                Lane(stack, *inputs, real, model.device.type)
+                for inputs, real in zip(own, tokens, strict=True)
+            ]
             # embeddings and norms
             outside = [child for child in stack.children() if child is not layer_list]
             with model.gathered(*outside):
@@ -135,22 +141,40 @@ def _enter_layers(
                 encoded = [lane.finish() for lane in lanes]
 
 
+def _real_tokens(calls: list[Call], device: torch.device) -> list[Tensor | None]:
+    """Returns the flat positions without padding of each call. None without a mask. Waits for the device once."""
+    masks = [to_device(call.mask.flatten(), device) for call in calls if call.mask is not None]
+    if not masks:
+        return [None] * len(calls)
+    on_host = iter(torch.split(torch.cat(masks).cpu(), list(map(len, masks))))
+    return [
+        None if call.mask is None else to_device(next(on_host).nonzero().flatten(), device)
+        for call in calls
+    ]
+
+
 class Lane:
     """A pass through one list of layers, which stops before each layer and behind the last."""
 
     def __init__(
-        self, stack: nn.Module, call: Call, encoded: Tensor | None, device_type: str
+        self,
+        stack: nn.Module,
+        call: Call,
+        encoded: Tensor | None,
+        real: Tensor | None,
+        device_type: str,
     ) -> None:
         inputs = call.inputs | {"use_cache": False}
         if encoded is not None:
             inputs["encoder_hidden_states"] = encoded
-        self._call = call
+        self._autocast = call.autocast
+        self._real = real
         self._device_type = device_type
         self._pass = greenlet(partial(stack, **inputs))
 
     def advance(self) -> Any:
         """Runs to the next stop."""
-        dtype = self._call.autocast
+        dtype = self._autocast
         with torch.autocast(self._device_type, dtype=dtype, enabled=dtype is not None):
             return self._pass.switch()
 
@@ -167,13 +191,12 @@ class Lane:
         self, model: PrunableModel, linears: list[tuple[int, TensorSpec]], halves: Halves
     ) -> Generator[None]:
         """Adds the inputs of these linears, without padding, to half of their second moments."""
-        mask = self._call.mask
 
         def see(key: LinearId, inputs: Tensor) -> None:
-            if mask is None:
-                add_half_of_product(halves[key], inputs.flatten(0, 1))
-            else:
-                add_half_of_product(halves[key], inputs[mask.to(inputs.device)])
+            tokens = inputs.flatten(0, 1)
+            if self._real is not None:
+                tokens = tokens.index_select(0, self._real)
+            add_half_of_product(halves[key], tokens)
 
         remove = hook_inputs(model, linears, see)
         try:

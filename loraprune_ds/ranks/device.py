@@ -57,8 +57,10 @@ def peak_flops(device: str, dtype: Dtype) -> float | None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor from the host to a device, without waiting for it."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """Copies a tensor from the host to a device, without waiting for it. Returns one that is there already."""
+    if tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def empty_cache() -> None:
