@@ -201,6 +201,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._foreach_copy_.default:  # between devices it is many copies
+            for pair in zip(*args, strict=True):
+                self.__torch_dispatch__(torch.ops.aten.copy_.default, types, pair)
+            return None
         out = func(*args, **kwargs | ({"device": CPU} if kwargs.get("device") == CARD else {}))
         if func.namespace not in UNSEEN:
             report(func._schema, args, kwargs, out)
