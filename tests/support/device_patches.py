@@ -1,0 +1,63 @@
+"""What torch does beside its operations, for the simulated device: storages, pinned memory, collectives of objects."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.support import device
+
+
+def apply() -> None:
+    """Patches torch in this process."""
+    torch.tensor = _made_on_host(torch.tensor)
+    torch.Tensor.pin_memory = device.pin  # type: ignore[method-assign]
+    torch.Tensor.is_pinned = device.is_pinned  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = _noting(torch.UntypedStorage.resize_)  # type: ignore[method-assign]
+    # `Module.to` then keeps its parameters the same objects, as CUDA's are
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.accelerator.synchronize = torch.get_device_module(device.NAME).synchronize
+    for name in device.OF_OBJECTS:
+        setattr(dist, name, _one_wait(getattr(dist, name)))
+
+
+def _made_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a tensor of numbers on the host, then copies it, as CUDA does. torch's own way knows no Python backend."""
+
+    @wraps(make)
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    return tensor
+
+
+def _noting(resize: Callable[..., Any]) -> Callable[..., Any]:
+    """Notes the bytes of a storage that FSDP2 frees or fills."""
+
+    @wraps(resize)
+    def resized(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        if storage._cdata in device.MEMORY.sizes:
+            device.MEMORY.note(storage)
+        return result
+
+    return resized
+
+
+def _one_wait(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Counts a collective of objects as one wait. What it is made of is torch's."""
+
+    @wraps(collective)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        device.count_wait(collective.__name__)
+        device.HUSHED.append(True)
+        try:
+            return collective(*args, **kwargs)
+        finally:
+            device.HUSHED.pop()
+
+    return counted
