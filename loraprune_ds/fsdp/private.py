@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils import swap_tensors
 
 from loraprune_ds.errors import require
@@ -145,11 +146,7 @@ def install(slot: Slot, parameter: nn.Parameter, local: Tensor, shape: tuple[int
 def like_parameter(local: Tensor, parameter: Any, shape: tuple[int, ...]) -> DTensor:
     """Returns a tensor of `shape`, placed as a parameter is. `local` holds this rank's rows."""
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=strides,
-    )
+    meta = TensorMeta(torch.Size(shape), strides, local.dtype)
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, meta)
+    # `from_local` would move rows that are offloaded to the device
+    return cast(Any, DTensor)(local, spec, requires_grad=False)

@@ -366,6 +366,11 @@ def pin(tensor: Tensor, device: Any = None) -> Tensor:
 
 
 class _Stream(torch.cpu.Stream):
+    """The only stream, whatever its name. What it does is done."""
+
+    def record_event(self, event: Any = None) -> Any:
+        return torch.cpu.Event() if event is None else event
+
     def synchronize(self) -> None:
         count_wait("synchronize")
 
@@ -377,7 +382,7 @@ class _Backend(backend_registration._DummyBackendModule):
     stream = staticmethod(torch.cpu.stream)
 
     def current_stream(self, device: Any = None) -> Any:
-        return torch.cpu.current_stream()
+        return _Stream()
 
     def device_count(self) -> int:
         return 8  # ranks share the device, and each finds "its own"

@@ -6,20 +6,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._device
 from torch import Tensor
 
 from tests.support import device
+from tests.support.device import NAME
 
 
 def apply() -> None:
     """Patches torch in this process."""
+    # a `with torch.device("meta")` knows functions by what they are
+    torch.utils._device._device_constructors()
     torch.tensor = _made_on_host(torch.tensor)
+    torch.Tensor.new_tensor = _new_on_host(torch.Tensor.new_tensor)  # type: ignore[method-assign]
     torch.Tensor.pin_memory = device.pin  # type: ignore[method-assign]
     torch.Tensor.is_pinned = device.is_pinned  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = _noting(torch.UntypedStorage.resize_)  # type: ignore[method-assign]
     # `Module.to` then keeps its parameters the same objects, as CUDA's are
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.accelerator.synchronize = torch.get_device_module(device.NAME).synchronize
+    torch.accelerator.synchronize = torch.get_device_module(NAME).synchronize
     for name in device.OF_OBJECTS:
         setattr(dist, name, _one_wait(getattr(dist, name)))
 
@@ -29,10 +34,21 @@ def _made_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(make)
     def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
-        made = make(data, **options)
-        return made if device is None else made.to(device)
+        if device is None or torch.device(device).type != NAME:
+            return make(data, device=device, **options)
+        return make(data, **options).to(device)
 
     return tensor
+
+
+def _new_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(make)
+    def new_tensor(like: Tensor, data: Any, **options: Any) -> Tensor:
+        if like.device.type != NAME:
+            return make(like, data, **options)
+        return torch.tensor(data, **{"dtype": like.dtype, "device": like.device} | options)
+
+    return new_tensor
 
 
 def _noting(resize: Callable[..., Any]) -> Callable[..., Any]:

@@ -55,6 +55,8 @@ class Training:
         half: the base is in bf16.
         scale: of the loss, by a scaler. 0: none.
         policy: reduces in this dtype, and computes in bf16.
+        autocast: computes in this dtype.
+        device: of the model. Not the CPU: the simulated one (tests/support/device.py).
     """
 
     folder: Path
@@ -69,6 +71,8 @@ class Training:
     half: bool = False
     scale: float = 0.0
     policy: torch.dtype | None = None
+    autocast: torch.dtype | None = None
+    device: str = "cpu"
     r: int = 4
     steps: int = 7
     samples: int = 12
@@ -118,7 +122,7 @@ def build(training: Training) -> Any:
         reentrant = training.checkpointing == "reentrant"
         base.gradient_checkpointing_enable({"use_reentrant": reentrant})
         base.enable_input_require_grads()
-    return model.train()
+    return model.train().to(training.device)
 
 
 def layer_lists(model: Any) -> list[Any]:
@@ -132,7 +136,7 @@ def shard(model: Any, training: Training) -> None:
     """Shards as torch's own examples do: each layer, then the rest."""
     names = ("replicas", "shards")[-len(training.mesh) :]
     options: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu", training.mesh, mesh_dim_names=names),
+        "mesh": init_device_mesh(training.device, training.mesh, mesh_dim_names=names),
         "offload_policy": CPUOffloadPolicy(pin_memory=False)
         if training.offload
         else OffloadPolicy(),
@@ -162,7 +166,7 @@ def prepare(training: Training) -> tuple[Any, AdamW]:
     # a larger epsilon keeps rounding small: Adam divides by the roots of tiny second moments
     optimizer: Any = AdamW(trained, lr=5e-3, eps=1e-3, weight_decay=0.0)
     if training.scale:
-        optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=training.scale)
+        optimizer.scaler = torch.amp.GradScaler(training.device, init_scale=training.scale)
     return model, optimizer
 
 
@@ -191,15 +195,19 @@ def one_step(
     rank = dist.get_rank() if dist.is_initialized() else 0
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(3, 97, (training.samples, 16), generator=generator).chunk(ranks)[rank]
+    ids = ids.to(training.device)
     pruning.begin_step()
-    total = torch.zeros(())
+    total = torch.zeros((), device=training.device)
     parts = ids.chunk(training.parts)
     loss = None
-    scaler = getattr(optimizer, "scaler", None) or torch.amp.GradScaler("cpu", enabled=False)
+    scaler = getattr(optimizer, "scaler", None) or torch.amp.GradScaler(
+        training.device, enabled=False
+    )
     for i, part in enumerate(parts):
         if training.mesh:
             model.set_requires_gradient_sync(i == len(parts) - 1)
-        loss = model(input_ids=part, labels=part).loss / len(parts)
+        with torch.autocast(training.device, training.autocast, training.autocast is not None):
+            loss = model(input_ids=part, labels=part).loss / len(parts)
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
@@ -232,10 +240,13 @@ def one_step(
 def collect(pruning: Pruning, result: Result) -> None:
     """Keeps the scores, and gathers LoRA and its moments on rank 0."""
     model = pruning.model
-    result.scores = [x for layer in pruning.pruner.average.scores or [] for x in layer.values()]
+    scores = pruning.pruner.average.scores or []
+    result.scores = [x.cpu() for layer in scores for x in layer.values()]
     for i, layer in enumerate(model.lora_parameters()):
         masters, moments = model.optimizer_state.collect(layer, 0, model.comm)
-        result.tensors |= {f"{i}.{name}": x.clone() for name, x in (masters | moments).items()}
+        result.tensors |= {
+            f"{i}.{name}": x.cpu().clone() for name, x in (masters | moments).items()
+        }
 
 
 def expected_bytes(model: Any) -> int:

@@ -1,0 +1,79 @@
+"""Trainings on the simulated device, against the same on the CPU. Nothing of the host is mixed in.
+
+The device computes with the CPU's kernels. Only the sizes of blocks differ, so that sums may end otherwise in the last
+digits. 1e-5 is what the project promises of engines that add in another order.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle.models import make_tiny_llama
+from tests.support import device
+from tests.support.device_ranks import start_on_device
+from tests.support.families import heavy, tiny_model
+from tests.support.fsdp_training import REFIT, Training, train
+from tests.support.ranks import RankPool
+from tests.support.resuming import read_tensors
+
+pytestmark = pytest.mark.skipif(device.MISSING is not None, reason=str(device.MISSING))
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+FISHER_REFIT = {"criterion": "fisher"} | REFIT
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    make_tiny_llama(root / "llama", layers=3, heads=10, kv_heads=5, head_dim=6, hidden=50, ffn=61)
+    for family in ("t5", "qwen3_5_text"):
+        tiny_model(family, seed=1).save_pretrained(root / family)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def device_ranks():
+    pool = RankPool(start_on_device)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "model", "settings"),
+    [
+        (1, "llama", {"prune": FISHER_REFIT, "evaluates": True}),
+        (2, "llama", {"prune": FISHER_REFIT, "mesh": (2,), "offload": True}),
+        (2, "llama", {"prune": REFIT}),
+        (2, "llama", {"prune": FISHER_REFIT, "mesh": (2,), "checkpointing": "reentrant"}),
+        heavy(1, "t5", {"prune": FISHER_REFIT}),
+        heavy(1, "qwen3_5_text", {"prune": FISHER_REFIT}),
+        heavy(1, "llama", {"prune": REFIT, "checkpointing": "not reentrant", "parts": 2}),
+        heavy(1, "llama", {"prune": REFIT, "checkpointing": "reentrant"}),
+        heavy(1, "llama", {"prune": {}, "scale": 1024.0, "steps": 5}),
+        heavy(2, "llama", {"prune": REFIT, "mesh": (2,), "checkpointing": "wrapper", "evaluates": True}),
+        heavy(2, "llama", {"prune": {}, "mesh": (2,), "scale": 1024.0, "steps": 5}),
+        heavy(2, "t5", {"prune": FISHER_REFIT, "mesh": (2,), "offload": True}),
+        heavy(4, "llama", {"prune": FISHER_REFIT, "mesh": (2, 2), "r": 2}),
+    ],
+)  # fmt: skip
+def test_a_training_on_the_device_equals_the_cpus(
+    ranks: RankPool,
+    device_ranks: RankPool,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    world_size: int,
+    model: str,
+    settings: dict[str, Any],
+) -> None:
+    on_cpu = Training(folders[model], **settings)
+    on_device = replace(on_cpu, device=device.NAME)
+    found = device_ranks.run(world_size, train, on_device, tmp_path / "device")[0]
+    wanted = ranks.run(world_size, train, on_cpu, tmp_path / "cpu")[0]
+    assert found.kept == wanted.kept
+    assert found.kept[-1] != found.kept[0]
+    torch.testing.assert_close(found.losses, wanted.losses, **CLOSE)
+    torch.testing.assert_close(found.tensors, wanted.tensors, **CLOSE)
+    exports = [read_tensors(tmp_path / name) for name in ("device", "cpu")]
+    torch.testing.assert_close(*exports, **CLOSE)
