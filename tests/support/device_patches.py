@@ -24,7 +24,9 @@ def apply() -> None:
     torch.UntypedStorage.resize_ = _noting(torch.UntypedStorage.resize_)  # type: ignore[method-assign]
     # `Module.to` then keeps its parameters the same objects, as CUDA's are
     torch.__future__.set_swap_module_params_on_conversion(True)
-    torch.accelerator.synchronize = torch.get_device_module(NAME).synchronize
+    of_device = torch.get_device_module(NAME)
+    torch.accelerator.synchronize = of_device.synchronize
+    torch.accelerator.current_stream = of_device.current_stream
     for name in device.OF_OBJECTS:
         setattr(dist, name, _one_wait(getattr(dist, name)))
 
