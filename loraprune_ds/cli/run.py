@@ -35,6 +35,7 @@ from loraprune_ds.units import (
     format_perplexity,
     or_dash,
 )
+from loraprune_ds.versions import check_deepspeed, check_own
 
 if TYPE_CHECKING:
     from loraprune_ds.ranks.comm import Communicator
@@ -53,6 +54,7 @@ RESULT_FILES = (
     (records.EVALUATION_FILE, "answers and tasks as data"),
     (records.TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
+ALONE = ", or --set deepspeed=null for one process"
 SummaryRow = tuple[str, ...]  # four cells
 
 
@@ -87,7 +89,10 @@ def main() -> int:
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             if output.config.train.deterministic:
                 os.environ |= job.DETERMINISTIC
-            comm = join_ranks(sharded=output.config.deepspeed is not None)
+            sharded = output.config.deepspeed is not None
+            if sharded:
+                check_deepspeed(ALONE)
+            comm = join_ranks(sharded=sharded)
             joined = True
             if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
@@ -135,6 +140,7 @@ def launch() -> int:
     if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()
+    check_deepspeed(ALONE)
     if ranks is not None:  # otherwise each rank on a CPU would use all cores
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -143,6 +149,9 @@ def launch() -> int:
 
 def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
     """Starts the process group, if there is one, after all imports. Collective. `verbose`: libraries may print."""
+    check_own()
+    if sharded:
+        check_deepspeed()
     job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     job.collective_timeout(os.environ)
     job.longest_silence(os.environ)

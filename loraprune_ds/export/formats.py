@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -16,9 +17,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import RunError, UserError, blame, one_line, require
 from loraprune_ds.export.contents import FolderContents
-from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
-from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
 from loraprune_ds.files import write_json
@@ -31,6 +30,9 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.units import format_bytes
+
+if TYPE_CHECKING:
+    from loraprune_ds.export.gguf_tensors import Precision
 
 
 def one_rank() -> Communicator:
@@ -176,7 +178,10 @@ def _write_adapter(contents: FolderContents, folder: Path) -> list[str]:
     return remarks
 
 
-def _write_gguf(contents: FolderContents, folder: Path, *, precision: Precision) -> list[str]:
+def _write_gguf(contents: FolderContents, folder: Path, *, precision: "Precision") -> list[str]:
+    # only this format needs gguf-py
+    from loraprune_ds.export.gguf import write_gguf
+
     name = contents.folder.resolve().name
     scratch = folder / ".merged"
     model = contents.model

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gguf import (
     GGML_QUANT_VERSION,
-    MODEL_ARCH_NAMES,
+    ExpertGatingFuncType,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
@@ -21,11 +21,12 @@ from loraprune_ds.export.gguf_architecture import (
     GROUPS,
     NUMBERS,
     Architecture,
+    NotInGguf,
     architecture_of,
     attention_interval,
 )
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
-from loraprune_ds.export.gguf_tokenizer import NotInGguf, add_tokenizer
+from loraprune_ds.export.gguf_tokenizer import add_tokenizer
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.shape import ModelShape
@@ -49,7 +50,7 @@ def write_gguf(
     architecture, arch = architecture_of(config, shape, folder)
     tensors = plan_tensors(architecture, arch, config, shape, precision, folder)
     logging.getLogger("gguf").setLevel(logging.WARNING)  # otherwise it logs every step
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
+    writer = GGUFWriter(path, arch)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{precision.upper()}"])
@@ -133,7 +134,7 @@ def _add_sizes(
         if shared:
             writer.add_expert_shared_feed_forward_length(shared * mixture.expert_size)
     if architecture.gating:
-        writer.add_expert_gating_func(architecture.gating)
+        writer.add_expert_gating_func(ExpertGatingFuncType[architecture.gating])
         dense_layers = sum(layer["experts"] == 0 for layer in shape.counts)
         writer.add_leading_dense_block_count(dense_layers)
     # By default llama.cpp takes hidden_size / heads, which is wrong after a cut.

@@ -9,10 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType
-
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_tokenizer import NotInGguf
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.family import family_name
@@ -23,8 +20,8 @@ QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 QUERIES = ("self_attn.q_proj",)
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 LINEARS = QKV | {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-SIGMOID = ExpertGatingFuncType.SIGMOID
-SOFTMAX = ExpertGatingFuncType.SOFTMAX
+SIGMOID = "SIGMOID"
+SOFTMAX = "SOFTMAX"
 # A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -67,12 +64,19 @@ NUMBERS = {
 GROUPS = {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"}
 
 
+class NotInGguf(UserError):
+    """Raised for a model that llama.cpp cannot hold or compute."""
+
+    def __init__(self, where: object, reason: str) -> None:
+        super().__init__(f"{where}: {reason}; possible formats: hf, adapter")
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Describes how llama.cpp holds a family."""
+    """Describes how llama.cpp holds a family, by names alone: a model card is written without gguf-py, too."""
 
-    uniform: MODEL_ARCH | None = None  # for layers of one size. None: of the family's name
-    unequal: MODEL_ARCH | None = None  # for layers that differ
+    uniform: str | None = None  # for layers of one size. None: the family's name
+    unequal: str | None = None  # for layers that differ
     # the two rows of a rotary pair are adjacent; transformers has them half a head apart
     neighbours: bool = False
     activations: tuple[str, ...] = ("silu",)  # the ones that llama.cpp computes
@@ -92,7 +96,7 @@ class Architecture:
     odd_depth: int = 0
     partial: bool = False  # partial rotary embeddings are supported
     # converts router scores to weights, if the file must name it
-    gating: ExpertGatingFuncType | None = None
+    gating: str | None = None
     grouped: bool = False  # the router first chooses among groups of experts
     delta: bool = False  # gated delta nets, with keys as wide as values
     # models with these numbers of layers have no latent queries, all others must have them
@@ -101,15 +105,11 @@ class Architecture:
 
 
 LLAMA_ARCH = Architecture(
-    MODEL_ARCH.LLAMA,
-    MODEL_ARCH.DECI,
-    neighbours=True,
-    biases=LINEARS,
-    ropes=("default", "linear", "llama3"),
+    "llama", "deci", neighbours=True, biases=LINEARS, ropes=("default", "linear", "llama3")
 )
-DELTA = Architecture(MODEL_ARCH.QWEN35, norm_offset=1.0, partial=True, delta=True)
+DELTA = Architecture("qwen35", norm_offset=1.0, partial=True, delta=True)
 LATENT = Architecture(
-    MODEL_ARCH.DEEPSEEK2,
+    "deepseek2",
     ropes=("default", "yarn"),
     only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # the norms of latents have that epsilon
     gating=SIGMOID,
@@ -118,11 +118,9 @@ LATENT = Architecture(
 )
 # llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
 T5_ARCH = Architecture(
-    MODEL_ARCH.T5, activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128}
+    "t5", activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128}
 )
-GRANITE = Architecture(
-    MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"}
-)
+GRANITE = Architecture("granite", neighbours=True, only={"position_embedding_type": "rope"})
 GEMMA_ARCH = Architecture(activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
@@ -132,27 +130,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture(biases=QKV, only={"qk_layernorm": False}, partial=True),
     "qwen3": Architecture(),
     "mixtral": replace(LLAMA_ARCH, unequal=None),
-    "qwen3_moe": Architecture(
-        MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}
-    ),
+    "qwen3_moe": Architecture("qwen3moe", only={"norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen2_moe": Architecture(
-        MODEL_ARCH.QWEN2MOE,
+        "qwen2moe",
         biases=QKV,
         square=QUERIES,
         only={"norm_topk_prob": False, "mlp_only_layers": []},
     ),
     "olmoe": Architecture(square=ROTARY, only={"norm_topk_prob": False, "clip_qkv": None}),
-    "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True),
+    "granitemoe": Architecture("granitemoe", neighbours=True),
     "gpt_oss": Architecture(
+        "gpt-oss",
         biases=QKV | {"self_attn.o_proj"},
         ropes=("default", "yarn"),
         window_period=2,
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         in_turn=True,
     ),
-    "glm4_moe": Architecture(biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID),
+    "glm4_moe": Architecture(
+        "glm4moe", biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID
+    ),
     "dots1": Architecture(only={"n_group": 1}, gating=SIGMOID),
-    "exaone_moe": Architecture(window_period=4, only={"n_group": 1}, gating=SIGMOID),
+    "exaone_moe": Architecture("exaone-moe", window_period=4, only={"n_group": 1}, gating=SIGMOID),
     "deepseek_v3": LATENT,
     # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
@@ -162,13 +161,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         gating=SOFTMAX,
         grouped=False,
     ),
-    "ernie4_5_moe": Architecture(gating=SOFTMAX),
-    "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=SIGMOID),
+    "ernie4_5_moe": Architecture("ernie4_5-moe", gating=SOFTMAX),
+    "minimax_m2": Architecture("minimax-m2", partial=True, gating=SIGMOID),
     "qwen3_5_text": DELTA,
-    "qwen3_5_moe_text": replace(DELTA, uniform=MODEL_ARCH.QWEN35MOE),
+    "qwen3_5_moe_text": replace(DELTA, uniform="qwen35moe"),
     **dict.fromkeys(("granite", "granitemoehybrid"), GRANITE),
     "lfm2": Architecture(square=QUERIES, short=True),
-    "cohere": Architecture(MODEL_ARCH.COMMAND_R, square=QUERIES, only={"use_qk_norm": False}),
+    "cohere": Architecture("command-r", square=QUERIES, only={"use_qk_norm": False}),
     "jais2": Architecture(
         biases=LINEARS, activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}
     ),
@@ -180,7 +179,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": replace(GEMMA_ARCH, window_period=2, scaled="self_attn.q_proj", odd_depth=46),
     "gemma3_text": replace(
         GEMMA_ARCH,
-        uniform=MODEL_ARCH.GEMMA3,
+        uniform="gemma3",
         ropes=("default", "linear"),
         window_period=6,
         scaled="self_attn.q_norm",
@@ -198,14 +197,13 @@ def attention_interval(config: Any) -> int:
 def architecture_name(config: JsonObject, shape: ModelShape) -> str | None:
     """Returns llama.cpp's name of the architecture for a model, or None. `config` belongs to the export."""
     try:
-        _, arch = architecture_of(config_object(text_config(config, "")), shape, "")
+        return architecture_of(config_object(text_config(config, "")), shape, "")[1]
     except UserError:
         return None
-    return MODEL_ARCH_NAMES[arch]
 
 
-def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Architecture, MODEL_ARCH]:
-    """Returns the architecture of a model, and gguf-py's key of it. `config` is transformers' object with defaults."""
+def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Architecture, str]:
+    """Returns the architecture of a model, and its name. `config` is transformers' object with defaults."""
     family = family_name(shape.model_type)
     architecture = ARCHITECTURES.get(family)
     if architecture is None:
@@ -213,9 +211,8 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Archite
         raise NotInGguf(
             where, f"GGUF is tested in llama.cpp for {tested}, not for {shape.model_type}"
         )
-    uniform = architecture.uniform or MODEL_ARCH[family.upper()]
-    name = MODEL_ARCH_NAMES[uniform]
-    arch = uniform if shape.is_uniform else architecture.unequal
+    name = architecture.uniform or family
+    arch = name if shape.is_uniform else architecture.unequal
     if arch is None:
         raise NotInGguf(where, f"llama.cpp's {name} needs layers of one size, but these differ")
     for missing in _missing(architecture, config, shape):

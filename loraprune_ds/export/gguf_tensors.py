@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from gguf import (
     GGML_QUANT_SIZES,
-    MODEL_ARCH,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     get_tensor_name_map,
@@ -22,8 +21,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from loraprune_ds.export.gguf_architecture import PARTS, ROTARY, Architecture
-from loraprune_ds.export.gguf_tokenizer import NotInGguf
+from loraprune_ds.export.gguf_architecture import PARTS, ROTARY, Architecture, NotInGguf
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.groups import TensorSpec
@@ -94,7 +92,7 @@ class GgufTensor:
 
 def plan_tensors(
     architecture: Architecture,
-    arch: MODEL_ARCH,
+    arch: str,
     config: Any,
     shape: ModelShape,
     precision: Precision,
@@ -102,7 +100,8 @@ def plan_tensors(
 ) -> list[GgufTensor]:
     """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32."""
     pieces = shape.pieces()
-    names = get_tensor_name_map(arch, len(shape.layers))
+    keys = {name: key for key, name in MODEL_ARCH_NAMES.items()}
+    names = get_tensor_name_map(keys[arch], len(shape.layers))
     tensors: list[GgufTensor] = []
     for prefix, spec in shape.tensors():
         source = prefix + spec.name
@@ -110,8 +109,7 @@ def plan_tensors(
             part_name = _on_disk(source, pieces) if part.name == source else part.name
             name = names.get_name(part_name, try_suffixes=(".weight", ".bias"))
             if name is None:
-                arch_name = MODEL_ARCH_NAMES[arch]
-                raise NotInGguf(where, f"llama.cpp's {arch_name} has no place for {part_name}")
+                raise NotInGguf(where, f"llama.cpp's {arch} has no place for {part_name}")
             part_shape = _shape_in_file(name, part.shape)
             part_type = _type(name, part_shape, precision)
             module = part_name.removeprefix(prefix).rpartition(".")[0]

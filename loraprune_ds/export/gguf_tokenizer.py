@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from gguf import GGUFWriter, TokenType
-from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf_architecture import NotInGguf
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.pretrained.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
@@ -37,13 +37,6 @@ EXTRA_SPACES = (
 LAST_SPACE = "llama.cpp drops a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
 PROBE = "a"
-
-
-class NotInGguf(UserError):
-    """Raised for a model that llama.cpp cannot hold or compute."""
-
-    def __init__(self, where: object, reason: str) -> None:
-        super().__init__(f"{where}: {reason}; possible formats: hf, adapter")
 
 
 @dataclass
@@ -238,6 +231,8 @@ def _tokens_and_merges(model: JsonObject) -> tuple[list[str], list[tuple[str, st
 
 
 def _sentencepiece(path: Path) -> Vocabulary:
+    from sentencepiece import sentencepiece_model_pb2  # refuses an older protobuf
+
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != SENTENCEPIECE_BPE:

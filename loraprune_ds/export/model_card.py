@@ -20,6 +20,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists
 from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
+from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import ModelShape
@@ -121,9 +122,6 @@ def model_name(config: ModelConfig) -> str:
 
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
-    # only writing a card loads gguf
-    from loraprune_ds.export.gguf_architecture import architecture_name
-
     text = TEMPLATES.get_template("model_card.txt").render(
         card=card,
         exported=exported,

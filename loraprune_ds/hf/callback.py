@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
@@ -29,12 +30,20 @@ from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
-from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
+from loraprune_ds.report.reporters import (
+    SERVICES,
+    ModuleLog,
+    TensorBoardLog,
+    has_tensorboard,
+    missing_pictures,
+    scalars,
+)
 from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.checks import check_one_dtype
 from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.session.quantised import prepare_quantised
+from loraprune_ds.versions import check_deepspeed
 
 log = logging.getLogger(__name__)
 REPORTED = (
@@ -61,6 +70,8 @@ class LoraPruneCallback(TrainerCallback):
     """
 
     def __init__(self, config: PruneConfig, steps: int | None = None, seed: int = 0) -> None:
+        if is_deepspeed_zero3_enabled():  # its arguments were made, but maybe not its model
+            check_deepspeed()
         self.config = config
         self.steps = steps
         self.seed = seed
@@ -144,6 +155,7 @@ class LoraPruneCallback(TrainerCallback):
         ds_config = _ds_config(args)
         self._files = TrainerFiles(ds_config, bool(args.fp16))
         if ds_config is not None:
+            check_deepspeed()
             # DeepSpeed, once it is needed
             from loraprune_ds.zero.ds_config import check_reshardable
 
@@ -287,7 +299,9 @@ def find_reporters(
     A callback cannot add to the Trainer's own log lines, because the reporters have already read them.
     """
     sinks: list[Sink] = [CutPrinter()]
-    if "tensorboard" in report_to:
+    for line in missing_pictures(report_to):
+        _warn(line)
+    if has_tensorboard(report_to):
         root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
         sinks.append(TensorBoardLog(Path(root).expanduser() / "pruning", resumed_from, curves))
     return sinks + [ModuleLog(name, _warn, curves) for name in SERVICES if name in report_to]

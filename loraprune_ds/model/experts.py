@@ -60,13 +60,12 @@ class ExpertStack(FrozenLinear):
 class ExpertLora(LoraLinear):
     """PEFT's LoRA on a stack. Each expert has separate factors."""
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any
-    ) -> None:
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
+        # PEFT's further arguments differ from version to version
+        super().update_layer(adapter_name, r, *args, **kwargs)
         experts = cast(ExpertStack, self.get_base_layer()).experts
         self.lora_A[adapter_name] = nn.Linear(cast(int, self.in_features), experts * r, bias=False)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.reset_lora_parameters(adapter_name, True)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]

@@ -8,7 +8,10 @@ other family needs a class, whose `layer` marks the tensors that leave (families
 from dataclasses import replace
 from typing import Any
 
-from loraprune_ds.errors import UserError
+from transformers import __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.families import hybrid, llama, moe, muse_glimmer, t5
 from loraprune_ds.model.families.base import PRUNED, Family
 
@@ -119,10 +122,16 @@ def find_family(model_type: object, where: str, others: str = "") -> Family:
         others: further supported models, named after the families in the refusal.
 
     Raises:
-        UserError: no family has this model type. The line names `where`, the folder, hub id or model.
+        UserError: no family has this model type, or the installed transformers lacks it. The line names `where`, the
+            folder, hub id or model.
     """
     if isinstance(model_type, str) and family_name(model_type) in FAMILIES:
-        return FAMILIES[family_name(model_type)]
+        name = family_name(model_type)
+        require(
+            name in CONFIG_MAPPING,
+            f"{where}: transformers {__version__} has no model_type {name!r}; install a newer one",
+        )
+        return FAMILIES[name]
     reason = REFUSED.get(str(model_type).removesuffix("_text"))
     because = f", because {reason}" if reason else ""
     supported = ", ".join(sorted(FAMILIES)) + others

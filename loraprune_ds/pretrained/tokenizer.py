@@ -15,7 +15,6 @@ from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.families.base import PRUNED, Family
-from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.pretrained.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
 RENDERING = 10.0  # seconds that a chat template may take for a conversation
@@ -167,9 +166,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
-    for name, family in FAMILIES.items():
-        if not family.equal_layers:  # AutoTokenizer must know the model type
-            AutoConfig.register(PRUNED + name, config_class(PRUNED + name), exist_ok=True)
+    model_type: str = read_json(folder / "config.json", missing_ok=True).get("model_type") or ""
+    if model_type.startswith(PRUNED):  # AutoTokenizer must know it
+        AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:

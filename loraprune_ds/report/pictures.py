@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,10 @@ PANELS: "dict[Kind, tuple[str, str]]" = {
     "delta": ("Heads of delta nets", BLUE),
     "cross_heads": ("Cross-attention heads", BLUE),
 }
+
+
+def can_draw() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 @contextmanager
@@ -310,7 +315,7 @@ def draw_shelf(path: Path, shelf: Sequence[JsonObject], dense: float | None) -> 
         Whether there is a picture. Without a perplexity there is nothing to draw.
     """
     measured = [row for row in shelf if row["perplexity"]]
-    if not measured:
+    if not measured or not can_draw():
         return False
     with picture(path, (7, 4)) as figure:
         axes = figure.subplots()

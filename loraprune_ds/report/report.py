@@ -20,7 +20,13 @@ from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
-from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_shelf, draw_training
+from loraprune_ds.report.pictures import (
+    PANELS,
+    can_draw,
+    draw_kept_groups,
+    draw_shelf,
+    draw_training,
+)
 
 # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 QUANTISATION_GROUPS = (128, 64, 32)
@@ -44,7 +50,7 @@ class Outcome:
 
 
 def write_results(folder: Path, outcome: Outcome) -> list[Path]:
-    """Writes report, kept groups and pictures, and returns the pictures."""
+    """Writes report, kept groups and pictures, and returns the pictures. None without matplotlib."""
     training_picture = folder / records.TRAINING_PICTURE
     groups_picture = folder / records.KEPT_GROUPS_PICTURE
     shelf_picture = folder / records.SHELF_PICTURE
@@ -53,6 +59,8 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     report = make_report(outcome, _exported_sizes(folder, outcome.schedule.ends()))
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
+    if not can_draw():
+        return []
     draw_training(training_picture, outcome.history)
     draw_kept_groups(groups_picture, dense, outcome.kept_of_dense)
     pictures = [training_picture, groups_picture]

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,21 @@ def check_installed(report_to: Iterable[str]) -> None:
                 importlib.util.find_spec(name) is not None,
                 f"logging.report_to names {name}, which is not installed; pip install {name}",
             )
+
+
+def has_tensorboard(report_to: Iterable[str]) -> bool:
+    """Tells whether curves go to TensorBoard, which may be missing."""
+    return "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is not None
+
+
+def missing_pictures(report_to: Iterable[str] = ()) -> Iterator[str]:
+    """Yields a line for each package without which a result has no pictures or curves."""
+    needs = {"matplotlib": "pictures"}
+    if "tensorboard" in report_to:
+        needs["tensorboard"] = "curves"
+    for package, lost in needs.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"the result has no {lost} without {package}: pip install 'loraprune_ds[pictures]'"
 
 
 class ModuleLog(Sink):

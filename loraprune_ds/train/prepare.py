@@ -30,7 +30,7 @@ from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epoc
 from loraprune_ds.pruning.target import Size, final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
-from loraprune_ds.report.reporters import check_installed
+from loraprune_ds.report.reporters import check_installed, missing_pictures
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData, SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
@@ -259,6 +259,8 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
             f"{samples.left_out:,} rows have no answer in data.window {config.data.window}, "
             f"such as {samples.first_left_out}; they are left out"
         )
+    report_to = config.logging.report_to
+    yield from missing_pictures(["tensorboard"] if report_to is None else report_to)
     if world_size == 1 and config.deepspeed is not None:
         yield "world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)"
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.report import records
-from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
+from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog, has_tensorboard
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
 
 # steps behind the estimate of the time left. Only these, because steps get faster with every cut
@@ -153,7 +153,7 @@ class RunRecorder(records.Recorder):
         metrics = records.MetricsLog(folder / records.METRICS_FILE)
         self.history = records.read_history(metrics.path)
         self.sinks.append(metrics)
-        if "tensorboard" in report_to:
+        if has_tensorboard(report_to):
             self.sinks.append(TensorBoardLog(folder / records.TENSORBOARD_FOLDER, resumed_from))
         self.sinks.append(ProgressDisplay(steps, first=resumed_from or 0))
         for name in SERVICES:

@@ -4,7 +4,6 @@ It imports DeepSpeed only to check values, so a plan needs none.
 """
 
 from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.storage import Storage
+from loraprune_ds.versions import DEEPSPEED, is_new
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -272,9 +272,9 @@ def _fill(path: Path, resolved: JsonObject, keys: tuple[str, ...], value: Any) -
 
 
 def _validate(path: Path, resolved: JsonObject) -> None:
-    """Makes DeepSpeed check its sections before the model is loaded. Without DeepSpeed only the plan's are checked."""
+    """Makes DeepSpeed check its sections before the model is loaded. Without it only the plan's are checked."""
     sections: dict[str, type[BaseModel]] = {"zero_optimization": ZeroSettings}
-    if find_spec("deepspeed") is not None:
+    if is_new("deepspeed", DEEPSPEED):
         from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from deepspeed.utils.config import DeepSpeedThroughputTimerConfig

@@ -14,6 +14,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
+from loraprune_ds.versions import check_deepspeed
 from loraprune_ds.zero.shards import NAME, full_shape, held, is_sharded
 
 
@@ -71,12 +72,14 @@ class LiveZero3(LiveEngine):
 
     def connect(self, training: LiveTraining) -> PrunableModel:
         from loraprune_ds.zero.ds_config import check_reshardable
-        from loraprune_ds.zero.external_engine import share_model
 
+        check_deepspeed()
         ds_config = _ds_config(training)
         if ds_config is not None:
             sizes = {parameter.element_size() for parameter in training.peft_model.parameters()}
             check_reshardable("the DeepSpeed config", ds_config, sizes)
+        from loraprune_ds.zero.external_engine import share_model
+
         optimizers = list(training.optimizers())
         zero_optimizer = next(filter(_is_deepspeed, optimizers), optimizers[-1])
         return share_model(training.peft_model, zero_optimizer, training.shape)

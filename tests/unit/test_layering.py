@@ -21,7 +21,7 @@ MAX_LINES = 400
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "removed"),
+    ("files", "removed", "versions"),
     ("units", "config", "arguments"),
     ("ranks",),
     ("model",),

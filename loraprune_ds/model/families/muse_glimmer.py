@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, MuseGlimmerTextConfig
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 
 from loraprune_ds.model.families.base import Marks
 from loraprune_ds.model.families.blocks import head_spans, rows
@@ -28,7 +27,9 @@ class MuseGlimmer(Llama):
 
 @cache
 def _lm_class() -> Any:
-    # These take a second to import.
+    # These take a second to import, and older versions of transformers lack them.
+    from transformers import MuseGlimmerTextConfig
+    from transformers.modeling_utils import slice_logits_to_keep
     from transformers.models.muse_glimmer.modeling_muse_glimmer import (
         MuseGlimmerPreTrainedModel,
         MuseGlimmerTextModel,

@@ -1,0 +1,91 @@
+"""What runs, ZeRO-3, families and pictures need of other packages is refused by name, and missing nowhere else."""
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds import LoraPruneCallback, PruneConfig, versions
+from loraprune_ds.cli import run
+from loraprune_ds.hf import callback
+from loraprune_ds.model import family
+from loraprune_ds.report import pictures, reporters
+from tests.support.launching import ROOT
+from tests.support.refusals import must_name
+
+LAUNCH = ("loraprune-ds run", "--config", "launch/configs/quickstart.yaml")
+# A Python that lacks them imports what a callback and its saves need, and all that its results are read with.
+WITHOUT = """
+import sys
+for name in ("deepspeed", "gguf", "matplotlib", "tensorboard", "sentencepiece.sentencepiece_model_pb2"):
+    sys.modules[name] = None
+import loraprune_ds.export.formats, loraprune_ds.report.report, loraprune_ds.session.live_export
+from loraprune_ds import LoraPruneCallback, Pruning, drop_layers, linear_names, open_result, unshare_bias
+from loraprune_ds.cli import compare, evaluate, export, plan
+LoraPruneCallback(None)
+"""
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **packages: str | None) -> None:
+    """Pretends that these versions are installed. None: no version."""
+
+    def found(package: str) -> str:
+        if package not in packages:
+            return version(package)
+        if packages[package] is None:
+            raise PackageNotFoundError(package)
+        return str(packages[package])
+
+    monkeypatch.setattr(versions, "version", found)
+
+
+def test_the_callback_imports_without_what_only_others_need() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("installed", [None, "0.16.9"])
+def test_a_run_without_deepspeed_ends_before_ranks_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: str | None
+) -> None:
+    install(monkeypatch, deepspeed=installed)
+    monkeypatch.setattr(sys, "argv", [*LAUNCH, "--set", f"output_dir={tmp_path / 'out'}"])
+    must_name(f"0.18.9 {installed} loraprune_ds[deepspeed] deepspeed=null", run.launch)
+    must_name("0.18.9 loraprune_ds[deepspeed]", run.join_ranks, sharded=True)
+
+
+def test_own_commands_name_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, transformers="5.16.1")
+    must_name("transformers 5.24 5.16.1", run.join_ranks, sharded=False)
+    install(monkeypatch, peft="0.20.0")
+    must_name("peft 0.21.2 0.20.0", run.join_ranks, sharded=False)
+
+
+def test_an_old_deepspeed_is_refused_on_zero_3_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, deepspeed="0.16.9")
+    LoraPruneCallback(PruneConfig())
+    monkeypatch.setattr(callback, "is_deepspeed_zero3_enabled", lambda: True)
+    must_name("0.18.9 0.16.9", LoraPruneCallback, PruneConfig())
+
+
+def test_a_family_that_transformers_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "CONFIG_MAPPING", {"llama": None})
+    monkeypatch.setattr(family, "__version__", "5.6.0")
+    assert family.find_family("pruned_llama", "here") is family.LLAMA
+    must_name("internlm3 5.6.0 here", family.find_family, "internlm3", "here")
+
+
+def test_a_result_without_pictures_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not list(reporters.missing_pictures(["tensorboard"]))
+    for name in ("matplotlib", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda name: None)
+    (pictured,) = reporters.missing_pictures()
+    assert "matplotlib" in pictured
+    assert "loraprune_ds[pictures]" in pictured
+    assert len(list(reporters.missing_pictures(["tensorboard"]))) == 2
+    assert not reporters.has_tensorboard(["tensorboard"])
+    shelf = [{"perplexity": 3.0, "parameters": 1}]
+    assert not pictures.draw_shelf(tmp_path / "shelf.png", shelf, None)
