@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from loraprune_ds.engine.gathered_lora import gather_factors
 from loraprune_ds.engine.torch_state import TorchState
 from loraprune_ds.engine.watched_model import WatchedModel, cut_layers
-from loraprune_ds.fsdp.private import Slot, find_slots, install, like_parameter
+from loraprune_ds.fsdp.private import Slot, close_forward, find_slots, install, like_parameter
 from loraprune_ds.fsdp.rows import RowShards
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
@@ -83,6 +83,7 @@ class FsdpModel(WatchedModel):
             yield
         finally:
             self._reshard()
+            close_forward(self._units)
 
     def gathered(self, *modules: nn.Module) -> AbstractContextManager[None]:
         """Gathers the outermost unit, whose own forward pass does not run. Others are gathered in theirs."""

@@ -54,7 +54,7 @@ NAMES: tuple[tuple[type, tuple[str, ...]], ...] = (
     ),
     (FSDPParamGroup, ("fsdp_params",)),
     # 2.8 to 2.11 have one group. 2.12 has several, and keeps the older name where there is one.
-    (FSDPState, ("_fsdp_param_group",)),
+    (FSDPState, ("_fsdp_param_group", "_state_ctx", "iter_forward_root")),
     (FSDPModule, ("_get_fsdp_state",)),
 )
 SEVERAL_GROUPS = "_fsdp_param_groups"
@@ -110,6 +110,12 @@ def find_slots(units: Iterable[FSDPModule]) -> dict[nn.Parameter, Slot]:
             params = group.fsdp_params
             slots |= {param.sharded_param: Slot(params, i) for i, param in enumerate(params)}
     return slots
+
+
+def close_forward(units: Iterable[FSDPModule]) -> None:
+    """Ends a forward pass that was stopped. Otherwise the next one would not wait for new weights."""
+    for unit in units:
+        cast(Any, unit)._get_fsdp_state()._state_ctx.iter_forward_root = None
 
 
 def install(slot: Slot, parameter: nn.Parameter, local: Tensor, shape: tuple[int, ...]) -> None:

@@ -113,6 +113,12 @@ def describe(settings: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
+def test_a_refit_ends_the_passes_that_it_stops(ranks: RankPool, folders: dict[str, Path]) -> None:
+    """Otherwise the next forward pass would not wait for the new weights."""
+    training = Training(folders["llama"], prune=REFIT, mesh=(1,))
+    assert ranks.run(1, fsdp_training.has_open_forward_after_a_refit, training) == [False]
+
+
 @pytest.mark.parametrize("policy", [None, heavy(torch.float32), heavy(torch.bfloat16)])
 def test_a_half_base_is_cut_as_under_ddp(
     ranks: RankPool, folders: dict[str, Path], policy: torch.dtype | None

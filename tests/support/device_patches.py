@@ -22,8 +22,7 @@ def apply() -> None:
     torch.Tensor.pin_memory = device.pin  # type: ignore[method-assign]
     torch.Tensor.is_pinned = device.is_pinned  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = _noting(torch.UntypedStorage.resize_)  # type: ignore[method-assign]
-    # `Module.to` then keeps its parameters the same objects, as CUDA's are
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.nn.Module._apply = _keeping_parameters(torch.nn.Module._apply)  # type: ignore[method-assign]
     of_device = torch.get_device_module(NAME)
     torch.accelerator.synchronize = of_device.synchronize
     torch.accelerator.current_stream = of_device.current_stream
@@ -51,6 +50,18 @@ def _new_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.tensor(data, **{"dtype": like.dtype, "device": like.device} | options)
 
     return new_tensor
+
+
+def _keeping_parameters(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a module's parameters the same objects when they come to the device, as CUDA does."""
+
+    @wraps(apply)
+    def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
+        arrives = not all(isinstance(p, device.DeviceTensor) for p in module.parameters())
+        torch.__future__.set_swap_module_params_on_conversion(arrives)
+        return apply(module, fn, recurse)
+
+    return applied
 
 
 def _noting(resize: Callable[..., Any]) -> Callable[..., Any]:

@@ -296,6 +296,23 @@ def event_after_a_cut(training: Training) -> Any:
     return model._get_fsdp_state()._state_ctx.post_optim_event
 
 
+def has_open_forward_after_a_refit(training: Training) -> bool:
+    """Makes what is inside the causal model a unit of its own. Says whether FSDP2 holds a pass open after a cut."""
+    model = build(training)
+    mesh = init_device_mesh(training.device, training.mesh)
+    for layer in layer_lists(model)[0]:
+        fully_shard(layer, mesh=mesh)
+    inner: Any = fully_shard(model.get_base_model().model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    pruning = Pruning(model, optimizer, training.config, training.steps)
+    for step in (1, 2, 3):
+        one_step(training, step, model, optimizer, pruning, Result())
+    assert pruning.cuts
+    pruning.close()
+    return inner._get_fsdp_state()._state_ctx.iter_forward_root is not None
+
+
 def warnings_of(training: Training) -> list[str]:
     """Returns what the package warns of when pruning begins."""
     messages = list[str]()
