@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle.models import make_tiny_llama
-from tests.support import device
+from tests.oracle.models import ODD_SIZES, make_tiny_llama
+from tests.support import device, engines
 from tests.support.device_ranks import start_on_device
 from tests.support.families import heavy, tiny_model
 from tests.support.fsdp_training import REFIT, Training, train
@@ -77,3 +77,21 @@ def test_a_training_on_the_device_equals_the_cpus(
     torch.testing.assert_close(found.tensors, wanted.tensors, **CLOSE)
     exports = [read_tensors(tmp_path / name) for name in ("device", "cpu")]
     torch.testing.assert_close(*exports, **CLOSE)
+
+
+@pytest.mark.parametrize("world_size", [heavy(1), 2])
+def test_zero_3_refits_on_the_device_as_on_the_cpu(
+    ranks: RankPool, device_ranks: RankPool, tmp_path: Path, world_size: int
+) -> None:
+    folder = make_tiny_llama(tmp_path / "tiny", biases=True, **ODD_SIZES)
+    runs = [
+        pool.run(world_size, engines.refit, "zero3", folder)[0] for pool in (device_ranks, ranks)
+    ]
+    (before, after, loss), (_, wanted, wanted_loss) = runs
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    changed = [key for key, x in before.items() if not torch.equal(x, after[key])]
+    assert len(changed) == 2 * len(engines.CUT_LAYERS)
+    for key in changed:
+        largest = (wanted[key] - before[key]).abs().max()
+        # Adam has divided rounding by the roots of tiny moments
+        assert (after[key] - wanted[key]).abs().max() < 1e-3 * largest, key

@@ -31,7 +31,7 @@ from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.device import storage_bytes
+from loraprune_ds.ranks.device import current_device, storage_bytes
 from loraprune_ds.session.live import live_shape
 from tests.oracle.models import ODD_SIZES, make_batches
 from tests.support.local_training import make_model
@@ -164,7 +164,7 @@ class Training:
         """Makes the step of a global batch. Returns the mean loss over the ranks."""
         size = SAMPLES // self.model.world_size
         first = self.model.rank * size
-        ids = batch(number)[first : first + size]
+        ids = batch(number)[first : first + size].to(self.model.device)
         with nullcontext() if passes is None else passes.record_forward(None):
             loss = self.loop.model(input_ids=ids, labels=ids).loss
         self.loop.backward(loss)
@@ -178,13 +178,13 @@ class Training:
         for parameter, name in names.items():
             full = self.model.collect(parameter, 0)
             if full is not None:
-                found[name] = full.clone()
+                found[name] = full.cpu().clone()
         for layer in self.model.lora_parameters():
             masters, moments = self.model.optimizer_state.collect(layer, 0, self.model.comm)
-            found |= {f"{names[layer[key]]}/master": x.clone() for key, x in masters.items()}
+            found |= {f"{names[layer[key]]}/master": x.cpu().clone() for key, x in masters.items()}
             for key, moment in moments.items():
                 short, _, kind = key.rpartition(".")
-                found[f"{names[layer[short]]}/{kind}"] = moment.clone()
+                found[f"{names[layer[short]]}/{kind}"] = moment.cpu().clone()
         return found
 
 
@@ -260,7 +260,7 @@ def train(name: str, folder: Path) -> Found:
 
 def refit(name: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """Makes two steps, a refit by their passes, and a step. Returns all before and after it, and the last loss."""
-    training = Training(name, make_model(folder))
+    training = Training(name, make_model(folder).to(current_device()))
     model = training.model
     passes = KeptPasses(model)
     passes.begin_step()
