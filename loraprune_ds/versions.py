@@ -1,6 +1,7 @@
 """The versions of other packages that a part of this one needs. pyproject.toml has what all of it needs."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 
 from packaging.version import Version
 
@@ -12,10 +13,7 @@ INSTALL = "pip install 'loraprune_ds[deepspeed]'"
 
 
 def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return version(package) if find_spec(package) else None
 
 
 def is_new(package: str, least: str) -> bool:

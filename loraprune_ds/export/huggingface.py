@@ -6,7 +6,9 @@ rank 0  publish(out)
 """
 
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +16,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import (
     begin_folder,
@@ -124,6 +126,28 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
     write_json(folder / "config.json", exported.config)
     _write_modelling_file(folder, exported.config["model_type"])
     write_model_card(folder, card, exported)
+
+
+def try_export(
+    dense: Path, exported: ExportedConfig, card: ModelCard, prepare: Callable[[], object] = bool
+) -> None:
+    """Makes all but the weights of an export in a temporary folder, so that no training ends in an error of these.
+
+    Args:
+        prepare: fills the folder `dense`.
+
+    Raises:
+        UserError: it fails. Tokenizers fail in many ways, such as protobuf's own errors.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            prepare()
+            # a renamed model has its tokenizer read, too
+            finish_folder(Path(folder), replace(exported, renamed=True), dense, card)
+        except Exception as error:
+            raise UserError(
+                f"the model could not be saved after the training: {type(error).__name__}: {one_line(error)}"
+            ) from error
 
 
 def copy_model(model: PretrainedModel, out: Path) -> None:

@@ -198,6 +198,7 @@ class LoraPruneCallback(TrainerCallback):
             checkpoint=checkpoint,
             ds_config=_ds_config(args),
             sinks=sinks,
+            tokenizer=self._tokenizer,
         )
         if checkpoint and checkpoint.restores_optimizer:
             _advance(more["lr_scheduler"], checkpoint.resume_state().adam_step or 0)

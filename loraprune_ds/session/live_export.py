@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import Dtype
-from loraprune_ds.export.huggingface import begin, publish, write_model
+from loraprune_ds.export.huggingface import begin, publish, try_export, write_model
 from loraprune_ds.export.model_card import card_of_state
 from loraprune_ds.files import JsonObject, staging_of, write_json
 from loraprune_ds.model.adapters import base_parameter
@@ -43,6 +43,23 @@ def export_live(
         live = LiveModel(model, exported, dense, session.dtype)
         write_model(live, staging_of(folder), card, comm, merge=merge)
     comm.write_on_rank_0(folder, lambda: publish(folder))
+
+
+def try_export_live(session: PruningSession, peft_model: PeftModel, tokenizer: Any) -> None:
+    """Makes all but the weights on rank 0, before the first step. Collective. Raises UserError if that fails."""
+    comm = session.model.comm
+    config = base_config(peft_model)
+    exported = export_config(config, session.model.shape, session.dtype)
+    card = card_of_state(session.state(), session.pruner.limits.dense)
+
+    def make() -> None:
+        with tempfile.TemporaryDirectory() as path:
+            dense = Path(path)
+            try_export(
+                dense, exported, card, lambda: _save_settings(dense, peft_model, config, tokenizer)
+            )
+
+    comm.on_rank_0(make)
 
 
 def _save_settings(dense: Path, peft_model: PeftModel, config: JsonObject, tokenizer: Any) -> None:

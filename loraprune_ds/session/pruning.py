@@ -52,6 +52,7 @@ class Pruning(PruningSession):
         steps: optimizer steps of the whole training. The schedule is a fraction of them.
         checkpoint: returned by `cut_to_checkpoint`.
         ds_config: DeepSpeed's JSON, if `model` is not the engine.
+        tokenizer: for the models that will be saved. Whether it can be is tried now.
         scaler: your own `torch.amp.GradScaler`. That of accelerate is known.
 
     Raises:
@@ -70,6 +71,7 @@ class Pruning(PruningSession):
         ds_config: JsonObject | None = None,
         sinks: Sequence[records.Sink] = (),
         scaler: Any = None,
+        tokenizer: Any = None,
     ) -> None:
         """Checks the model and attaches to it. Collective."""
         if checkpoint:
@@ -98,6 +100,7 @@ class Pruning(PruningSession):
         super().__init__(live, schedule, dtype, origin=origin, recorder=recorder)
         if checkpoint:
             self.restore(checkpoint)
+        self._try_export(tokenizer)
         self._forward = ForwardWatch(self.pruner)
         self._hooks = ExitStack()
         self._hooks.callback(
@@ -241,6 +244,11 @@ class Pruning(PruningSession):
         )
         self._forward.check_calls()
         self.score()
+
+    def _try_export(self, tokenizer: Any) -> None:
+        from loraprune_ds.session.live_export import try_export_live
+
+        try_export_live(self, self.peft_model, tokenizer)
 
     def _export(self, folder: Path, tokenizer: Any, *, merge: bool) -> None:
         # importing the callback loads no writer

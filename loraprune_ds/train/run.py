@@ -14,9 +14,10 @@ import torch
 from loraprune_ds.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.errors import UserError, fail_point
-from loraprune_ds.export.huggingface import begin, publish, write_model
-from loraprune_ds.export.model_card import card_of_step, write_model_card
+from loraprune_ds.export.huggingface import begin, publish, try_export, write_model
+from loraprune_ds.export.model_card import ModelCard, card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
+from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
@@ -58,6 +59,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
 
     comm.write_on_rank_0(output.path, open_output)
     output.check_shared(comm)
+    comm.on_rank_0(lambda: _try_export(prepared))
     with _open_context(prepared, checkpoint, comm) as context:
         for line in (*warnings, *describe_run(prepared, comm.world_size)):
             context.recorder.show(line)
@@ -69,6 +71,17 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         # the launcher ends the other ranks if one exits early with a code other than 0
         comm.barrier()
     return finished
+
+
+def _try_export(prepared: Prepared) -> None:
+    """Tries all but the weights of the export. Raises UserError if that fails."""
+    config = prepared.config
+    pretrained = prepared.pretrained
+    shape = pretrained.shape
+    tower = pretrained.tower.config if pretrained.tower else None
+    exported = export_config(pretrained.config, shape, config.model.dtype, tower)
+    card = ModelCard("", shape, shape, config.prune, asked=0, data="", steps=0, perplexity_data="")
+    try_export(pretrained.folder, exported, card)
 
 
 def _clear_earlier(

@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from torch.optim import SGD
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, versions
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, versions
 from loraprune_ds.cli import run
 from loraprune_ds.hf import callback
 from loraprune_ds.model import family
 from loraprune_ds.report import pictures, reporters
+from tests.oracle.models import make_tiny_llama
 from tests.support.launching import ROOT
+from tests.support.local_training import PRUNE, STEPS, make_model
 from tests.support.refusals import must_name
 
 LAUNCH = ("loraprune-ds run", "--config", "launch/configs/quickstart.yaml")
@@ -30,15 +32,8 @@ LoraPruneCallback(None)
 
 def install(monkeypatch: pytest.MonkeyPatch, **packages: str | None) -> None:
     """Pretends that these versions are installed. None: no version."""
-
-    def found(package: str) -> str:
-        if package not in packages:
-            return version(package)
-        if packages[package] is None:
-            raise PackageNotFoundError(package)
-        return str(packages[package])
-
-    monkeypatch.setattr(versions, "version", found)
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: packages.get(name, real(name)))
 
 
 def test_the_callback_imports_without_what_only_others_need() -> None:
@@ -56,8 +51,9 @@ def test_a_run_without_deepspeed_ends_before_ranks_start(
 
 
 def test_own_commands_name_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, transformers="5.16.1")
-    must_name("transformers 5.24 5.16.1", run.join_ranks, sharded=False)
+    with monkeypatch.context() as patched:
+        install(patched, transformers="5.16.1")
+        must_name("transformers 5.24 5.16.1", run.join_ranks, sharded=False)
     install(monkeypatch, peft="0.20.0")
     must_name("peft 0.21.2 0.20.0", run.join_ranks, sharded=False)
 
@@ -89,3 +85,24 @@ def test_a_result_without_pictures_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not reporters.has_tensorboard(["tensorboard"])
     shelf = [{"perplexity": 3.0, "parameters": 1}]
     assert not pictures.draw_shelf(tmp_path / "shelf.png", shelf, None)
+
+
+class Unsaved:
+    """A tokenizer whose save fails like sentencepiece's with another protobuf."""
+
+    def save_pretrained(self, folder: str) -> None:
+        raise RuntimeError("Detected mismatched Protobuf Gencode/Runtime version suite")
+
+
+def test_what_no_save_could_write_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = make_model(make_tiny_llama(tmp_path / "dense", layers=6)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    must_name(
+        "saved RuntimeError Protobuf",
+        Pruning,
+        model,
+        SGD(trained, lr=0.1),
+        PRUNE,
+        STEPS,
+        tokenizer=Unsaved(),
+    )
