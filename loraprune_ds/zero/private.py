@@ -10,6 +10,7 @@ Four more names are only written, and cannot be checked: a parameter's `ds_numel
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import deepspeed
 import torch
@@ -94,6 +95,8 @@ PARAMETER_ATTRIBUTES = (
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps")
 LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
+# a static method of 0.18, a function since
+DEFRAGMENTER: Any = stage3 if hasattr(stage3, "defragment") else DeepSpeedZeroOptimizer_Stage3
 METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_METHODS),
     (DeepSpeedZeRoOffload, ("mark_persistent_parameters", "get_param_coordinator")),
@@ -107,7 +110,7 @@ METHODS: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
         ),
     ),
     (partitioned_param_coordinator, ("iter_params",)),
-    (stage3, ("defragment",)),
+    (DEFRAGMENTER, ("defragment",)),
     (Init, ("_convert_to_deepspeed_param",)),
     (groups, ("_get_zero_param_intra_parallel_group",)),
 )
@@ -145,12 +148,12 @@ ASSIGNED: tuple[tuple[type | ModuleType, str, str, tuple[str, ...]], ...] = (
 @contextmanager
 def defragmenting_on_device() -> Generator[None]:
     """Lets DeepSpeed join its LoRA shards without a copy of each to the host and back, which waits for the device."""
-    original = stage3.defragment
-    stage3.defragment = _join
+    original = vars(DEFRAGMENTER)["defragment"]
+    DEFRAGMENTER.defragment = staticmethod(_join)
     try:
         yield
     finally:
-        stage3.defragment = original
+        DEFRAGMENTER.defragment = original
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ from tests.support.qlora import DOUBLE, load, with_lora
 from tests.support.refusals import must_name
 
 PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
-SIZES = {"layers": 6, "ffn": 256, "vocab": 300}
+SIZES: dict[str, Any] = {"layers": 6, "ffn": 256, "vocab": 300}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_every_module_imports() -> None:
 def test_the_callback_trains_saves_and_loads(dense: Path, tmp_path: Path) -> None:
     model = make_model(dense)
     callback = LoraPruneCallback(PRUNE)
-    rows = [{"input_ids": ids, "labels": ids} for batch, _ in
+    rows: Any = [{"input_ids": ids, "labels": ids} for batch, _ in
             make_batches(steps=8, samples=2, tokens=8, vocab=97, seed=3) for ids in batch]  # fmt: skip
     args = TrainingArguments(str(tmp_path / "out"), max_steps=8, per_device_train_batch_size=2,
                              save_steps=4, report_to=[], use_cpu=True)  # fmt: skip
@@ -65,7 +65,7 @@ def test_the_callback_trains_saves_and_loads(dense: Path, tmp_path: Path) -> Non
     tokenizer.pad_token = tokenizer.eos_token
     trainer = Trainer(
         model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]
-    )  # type: ignore[arg-type]
+    )
     trainer.train(resume_from_checkpoint=callback.resume(trainer.model))
     assert callback.reached > 0.25
     callback.save_model(tmp_path / "model")
@@ -90,8 +90,8 @@ def test_loops_on_ddp_and_fsdp2(dense: Path, tmp_path: Path, loop: str, ranks: i
 def test_a_t5_is_saved_and_loaded(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=6, num_heads=4,
-                      decoder_start_token_id=0)  # fmt: skip
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=6, num_heads=4)  # fmt: skip
+    config.decoder_start_token_id = 0
     base = unshare_bias(T5ForConditionalGeneration(config))
     linears = linear_names(base)
     model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=linears)).train()
