@@ -45,6 +45,7 @@ def test_a_run_without_deepspeed_ends_before_ranks_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: str | None
 ) -> None:
     install(monkeypatch, deepspeed=installed)
+    monkeypatch.setattr(run.os, "execv", lambda *command: pytest.fail("ranks start"))
     monkeypatch.setattr(sys, "argv", [*LAUNCH, "--set", f"output_dir={tmp_path / 'out'}"])
     must_name(f"0.18.9 {installed} loraprune_ds[deepspeed] deepspeed=null", run.launch)
     must_name("0.18.9 loraprune_ds[deepspeed]", run.join_ranks, sharded=True)
