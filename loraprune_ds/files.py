@@ -17,6 +17,11 @@ from safetensors import SafetensorError
 
 from loraprune_ds.errors import MAKE_ROOM, RunError, UserError, fail_point, one_line, require
 
+MADE_BY = "loraprune_ds"
+MANIFEST = "manifest.json"  # of a step's folders
+STATE_FILE = "state.json"  # of a step
+CARD_FILE = "README.md"  # of an exported model
+
 JsonObject = dict[str, Any]  # such as a config.json, or the mapping of a YAML file
 # from a file system without locks, such as some Lustre
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -66,8 +71,29 @@ def publish_folder(target: Path, mark: str = "") -> None:
     flush(target.parent)
 
 
+def is_ours(folder: Path) -> bool:
+    """Tells whether this package made a folder: a step has its own files, and a model a card that names the package."""
+    if any((folder / name).is_file() for name in (MANIFEST, STATE_FILE)):
+        return True
+    card = folder / CARD_FILE
+    return card.is_file() and MADE_BY in card.read_text(encoding="utf-8", errors="replace")
+
+
+def check_removable(folder: Path) -> None:
+    """Raises UserError unless this package made the folder."""
+    require(
+        is_ours(folder),
+        f"{folder} was not made by {MADE_BY}, so it is not replaced; move it, or take another output folder",
+    )
+
+
 def remove_folder(folder: Path) -> None:
-    """Removes a published folder. It is renamed first, so that no process finds half of it."""
+    """Removes a published folder. It is renamed first, so that no process finds half of it.
+
+    Raises:
+        UserError: this package did not make it.
+    """
+    check_removable(folder)
     # NFS keeps files that are still being read. The next removal deletes them.
     doomed = folder.with_name(f".{folder.name}.removed")
     if doomed.exists():

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, without_removed
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.files import JsonObject, flush, write_json
+from loraprune_ds.files import MANIFEST, JsonObject, flush, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
 FORMAT = 9
@@ -28,8 +28,6 @@ STATUS_FILE = "status.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 PRUNING_FOLDER = "pruning"  # our step in the checkpoint of another trainer
 # In a step.
-STATE_FILE = "state.json"
-MANIFEST = "manifest.json"
 RESUME_FOLDER = "resume"
 REFITS = "refit-*.safetensors"
 TRAINED = "trained-*.safetensors"

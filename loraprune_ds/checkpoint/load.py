@@ -22,6 +22,7 @@ from loraprune_ds.checkpoint.state import (
 )
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.files import STATE_FILE
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.lora_product import merge_lora
@@ -196,7 +197,7 @@ def open_checkpoint(
     def check() -> TrainingCheckpoint:
         step = verify_step(folder, ranks, resume=resume)
         origin = step.state.origin
-        config = recorded_config(origin.config, folder / layout.STATE_FILE)
+        config = recorded_config(origin.config, folder / STATE_FILE)
         source = _find_source(folder, step.state, config)
         model = dense or _open_dense(source, config, step.state)
         return TrainingCheckpoint(**vars(step), config=config, source=source, dense=model)
@@ -232,8 +233,7 @@ def _find_source(folder: Path, state: State, config: RunConfig) -> Path:
         source = Path(origin.folder)
         if not source.is_dir():
             source = locate_model(config.model)
-        digest = source_digest if origin.digest.startswith(SAMPLES) else _digest_of_beginnings
-        is_same = digest(source) == origin.digest
+        is_same = has_digest(source, origin.digest)
     except (UserError, OSError) as error:
         raise CheckpointMismatch(
             f"the source model of {folder} cannot be read: {one_line(error)}"
@@ -243,6 +243,12 @@ def _find_source(folder: Path, state: State, config: RunConfig) -> Path:
             f"{source} is not the source model of {folder}: its tensors differ"
         )
     return source
+
+
+def has_digest(folder: Path, digest: str) -> bool:
+    """Tells whether a source model is the one that a step recorded, by `source_digest` or an earlier digest."""
+    compute = source_digest if digest.startswith(SAMPLES) else _digest_of_beginnings
+    return compute(folder) == digest
 
 
 def source_digest(folder: Path) -> str:

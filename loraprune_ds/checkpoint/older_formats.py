@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint import layout
-from loraprune_ds.files import JsonObject
+from loraprune_ds.files import STATE_FILE, JsonObject
 
 # fields of a callback's state that a resume alone needs
 OF_RESUME = ("updates_since_cut", "moment_tokens")
@@ -20,7 +19,7 @@ def is_flat(folder: Path) -> bool:
     """Returns True if a callback has written the folder in format 7, whose tensors have no separate folder."""
     raw: Any = None
     with suppress(OSError, ValueError):
-        raw = json.loads((folder / layout.STATE_FILE).read_text(encoding="utf-8"))
+        raw = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     return isinstance(raw, dict) and raw.get("format") == 7 and "prune" in raw
 
 

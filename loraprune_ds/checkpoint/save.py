@@ -12,11 +12,11 @@ from torch import Tensor
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE
+from loraprune_ds.checkpoint.layout import RESUME_FOLDER
 from loraprune_ds.checkpoint.state import ResumeState, State
 from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import fail_point
-from loraprune_ds.files import JsonObject
+from loraprune_ds.files import STATE_FILE, JsonObject
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.weight_files import write_weight_file
 from loraprune_ds.pruning.compensate import refitted_linears
@@ -179,7 +179,7 @@ def drop_old(root: Path, step: int, keep_last: int, pinned: Container[int] = ())
         if number <= step and (folder / RESUME_FOLDER).is_dir():
             resumable.append(number)
     for number, folder in folders.items():
-        if number in resumable[-keep_last:]:
+        if number in resumable[-keep_last:] or not files.is_ours(folder):
             continue
         if number > step or number not in pinned:
             files.remove_folder(folder)

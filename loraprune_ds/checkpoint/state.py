@@ -10,7 +10,7 @@ from typing import get_args
 from loraprune_ds.checkpoint import layout, older_formats
 from loraprune_ds.config_types import Bits, EngineName
 from loraprune_ds.errors import require
-from loraprune_ds.files import JsonObject
+from loraprune_ds.files import STATE_FILE, JsonObject
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ResumeState:
 
 def read_state(folder: Path) -> State:
     """Reads the state in a step's folder like `layout.read_record`."""
-    path = folder / layout.STATE_FILE
+    path = folder / STATE_FILE
     state = layout.read_record(path, State, older_formats.upgrade_state)
     if state.engine not in get_args(EngineName):
         raise layout.CheckpointMismatch(
@@ -126,11 +126,9 @@ def read_resume_state(folder: Path) -> ResumeState:
     """Reads the counters in a step's `resume_folder` like `layout.read_record`."""
     require(
         folder.is_dir(),
-        f"{folder.parent} has no {folder.name}/: only exports need the step of an earlier size",
+        f"{folder} is missing, so only an export can read this step; resume from another one",
     )
-    return layout.read_record(
-        folder / layout.STATE_FILE, ResumeState, older_formats.upgrade_resume_state
-    )
+    return layout.read_record(folder / STATE_FILE, ResumeState, older_formats.upgrade_resume_state)
 
 
 def resume_folder(folder: Path) -> Path:

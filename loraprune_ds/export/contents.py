@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import JsonObject, read_json
+from loraprune_ds.files import STATE_FILE, JsonObject, read_json
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.report.records import MODEL_FOLDER, REPORT_FILE
 
@@ -52,7 +52,7 @@ def find_contents(folder: Path) -> FolderContents:
     if status is not None:
         return _run_contents(folder, status)
     for step in (folder, folder / layout.PRUNING_FOLDER):
-        if (step / layout.STATE_FILE).is_file():
+        if (step / STATE_FILE).is_file():
             return FolderContents(folder, "is a checkpoint", checkpoints=[step])
     is_model = (folder / "config.json").is_file()
     path = folder.absolute()

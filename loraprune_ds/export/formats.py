@@ -192,7 +192,10 @@ def _write_gguf(contents: FolderContents, folder: Path, *, precision: "Precision
         remarks = _write_huggingface(contents, scratch)
     pretrained = open_pretrained(model)
     path = folder / f"{name}-{precision}.gguf"
-    remarks += write_gguf(pretrained, path, precision, name)
+    try:
+        remarks += write_gguf(pretrained, path, precision, name)
+    except UserError as error:
+        raise UserError(str(error).replace(str(scratch), str(contents.folder))) from None
     if pretrained.tower is not None:
         remarks.append("the file reads text alone, because a GGUF file has no tower")
     how_to_load = TEMPLATES.get_template("load_gguf.txt").render(

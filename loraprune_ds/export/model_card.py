@@ -15,13 +15,13 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from loraprune_ds.checkpoint.layout import STATE_FILE, recorded_config
+from loraprune_ds.checkpoint.layout import recorded_config
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists
 from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.export.gguf_architecture import architecture_name
-from loraprune_ds.files import JsonObject, read_json
+from loraprune_ds.files import CARD_FILE, STATE_FILE, JsonObject, read_json
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import ExportedConfig
@@ -29,7 +29,6 @@ from loraprune_ds.pretrained.sources import EMBEDDED, HUB_ERRORS
 from loraprune_ds.report.records import REPORT_FILE
 from loraprune_ds.units import format_percent, format_perplexity
 
-CARD_FILE = "README.md"
 TITLES = {
     "heads": "key-value heads",
     QUERY_HEADS: "key-value heads",  # which stay. Their query heads have a column of their own

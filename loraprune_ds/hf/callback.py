@@ -24,12 +24,12 @@ from transformers.trainer_utils import rotate_checkpoints
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import JsonObject, remove_folder
+from loraprune_ds.files import JsonObject, check_removable, is_ours, remove_folder
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
+from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line, export_folder
 from loraprune_ds.report.reporters import (
     SERVICES,
     ModuleLog,
@@ -200,6 +200,10 @@ class LoraPruneCallback(TrainerCallback):
             sinks=sinks,
             tokenizer=self._tokenizer,
         )
+        sizes = self._pruning.schedule.ends()
+        for target in (Path(str(args.output_dir)) / export_folder(sizes, step) for step in sizes):
+            if target.exists():
+                check_removable(target)
         if checkpoint and checkpoint.restores_optimizer:
             _advance(more["lr_scheduler"], checkpoint.resume_state().adam_step or 0)
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
@@ -288,7 +292,7 @@ def _forget_overwritten(
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PRUNING_FOLDER
     # the Trainer decides after its evaluation
     may_save = control.should_save or args.save_strategy == "best"
-    if may_save and args.should_save and old.exists():
+    if may_save and args.should_save and is_ours(old):
         remove_folder(old)
 
 

@@ -63,7 +63,10 @@ def drop_layers(model: PreTrainedModel, layers: Collection[int]) -> None:
     )
     rest = [i for i in range(len(stack)) if i not in layers]
     for key, value in config_of_layers(config, shape, rest).items():
-        setattr(model.config, key, value)
+        if (
+            key not in config or value != config[key]
+        ):  # others, such as a quantization_config, stay objects
+            setattr(model.config, key, value)
     for i in sorted({*layers}, reverse=True):
         del stack[i]
     for number, layer in enumerate(stack):

@@ -19,12 +19,13 @@ from torch import nn
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
-from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, verify_step
-from loraprune_ds.checkpoint.state import State
+from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, has_digest, verify_step
+from loraprune_ds.checkpoint.state import Origin, State
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.engines import full_shape, future_engine, holder
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import STATE_FILE, is_ours
 from loraprune_ds.model.adapters import ADAPTER, base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
@@ -37,6 +38,7 @@ from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE, History, read_history
 from loraprune_ds.session.live import find_peft_model, live_shape
+from loraprune_ds.session.origin import base_folder
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.state import has_plain_adam, storage_formats
 
@@ -133,6 +135,7 @@ def cut_to_checkpoint(
         f"{checkpoint} belongs to another model: its layers have other sizes",
     )
     comm.all_or_raise(lambda: _check_lora_ranks(step, peft_model, dense, engine))
+    comm.on_rank_0(lambda: _check_base(checkpoint, state.origin, peft_model))
     keep = step.keep(dense.kinds)
     engine.cut_before_training(peft_model, dense, keep, comm)
     _overwrite(peft_model, step.refits(dense.after(keep)), comm)
@@ -166,13 +169,15 @@ def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> N
 def _find(folder: Path) -> Path | None:
     checkpoints = [folder / f"checkpoint-{step}" for step in layout.numbered(folder, "checkpoint")]
     for checkpoint in (folder, *reversed(checkpoints)):
-        if (checkpoint / PRUNING_FOLDER).is_dir():
+        # TensorBoard may write into a folder of this name
+        if is_ours(checkpoint / PRUNING_FOLDER):
             return checkpoint
     is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
     if checkpoints or is_checkpoint or (folder / TRAINER_STATE).is_file():
         newest = checkpoints[-1] if checkpoints else folder
         raise UserError(
-            f"{newest} has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent"
+            f"{newest} has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent; "
+            "delete it to begin anew"
         )
     return None
 
@@ -201,6 +206,16 @@ def _check_restorable(obstacle: str, step: SavedStep, model: PeftModel, engine: 
         not (engine.saves_itself and is_fp16),
         f"{obstacle}, and {PRUNING_FOLDER}/ has no loss scale for {engine.name} in fp16; {COMPLETE}",
     )
+
+
+def _check_base(checkpoint: Path, origin: Origin, model: PeftModel) -> None:
+    """Refuses a dense model whose files have other weights than those that the training began with."""
+    base = base_folder(model)
+    if base is not None and origin.digest is not None:
+        require(
+            has_digest(base, origin.digest),
+            f"{base} is not the source model of {checkpoint}: its tensors differ",
+        )
 
 
 def _check_lora_ranks(
@@ -249,7 +264,7 @@ def _read(
 ) -> tuple[SavedStep, PruneConfig]:
     """Verifies a checkpoint. Also returns its settings. A default value leaves the choice to it."""
     step = verify_step(checkpoint / PRUNING_FOLDER, comm, resume=True)
-    settings = layout.recorded_config(step.state.origin.config, step.folder / layout.STATE_FILE)
+    settings = layout.recorded_config(step.state.origin.config, step.folder / STATE_FILE)
     prune = settings.prune
     defaults = asdict(PruneConfig())
     saved = asdict(prune)

@@ -34,10 +34,11 @@ def describe_origin(
     model: PrunableModel, schedule: Schedule, dtype: Dtype, *, steps: int, seed: int
 ) -> Origin:
     """Describes a training before its first step. Collective."""
-    config = cast(Any, model.module).get_base_model().config
+    peft_model = cast(PeftModel, model.module)
+    config = cast(Any, peft_model.get_base_model()).config
     settings = describe_settings(model, schedule, dtype)
     query_heads = QUERY_HEADS in model.shape.kinds
-    folder = folder_on_disk(settings["model"]["path"], getattr(config, "_commit_hash", None))
+    folder = base_folder(peft_model)
     formats = storage_formats(model.layers, model.shape)
     bits = bits_of(config) if formats else None
     weights = None
@@ -63,6 +64,12 @@ def describe_origin(
         groups=counts_to_lists(model.shape),
         bits=bits,
     )
+
+
+def base_folder(model: PeftModel) -> Path | None:
+    """Finds the folder that the dense model was loaded from. None if it is gone, or there was none."""
+    config = cast(Any, model.get_base_model()).config
+    return folder_on_disk(str(config._name_or_path), getattr(config, "_commit_hash", None))
 
 
 def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) -> dict[str, Any]:

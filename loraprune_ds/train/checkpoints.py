@@ -13,7 +13,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.engine.training import TrainingEngine
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import flush
+from loraprune_ds.files import STATE_FILE, flush
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE
@@ -93,7 +93,7 @@ def find_checkpoint(
 
 def _is_step(path: Path) -> bool:
     """Returns True for a step's folder, even if it lost its state. A run may have any name, even step-1."""
-    return (path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER
+    return (path / STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER
 
 
 def _check_settings(state: State | None, folder: Path, config: RunConfig) -> None:

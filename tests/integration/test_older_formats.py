@@ -15,12 +15,12 @@ from unittest.mock import patch
 import pytest
 
 from loraprune_ds import config_file
-from loraprune_ds.checkpoint.layout import MANIFEST, STATE_FILE, seal, write_manifest
+from loraprune_ds.checkpoint.layout import seal, write_manifest
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
-from loraprune_ds.files import JsonObject, read_json, write_json
+from loraprune_ds.files import MANIFEST, STATE_FILE, JsonObject, read_json, write_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder

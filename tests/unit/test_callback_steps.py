@@ -14,10 +14,10 @@ from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds import PruneConfig
-from loraprune_ds.checkpoint.layout import MANIFEST, seal, write_manifest
+from loraprune_ds.checkpoint.layout import seal, write_manifest
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
-from loraprune_ds.files import read_json, write_json
+from loraprune_ds.files import MANIFEST, read_json, write_json
 from loraprune_ds.generate.models import find_model
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import train_and_save

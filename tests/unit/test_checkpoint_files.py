@@ -30,7 +30,15 @@ from loraprune_ds.checkpoint.state import (
     read_state,
 )
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import begin_folder, json_text, make_once, publish_folder, remove_folder
+from loraprune_ds.files import (
+    MANIFEST,
+    STATE_FILE,
+    begin_folder,
+    json_text,
+    make_once,
+    publish_folder,
+    remove_folder,
+)
 from loraprune_ds.pretrained import weight_files
 from loraprune_ds.pretrained.weight_files import read_samples
 from loraprune_ds.ranks.comm import Communicator
@@ -78,15 +86,40 @@ def make_state(step: int, **changes: Any) -> State:
 def make_step(root: Path, step: int, **changes: Any) -> Path:
     target = layout.step_folder(root, step)
     staging = begin_folder(target)
-    (staging / layout.STATE_FILE).write_text(json_text(make_state(step, **changes)))
-    layout.write_manifest(staging, {layout.STATE_FILE: layout.seal(staging / layout.STATE_FILE)})
-    (staging / layout.RESUME_FOLDER).mkdir()
+    (staging / STATE_FILE).write_text(json_text(make_state(step, **changes)))
+    layout.write_manifest(staging, {STATE_FILE: layout.seal(staging / STATE_FILE)})
+    resume = staging / layout.RESUME_FOLDER
+    resume.mkdir()
+    (resume / STATE_FILE).touch()
     publish_folder(target)
     return target
 
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "ours"),
+    [
+        ("manifest.json", "{}", True),
+        ("state.json", "{}", True),
+        ("README.md", "Made\nwith loraprune_ds.", True),
+        ("README.md", "my dense model", False),
+        ("config.json", "{}", False),
+    ],
+)
+def test_only_a_folder_that_the_package_made_is_removed(
+    tmp_path: Path, name: str, text: str, ours: bool
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    if ours:
+        files.remove_folder(folder)
+    else:
+        must_name(f"{folder} loraprune_ds", files.remove_folder, folder)
+    assert folder.exists() != ours
 
 
 def test_a_folder_has_no_name_before_it_is_complete(tmp_path: Path) -> None:
@@ -111,12 +144,12 @@ def test_files_are_on_the_disk_before_anything_relies_on_them(
         files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name)
     )
     make_step(tmp_path, 4)
-    assert synced == [layout.STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
+    assert synced == [STATE_FILE, MANIFEST, ".step-4.partial", tmp_path.name]
     del synced[:]
     with save.Staging(Communicator(), tmp_path / "step-5", "step") as staging:
         staging.write("resume/state.json", lambda path: path.write_text("{}"))
         staging.publish()
-    in_resume = [layout.STATE_FILE, layout.MANIFEST, layout.RESUME_FOLDER]
+    in_resume = [STATE_FILE, MANIFEST, layout.RESUME_FOLDER]
     assert [name for name in synced if "partial" not in name] == [*in_resume, tmp_path.name]
 
 
@@ -163,9 +196,9 @@ def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(
         (flip_bit, "b", "damaged"),
         (lambda path: path.write_bytes(path.read_bytes() + b"0"), "b", "damaged"),
         (Path.unlink, "b", "missing"),
-        (Path.unlink, layout.MANIFEST, "missing"),
-        (partial(flip_bit, at=0), layout.MANIFEST, "damaged"),
-        (lambda path: path.write_text('{"files": {"a": 3}}'), layout.MANIFEST, "damaged"),
+        (Path.unlink, MANIFEST, "missing"),
+        (partial(flip_bit, at=0), MANIFEST, "damaged"),
+        (lambda path: path.write_text('{"files": {"a": 3}}'), MANIFEST, "damaged"),
     ],
 )
 @pytest.mark.parametrize("parts", [1, 3])
@@ -250,7 +283,7 @@ CHANGES: list[tuple[dict[str, object], str]] = [
 def test_the_state_is_read_or_refused_in_one_line(
     tmp_path: Path, content: bytes, words: str
 ) -> None:
-    file = tmp_path / layout.STATE_FILE
+    file = tmp_path / STATE_FILE
     file.write_text(json_text(make_state(7)))
     assert read_state(tmp_path) == make_state(7)
     file.write_bytes(content)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import BitsAndBytesConfig
 
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import FAMILIES
@@ -49,6 +50,15 @@ def test_dropped_layers_do_nothing(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [family for family in TINY if family not in DROPS])
 def test_a_family_that_needs_its_layers_says_so(family: str) -> None:
     must_name(f"drop_layers {family}", drop_layers, tiny_model(family), (1,))
+
+
+def test_a_setting_that_does_not_change_keeps_its_object() -> None:
+    """transformers reads a quantization_config as an object."""
+    model = tiny_model("llama", **deep("llama"))
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    model.config.quantization_config = quantization
+    drop_layers(model, (1,))
+    assert model.config.quantization_config is quantization
 
 
 def test_a_model_in_memory_is_refused_unchanged() -> None:

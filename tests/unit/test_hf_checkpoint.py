@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import SavedStep, verify_step
@@ -113,6 +114,9 @@ def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     # `trainer.save_state()` writes it next to the checkpoints
     (tmp_path / "trainer_state.json").touch()
+    # TENSORBOARD_LOGGING_DIR may be the same folder
+    (tmp_path / "pruning").mkdir()
+    (tmp_path / "pruning" / "events.out.tfevents.1").touch()
     assert checkpoint._find(tmp_path / "nothing") is None
     for step in (3, 12):
         saved(tmp_path / f"checkpoint-{step}")
@@ -173,6 +177,11 @@ def test_a_model_that_is_called_with_embeddings_goes_on_to_the_bit(tmp_path: Pat
     assert saved is not None
     restored = replace(saved, restores_optimizer=True)
     assert_equal_tensors(train(restored, model), straight)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    other = make_model(folder)
+    must_name(f"{folder} checkpoint-3", cut_to_checkpoint, other, tmp_path, REFIT, Communicator())
 
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:

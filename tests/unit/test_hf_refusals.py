@@ -298,7 +298,9 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
 ) -> None:
     """It has `pruning/` of the training before, until the new one is there."""
     for step in (4, 6):
-        (tmp_path / f"checkpoint-{step}" / "pruning").mkdir(parents=True)
+        pruning = tmp_path / f"checkpoint-{step}" / "pruning"
+        pruning.mkdir(parents=True)
+        (pruning / "state.json").touch()
     callback = LoraPruneCallback(PruneConfig())
     callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None, save_size=lambda *_: None))
     args = cast(
