@@ -63,9 +63,8 @@ def drop_layers(model: PreTrainedModel, layers: Collection[int]) -> None:
     )
     rest = [i for i in range(len(stack)) if i not in layers]
     for key, value in config_of_layers(config, shape, rest).items():
-        if (
-            key not in config or value != config[key]
-        ):  # others, such as a quantization_config, stay objects
+        is_new = key not in config or value != config[key]
+        if is_new:  # a quantization_config stays an object
             setattr(model.config, key, value)
     for i in sorted({*layers}, reverse=True):
         del stack[i]
