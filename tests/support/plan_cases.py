@@ -249,7 +249,7 @@ def _measured_step(
     lora_scored = scores and request.config.prune.criterion in ("lora", "magnitude")
     lora_shards = request.lora_shards(shape) * (world_size - 1)
     of_lora = 8 * lora_shards * lora_scored
-    agreed = 7 * 8 * (world_size - 1)  # fp64 numbers of a step (`RankNumbers`)
+    agreed = 8 * 8 * (world_size - 1)  # fp64 numbers of a step (`RankNumbers`)
     return {
         "step": step,
         "weights": sent["all_gather_into_tensor"] - of_lora - agreed,
