@@ -80,9 +80,9 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_removable(folder: Path) -> None:
-    """Raises UserError unless this package made the folder."""
+    """Raises UserError unless this package made the folder, or it is empty."""
     require(
-        is_ours(folder),
+        is_ours(folder) or not any(folder.iterdir()),
         f"{folder} was not made by {MADE_BY}, so it is not replaced; move it, or take another output folder",
     )
 
