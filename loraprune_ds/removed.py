@@ -31,7 +31,7 @@ KEYS = {
 }
 OPTIONS = {
     "--mtp": "results have no layers that predict further tokens",
-    "--speed": "--answers gives tokens per second, tests/benchmarks/serving.py a server's",
+    "--speed": "tests/benchmarks/serving.py measures the speed in servers",
     "--server-memory": "--set prune.target=12GiB finds the ratio for a server's memory",
     **dict.fromkeys(
         ("--intra-bandwidth", "--inter-bandwidth", "--host-bandwidth", "--flops", "--utilisation"),
