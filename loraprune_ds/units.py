@@ -19,17 +19,6 @@ def format_bytes(count: float) -> str:
     return _scaled(count, (" B", " kB", " MB", " GB", " TB", " PB"))
 
 
-def format_duration(seconds: float) -> str:
-    """Writes 0.4231 as '0.42 s', 75 as '1 min 15 s', 7500 as '2 h 05 min'."""
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
-    if seconds < 3599.5:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
-
-
 def format_change(before: float, after: float) -> str:
     """Writes a change from 4 to 3 as '25.0 % less'."""
     percent = format_percent(abs(after / before - 1))

@@ -9,7 +9,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,7 @@ from loraprune_ds.train.stop import find_launchers
 from loraprune_ds.units import (
     aligned,
     format_bytes,
-    format_change,
     format_count,
-    format_duration,
     format_percent,
     format_perplexity,
     or_dash,
@@ -197,7 +195,7 @@ def summary_table(report: JsonObject, folder: Path) -> str:
         ranks = _plural(report["world_size"], "ZeRO-3 rank")
     cuts = _plural(len(report["prune_steps"]), "cut")
     head = ("", "dense", "pruned", "")
-    rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
+    rows = [head, *_size_rows(report), *_quality_rows(report)]
     gpus = ", ".join(map(str, report["serving"]["tensor_parallel"]))
     groups = ", ".join(map(str, report["serving"]["quantisation_groups"])) or "none"
     lines = [
@@ -300,36 +298,6 @@ def _answer_lines(report: JsonObject) -> Iterable[str]:
     if answers:
         yield from answers_table("greedy answers", [written["greedy"] for written in answers])
         yield ""
-
-
-def _cost_rows(report: JsonObject) -> Iterable[SummaryRow]:
-    cuts = report["prune_steps"]
-    weights: dict[str, int] = {}
-    if cuts:
-        weights["before"] = max(cuts[0]["weight_bytes_before"])
-        weights["after"] = max(cuts[-1]["weight_bytes_after"])
-    peak = report.get("step_peak_bytes", {})  # an earlier version's report lacks it
-    yield _cost_row("time per step", report["seconds_per_step"], format_duration, _speed_up)
-    yield _cost_row("weights per rank", weights, format_bytes, format_change)
-    yield _cost_row("peak memory of a step", peak, format_bytes, format_change)
-
-
-def _cost_row(
-    name: str,
-    values: JsonObject,
-    write: Callable[[float], str],
-    compare: Callable[[float, float], str],
-) -> SummaryRow:
-    """Returns the row of a value "before" and "after" the cuts. Both may be absent."""
-    before = values.get("before")
-    after = values.get("after")
-    cells = [or_dash(value, write) for value in (before, after)]
-    change = compare(before, after) if before and after else ""
-    return (name, *cells, change)
-
-
-def _speed_up(before: float, after: float) -> str:
-    return f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from loraprune_ds.errors import RankError, UserError, require
 from loraprune_ds.files import JsonObject, json_text, write_text, writes_into
-from loraprune_ds.units import format_bytes, format_duration, format_percent
+from loraprune_ds.units import format_bytes, format_percent
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
@@ -78,12 +78,11 @@ def cut_line(cut: CutRecord) -> str:
     """Describes a cut in one line, with the weights of the fullest rank."""
     reached = format_percent(cut.reached)
     target = format_percent(cut.target)
-    duration = format_duration(cut.seconds)
     sent = format_bytes(cut.bytes_sent)
     before = format_bytes(max(cut.weight_bytes_before))
     after = format_bytes(max(cut.weight_bytes_after))
     return (
-        f"step {cut.step}  cut to {reached} (target {target}) in {duration}, {sent} sent, "
+        f"step {cut.step}  cut to {reached} (target {target}) in {cut.seconds:.2f} s, {sent} sent, "
         f"weights per rank {before} → {after}"
     )
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -92,7 +91,6 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:
         "world_size": len(outcome.peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
         "prune_steps": [_without_counts(cut) for cut in history.cuts],
-        **_speed_and_memory(history, outcome.resumed_from),
         "peak_memory_bytes": outcome.peak_bytes,
         "seed": outcome.config["seed"],
         "resumed_from": outcome.resumed_from,
@@ -119,34 +117,6 @@ def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str
 def _without_counts(cut: records.CutRecord) -> JsonObject:
     """Returns a cut without the lists that have an entry per layer."""
     return {name: value for name, value in asdict(cut).items() if name not in PANELS}
-
-
-def _speed_and_memory(history: records.History, resumed_from: Sequence[int]) -> JsonObject:
-    """Compares the steps up to the first cut with the steps after the last cut."""
-    warm_up = {1, *(step + 1 for step in resumed_from)}  # the first steps of every process
-
-    def warm(steps: Sequence[records.StepRecord]) -> list[records.StepRecord]:
-        return [s for s in steps if s.step not in warm_up]
-
-    steps = history.steps
-    first_cut = history.cuts[0].step if history.cuts else math.inf
-    last_cut = history.cuts[-1].step if history.cuts else math.inf
-    before = [s for s in steps if s.step <= first_cut]
-    after = [s for s in steps if s.step > last_cut]
-    ends = {"before": before[-1:], "after": steps[-1:] if history.cuts else []}
-
-    def at_ends(name: str) -> JsonObject:
-        return {part: getattr(end[0], name) if end else None for part, end in ends.items()}
-
-    seconds = {"before": _seconds_per_step(warm(before)), "after": _seconds_per_step(warm(after))}
-    peaks = {"before": _step_peak(warm(before)), "after": _step_peak(warm(after))}
-    return {
-        "seconds_per_step": seconds,
-        "resident_bytes": at_ends("resident_bytes"),
-        "step_peak_bytes": peaks,
-        "reserved_bytes": steps[-1].reserved_bytes if steps else [],
-        "mfu": at_ends("mfu"),
-    }
 
 
 def _shelf(
@@ -191,18 +161,6 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
         "tensor_parallel": list(filter(pruned.has_heads_for, divisors)),
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
-
-
-def _step_peak(steps: Sequence[records.StepRecord]) -> int | None:
-    """Returns the median peak of the fullest rank."""
-    peaks = [max(s.peak_bytes) for s in steps if min(s.peak_bytes, default=0)]
-    return int(statistics.median(peaks)) if peaks else None
-
-
-def _seconds_per_step(steps: Sequence[records.StepRecord]) -> float | None:
-    """Returns the median, excluding skipped steps."""
-    seconds = [s.seconds for s in steps if not s.skipped]
-    return statistics.median(seconds) if seconds else None
 
 
 def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:

@@ -41,8 +41,10 @@ def whole_run(found: Found) -> None:
         _launch(config, f"output_dir={folder / 'straight'}")
         report = read_json(folder / "straight" / "report.json")
         found.row("perplexity of the exported model", report["perplexity"]["pruned"])
-        kept = ("perplexity", "seconds_per_step", "resident_bytes", "reserved_bytes")
-        found.keep(report={key: report[key] for key in kept})
+        steps = metrics(folder / "straight", "step")
+        kept = ("seconds", "resident_bytes", "reserved_bytes")
+        measured = {name: [step[name] for step in steps] for name in kept}
+        found.keep(report=measured | {"perplexity": report["perplexity"]})
         found.row("stopped on request (1: yes)", int(_stop_and_go_on(config, folder / "out")), 1)
         _launch(config, DETERMINISTIC, f"output_dir={folder / 'again'}")
         straight, resumed, again = (_groups(folder / run) for run in ("straight", "out", "again"))
