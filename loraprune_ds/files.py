@@ -88,11 +88,13 @@ def check_removable(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a published folder. It is renamed first, so that no process finds half of it.
+    """Removes a published folder, if there is one. It is renamed first, so that no process finds half of it.
 
     Raises:
         UserError: this package did not make it.
     """
+    if not folder.exists():
+        return
     check_removable(folder)
     # NFS keeps files that are still being read. The next removal deletes them.
     doomed = folder.with_name(f".{folder.name}.removed")

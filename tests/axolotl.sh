@@ -19,7 +19,8 @@ REST=(addict aiofiles annotated-doc art backoff brotli colorama coloredlogs dist
   gradio-client groovy h11 hf-gradio hf_xet httpcore httpx anyio humanfriendly jsonschema jsonschema-specifications
   kernels-data llvmlite numba orjson platformdirs pycountry pydantic-extra-types pydub python-dateutil python-dotenv
   python-multipart referencing rpds-py safehttpx scipy semantic-version sigstore starlette termcolor tiktoken tomlkit
-  uvicorn wandb sentry-sdk gitpython gitdb smmap responses)
+  uvicorn wandb sentry-sdk gitpython gitdb smmap responses opentelemetry-api
+  opentelemetry-sdk)
 
 cd "$ROOT"
 [[ -x $VENV/bin/pip ]] || "$(find_python)" -m venv "$VENV"

@@ -4,6 +4,7 @@ Axolotl trains on without a plugin whose import fails, so this file imports its 
 """
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissin
 from pydantic import BaseModel
 
 log = logging.getLogger(__name__)
-KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
+KERNELS = dict.fromkeys(("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"), False)
 # The pruned base has the weights that 4 bits meant. Its only code is ours, for layers that differ.
 AS_IT_IS = {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": False}
-AS_IT_IS |= {"trust_remote_code": True, **dict.fromkeys(KERNELS, False)}
+AS_IT_IS |= {"trust_remote_code": True, **KERNELS}
 
 
 class Arguments(BaseModel):
@@ -26,7 +27,8 @@ class Arguments(BaseModel):
 class LoraPrunePlugin(BasePlugin):
     """Prunes while Axolotl tunes. Its later commands get the pruned base."""
 
-    callback: Any = None  # of a training
+    shared: Any  # hf/plugin.py
+    callback: Any
 
     def get_input_args(self) -> str:
         return f"{__name__}.{Arguments.__name__}"
@@ -34,54 +36,38 @@ class LoraPrunePlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Checks the block. In a later command, puts the pruned base in the place of the base."""
         try:
-            from loraprune_ds.errors import shorten_errors
-            from loraprune_ds.hf.plugin import find_base, read_block
+            self.shared = import_module("loraprune_ds.hf.plugin")
         except ImportError as error:
             raise SystemExit(f"loraprune: {error}; install it, or remove the plugin") from None
-        shorten_errors()
-        read_block(cfg["loraprune"])
+        self.shared.shorten_errors()
+        self.shared.read_block(cfg["loraprune"])
         if cfg["merge_lora"] or cfg["inference"]:
-            base = find_base(Path(cfg["lora_model_dir"] or cfg["output_dir"]))
+            base = self.shared.find_base(Path(cfg["lora_model_dir"] or cfg["output_dir"]))
             log.warning("loraprune: %s takes the place of base_model, as it is", base)
             cfg.update(AS_IT_IS, base_model=str(base), revision_of_model=None)
             _merge_as_it_is()
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Checks the config of a training, before it reads any data."""
-        from loraprune_ds.hf.plugin import PluginCallback, Tool, check_settings
-
-        tool = Tool(
-            model="base_model",
-            lora="adapter",
-            with_lora=("lora", "qlora"),
-            targets="lora_target_modules",
-            dora="peft_use_dora",
-            optimizer="optimizer",
-            resume=("resume_from_checkpoint", "auto_resume_from_checkpoints"),
-        )
-        config, linears = check_settings(tool, cfg)
+        values = {
+            "adapter": ("lora", "qlora"),
+            "optimizer": self.shared.OPTIMIZERS,
+            "peft_use_dora": self.shared.PLAIN,
+        }
+        resume = ("resume_from_checkpoint", "auto_resume_from_checkpoints")
+        tool = self.shared.Tool("base_model", "lora_target_modules", values, resume)
+        config, linears = self.shared.check_settings(tool, cfg)
         if not (cfg["lora_target_modules"] or cfg["lora_target_linear"]):
             cfg["lora_target_modules"] = linears
-        on = [name for name in KERNELS if cfg[name] is not False]
-        if on:
-            log.warning("loraprune: %s are off: they go around scored linears", ", ".join(on))
-            cfg.update(dict.fromkeys(on, False))
-        self.callback = PluginCallback(config)
-
-    def pre_lora_load(self, cfg: Any, model: Any) -> None:
-        from loraprune_ds.errors import require
-        from loraprune_ds.session.preparing import before_lora
-
-        same = self.callback is None or before_lora(model) is model
-        require(same, f"a {type(model).__name__} changes before LoRA, which Axolotl does not allow")
+        log.warning("loraprune: %s are off: they go around scored linears", ", ".join(KERNELS))
+        cfg.update(KERNELS)
+        self.callback = self.shared.PluginCallback(config)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         return [self.callback]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        from loraprune_ds.hf.plugin import drive
-
-        drive(trainer, self.callback)
+        self.shared.drive(trainer, self.callback)
 
 
 def _merge_as_it_is() -> None:

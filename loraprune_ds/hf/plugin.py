@@ -4,7 +4,6 @@ A plugin names the keys of its tool (`Tool`), and calls these where the tool let
 
 shorten_errors    at once (errors.py)
 check_settings    before a model is loaded
-before_lora       on the model, before it gets LoRA
 PluginCallback    for the trainer, and `drive` with the trainer
 find_base         in the tool's next command
 """
@@ -14,11 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from loraprune_ds.checkpoint.layout import PRUNING_FOLDER, numbered
+from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import require
@@ -37,8 +35,9 @@ from loraprune_ds.session.preparing import shape_of_files, targets_of
 from loraprune_ds.units import aligned, format_bytes, format_count, format_percent
 
 BLOCK = "loraprune"
-# torch's, by transformers' names
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+# torch's, by transformers' names. None: the tool's default
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", None)
+PLAIN = (False, None)  # no DoRA
 FROM_CHECKPOINT = "pruned"  # folder in a checkpoint: its base, for a next command
 
 
@@ -46,11 +45,8 @@ class Tool(NamedTuple):
     """Names keys of a tool's config. Those of transformers' TrainingArguments are the same in all."""
 
     model: str
-    lora: str  # switches LoRA on
-    with_lora: tuple[Any, ...]  # its values that do
     targets: str
-    dora: str
-    optimizer: str
+    values: Mapping[str, tuple[Any, ...]]  # of other keys, those that allow cuts
     resume: tuple[str, ...] = ("resume_from_checkpoint",)
 
 
@@ -63,33 +59,24 @@ def check_settings(tool: Tool, settings: Mapping[str, Any]) -> tuple[PruneConfig
         UserError: what it asks for cannot be pruned. The line names the key.
     """
     config = read_block(settings.get(BLOCK))
-    adapter = settings.get(tool.lora)
-    require(
-        adapter in tool.with_lora,
-        f"{tool.lora}: {adapter}: pruning needs LoRA; write {tool.lora}: {tool.with_lora[0]}",
-    )
-    require(
-        not settings.get(tool.dora), f"{tool.dora}: DoRA cannot be cut; leave it out for plain LoRA"
-    )
-    optimizer = settings.get(tool.optimizer)
-    optimizer = getattr(optimizer, "value", optimizer)
-    require(
-        optimizer in (None, *OPTIMIZERS),
-        f"{tool.optimizer}: {optimizer} is not torch's, and its state cannot be cut; "
-        f"write {tool.optimizer}: {OPTIMIZERS[0]}",
-    )
+    for key, values in tool.values.items():
+        value = settings.get(key)
+        require(
+            getattr(value, "value", value) in values,
+            f"{key}: {value} cannot be pruned; write {key}: {values[0]}",
+        )
     check_arguments(SimpleNamespace(**settings), None)
     shape = shape_of_files(settings[tool.model])
     needed = targets_of(shape)
     named = settings.get(tool.targets)
-    missing = set(needed) - set(named) if isinstance(named, list) else ()
+    missing = set(needed).difference(named if isinstance(named, list) else needed)
     require(
         not missing,
         f"{tool.targets} lacks {', '.join(sorted(missing))}: each linear needs LoRA for its score; "
         "add them, or leave the key out",
     )
-    steps = settings.get("max_steps") or 0
     plan = resolve(config, shape)
+    steps = settings.get("max_steps") or 0
     if steps > 0:
         plan_pruning(*plan, steps)
     if not any(map(settings.get, tool.resume)):
@@ -106,94 +93,61 @@ def read_block(block: Any) -> PruneConfig:
 
 
 def _check_new(folder: Path, resume: str) -> None:
-    for found in (folder / BASE_FOLDER, *folder.glob(f"checkpoint-*/{PRUNING_FOLDER}")):
-        require(
-            not found.exists(),
-            f"output_dir {folder} has another pruning: {found.relative_to(folder)}; "
-            f"go on from it by {resume}, or take a new folder",
-        )
+    found = [*folder.glob(BASE_FOLDER), *folder.glob(f"checkpoint-*/{PRUNING_FOLDER}")]
+    require(
+        not found,
+        f"output_dir has another pruning: {found[:1]}; go on from it by {resume}, or take a new folder",
+    )
 
 
 class PluginCallback(LoraPruneCallback):
-    """Shows what will happen before the first step. At the end it writes the base that the adapter names."""
+    """Says before the first step what will leave in which steps, and what will be written."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         super().on_train_begin(args, state, control, **more)
-        base = self._base(args)
-        # of the training that goes on here
-        self.pruning.model.comm.write_on_rank_0(
-            base, lambda: remove_folder(base) if base.exists() else None
-        )
         if state.is_world_process_zero:
-            lines = describe(self.pruning.schedule, DTYPES[self.pruning.dtype].itemsize, base)
-            tqdm.write("\n".join(lines))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        super().on_train_end(args, state, control, **more)
-        base = self._base(args)
-        self.save_base(base)
-        _name_base(self.pruning.peft_model, base)
-        if state.is_world_process_zero:
-            tqdm.write(f"{BLOCK}: the pruned base is {base}; the adapter names it")
-
-    def _base(self, args: TrainingArguments) -> Path:
-        return Path(str(args.output_dir), BASE_FOLDER).absolute()
+            item = DTYPES[self.pruning.dtype].itemsize
+            tqdm.write("\n".join(describe(self.pruning.schedule, item, str(args.output_dir))))
 
 
-def describe(schedule: Schedule, bytes_per_weight: int, base: Path) -> list[str]:
-    """Says what will leave in which steps, and what will be written."""
+def describe(schedule: Schedule, bytes_per_weight: int, out: str) -> list[str]:
+    """Lays out what will leave, and what will be written into `out`."""
     dense = schedule.limits.dense
-    pruned = final_shape(schedule.limits, [section.size for section in schedule.sections])
     before = dense.total_numel()
-    after = before - schedule.limits.leaving(schedule.ratio)
-    rows = [["", "dense", "pruned"]]
+    after = round(before - schedule.limits.leaving(schedule.ratio))
+    rows = [
+        ("", "dense", "pruned"),
+        ("parameters", format_count(before), format_count(after)),
+        (
+            "weights",
+            format_bytes(before * bytes_per_weight),
+            format_bytes(after * bytes_per_weight),
+        ),
+    ]
+    note = (
+        "layers will differ, so stock tools need trust_remote_code for the result; "
+        "with ranking: uniform they do not"
+    )
+    pruned = final_shape(schedule.limits, [section.size for section in schedule.sections])
     if pruned is not None:
-        after = pruned.total_numel()
+        note = "layers stay equal, so stock tools load the result"
         for kind in dense.kinds:
-            counts = (max(layer[kind] for layer in x.counts) for x in (dense, pruned))
-            rows.append([kind, *map(str, counts)])
-    rows.append(["parameters", format_count(before), format_count(after)])
-    sizes = before * bytes_per_weight, after * bytes_per_weight
-    rows.append(["weights", *map(format_bytes, sizes)])
+            sizes = (str(max(layer[kind] for layer in x.counts)) for x in (dense, pruned))
+            rows.append((kind, *sizes))
     steps = ", ".join(map(str, schedule.cut_steps))
-    lines = [
+    return [
         f"{BLOCK}: {format_percent(schedule.ratio)} of the layers' linears leave, "
         f"by cuts after steps {steps} of {schedule.steps}",
         *aligned(rows, "<>>"),
-        f"written: {PRUNING_FOLDER}/ in each checkpoint; at the end a report in {base.parent}, "
-        f"and the pruned base in {base.name}/",
+        f"written into {out}: {PRUNING_FOLDER}/ in each checkpoint; at the end a report and {BASE_FOLDER}/",
+        note,
     ]
-    if pruned is None:
-        lines.append(
-            "layers will differ, so stock tools need trust_remote_code for the result; "
-            "with ranking: uniform they do not"
-        )
-    return lines
-
-
-def _name_base(model: PeftModel, base: Path) -> None:
-    """Makes each adapter that `model` saves from now on name its pruned base.
-
-    PEFT itself would read that config with the class of the dense model.
-    """
-    live: Any = model
-    save = live.save_pretrained
-
-    def save_named(folder: str, *args: Any, **more: Any) -> None:
-        save(folder, *args, **more)
-        path = Path(folder, ADAPTER_FILE)
-        if path.is_file():
-            write_json(path, read_json(path) | {"base_model_name_or_path": str(base)})
-
-    live.save_pretrained = save_named
 
 
 def drive(trainer: Any, callback: LoraPruneCallback) -> None:
-    """Makes `trainer.train` resume pruning, too, by the tool's own setting."""
+    """Makes `trainer.train` resume pruning by the tool's own setting, and write the base at its end."""
     train = trainer.train
 
     def resume_and_train(resume_from_checkpoint: Any = None, **more: Any) -> Any:
@@ -204,9 +158,30 @@ def drive(trainer: Any, callback: LoraPruneCallback) -> None:
         result = train(resume_from_checkpoint=resume_from_checkpoint, **more)
         if trainer.is_fsdp_enabled:  # of a SHARDED_STATE_DICT the Trainer would save no adapter
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        base = Path(trainer.args.output_dir, BASE_FOLDER).absolute()
+        pruning = callback.pruning
+        # that of a training that went on here
+        pruning.model.comm.write_on_rank_0(base, lambda: remove_folder(base))
+        callback.save_base(base)
+        _name_base(pruning.peft_model, base)
         return result
 
     trainer.train = resume_and_train
+
+
+def _name_base(model: Any, base: Path) -> None:
+    """Makes each adapter that `model` saves from now on name its pruned base.
+
+    PEFT itself would read that config with the class of the dense model.
+    """
+    save = model.save_pretrained
+
+    def save_named(folder: str, *args: Any, **more: Any) -> None:
+        save(folder, *args, **more)
+        path = Path(folder, ADAPTER_FILE)
+        write_json(path, read_json(path) | {"base_model_name_or_path": str(base)})
+
+    model.save_pretrained = save_named
 
 
 def find_base(adapter: Path) -> Path:
@@ -221,21 +196,18 @@ def find_base(adapter: Path) -> Path:
         base = adapter / FROM_CHECKPOINT / BASE_FOLDER
         if not base.exists():
             export(find_contents(adapter), "adapter", base.parent)
-    checkpoints = [f"checkpoint-{step}" for step in numbered(adapter, "checkpoint")]
-    newest = f"take {adapter / checkpoints[-1]}" if checkpoints else "train again"
     require(
         base.is_dir(),
-        f"{adapter} has no {BASE_FOLDER}/, the pruned base: its training was stopped; {newest}",
+        f"{adapter} has no {BASE_FOLDER}/: its training was stopped; take its newest checkpoint-N",
     )
-    shape = open_pretrained(base).shape
     header = read_header(adapter / ADAPTER_WEIGHTS)
+    shape = open_pretrained(base).shape
     for i, linear in shape.linears():
-        for factor, axis, size in zip("AB", (1, 0), reversed(linear.matrix), strict=True):
-            name = name_in_file(shape, i, f"{linear.linear}.lora_{factor}")
-            sizes, _ = header.get(name, ((), ""))
-            require(
-                len(sizes) == 2 and sizes[axis] == size,
-                f"the adapter in {adapter} does not fit {base}, so they are of different trainings: "
-                f"{name} has sizes {[*sizes]}",
-            )
+        name = name_in_file(shape, i, f"{linear.linear}.lora_B")
+        sizes, _ = header.get(name, ((0,), ""))
+        require(
+            sizes[0] == linear.matrix[0],
+            f"the adapter in {adapter} does not fit {base}, so they are of different trainings: "
+            f"{name} has sizes {[*sizes]}",
+        )
     return base

@@ -12,17 +12,22 @@ import trl
 
 from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import require, shorten_errors
-from loraprune_ds.hf.plugin import BLOCK, PluginCallback, Tool, check_settings, drive
+from loraprune_ds.hf.plugin import (
+    BLOCK,
+    OPTIMIZERS,
+    PLAIN,
+    PluginCallback,
+    Tool,
+    check_settings,
+    drive,
+)
 from loraprune_ds.session.preparing import before_lora
 
 TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer"}
 TOOL = Tool(
     model="model_name_or_path",
-    lora="use_peft",
-    with_lora=(True,),
     targets="lora_target_modules",
-    dora="use_dora",
-    optimizer="optim",
+    values={"use_peft": (True,), "use_dora": PLAIN, "optim": OPTIMIZERS},
 )
 
 

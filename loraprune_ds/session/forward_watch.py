@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shape import LinearId
@@ -50,15 +49,16 @@ class ForwardWatch:
             )
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
         self._count: Callable[[], object] | None = None  # counts the pass that runs
-        self._checked = False
-        self._uncalled = dict[LinearId, RemovableHandle]()
-        layers = pruner.model.layers
+        self._calls = self._hooks.enter_context(ExitStack())  # hooks until the first check
+        self._uncalled = set[LinearId]()
         for i, linear in pruner.model.shape.linears():
             if linear.spans:
                 where = LinearId(i, linear.linear)
+                self._uncalled.add(where)
+                module = pruner.model.layers[i].get_submodule(linear.linear)
                 hook = partial(self._note_call, where)
-                module = layers[i].get_submodule(linear.linear)
-                self._uncalled[where] = module.register_forward_pre_hook(hook)
+                self._calls.enter_context(module.register_forward_pre_hook(hook))
+        self._checked = False
 
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
@@ -71,23 +71,18 @@ class ForwardWatch:
         if self._checked:
             return
         self._checked = True
+        self._calls.close()
         model = self._pruner.model
-        first = set.intersection(*map(set, model.comm.gather_objects([*self._uncalled])))
-        self._forget()
-        if first:
-            raise UserError(_describe(model.layers, min(first)))
+        uncalled = set.intersection(*model.comm.gather_objects(self._uncalled))
+        if uncalled:
+            raise UserError(_describe(model.layers, min(uncalled)))
 
     def close(self) -> None:
         self._hooks.close()
-        self._forget()
-
-    def _forget(self) -> None:
-        while self._uncalled:
-            self._uncalled.popitem()[1].remove()
 
     def _note_call(self, where: LinearId, *_: Any) -> None:
-        if self._count is not None and where in self._uncalled:
-            self._uncalled.pop(where).remove()
+        if self._count is not None:
+            self._uncalled.discard(where)
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
@@ -120,15 +115,13 @@ class ForwardWatch:
 
 def _describe(layers: nn.ModuleList, where: LinearId) -> str:
     """Says who went around a linear, by the methods that somebody gave to the module around it."""
-    around = layers[where.layer].get_submodule(where.name.rpartition(".")[0])
-    methods = {k: f for k, f in vars(around).items() if isinstance(f, (FunctionType, MethodType))}
-    makers = [f"{name} of {method.__module__}" for name, method in methods.items()]
-    kind = type(around)
-    by = " and ".join(makers) or f"forward of {kind.forward.__module__}"
-    advice = next((KERNELS[k] for k in KERNELS if k in by), "leave this replacement out")
+    around: Any = layers[where.layer].get_submodule(where.name.rpartition(".")[0])
+    methods = [f for f in vars(around).values() if isinstance(f, (FunctionType, MethodType))]
+    makers = ", ".join({method.__module__: None for method in methods or [around.forward]})
+    advice = next((KERNELS[k] for k in KERNELS if k in makers), "leave this replacement out")
     return (
         f"layer {where.layer} {where.name} was called by no forward pass, so it has no score: "
-        f"{kind.__module__}.{kind.__name__} goes around it, by its {by}; {advice}"
+        f"{type(around).__name__} goes around it, in a method of {makers}; {advice}"
     )
 
 

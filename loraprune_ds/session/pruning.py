@@ -148,9 +148,7 @@ class Pruning(PruningSession):
         if self.step not in sizes:
             return
         target = Path(folder) / records.export_folder(sizes, self.step)
-        self.model.comm.write_on_rank_0(
-            target, lambda: remove_folder(target) if target.exists() else None
-        )
+        self.model.comm.write_on_rank_0(target, lambda: remove_folder(target))
         self.save_model(target, tokenizer)
 
     def save_base(

@@ -10,7 +10,7 @@ import pytest
 from loraprune_ds import PruneConfig
 from loraprune_ds.config_types import Ranking
 from loraprune_ds.files import read_json
-from loraprune_ds.hf.plugin import Tool, check_settings, describe, find_base
+from loraprune_ds.hf.plugin import OPTIMIZERS, PLAIN, Tool, check_settings, describe, find_base
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
@@ -23,11 +23,8 @@ from tests.support.resuming import assert_equal_tensors, read_tensors
 
 TOOL = Tool(
     model="base_model",
-    lora="adapter",
-    with_lora=("lora", "qlora"),
     targets="targets",
-    dora="use_dora",
-    optimizer="optim",
+    values={"adapter": ("lora", "qlora"), "use_dora": PLAIN, "optim": OPTIMIZERS},
     resume=("resume_from_checkpoint", "auto_resume"),
 )
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -108,7 +105,7 @@ def test_the_table_tells_cuts_shapes_and_who_can_load_the_result(dense: Path) ->
     for ranking, lines in tables.items():
         config = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, ranking=ranking)
         schedule = plan_pruning(*resolve(config, shape), 12)
-        table = describe(schedule, 4, dense / "base")
+        table = describe(schedule, 4, "out")
         assert "30.0 %" in table[0]
         assert ", ".join(map(str, schedule.cut_steps)) + " of 12" in table[0]
         assert [line.split()[0] for line in table[2:-1] if line.split()[0] in shape.kinds] == lines
@@ -153,7 +150,7 @@ def take_other_base(folder: Path) -> None:
     ("spoil", "names"),
     [
         (shutil.rmtree, "no adapter"),
-        (lambda folder: shutil.rmtree(folder / "base"), "no base/ stopped checkpoint-4"),
+        (lambda folder: shutil.rmtree(folder / "base"), "no base/ stopped checkpoint-N"),
         (take_other_base, "does not fit different trainings lora_"),
     ],
 )
