@@ -33,10 +33,21 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def device_ranks() -> Iterator[RankPool]:
+    """The same of ranks on the simulated device (tests/support/device.py)."""
+    from tests.support.device_ranks import start_on_device
+
+    pool = RankPool(start_on_device)
+    yield pool
+    pool.close()
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ranks" in cast(pytest.Function, item).fixturenames or "streams" in item.path.parts:
+        starts = {"ranks", "device_ranks"} & set(cast(pytest.Function, item).fixturenames)
+        if starts or "streams" in item.path.parts:
             item.add_marker("ranks")
 
 

@@ -13,7 +13,6 @@ import torch
 
 from tests.oracle.models import ODD_SIZES, make_tiny_llama
 from tests.support import device, engines
-from tests.support.device_ranks import start_on_device
 from tests.support.families import heavy, tiny_model
 from tests.support.fsdp_training import REFIT, Training, train
 from tests.support.ranks import RankPool
@@ -31,13 +30,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in ("t5", "qwen3_5_text"):
         tiny_model(family, seed=1).save_pretrained(root / family)
     return {path.name: path for path in root.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def device_ranks():
-    pool = RankPool(start_on_device)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize(

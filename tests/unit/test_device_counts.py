@@ -9,17 +9,9 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
 from tests.support import device
 from tests.support.device import DEVICE, counted
-from tests.support.device_ranks import start_on_device
 from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.skipif(device.MISSING is not None, reason=str(device.MISSING))
-
-
-@pytest.fixture(scope="module")
-def device_ranks():
-    pool = RankPool(start_on_device)
-    yield pool
-    pool.close()
 
 
 def test_tensors_of_the_host_do_not_mix(device_ranks: RankPool) -> None:
