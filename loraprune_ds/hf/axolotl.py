@@ -1,21 +1,28 @@
-"""Prunes in Axolotl: `plugins: [loraprune_ds.hf.axolotl.LoraPrunePlugin]` and `loraprune: {ratio: 0.3}` in its YAML.
-
-Axolotl trains on without a plugin whose import fails, so this file imports its own parts alone. `register` tries ours.
-"""
+"""Prunes in Axolotl: `plugins: [loraprune_ds.hf.axolotl.LoraPrunePlugin]` and `loraprune: {ratio: 0.3}` in its YAML."""
 
 import logging
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]
 from pydantic import BaseModel
 
+try:
+    from loraprune_ds.errors import shorten_errors
+    from loraprune_ds.hf import plugin
+except ImportError as error:  # Axolotl would train on without this plugin
+    raise SystemExit(f"loraprune: {error}; install it, or remove the plugin") from None
+
 log = logging.getLogger(__name__)
 KERNELS = dict.fromkeys(("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"), False)
 # The pruned base has the weights that 4 bits meant. Its only code is ours, for layers that differ.
 AS_IT_IS = {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": False}
 AS_IT_IS |= {"trust_remote_code": True, **KERNELS}
+ALLOWED = {
+    "adapter": ("lora", "qlora"),
+    "optimizer": plugin.OPTIMIZERS,
+    "peft_use_dora": plugin.PLAIN,
+}
 
 
 class Arguments(BaseModel):
@@ -27,7 +34,6 @@ class Arguments(BaseModel):
 class LoraPrunePlugin(BasePlugin):
     """Prunes while Axolotl tunes. Its later commands get the pruned base."""
 
-    shared: Any  # hf/plugin.py
     callback: Any
 
     def get_input_args(self) -> str:
@@ -35,39 +41,28 @@ class LoraPrunePlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Checks the block. In a later command, puts the pruned base in the place of the base."""
-        try:
-            self.shared = import_module("loraprune_ds.hf.plugin")
-        except ImportError as error:
-            raise SystemExit(f"loraprune: {error}; install it, or remove the plugin") from None
-        self.shared.shorten_errors()
-        self.shared.read_block(cfg["loraprune"])
+        shorten_errors()
+        plugin.read_block(cfg)
         if cfg["merge_lora"] or cfg["inference"]:
-            base = self.shared.find_base(Path(cfg["lora_model_dir"] or cfg["output_dir"]))
+            base = plugin.find_base(Path(cfg["lora_model_dir"] or cfg["output_dir"]))
             log.warning("loraprune: %s takes the place of base_model, as it is", base)
             cfg.update(AS_IT_IS, base_model=str(base), revision_of_model=None)
             _merge_as_it_is()
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Checks the config of a training, before it reads any data."""
-        values = {
-            "adapter": ("lora", "qlora"),
-            "optimizer": self.shared.OPTIMIZERS,
-            "peft_use_dora": self.shared.PLAIN,
-        }
-        resume = ("resume_from_checkpoint", "auto_resume_from_checkpoints")
-        tool = self.shared.Tool("base_model", "lora_target_modules", values, resume)
-        config, linears = self.shared.check_settings(tool, cfg)
-        if not (cfg["lora_target_modules"] or cfg["lora_target_linear"]):
-            cfg["lora_target_modules"] = linears
+        config, linears = plugin.check_settings(cfg, cfg["base_model"], ALLOWED)
+        if not cfg["lora_target_linear"]:
+            cfg[plugin.TARGETS] = linears
         log.warning("loraprune: %s are off: they go around scored linears", ", ".join(KERNELS))
         cfg.update(KERNELS)
-        self.callback = self.shared.PluginCallback(config)
+        self.callback = plugin.LoraPruneCallback(config)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         return [self.callback]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        self.shared.drive(trainer, self.callback)
+        plugin.drive(trainer, self.callback)
 
 
 def _merge_as_it_is() -> None:

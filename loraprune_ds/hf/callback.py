@@ -27,7 +27,9 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import JsonObject, check_removable, is_ours, remove_folder
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.load_guard import LoadGuard
+from loraprune_ds.hf.table import describe
 from loraprune_ds.hf.trainer_files import TrainerFiles
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line, export_folder
 from loraprune_ds.report.reporters import (
@@ -200,6 +202,10 @@ class LoraPruneCallback(TrainerCallback):
             sinks=sinks,
             tokenizer=self._tokenizer,
         )
+        if state.is_world_process_zero:
+            bytes_per_weight = DTYPES[self._pruning.dtype].itemsize
+            lines = describe(self._pruning.schedule, bytes_per_weight, str(args.output_dir))
+            tqdm.write("\n".join(lines))
         sizes = self._pruning.schedule.ends()
         for target in (Path(str(args.output_dir)) / export_folder(sizes, step) for step in sizes):
             if target.exists():

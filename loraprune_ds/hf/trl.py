@@ -16,19 +16,14 @@ from loraprune_ds.hf.plugin import (
     BLOCK,
     OPTIMIZERS,
     PLAIN,
-    PluginCallback,
-    Tool,
+    TARGETS,
+    LoraPruneCallback,
     check_settings,
     drive,
 )
-from loraprune_ds.session.preparing import before_lora
 
 TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer"}
-TOOL = Tool(
-    model="model_name_or_path",
-    targets="lora_target_modules",
-    values={"use_peft": (True,), "use_dora": PLAIN, "optim": OPTIMIZERS},
-)
+ALLOWED = {"use_peft": (True,), "optim": OPTIMIZERS, "use_dora": PLAIN}
 
 
 def main(arguments: list[str]) -> None:
@@ -37,22 +32,22 @@ def main(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "nothing"
     require(command in TRAINERS, f"the first argument is sft or dpo; got {command}")
     require("--config" in arguments[:-1], f"--config must name a YAML with the block {BLOCK}")
-    block = read_config(arguments[arguments.index("--config") + 1]).get(BLOCK)
+    settings = read_config(arguments[arguments.index("--config") + 1])
     script = import_module(f"trl.scripts.{command}")
     parts = script.make_parser(prog=command).parse_args_and_config(
         arguments[1:], fail_with_unknown_args=False
     )
-    settings: dict[str, Any] = {BLOCK: block}
     for part in parts:
         settings |= vars(part)
-    config, linears = check_settings(TOOL, settings)
-    of_model = next(part for part in parts if hasattr(part, TOOL.targets))
-    of_model.lora_target_modules = of_model.lora_target_modules or linears
-    _replace(TRAINERS[command], PluginCallback(config))
+    config, linears = check_settings(settings, settings["model_name_or_path"], ALLOWED)
+    for part in parts:
+        if hasattr(part, TARGETS):
+            setattr(part, TARGETS, linears)
+    _replace(TRAINERS[command], LoraPruneCallback(config))
     script.main(*parts)
 
 
-def _replace(name: str, callback: PluginCallback) -> None:
+def _replace(name: str, callback: LoraPruneCallback) -> None:
     """Makes TRL's scripts build a trainer that prunes."""
     kind = getattr(trl, name)
 
@@ -61,9 +56,6 @@ def _replace(name: str, callback: PluginCallback) -> None:
         drive(trainer, callback)
         return trainer
 
-    module: Any = sys.modules[kind.__module__]
-    wrap = module.get_peft_model
-    module.get_peft_model = lambda model, *more, **named: wrap(before_lora(model), *more, **named)
     setattr(trl, name, make)
 
 

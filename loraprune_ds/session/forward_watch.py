@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -50,14 +49,12 @@ class ForwardWatch:
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
         self._count: Callable[[], object] | None = None  # counts the pass that runs
         self._calls = self._hooks.enter_context(ExitStack())  # hooks until the first check
-        self._uncalled = set[LinearId]()
-        for i, linear in pruner.model.shape.linears():
-            if linear.spans:
-                where = LinearId(i, linear.linear)
-                self._uncalled.add(where)
-                module = pruner.model.layers[i].get_submodule(linear.linear)
-                hook = partial(self._note_call, where)
-                self._calls.enter_context(module.register_forward_pre_hook(hook))
+        linears = pruner.model.shape.linears()
+        self._uncalled = {LinearId(i, linear.linear) for i, linear in linears if linear.spans}
+        for where in self._uncalled:
+            module = pruner.model.layers[where.layer].get_submodule(where.name)
+            hook = partial(self._note_call, where)
+            self._calls.enter_context(module.register_forward_pre_hook(hook))
         self._checked = False
 
     def take_tokens(self) -> Tensor:
@@ -114,14 +111,13 @@ class ForwardWatch:
 
 
 def _describe(layers: nn.ModuleList, where: LinearId) -> str:
-    """Says who went around a linear, by the methods that somebody gave to the module around it."""
+    """Says who went around a linear, by the forward of the module around it."""
     around: Any = layers[where.layer].get_submodule(where.name.rpartition(".")[0])
-    methods = [f for f in vars(around).values() if isinstance(f, (FunctionType, MethodType))]
-    makers = ", ".join({method.__module__: None for method in methods or [around.forward]})
-    advice = next((KERNELS[k] for k in KERNELS if k in makers), "leave this replacement out")
+    maker = around.forward.__module__
+    advice = next((KERNELS[k] for k in KERNELS if k in maker), "leave this replacement out")
     return (
         f"layer {where.layer} {where.name} was called by no forward pass, so it has no score: "
-        f"{type(around).__name__} goes around it, in a method of {makers}; {advice}"
+        f"{type(around).__name__} goes around it, by its forward of {maker}; {advice}"
     )
 
 

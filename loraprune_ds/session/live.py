@@ -23,11 +23,6 @@ from loraprune_ds.session.compiled import check_not_compiled
 
 WRAPPERS = ("FullyShardedDataParallel", "DataParallel")  # FSDP1, and copies of a whole model
 
-TOWER = (
-    "the callback prunes no model with a tower; load its text part alone, "
-    "or use launch/run.py, which keeps the tower"
-)
-
 
 def find_peft_model(model: nn.Module) -> PeftModel:
     """Finds the PEFT model inside an engine. Raises UserError if there is none, or a part cannot be cut."""
@@ -73,7 +68,11 @@ def base_shape(model: PeftModel) -> ModelShape:
     base = cast(Any, model.get_base_model())
     name = base_name(model)
     config = base.config.to_dict()
-    require("text_config" not in config, f"{name} is a {type(base).__name__}, but {TOWER}")
+    require(
+        "text_config" not in config,
+        f"{name} is a {type(base).__name__}, but the callback prunes no model with a tower; "
+        "load its text part alone, or use launch/run.py, which keeps the tower",
+    )
     return shape_from_config(config | _tied(base), name)
 
 

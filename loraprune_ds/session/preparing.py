@@ -6,13 +6,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import require
-from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import last_names
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
 from loraprune_ds.session.checks import refuse_mixture
-from loraprune_ds.session.live import TOWER, _tied
+from loraprune_ds.session.live import _tied
 
 
 def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
@@ -21,39 +20,19 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     Args:
         model: a model, or its folder or hub id. UserError if its type is not supported.
     """
+    return last_names(linear.linear for _, linear in prunable_shape(model).linears())
+
+
+def prunable_shape(model: PreTrainedModel | str | Path) -> ModelShape:
+    """Returns the shape in a model's config. Raises UserError if the callback cannot prune such a model."""
     if isinstance(model, PreTrainedModel):
         config = model.config.to_dict()
         where = type(model).__name__
     else:  # AutoConfig would ask on the terminal whether to run code in the folder
         config, _ = PreTrainedConfig.get_config_dict(model)
         where = str(model)
-    return targets_of(_prunable_shape(config, where))
-
-
-def targets_of(shape: ModelShape) -> list[str]:
-    """Returns `linear_names` of a model with this shape."""
-    return last_names(linear.linear for _, linear in shape.linears())
-
-
-def shape_of_files(model: str) -> ModelShape:
-    """Returns the shape of a model in a folder or on the hub, by its config alone.
-
-    Raises UserError if the callback cannot prune such a model.
-    """
-    config, _ = PreTrainedConfig.get_config_dict(model)
-    require("text_config" not in config, f"{model}: {TOWER}")
-    return _prunable_shape(config, model)
-
-
-def _prunable_shape(config: JsonObject, where: str) -> ModelShape:
     refuse_mixture(find_family(config.get("model_type"), where), where)
     return shape_from_config(config, where)
-
-
-def before_lora(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model that LoRA is to wrap: with an own bias for each layer of a T5, otherwise the same."""
-    family = find_family(model.config.model_type, type(model).__name__)
-    return model if family.shared_bias is None else unshare_bias(model)
 
 
 def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,5 @@
 """Runs TRL's own scripts through our command, in processes that other tests use, too."""
 
-import importlib
 import os
 from unittest.mock import patch
 
@@ -16,12 +15,9 @@ from tests.support.trainers import fresh_accelerate
 def run_script(arguments: list[str], deepspeed: bool = False) -> None:
     """Trains to the end. `deepspeed`: on CPU ranks, which accelerate itself takes for one process."""
     name = TRAINERS[arguments[0]]
-    kind = getattr(trl, name)
-    module = importlib.import_module(kind.__module__)
     with (
         fresh_accelerate(),
-        patch.object(trl, name, kind),
-        patch.object(module, "get_peft_model", module.get_peft_model),
+        patch.object(trl, name, getattr(trl, name)),
         # TRL ends the group of the ranks, which later tests need
         patch.object(torch.distributed, "destroy_process_group"),
     ):

@@ -10,23 +10,18 @@ import pytest
 from loraprune_ds import PruneConfig
 from loraprune_ds.config_types import Ranking
 from loraprune_ds.files import read_json
-from loraprune_ds.hf.plugin import OPTIMIZERS, PLAIN, Tool, check_settings, describe, find_base
+from loraprune_ds.hf.plugin import OPTIMIZERS, PLAIN, check_settings, find_base
+from loraprune_ds.hf.table import describe
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
-from loraprune_ds.session.preparing import before_lora
 from tests.oracle.models import make_tiny_llama
 from tests.support.families import tiny_model
 from tests.support.local_training import make_model, train_and_save
 from tests.support.refusals import must_name
 from tests.support.resuming import assert_equal_tensors, read_tensors
 
-TOOL = Tool(
-    model="base_model",
-    targets="targets",
-    values={"adapter": ("lora", "qlora"), "use_dora": PLAIN, "optim": OPTIMIZERS},
-    resume=("resume_from_checkpoint", "auto_resume"),
-)
+ALLOWED = {"adapter": ("lora", "qlora"), "use_dora": PLAIN, "optim": OPTIMIZERS}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 
@@ -48,13 +43,22 @@ def settings(dense: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def check(settings: dict[str, Any]) -> tuple[PruneConfig, list[str]]:
+    return check_settings(settings, settings["base_model"], ALLOWED)
+
+
 def test_a_block_has_the_settings_of_a_run(settings: dict[str, Any]) -> None:
-    config, linears = check_settings(TOOL, settings)
+    config, linears = check(settings)
     assert config == PruneConfig(ratio=0.3, channel_multiple=1)
     assert linears == LINEARS
-    others = {"adapter": "qlora", "optim": "adamw_torch_fused", "targets": LINEARS, "max_steps": -1}
-    assert check_settings(TOOL, settings | others)[0] == config
-    check_settings(TOOL, settings | {"targets": "all-linear"})
+    others = {
+        "adapter": "qlora",
+        "optim": "adamw_torch_fused",
+        "lora_target_modules": LINEARS,
+        "max_steps": -1,
+    }
+    assert check(settings | others)[0] == config
+    check(settings | {"lora_target_modules": "all-linear"})
 
 
 @pytest.mark.parametrize(
@@ -73,13 +77,16 @@ def test_a_block_has_the_settings_of_a_run(settings: dict[str, Any]) -> None:
         ({"optim": "paged_adamw_8bit"}, "optim: paged_adamw_8bit optim: adamw_torch"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end"),
         ({"torch_compile": True}, "torch_compile"),
-        ({"targets": ["q_proj", "v_proj"]}, "targets lacks down_proj, gate_proj, k_proj"),
+        (
+            {"lora_target_modules": ["q_proj", "v_proj"]},
+            "lora_target_modules lacks down_proj, gate_proj, k_proj",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line_before_a_model_is_loaded(
     settings: dict[str, Any], changes: dict[str, Any], names: str
 ) -> None:
-    must_name(names, check_settings, TOOL, settings | changes)
+    must_name(names, check, settings | changes)
 
 
 def test_families_are_refused_by_config_alone(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -87,7 +94,15 @@ def test_families_are_refused_by_config_alone(settings: dict[str, Any], tmp_path
         folder = tmp_path / kind
         folder.mkdir()
         (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
-        must_name(names, check_settings, TOOL, settings | {"base_model": str(folder)})
+        must_name(names, check, settings | {"base_model": str(folder)})
+
+
+def test_an_encoder_is_sent_to_the_trainer_that_trains_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    t5: Any = tiny_model("t5", dropout_rate=0.0, tie_word_embeddings=False)
+    t5.config.save_pretrained(tmp_path / "t5")
+    must_name("t5 Seq2SeqTrainer", check, settings | {"base_model": str(tmp_path / "t5")})
 
 
 @pytest.mark.parametrize("found", ["base", "checkpoint-6/pruning"])
@@ -95,8 +110,8 @@ def test_the_folder_of_another_run_is_refused_and_its_resume_is_not(
     settings: dict[str, Any], found: str
 ) -> None:
     Path(settings["output_dir"], found).mkdir(parents=True)
-    must_name(f"{found} auto_resume new folder", check_settings, TOOL, settings)
-    check_settings(TOOL, settings | {"auto_resume": True})
+    must_name(f"{found} resume_from_checkpoint new folder", check, settings)
+    check(settings | {"auto_resume_from_checkpoints": True})
 
 
 def test_the_table_tells_cuts_shapes_and_who_can_load_the_result(dense: Path) -> None:
@@ -108,16 +123,9 @@ def test_the_table_tells_cuts_shapes_and_who_can_load_the_result(dense: Path) ->
         table = describe(schedule, 4, "out")
         assert "30.0 %" in table[0]
         assert ", ".join(map(str, schedule.cut_steps)) + " of 12" in table[0]
-        assert [line.split()[0] for line in table[2:-1] if line.split()[0] in shape.kinds] == lines
-        assert ("trust_remote_code" in table[-1]) == (ranking == "global")
+        assert [line.split()[0] for line in table[2:-2] if line.split()[0] in shape.kinds] == lines
+        assert ("trust_remote_code" in table[-2]) == (ranking == "global")
         assert any(f"{shape.total_numel() / 1e3:.1f} k" in line for line in table)
-
-
-def test_a_t5_gets_its_own_biases_before_lora_and_a_llama_stays() -> None:
-    llama: Any = tiny_model("llama")
-    assert before_lora(llama) is llama
-    t5: Any = tiny_model("t5", dropout_rate=0.0, tie_word_embeddings=False)
-    assert before_lora(t5).config.model_type == "umt5"
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +157,8 @@ def take_other_base(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "names"),
     [
-        (shutil.rmtree, "no adapter"),
-        (lambda folder: shutil.rmtree(folder / "base"), "no base/ stopped checkpoint-N"),
+        (shutil.rmtree, "base missing train"),
+        (lambda folder: shutil.rmtree(folder / "base"), "base missing checkpoint-N"),
         (take_other_base, "does not fit different trainings lora_"),
     ],
 )

@@ -1,0 +1,33 @@
+"""Says before the first step what will leave in which steps, and what will be written."""
+
+from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.target import final_shape
+from loraprune_ds.units import aligned, format_bytes, format_count, format_percent
+
+
+def describe(schedule: Schedule, bytes_per_weight: int, out: str) -> list[str]:
+    """Lays out a training whose folder is `out`."""
+    dense = schedule.limits.dense
+    before = dense.total_numel()
+    counts = (before, round(before - schedule.limits.leaving(schedule.ratio)))
+    rows = [
+        ["", "dense", "pruned"],
+        ["parameters", *map(format_count, counts)],
+        ["weights", *(format_bytes(count * bytes_per_weight) for count in counts)],
+    ]
+    note = "layers will differ, so stock tools need trust_remote_code; with ranking: uniform they do not"
+    pruned = final_shape(schedule.limits, [section.size for section in schedule.sections])
+    if pruned is not None:
+        note = "layers stay equal, so stock tools load the result"
+        for kind in dense.kinds:
+            sizes = (max(layer[kind] for layer in shape.counts) for shape in (dense, pruned))
+            rows.append([kind, *map(str, sizes)])
+    steps = ", ".join(map(str, schedule.cut_steps))
+    return [
+        f"{format_percent(schedule.ratio)} of the layers' linears leave, "
+        f"by cuts after steps {steps} of {schedule.steps}",
+        *aligned(rows, "<>>"),
+        note,
+        f"{out} gets {PRUNING_FOLDER}/ in each checkpoint, and a report at the end",
+    ]
