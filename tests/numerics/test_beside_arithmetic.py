@@ -43,7 +43,7 @@ def gathers(trainer: ShardedTrainer, step: int) -> list[int]:
 
 
 def train_on_a_kept_record(job: Job) -> dict[str, Any]:
-    """Cuts after each of the first three steps, and makes DeepSpeed record the order again after the fourth."""
+    """Cuts after each of the first three steps. DeepSpeed records again after the fourth, and after an evaluation."""
     trainer, recordings = build(job), 0
     construct = PartitionedParameterCoordinator.construct_parameter_trace_from_module_trace
 
@@ -64,17 +64,23 @@ def train_on_a_kept_record(job: Job) -> dict[str, Any]:
         trainer.model.forget_trace()
         trainer.step(5)
         fresh = gathers(trainer, 6)
+        again, while_again = record_of(trainer), recordings
+        undo = trainer.model.before_each_update(lambda: None)  # as in a loop of another trainer
+        trainer.engine.deepspeed.eval()
+        trainer.engine.deepspeed(**trainer.samples.inputs(trainer.order.batch(0)))
+        trainer.step(7)
+        undo()
     return {
         "cuts": cuts,
-        "recordings": (while_kept, recordings),
-        "same_record": kept == record_of(trainer),
+        "recordings": (while_kept, while_again, recordings),
+        "same_record": kept == again,
         "same_gathers": after_cut == fresh,
     }
 
 
 def test_a_cut_costs_no_new_recording(ranks: RankPool, tmp_path: Path) -> None:
     prune = {"ratio": 0.3, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.5}
-    job = tiny_job(tmp_path, prune, model={"layers": 4}, steps=6, samples=4)
+    job = tiny_job(tmp_path, prune, model={"layers": 4}, steps=7, samples=4)
     # with one micro-batch the first cut comes before the record is complete
     for micro_batch_size in (1, 2):
         for result in ranks.run(
@@ -82,7 +88,7 @@ def test_a_cut_costs_no_new_recording(ranks: RankPool, tmp_path: Path) -> None:
         ):
             assert result == {
                 "cuts": 3,
-                "recordings": (1, 2),
+                "recordings": (1, 2, 3),
                 "same_record": True,
                 "same_gathers": True,
             }

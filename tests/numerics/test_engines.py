@@ -119,6 +119,12 @@ def test_every_rank_gets_a_weight_that_one_has_computed(found: list[Found]) -> N
     assert torch.equal(found[0].overwritten, engines.new_weight())
 
 
+def test_each_element_is_scored_by_one_rank(found: list[Found]) -> None:
+    """A sum over ranks would count it twice, which a normalisation hides."""
+    parts = sorted((rank.owned for rank in found), key=lambda part: part[0])
+    assert torch.equal(torch.cat([part for _, part in parts]), engines.new_weight().view(-1))
+
+
 @pytest.fixture(scope="module")
 def refitted_alone(ranks: RankPool, folder: Path) -> tuple[dict[str, Tensor], float]:
     _, after, loss = ranks.run(1, engines.refit, "local", folder)[0]
@@ -165,3 +171,8 @@ def test_a_dense_model_is_cut_before_it_trains(
     expected[filled] = engines.new_weight()
     weights = {key: tensor for key, tensor in tensors.items() if "/" not in key}
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def test_a_step_that_zero_3_skips_in_fp16_is_not_scored(ranks: RankPool, folder: Path) -> None:
+    for skipped in ranks.run(2, engines.overflow_on_zero_3, folder):
+        assert (skipped[0], skipped[-1]) == (True, False)

@@ -155,6 +155,11 @@ def test_the_gather_after_a_cut_waits_for_the_cut_not_for_the_update(
     assert ranks.run(2, fsdp_training.event_after_a_cut, training) == [None, None]
 
 
+@pytest.mark.parametrize("owner", [0, 1])
+def test_every_replica_gets_the_rows_that_one_rank_has(ranks: RankPool, owner: int) -> None:
+    assert ranks.run(2, fsdp_training.overwritten_by, owner) == [[0.0, 1.0, 2.0]] * 2
+
+
 def test_gradients_that_are_averaged_in_half_precision_are_warned_of_on_one_rank(
     ranks: RankPool, folders: dict[str, Path]
 ) -> None:

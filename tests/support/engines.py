@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from loraprune_ds import Pruning
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect, future_engine, holder
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
 from loraprune_ds.pruning.replay import refit_by_replay
@@ -34,7 +35,7 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device, storage_bytes
 from loraprune_ds.session.live import live_shape
 from tests.oracle.models import ODD_SIZES, make_batches
-from tests.support.local_training import make_model
+from tests.support.local_training import PRUNE, STEPS, make_model
 
 SAMPLES = 4
 TOKENS = 12
@@ -70,12 +71,12 @@ def on_zero_3(peft_model: nn.Module, optimizer: AdamW) -> Loop:
     return Loop(engine, engine.optimizer, engine.backward, engine.step)
 
 
-def ds_config() -> dict[str, Any]:
+def ds_config(**more: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": SAMPLES // dist.get_world_size(),
         "gradient_clipping": MAX_NORM,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
+    } | more
 
 
 def locally(peft_model: nn.Module, optimizer: AdamW) -> Loop:
@@ -142,6 +143,10 @@ class Found:
     restored: dict[str, Tensor] = field(default_factory=dict)  # from `after`
     updates: int = 0  # that Adam has counted then
     overwritten: Tensor | None = None
+    owned: tuple[int, Tensor] = (
+        0,
+        torch.empty(0),
+    )  # where its part of a weight begins, and that part
     weight_bytes: list[list[int]] = field(default_factory=list)  # before and after the cut
     freed: int = 0  # bytes of all tensors of this rank
 
@@ -252,6 +257,8 @@ def train(name: str, folder: Path) -> Found:
     found.restored = training.tensors()
     found.updates = model.optimizer_state.adam_step
     found.overwritten = _overwrite(model)
+    part = model.owned_weight(LinearId(LAYER, LINEAR))
+    found.owned = (part.start, part.flat.clone())
     _poison(model)
     model.before_each_update(look)
     training.step(4)
@@ -331,3 +338,24 @@ def cut_before_training(name: str, folder: Path) -> tuple[str, dict[str, Tensor]
     with torch.no_grad():
         holder(weight).fill(weight, lambda start, end: new_weight().view(-1)[start:end], comm)
     return engine.name, Training(name, peft_model).tensors()
+
+
+def overflow_on_zero_3(folder: Path) -> list[bool]:
+    """Trains in fp16, with a loss scale that is too large at first. Returns which steps were skipped."""
+    peft_model = make_model(folder).half().train()
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    half = {"enabled": True, "initial_scale_power": 15, "hysteresis": 1}
+    engine, *_ = deepspeed.initialize(
+        model=peft_model,
+        optimizer=AdamW(trained, lr=1e-2),
+        config=ds_config(fp16=half),
+        dist_init_required=False,
+    )
+    pruning = Pruning(engine, engine.optimizer, PRUNE, STEPS)
+    ids = batch(1)[pruning.model.rank :: pruning.model.world_size]
+    for _ in range(3):
+        pruning.begin_step()
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        pruning.end_step()
+    return [step.skipped for step in pruning.recorder.history.steps]

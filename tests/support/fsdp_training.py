@@ -32,6 +32,7 @@ from torch.optim import AdamW
 from loraprune_ds import PruneConfig, Pruning, linear_names, unshare_bias
 from loraprune_ds.fsdp.model import sharded_units
 from loraprune_ds.fsdp.private import find_slots
+from loraprune_ds.fsdp.rows import RowShards
 from loraprune_ds.ranks.flat import partition_numel
 from tests.support.paper import FREE, PAPER
 from tests.support.refusals import refused
@@ -311,6 +312,15 @@ def has_open_forward_after_a_refit(training: Training) -> bool:
     assert pruning.cuts
     pruning.close()
     return inner._get_fsdp_state()._state_ctx.iter_forward_root is not None
+
+
+def overwritten_by(owner: int) -> list[float]:
+    """Overwrites rows in two replicas by those of a rank. Returns what this rank has."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    rows, local = RowShards(mesh, torch.device("cpu")), torch.zeros(3, 1)
+    full = torch.arange(3.0)[:, None] if dist.get_rank() == owner else None
+    rows.overwrite(local, (3, 1), owner, full)
+    return local[:, 0].tolist()
 
 
 def warnings_of(training: Training) -> list[str]:

@@ -126,6 +126,13 @@ class OneRank:
         return outgoing
 
 
+class LastOfThree:
+    world_size, rank = 3, 2
+
+    def all_to_all(self, outgoing: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return torch.ones(sum(receive))
+
+
 def test_each_dtype_travels_separately_and_returns_in_order() -> None:
     comm: Any = OneRank()
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float16]
@@ -139,3 +146,13 @@ def test_each_dtype_travels_separately_and_returns_in_order() -> None:
     for new, (old, _) in zip(reshard(cuts, comm), cuts, strict=True):
         assert new.dtype == old.dtype
         assert torch.equal(new, old[3:])
+
+
+def test_padding_is_zero() -> None:
+    """Norms and scores of whole shards include it."""
+    comm: Any = LastOfThree()
+    plan = ReshardPlan(AxisCut((7, 2), 0, torch.arange(1, 6)), comm.world_size, comm.rank)
+    (shard,) = reshard([(torch.full((5,), math.nan), plan)], comm)
+    own = sum(plan.receive.values())
+    assert 0 < own < len(shard)
+    assert shard.tolist() == [1.0] * own + [0.0] * (len(shard) - own)

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn, optim
 
-from loraprune_ds import Pruning
+from loraprune_ds import Pruning, linear_names
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from tests.oracle.models import make_tiny_llama
@@ -233,6 +234,36 @@ def test_the_state_of_torch_s_optimizers_is_cut(folder: Path, make: Make) -> Non
     }
     assert shapes == {p: {p.shape} for p in shapes}
     assert shapes
+
+
+def test_a_second_adapter_is_cut_too(folder: Path) -> None:
+    """DPO's reference may be one."""
+    model = make_model(folder)
+    lora = LoraConfig(
+        r=2, target_modules=linear_names(model.get_base_model()), init_lora_weights=False
+    )
+    model.add_adapter("ref", lora)
+    dense = layer(model).mlp.up_proj.lora_B.ref.weight.clone()
+    rows, *_ = train(model)
+    channels = rows[-1][1][3]
+    assert 1 < len(channels) < len(dense)
+    assert torch.equal(layer(model).mlp.up_proj.lora_B.ref.weight, dense[channels])
+    model.set_adapter("ref")
+    model(input_ids=IDS)
+
+
+def test_an_update_ends_the_copies_of_its_gradients(folder: Path) -> None:
+    """They would be next to a cut, as large as LoRA."""
+    model = make_model(folder).train()
+    optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    pruning = Pruning(model, optimizer, PRUNE, STEPS)
+    pruning.begin_step()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    parameters = [p for lora in pruning.model.lora_parameters() for p in lora.values()]
+    assert all(pruning.model.gradient(p).any() for p in parameters)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(pruning.model.gradient(p).any() for p in parameters)
 
 
 def layer(model: Any) -> Any:
