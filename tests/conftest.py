@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Adds the seconds of each test to the file of TEST_DURATIONS, the longest first."""
     path = os.environ.get("TEST_DURATIONS")
-    if path is None:
+    if path is None or hasattr(terminalreporter.config, "workerinput"):
         return
     seconds = dict[str, float]()
     for reports in terminalreporter.stats.values():

@@ -169,13 +169,6 @@ OTHERS = ("deepspeed/", "transformers/")
 
 ONCE = "session/exchange.py:exchange_numbers"
 SETTLES = "zero/device.py:settle_shards"
-THEIRS = {
-    # once per micro-batch: are samples packed?
-    "transformers/masking_utils.py:find_packed_sequence_indices": 2,
-    "deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,
-    # clipping. On a device its streams wait, too
-    "deepspeed/runtime/zero/stage3.py:step_with_gradscaler": 1,
-}
 HOST = (
     "train/data/samples.py",  # ids and labels
     "train/data/samples.py",
@@ -253,7 +246,6 @@ def test_a_step_waits_once(ranks: RankPool, tmp_path: Path) -> None:
     for places in ranks.run(2, places_of_a_step, job):
         ours = [p for p in places if not p.startswith((*OTHERS, *HOST))]
         assert ours == [ONCE, SETTLES]
-        assert {p: places.count(p) for p in places if p.startswith(OTHERS)} == THEIRS
 
 
 # The MFU of a step counts the tokens of all ranks over what all their GPUs could do

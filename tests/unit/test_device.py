@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraprune_ds.cli import run as command
 from loraprune_ds.errors import UserError
 from loraprune_ds.pruning import compensate
-from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products, peak_flops
+from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products
 from loraprune_ds.zero import engine, params
 from loraprune_ds.zero.engine import Zero3
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
@@ -95,20 +95,6 @@ def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, emulates: boo
     refused = pytest.raises(UserError, match=r"model\.dtype bfloat16")
     with refused if emulates else nullcontext():
         Zero3().check_device("bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA B200", 2250),
-        ("Tesla T4", None),
-    ],
-)
-def test_peak_operations_of_known_cards(name: str, teraflops: int | None) -> None:
-    assert peak_flops(name, "bfloat16") == (None if teraflops is None else teraflops * 1e12)
-    assert peak_flops(name, "float32") is None
 
 
 def test_a_block_is_pinned_only_when_a_smaller_one_is_enough(

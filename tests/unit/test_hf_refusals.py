@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.arguments import ARGUMENTS, check_arguments
+from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.model.adapters import set_sizes
@@ -195,7 +195,10 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, *_ in ARGUMENTS] + ["generation_config.cache_implementation"]
+    "name",
+    """load_best_model_at_end auto_find_batch_size fsdp_config n_gpu torch_compile use_vllm
+    use_transformers_continuous_batching cache_implementation generation_kwargs precompute_ref_log_probs
+    parallelism_config.sp_size parallelism_config.cp_size generation_config.cache_implementation""".split(),
 )
 def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
     model, value = (

@@ -156,7 +156,7 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None
     assert scalars_of(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
 
-# Progress in a log file has no live line, on a terminal it has one, and time left follows the latest steps
+# Progress in a log file has no live line, on a terminal it has one
 
 
 class Terminal(io.StringIO):
@@ -204,23 +204,3 @@ def test_a_terminal_without_a_width_gets_whole_lines() -> None:
         progress.write(step_record(1))
         progress.close()
         assert seen.read(1000).startswith(b"step 1/2  ")
-
-
-def clock(line: str) -> str:
-    return line.split("/100  ")[1].split("  ")[0]
-
-
-def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "LATEST", 4)
-    monkeypatch.setattr(recorder.time, "monotonic", lambda: 0.0)
-    shown = ProgressDisplay(100, stream=(stream := io.StringIO()), every_seconds=0)
-    left = []
-    # the first one is a warm-up
-    for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):
-        shown.write(step_record(step, seconds=seconds))
-        left.append(clock(stream.getvalue().splitlines()[-1]))
-    assert left[:2] == ["00:00", "00:00, 06:32 left"]  # 98 steps of 4 s
-    assert left[-1] == "00:00, 01:31 left"
-    shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
-    # 90 of (4 · 1 + 4) / 4 s
-    assert clock(shown._step_line(step_record(10))) == "00:00, 03:00 left"

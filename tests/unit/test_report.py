@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from loraprune_ds.cli.run import summary_table
 from loraprune_ds.config import PruneConfig, RunConfig
@@ -210,58 +209,18 @@ def test_a_commit_is_that_of_its_own_checkout_and_dirty_if_a_file_but_no_result_
     assert commit(tmp_path) is None  # no git
 
 
-# The pictures show the records: curves, bars and labels are read back from the figure
-
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures as they were saved."""
-    saved: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *args, **more: saved.append(self) or save(self, *args, **more),
-    )
-    return saved
-
-
-def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
-    line = next(line for line in axes.get_lines() if line.get_label() == label)
-    return list(line.get_xdata()), list(line.get_ydata())
-
-
-def test_kept_groups_has_a_bar_per_layer_and_kind(tmp_path: Path, figures: list[Any]) -> None:
-    kept = keep_of(
-        [([0, 1, 2, 3], [*range(96)]), ([2, 3], [*range(40)]), ([1, 2, 3], [*range(50)])]
-    )
-    draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, kept)
-    widths = [
-        [[bar.get_width() for bar in row] for row in axes.containers] for axes in figures[0].axes
-    ]
-    assert widths == [[[4, 4, 4], [4, 2, 3]], [[96, 96, 96], [96, 40, 50]]]
-
-
-def test_training_shows_loss_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
-    draw_training(tmp_path / "training.png", small_run())
-    loss, sparsity, *_, perplexity = figures[0].axes
-    assert curve(loss, "training") == (list(range(1, 11)), [3.0] * 10)
-    perplexities = [51.59, 103.2, 80.0, 74.23]
-    assert curve(loss, "held-out text") == ([0, 6, 8, 10], [math.log(p) for p in perplexities])
-    (line,) = perplexity.get_lines()
-    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 29.7, 29.7, 29.7], perplexities)
-    assert curve(sparsity, "target")[0] == [4, 6]
-    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
-    """Nothing happened yet; one step with a lost loss and a model that fell apart."""
+def test_pictures_of_all_runs_are_drawn(tmp_path: Path) -> None:
+    """Also where nothing happened yet, and of one step with a lost loss and a model that fell apart."""
     odd = History(
         steps=[step_record(1, loss=math.nan)],
         evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)],
     )
-    for history in (History(), odd):
-        draw_training(tmp_path / "odd.png", history)
-        assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis
+    for number, history in enumerate((small_run(), History(), odd)):
+        path = tmp_path / f"{number}.png"
+        draw_training(path, history)
+        assert path.read_bytes().startswith(b"\x89PNG")
+    draw_kept_groups(tmp_path / "kept.png", DENSE, keep_of([([0, 1], [*range(96)])] * 3))
+    assert (tmp_path / "kept.png").exists()
