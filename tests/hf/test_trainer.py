@@ -14,6 +14,7 @@ from loraprune_ds.report.records import read_history
 from tests.support import callback_run, trainers
 from tests.support.callback_results import LINEARS, kept_indices, load, weight
 from tests.support.driver import Job, family_job
+from tests.support.families import heavy
 from tests.support.paper import OPEN
 from tests.support.ranks import RankPool
 from tests.support.resuming import assert_equal_tensors
@@ -109,7 +110,7 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
 
 @pytest.mark.parametrize(
     ("prune", "reentrant"),
-    [(PRUNE | {"criterion": "fisher", "normalize": "none"}, True), (REFIT, False)],
+    [(PRUNE | {"criterion": "fisher", "normalize": "none"}, True), heavy(REFIT, False)],
     ids=["fisher", "refit"],
 )
 def test_checkpointing_and_a_reference_s_forward_pass_change_no_score(

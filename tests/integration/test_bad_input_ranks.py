@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.support.bad_input import STEPS, arguments, assert_refused, copy_of_model
+from tests.support.families import heavy
 from tests.support.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
 from tests.support.ranks import RENAMED
 from tests.support.refusals import edit_tensors
@@ -40,7 +41,7 @@ def wait_a_second() -> None:
     ("setting", "name", "told"),
     [
         ("data.path", "text.txt", "~/text.txt"),
-        ("model.path", "model", "~/model"),
+        heavy("model.path", "model", "~/model"),
         ("data.path", "other.txt", "rank 0"),
         ("output_dir", "out", "home1/out"),
     ],
@@ -151,6 +152,7 @@ def hook(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{ROOT}:{tmp_path / 'hook'}", "HOME": str(tmp_path / "home")}
 
 
+@pytest.mark.heavy
 def test_launched_a_slow_rank_0_still_gets_to_tell(
     hook: dict[str, str], material: Path, tmp_path: Path
 ) -> None:

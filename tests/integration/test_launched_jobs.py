@@ -38,7 +38,8 @@ def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Po
     )
 
 
-@pytest.mark.parametrize(("how", "lost"), [heavy(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+@pytest.mark.heavy  # tests/numerics/test_heartbeat.py is in CI
+@pytest.mark.parametrize(("how", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_the_job_ends_soon_after_a_node_is_lost(
     tmp_path: Path, how: signal.Signals, lost: int
 ) -> None:
@@ -81,7 +82,7 @@ def asleep(process: "subprocess.Popen[str]") -> bool:
     return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
 
-@pytest.mark.parametrize("point", ["backward@20", "finish.reported@1"])
+@pytest.mark.parametrize("point", ["backward@20", heavy("finish.reported@1")])
 def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(
     point: str, tmp_path: Path
 ) -> None:

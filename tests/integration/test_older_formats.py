@@ -26,6 +26,7 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from tests.support import kept_trainer, resuming
+from tests.support.families import heavy
 from tests.support.launching import ROOT
 from tests.support.ranks import RankPool
 from tests.support.refusals import flip_bit, must_name
@@ -90,7 +91,7 @@ def assert_warned(lines: list[str], expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("commit", "changed"), [*((commit, False) for commit in RUNS), (RUNS[0], True)]
+    ("commit", "changed"), [*((commit, False) for commit in RUNS), heavy(RUNS[0], True)]
 )
 def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
     ranks: RankPool, folder: Path, expected: JsonObject, changed: bool

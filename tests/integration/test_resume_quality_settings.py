@@ -19,6 +19,7 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import drop_later_models
 from tests.support import resuming
+from tests.support.families import heavy
 from tests.support.ranks import RankPool
 from tests.support.refusals import refused
 from tests.support.resuming import (
@@ -94,7 +95,7 @@ def no_dropout(ranks: RankPool, straight: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("before", "micro_batch_size", "after"),
-    [(2, 1, 3), (3, 2, 2)],  # at last three passes a step for two ranks
+    [heavy(2, 1, 3), (3, 2, 2)],  # at last three passes a step for two ranks
 )
 def test_goes_on_with_another_number_of_ranks(
     ranks: RankPool,

@@ -86,6 +86,7 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     assert others == set()
 
 
+@pytest.mark.heavy
 def test_the_commands_find_their_files(programs: Path, tmp_path: Path) -> None:
     listed = start(programs, tmp_path, "--help")
     assert all(f"\n  {name} " in listed.out for name in COMMANDS), listed.everything
