@@ -179,7 +179,7 @@ MAGNITUDE = {"criterion": "magnitude", "ranking": "global", "normalize": "none",
     [
         ("int8", 2, CHECKPOINTING),
         ("int8", 2, OFFLOAD),
-        ("int8", 2, MAGNITUDE),
+        heavy("int8", 2, MAGNITUDE),
         ("int8", 2, {"criterion": "fisher", "normalize": "none", "lora_dropout": 0.1}),
         ("int8", 1, {"deepspeed": None}),
         heavy("nf4", 2, CHECKPOINTING),
