@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is heavier than it is worth in CI: all families on real ranks, kills within saves, lost nodes, the wheel's
-# commands, reporters, and exports in the hands of the tools that serve them, for each tool that is asked for. It writes what it finds there into
-# tests/benchmarks/results/export_formats.json.
+# commands, reporters, and exports in the hands of the tools that serve them, for each tool that is asked for. It writes
+# what it finds there into tests/benchmarks/results/export_formats.json.
 #
 #   bash tests/run_heavy.sh [--llama-cpp] [--vllm] [--quantise] [arguments of pytest]
 #   bash tests/run_heavy.sh --transformers        the oldest transformers that exports promise to load in
