@@ -87,10 +87,10 @@ def all_mutants() -> list[Mutant]:
 def _find(scope: ast.AST, before: str) -> Iterator[Any]:
     """Yields the outermost nodes that read like this statement or expression."""
     (wanted,) = ast.parse(before).body
-    text = ast.unparse(wanted.value if isinstance(wanted, ast.Expr) else wanted)
-    kinds = ast.expr if isinstance(wanted, ast.Expr) else ast.stmt
+    looked_for = wanted.value if isinstance(wanted, ast.Expr) else wanted
+    text = ast.unparse(looked_for)
     for node in ast.walk(scope):
-        if isinstance(node, kinds) and ast.unparse(node) == text:
+        if type(node) is type(looked_for) and ast.unparse(node) == text:
             yield node
 
 
