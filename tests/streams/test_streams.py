@@ -57,6 +57,7 @@ def test_a_missing_wait_of_deepspeed_is_reported(cards: RankPool, tmp_path: Path
     assert ("stage3.py partition_grads", "sharded.py gradient_norm") in found
 
 
+@pytest.mark.heavy
 def test_the_race_of_deepspeed_is_found_and_its_mend_is_enough(
     cards: RankPool, tmp_path: Path
 ) -> None:
