@@ -62,7 +62,8 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
     """Builds the stage of steps and evaluations at a shape. Its steps may score and measure."""
     state, host = split_state(request, shape)
-    stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
+    stepping = (8 if request.is_local else 12) * request.lora_shards(shape)
+    stepping *= not request.offloads("optimizer")
     phases = {
         "training": _training(request, shape),
         "optimizer step": {"optimizer_temporaries": stepping},
@@ -141,7 +142,8 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     # Whole modules are in flight while a linear is dequantised. The last one may exceed the bucket.
     ahead = linear + module * max(1, math.ceil(prefetched / module))
     fetched = max(live, stays) + max(module + max(module, prefetched), ahead)
-    return min(fetched, model + max(prefetched, linear))
+    # buffers of two fetches stay until all that they brought is in use
+    return min(fetched, model + 2 * max(min(layer, module), prefetched) + linear)
 
 
 def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
@@ -176,9 +178,13 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before)
-    shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
-    # one leaves, one arrives, one is new
-    phases: dict[str, Terms] = {"moving": {"repartition": 3 * shards}}
+    layers = [request.stored_as(*layer.tensors) for layer in before.layers]
+    if request.is_local:  # one is cut after the other
+        moved = max(map(full_bytes, ([tensor] for layer in layers for tensor in layer)))
+    else:
+        # parts and the buffer that leaves, that and what arrives, or that and the new ones
+        moved = 2 * max(map(request.shard_bytes, layers))
+    phases: dict[str, Terms] = {"moving": {"repartition": moved}}
     if request.refits:
         batch = request.training_batch
         kept = {"hidden_states": refits.bytes_of_passes(request, before)}
@@ -264,7 +270,7 @@ def _evaluation(request: Request, shape: ModelShape) -> Terms:
 
 
 def _scoring(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of scoring: blocks, and LoRA masters and gradients of some layers as shards and factors."""
+    """Returns the terms of scoring: blocks, and LoRA masters and gradients of some layers."""
     if request.config.prune.criterion == "fisher":
         return {}
     layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
@@ -274,4 +280,8 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         if linear.spans:  # a rank scores whole rows
             blocks.append(request.shard_numel(linear.numel) + 2 * linear.matrix[1])
     block = min(max(blocks), DEVICE_BLOCK_NUMEL)
-    return {"lora_factors": 24 * at_once, "score_blocks": 12 * block}
+    factors = 0  # one process has them whole
+    if not request.is_local:
+        factors = 20 * at_once + 4 * request.shard_numel(at_once)
+    # blocks come when 12 bytes of the factors are left
+    return {"lora_factors": factors, "score_blocks": max(0, 12 * block - factors // 2)}

@@ -71,7 +71,7 @@ def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
 def reshard(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
     """Exchanges shards for new, padded ones, in the same order. Collective: one all-to-all per dtype.
 
-    Peak memory is at most four times the old shards: old, outgoing, incoming and new ones.
+    Beside the old shards it needs two of them: parts and the outgoing buffer, that and the incoming, that and the new.
     """
     new: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(shard.dtype for shard, _ in cuts):  # LoRA may be fp32 on a bf16 base

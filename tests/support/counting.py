@@ -90,6 +90,15 @@ def _added(pruned: Counted, without: Counts) -> Added:
     )
 
 
+def shards_of_a_cut(case: Case) -> float:
+    """Returns the bytes that the cut takes above what is alive, in shards of a layer. Collective."""
+    found = train(case)
+    layer = _model(case).base_model.model.model.layers[0]
+    copies = dist.get_world_size() if case.engine in ("fsdp2", "zero3") else 1
+    shard = sum(parameter.nbytes for parameter in layer.parameters()) / copies
+    return (found.ends[CUT - 1].peak - found.alive[CUT - 1]) / shard
+
+
 def of_ours(counts: Counter[tuple[str, str]]) -> int:
     """Counts what a line of the package does."""
     return sum(times for (_, line), times in counts.items() if line)

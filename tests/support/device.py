@@ -276,7 +276,9 @@ def _has_python_body(operation: Any) -> bool:
     )
 
 
+# bitsandbytes has kernels for a card, so its operators are one launch each
 _TORCHS_OWN = {"aten", "prim", "prims", "c10d", "_c10d_functional", "fsdp", "profiler"}
+_TORCHS_OWN |= {"bitsandbytes"}
 
 
 def _refuse_mixed(operation: Any, on_device: list[Any], on_host: list[Tensor]) -> None:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 from tests.support import device
 from tests.support.ranks import start_deepspeed
 
@@ -20,7 +22,10 @@ def use_device() -> None:
     device.register()
     # imported after torch knows the device
     from deepspeed.accelerator import set_accelerator
+    from deepspeed.runtime.zero import partition_parameters
 
     from tests.support.device_deepspeed import Accelerator
 
     set_accelerator(Accelerator())
+    # `zero.Init` puts back what DeepSpeed's import saw, before our patches where a server has preloaded it
+    partition_parameters._orig_torch_tensor = torch.tensor
