@@ -51,8 +51,36 @@ def plain(
     return Run(*ranks.run(2, train_with_callback, job, out, SAVES | engine)[0], out)
 
 
-def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: Run) -> None:
-    assert_same_course(plain.rows, ranks.run(2, train_alone, job)[0], cuts=3)
+Trained = tuple[Job, list[dict[str, Any]]]  # and the rows of our own trainer
+
+
+@pytest.fixture(scope="module")
+def own_rows(ranks: RankPool, job: Job) -> list[dict[str, Any]]:
+    return ranks.run(2, train_alone, job)[0]
+
+
+@pytest.fixture(scope="module")
+def hybrid(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    steps, folder = callback_run.STEPS, tmp_path_factory.mktemp("hybrid")
+    job, _ = family_job(folder, "qwen3_5_text", PRUNE | OPEN, steps=steps, max_grad_norm=0.5)
+    return job, ranks.run(2, train_alone, job)[0]
+
+
+@pytest.fixture(scope="module")
+def encoder_decoder(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Sources and targets have many lengths, and no padding may reach a refit."""
+    folder = tmp_path_factory.mktemp("t5")
+    job, _ = family_job(folder, "t5", REFIT | OPEN, steps=6, max_grad_norm=0.5)
+    for ids, labels in job.batches:
+        for i, (row, wanted) in enumerate(zip(ids, labels, strict=True)):
+            start, end = 2 + i % 7, 16 - i % 4
+            row[start], row[end - 1], wanted[:] = 0, 2, -100  # 2 is EOS
+            wanted[start + 1 : end] = row[start + 1 : end]
+    return job, ranks.run(2, train_alone, job)[0]
+
+
+def test_the_callback_cuts_as_our_own_trainer(own_rows: list[dict[str, Any]], plain: Run) -> None:
+    assert_same_course(plain.rows, own_rows, cuts=3)
     report = read_json(plain.out / "report.json")
     assert [cut["step"] for cut in report["prune_steps"]] == [3, 5, 7]
     assert report["params"]["pruned"] < report["params"]["dense"]
@@ -67,13 +95,11 @@ def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: 
 
 
 def test_a_hybrid_is_cut_as_by_our_own_trainer(
-    ranks: RankPool, engine: dict[str, Any], tmp_path: Path
+    ranks: RankPool, engine: dict[str, Any], hybrid: Trained, tmp_path: Path
 ) -> None:
     """A delta net amplifies rounding, sooner or later by the CPU: after the last cut five digits agree."""
-    steps = callback_run.STEPS
-    job, _ = family_job(tmp_path, "qwen3_5_text", PRUNE | OPEN, steps=steps, max_grad_norm=0.5)
+    job, own = hybrid
     rows = ranks.run(2, train_with_callback, job, tmp_path / "out", engine)[0][0]
-    own = ranks.run(2, train_alone, job)[0]
     assert_same_course(rows[:5], own[:5], cuts=2)
     assert [row["kept"] for row in rows[:8]] == [row["kept"] for row in own[:8]]
     for key in ("loss", "norm"):  # 2.3e-6 with AVX-512, below 1e-6 with AVX2
@@ -83,19 +109,12 @@ def test_a_hybrid_is_cut_as_by_our_own_trainer(
 
 
 def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
-    ranks: RankPool, engine: dict[str, Any], tmp_path: Path
+    ranks: RankPool, engine: dict[str, Any], encoder_decoder: Trained, tmp_path: Path
 ) -> None:
-    """Sources and targets have many lengths, and no padding may reach a refit."""
-    job, _ = family_job(tmp_path, "t5", REFIT | OPEN, steps=6, max_grad_norm=0.5)
-    for ids, labels in job.batches:
-        for i, (row, wanted) in enumerate(zip(ids, labels, strict=True)):
-            start, end = 2 + i % 7, 16 - i % 4
-            row[start], row[end - 1], wanted[:] = 0, 2, -100  # 2 is EOS
-            wanted[start + 1 : end] = row[start + 1 : end]
+    job, own = encoder_decoder
     rows = ranks.run(2, trainers.train_pairs_with_callback, job, tmp_path / "out", engine)[0]
-    own = ranks.run(2, train_alone, job)[0]
-    for theirs, ours in zip(rows, own, strict=True):
-        ours["tokens"] = theirs["tokens"]  # a row of our own has a start, and the last token
+    # a row of our own has a start, and the last token
+    own = [ours | {"tokens": theirs["tokens"]} for theirs, ours in zip(rows, own, strict=True)]
     # Rounding adds up: after step 3 norms have five digits in common.
     assert_same_course(rows[:3], own[:3], cuts=1)
     assert [row["kept"] for row in rows] == [row["kept"] for row in own]
