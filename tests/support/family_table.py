@@ -1,4 +1,4 @@
-"""The tables of families in loraprune_ds/model/README.md: what leaves and stays, how it is stored, who serves it."""
+"""The table of families in loraprune_ds/model/README.md: what leaves and stays, how it is stored, who serves it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.families.base import Family
-from loraprune_ds.model.family import FAMILIES, REFUSED
+from loraprune_ds.model.family import FAMILIES
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 from tests.support.families import (
     heads_divide_hidden,
@@ -35,14 +35,12 @@ STAYS |= {
 IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
 
 
-def with_tables(page: str) -> str:
-    """Replaces the table of families, and that of refused types below it."""
-    for header, rows in ((HEADER, family_rows()), (("refused", "because"), REFUSED.items())):
-        begin = page.index(f"|{header[0]}|")
-        lines = [header, ("---",) * len(header), *rows]
-        table = "".join(f"|{'|'.join(line)}|\n" for line in lines)
-        page = page[:begin] + table + page[page.index("|\n\n", begin) + 2 :]
-    return page
+def with_table(page: str) -> str:
+    """Replaces the table of families."""
+    begin = page.index(f"|{HEADER[0]}|")
+    lines = [HEADER, ("---",) * len(HEADER), *family_rows()]
+    table = "".join(f"|{'|'.join(line)}|\n" for line in lines)
+    return page[:begin] + table + page[page.index("|\n\n", begin) + 2 :]
 
 
 def family_rows() -> list[tuple[str, ...]]:
@@ -60,7 +58,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
         *family.fixed,
         *(words for part, words in STAYS.items() if any(part in x for x in whole)),
     ]
-    stored = "stock if heads divide hidden_size" if heads_divide_hidden(name) else "stock"
+    stored = "stock †" if heads_divide_hidden(name) else "stock"
     found = ARCHITECTURES.get(name)
     gguf = "" if found is None else "equal" if found.unequal is None else "any"
     vllm = "any" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else ""
@@ -102,4 +100,4 @@ def notes(name: str, family: Family) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -201,4 +201,4 @@ def test_llama_cpp_and_vllm_were_asked_about_every_family_that_the_table_says_th
 
 def test_the_table_of_families_is_generated() -> None:
     text = family_table.PAGE.read_text()
-    assert family_table.with_tables(text) == text, f"run python -m {family_table.__name__}"
+    assert family_table.with_table(text) == text, f"run python -m {family_table.__name__}"
