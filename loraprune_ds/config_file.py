@@ -28,6 +28,8 @@ SECTIONS: dict[Any, Any] = {
 }
 # of `data` and a mixture's entries
 SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]
+# None leaves these to a rule (pruning/target.py), which has decided them for a saved run
+BY_RULE = ("ranking", "compensate")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -145,6 +147,8 @@ def merge(saved: JsonObject, given: JsonObject) -> JsonObject:
     """Returns `saved` with the values of `given`, key by key in all sections."""
     merged = dict(saved)
     for key, value in given.items():
+        if value is None and key in BY_RULE:
+            continue
         section = saved.get(key)
         # an empty section is None in YAML
         if isinstance(section, dict) and isinstance(value, dict | None):

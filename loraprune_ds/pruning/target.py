@@ -60,7 +60,7 @@ def resolve(
             f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}",
         )
     refits = any(share > 0 for kind, share in sizes[-1].budget.shares.items() if kind != "experts")
-    if config.compensate is None or not refits:
+    if config.compensate is None:
         config = replace(config, compensate="least_squares" if refits else "none")
     return config, limits, sizes
 

@@ -171,6 +171,14 @@ def test_what_is_not_given_comes_from_the_run_that_goes_on(
     assert OutputFolder(elsewhere).config.prune == PruneConfig()
 
 
+def test_a_choice_that_is_left_to_the_model_stays_as_the_run_made_it(config: RunConfig) -> None:
+    made = dataclasses.replace(config, prune=PruneConfig(ranking="uniform", compensate="none"))
+    create(made)
+    given = {"output_dir": config.output_dir, "prune": {"ranking": None, "compensate": None}}
+    assert OutputFolder(given, "auto").config == made
+    assert OutputFolder(given, "auto").start == "resume"
+
+
 def save_state(folder: Path, **changes: Any) -> None:
     step = folder / "checkpoints" / "step-3"
     step.mkdir(parents=True)
