@@ -314,6 +314,10 @@ class LoggingConfig:
     # list of reporters, which get config, steps, cuts and pictures. None: `tensorboard`
     report_to: list[Reporter] | None = None
 
+    @property
+    def reporters(self) -> list[Reporter]:
+        return ["tensorboard"] if self.report_to is None else self.report_to
+
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:

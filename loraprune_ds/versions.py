@@ -1,19 +1,25 @@
-"""The versions of other packages that a part of this one needs. pyproject.toml has what all of it needs."""
+"""The other packages that a part of this one needs. pyproject.toml has what all of it needs."""
 
-from importlib.metadata import version
-from importlib.util import find_spec
+import importlib.util
+import logging
+from importlib.metadata import distributions
 
 from packaging.version import Version
 
 from loraprune_ds.errors import require
 
+log = logging.getLogger(__name__)
 OWN = {"transformers": "5.24", "peft": "0.21.2"}  # runs, chats and evaluations
 DEEPSPEED = "0.18.9"
-INSTALL = "pip install 'loraprune_ds[deepspeed]'"
+LOST = {"matplotlib": "pictures", "tensorboard": "curves"}  # without the package
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def installed(package: str) -> str | None:
-    return version(package) if find_spec(package) else None
+    return next((found.version for found in distributions(name=package)), None)
 
 
 def is_new(package: str, least: str) -> bool:
@@ -23,15 +29,34 @@ def is_new(package: str, least: str) -> bool:
 
 def check_own() -> None:
     for package, least in OWN.items():
-        require(
-            is_new(package, least),
-            f"this command needs {package} {least} or newer; installed is {installed(package)}",
-        )
+        _check(package, least)
 
 
 def check_deepspeed(instead: str = "") -> None:
     """Raises UserError without a DeepSpeed that can cut. `instead` is a further way out."""
+    _check("deepspeed", DEEPSPEED, f": pip install 'loraprune_ds[deepspeed]'{instead}")
+
+
+def _check(package: str, least: str, advice: str = "") -> None:
     require(
-        is_new("deepspeed", DEEPSPEED),
-        f"this needs DeepSpeed {DEEPSPEED} or newer; installed is {installed('deepspeed')}: {INSTALL}{instead}",
+        is_new(package, least),
+        f"this needs {package} {least} or newer; installed is {installed(package)}{advice}",
     )
+
+
+def check_installed(package: str, what: str, install: str | None = None) -> None:
+    """Raises UserError without a package. `install` is the name for pip, if that is another."""
+    require(
+        has(package), f"{what} needs a package that is missing: pip install {install or package}"
+    )
+
+
+def can_show(package: str) -> bool:
+    """Tells whether matplotlib or tensorboard is there. Without it, a line says what the result lacks."""
+    if not has(package):
+        log.warning(
+            "the result has no %s without %s: pip install 'loraprune_ds[pictures]'",
+            LOST[package],
+            package,
+        )
+    return has(package)

@@ -11,13 +11,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 
 declare -A SETS=(
   [llamafactory]="transformers==5.6.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 trl==0.24.0"
-  [axolotl]="transformers==5.16.1 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 trl==1.9.0 deepspeed==0.18.9"
+  [axolotl]="matplotlib tensorboard transformers==5.16.1 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 trl==1.9.0 deepspeed==0.18.9"
 )
-# The rest of these tests needs newer arguments of transformers, or what DeepSpeed 0.18.9 lacks.
-ZERO_3="ZeRO-3 and (cuts_as_our_own or broken_save or evaluation_between or forgets)"
+# Axolotl's set also runs the Trainer's tests on ZeRO-3 and DDP. Twelve of them stay out:
+#   reference_s: transformers 5.16 lacks the argument activation_checkpointing
+#   fp32: DeepSpeed 0.18.9 makes LoRA bf16, so neither fp32 LoRA nor what all-reduce does beside it can be tried
+#   modules_to_save: DeepSpeed 0.18.9 looks for its hook by hasattr, which PEFT's wrapper answers for the module inside
+#   DDP and a_resume: transformers 5.16 loads Adam's state onto the CPU rank's device cpu:0, unknown to torch.load
+#   hybrid: both trainers cut alike, but a norm of the delta net differs by 2.5e-6, where 5.24 stays within the test's 1e-6
+TRAINER="not (reference_s or fp32 or modules_to_save or (DDP and a_resume) or hybrid)"
 TOOLS=(pytest pytest-timeout hypothesis pyyaml)
 
-# DeepSpeed stays out of LLaMA-Factory's set, since its own extra wants an older one.
+# DeepSpeed stays out of LLaMA-Factory's set, since its own extra wants an older one. matplotlib does, to run without.
 run_set() {
   local name=$1 venv=$ROOT/.venv-oldest-$1 pins
   read -ra pins <<<"${SETS[$name]}"
@@ -25,7 +30,7 @@ run_set() {
   echo "Installing ${pins[*]}"
   quietly "$venv/bin/pip" install --editable "${ROOT}[bitsandbytes,gguf]" "${pins[@]}" "${TOOLS[@]}"
   PATH=$venv/bin:$PATH python -m pytest tests/hf/oldest_package.py
-  if [[ $name == axolotl ]]; then PATH=$venv/bin:$PATH python -m pytest tests/hf/test_trainer.py -k "$ZERO_3"; fi
+  if [[ $name == axolotl ]]; then PATH=$venv/bin:$PATH python -m pytest tests/hf/test_trainer.py -k "$TRAINER"; fi
   "$venv/bin/python" -m tests.support.oldest_names "$name"
 }
 

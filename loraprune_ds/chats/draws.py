@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from loraprune_ds.generate.writer import Writer, end_ids
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.pretrained.tokenizer import rendering, token_ids
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.versions import has
 
 DATA = read_json(Path(__file__).with_name("chats.json"))
 KINDS, OPENINGS = DATA["kinds"], DATA["openings"]  # the kinds of the draws, in turn
@@ -111,7 +111,7 @@ class Drawer:
     def _choose_engine(self) -> str:
         is_pruned = self.source.pretrained.shape.model_type.startswith(PRUNED)
         is_stock = not self.source.adapter and not is_pruned
-        fits = find_spec("vllm") is not None and is_stock and self.ranks.world_size == 1
+        fits = has("vllm") and is_stock and self.ranks.world_size == 1
         require(
             fits or self.options.engine != "vllm",
             "--engine vllm needs that package, a stock model and one process",

@@ -27,7 +27,6 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -120,10 +119,6 @@ def show(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> JsonObject:
     """Carries out the evaluation on all ranks. Collective."""
     sharded = arguments.sharded or job.several_ranks(os.environ)
-    require(
-        not sharded or find_spec("deepspeed") is not None,
-        "--sharded and several ranks need DeepSpeed; install it",
-    )
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
     require_option(arguments, "answers", "max_new_tokens", "page")
     chosen = settings.EvaluationSettings(

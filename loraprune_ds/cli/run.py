@@ -87,10 +87,7 @@ def main() -> int:
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             if output.config.train.deterministic:
                 os.environ |= job.DETERMINISTIC
-            sharded = output.config.deepspeed is not None
-            if sharded:
-                check_deepspeed(ALONE)
-            comm = join_ranks(sharded=sharded)
+            comm = join_ranks(sharded=output.config.deepspeed is not None, instead=ALONE)
             joined = True
             if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
@@ -145,11 +142,16 @@ def launch() -> int:
     os.execv(launcher[0], [*launcher, *arguments])
 
 
-def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
-    """Starts the process group, if there is one, after all imports. Collective. `verbose`: libraries may print."""
+def join_ranks(*, sharded: bool, instead: str = "", verbose: bool = False) -> "Communicator":
+    """Starts the process group, if there is one, after all imports. Collective.
+
+    Args:
+        instead: as in `check_deepspeed`.
+        verbose: libraries may print.
+    """
     check_own()
     if sharded:
-        check_deepspeed()
+        check_deepspeed(instead)
     job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     job.collective_timeout(os.environ)
     job.longest_silence(os.environ)

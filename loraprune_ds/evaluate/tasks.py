@@ -5,7 +5,6 @@ optional, and imported only when used.
 """
 
 import importlib
-import importlib.util
 import logging
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.generate.writer import Writer
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.versions import check_installed
 
 Question = dict[str, Any]  # of reasoning-gym: its question, answer and metadata
 # task -> metric -> value, and settings for the result
@@ -58,10 +58,7 @@ REFUSED_TASKS = read_json(Path(__file__).with_name("refused_tasks.json"))
 
 def check_tasks(settings: TaskSettings) -> None:
     """Checks that the packages are installed and can load all tasks. Raises UserError with the first that fails."""
-    require(
-        importlib.util.find_spec("lm_eval") is not None,
-        "--tasks needs the package lm-eval: pip install 'lm-eval[hf]'",
-    )
+    check_installed("lm_eval", "--tasks", "'lm-eval[hf]'")
     folder = settings.include_path
     require(folder is None or folder.is_dir(), f"--include-path: {folder} is not a folder")
     gym, others = _split(settings)
@@ -109,8 +106,8 @@ def _split(settings: TaskSettings) -> tuple[list[str], list[str]]:
 
 
 def _gym_tasks(names: list[str], settings: TaskSettings) -> list[Any]:
-    if names and importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"--tasks {GYM} needs the package reasoning-gym: pip install reasoning-gym")
+    if names:
+        check_installed("reasoning_gym", f"--tasks {GYM}", "reasoning-gym")
     fewshot = FEWSHOT if settings.fewshot is None else settings.fewshot
     return [gym_task(name, fewshot, settings.limit or QUESTIONS) for name in names]
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,22 +16,18 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import RunError, UserError, blame, one_line, require
 from loraprune_ds.export.contents import FolderContents
-from loraprune_ds.export.gguf_architecture import architecture_name
+from loraprune_ds.export.gguf_architecture import Precision, architecture_name
 from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
 from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import last_names, task_type
 from loraprune_ds.model.experts import as_in_peft
-from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, name_in_file
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, write_weight_file
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, check_room, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.units import format_bytes
-
-if TYPE_CHECKING:
-    from loraprune_ds.export.gguf_tensors import Precision
+from loraprune_ds.versions import check_installed
 
 
 def one_rank() -> Communicator:
@@ -128,21 +123,12 @@ def export(contents: FolderContents, name: str, out: Path) -> list[str]:
 def _write_huggingface(contents: FolderContents, folder: Path) -> list[str]:
     if contents.model is None:
         checkpoint, remarks = open_newest(contents.checkpoints)
-        _check_room(checkpoint, folder)
+        numel = checkpoint.shape.total_numel()
+        check_room(folder.parent, numel, checkpoint.config.model.dtype)
         write_model(checkpoint, folder, card_of_step(checkpoint), one_rank())
         return remarks
     copy_model(open_pretrained(contents.model), folder)
     return []
-
-
-def _check_room(checkpoint: TrainingCheckpoint, folder: Path) -> None:
-    needed = checkpoint.shape.total_numel() * DTYPES[checkpoint.config.model.dtype].itemsize
-    free = shutil.disk_usage(folder).free
-    require(
-        needed <= free,
-        f"the merged model needs {format_bytes(needed)} in {folder.parent}, "
-        f"where {format_bytes(free)} are free",
-    )
 
 
 def _write_adapter(contents: FolderContents, folder: Path) -> list[str]:
@@ -178,8 +164,9 @@ def _write_adapter(contents: FolderContents, folder: Path) -> list[str]:
     return remarks
 
 
-def _write_gguf(contents: FolderContents, folder: Path, *, precision: "Precision") -> list[str]:
-    # only this format needs gguf-py
+def _write_gguf(contents: FolderContents, folder: Path, *, precision: Precision) -> list[str]:
+    check_installed("gguf", "an export to GGUF")
+    # now that it is there
     from loraprune_ds.export.gguf import write_gguf
 
     name = contents.folder.resolve().name

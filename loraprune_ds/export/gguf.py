@@ -22,10 +22,11 @@ from loraprune_ds.export.gguf_architecture import (
     NUMBERS,
     Architecture,
     NotInGguf,
+    Precision,
     architecture_of,
     attention_interval,
 )
-from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
+from loraprune_ds.export.gguf_tensors import Array, GgufTensor, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import add_tokenizer
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_object, sliding_window

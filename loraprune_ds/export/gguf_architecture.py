@@ -7,7 +7,7 @@ is written as an equivalent LLaMA.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import JsonObject
@@ -16,6 +16,7 @@ from loraprune_ds.model.family import family_name
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.text_part import text_config
 
+Precision = Literal["f16", "q8_0"]
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 QUERIES = ("self_attn.q_proj",)
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from loraprune_ds.export.gguf_architecture import PARTS, ROTARY, Architecture, NotInGguf
+from loraprune_ds.export.gguf_architecture import PARTS, ROTARY, Architecture, NotInGguf, Precision
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.groups import TensorSpec
@@ -30,7 +30,6 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Array], Array]
-Precision = Literal["f16", "q8_0"]
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
 RELATIVE_BIAS = ".attn_rel_b"

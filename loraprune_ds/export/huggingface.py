@@ -7,7 +7,8 @@ rank 0  publish(out)
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -112,6 +113,20 @@ def write_model(
     writes.do_on_rank_0(complete)
 
 
+@contextmanager
+def saving() -> Iterator[None]:
+    """Raises UserError, which all ranks get, for what fails: tokenizers fail in many ways, as by protobuf's errors."""
+    try:
+        yield
+    except (UserError, OSError):  # say what is wrong, also with the disk
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the model cannot be saved: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+@saving()
 def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
     """Writes all but the weights: config, modelling file, card, and the `dense` folder's tokenizer and settings."""
     copy_tokenizer(dense, folder)
@@ -128,26 +143,11 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
     write_model_card(folder, card, exported)
 
 
-def try_export(
-    dense: Path, exported: ExportedConfig, card: ModelCard, prepare: Callable[[], object] = bool
-) -> None:
-    """Makes all but the weights of an export in a temporary folder, so that no training ends in an error of these.
-
-    Args:
-        prepare: fills the folder `dense`.
-
-    Raises:
-        UserError: it fails. Tokenizers fail in many ways, such as protobuf's own errors.
-    """
+def try_export(exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
+    """Makes all but the weights of an export in a temporary folder, so that no training ends in an error of these."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            prepare()
-            # a renamed model has its tokenizer read, too
-            finish_folder(Path(folder), replace(exported, renamed=True), dense, card)
-        except Exception as error:
-            raise UserError(
-                f"the model could not be saved after the training: {type(error).__name__}: {one_line(error)}"
-            ) from error
+        # a renamed model has its tokenizer read, too
+        finish_folder(Path(folder), replace(exported, renamed=True), dense, card)
 
 
 def copy_model(model: PretrainedModel, out: Path) -> None:

@@ -1,7 +1,6 @@
 """Reads prompts from a file. It imports fast, so a wrong option is reported before torch is imported."""
 
 import hashlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from pydantic_core import from_json
 
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_text
+from loraprune_ds.versions import check_installed
 
 DEFAULT_PROMPTS = "default"
 PROMPTS_FILE = Path(__file__).with_name("prompts.jsonl")
@@ -50,10 +50,8 @@ class AnswerSettings:
             count in (0, len(self.prompts)),
             f"--answers: {self.name} has {count} targets; give each row one, or none",
         )
-        require(
-            not count or importlib.util.find_spec("rouge_score") is not None,
-            "--answers with targets needs the package rouge-score: pip install rouge-score",
-        )
+        if count:
+            check_installed("rouge_score", "--answers with targets", "rouge-score")
 
 
 def read_prompts(name: str, option: str = "--answers", **settings: Any) -> AnswerSettings:

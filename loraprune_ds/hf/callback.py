@@ -30,22 +30,16 @@ from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.table import describe
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.pretrained.weight_files import check_room
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line, export_folder
-from loraprune_ds.report.reporters import (
-    SERVICES,
-    ModuleLog,
-    TensorBoardLog,
-    has_tensorboard,
-    missing_pictures,
-    scalars,
-)
+from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
 from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.checks import check_one_dtype
 from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.session.quantised import prepare_quantised
-from loraprune_ds.versions import check_deepspeed
+from loraprune_ds.versions import can_show, check_deepspeed
 
 log = logging.getLogger(__name__)
 REPORTED = (
@@ -202,14 +196,18 @@ class LoraPruneCallback(TrainerCallback):
             sinks=sinks,
             tokenizer=self._tokenizer,
         )
+        folder = Path(str(args.output_dir))
+        schedule = self._pruning.schedule
+        dtype = self._pruning.dtype
         if state.is_world_process_zero:
-            bytes_per_weight = DTYPES[self._pruning.dtype].itemsize
-            lines = describe(self._pruning.schedule, bytes_per_weight, str(args.output_dir))
+            lines = describe(schedule, DTYPES[dtype].itemsize, str(folder))
             tqdm.write("\n".join(lines))
-        sizes = self._pruning.schedule.ends()
-        for target in (Path(str(args.output_dir)) / export_folder(sizes, step) for step in sizes):
+        sizes = schedule.ends()
+        for target in (folder / export_folder(sizes, step) for step in sizes):
             if target.exists():
                 check_removable(target)
+        numel = schedule.numel_after(state.global_step)
+        self._pruning.model.comm.on_rank_0(lambda: check_room(folder, numel, dtype))
         if checkpoint and checkpoint.restores_optimizer:
             _advance(more["lr_scheduler"], checkpoint.resume_state().adam_step or 0)
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
@@ -310,9 +308,7 @@ def find_reporters(
     A callback cannot add to the Trainer's own log lines, because the reporters have already read them.
     """
     sinks: list[Sink] = [CutPrinter()]
-    for line in missing_pictures(report_to):
-        _warn(line)
-    if has_tensorboard(report_to):
+    if "tensorboard" in report_to and can_show("tensorboard"):
         root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
         sinks.append(TensorBoardLog(Path(root).expanduser() / "pruning", resumed_from, curves))
     return sinks + [ModuleLog(name, _warn, curves) for name in SERVICES if name in report_to]

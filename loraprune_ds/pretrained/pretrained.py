@@ -5,20 +5,19 @@ Weights are checked by the headers of their files, and read in parts, so that no
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.config_types import Bits, Compensation, Dtype
-from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.frozen import DTYPES, StorageFormat
 from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.storage import Storage
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.quantised import headers_of_weights, quantised_weights
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.pretrained.text_part import (
@@ -31,6 +30,7 @@ from loraprune_ds.pretrained.text_part import (
 )
 from loraprune_ds.pretrained.weight_files import Headers, have_equal_values, read_headers
 from loraprune_ds.pretrained.weights import HEAD, ModelWeights, check_weights
+from loraprune_ds.versions import check_installed
 
 ERNIE_MTP = "model.mtp_"  # an Ernie 4.5 has this prefix for the layers under `MTP`
 
@@ -55,6 +55,10 @@ class PretrainedModel:
     @property
     def shape(self) -> ModelShape:
         return self.weights.shape
+
+    def exported(self, shape: ModelShape, dtype: str) -> ExportedConfig:
+        """Describes this model with the sizes of `shape`, and its tower."""
+        return export_config(self.config, shape, dtype, self.tower and self.tower.config)
 
     def with_refits(self, compensate: Compensation | None) -> "PretrainedModel":
         """Returns the model with the storage that linears need under `prune.compensate`."""
@@ -126,10 +130,7 @@ def open_quantised(
     Raises:
         UserError: like `open_pretrained`. bitsandbytes is not installed.
     """
-    require(
-        find_spec("bitsandbytes") is not None,
-        f"{folder} was quantised by bitsandbytes, which is not installed; pip install bitsandbytes",
-    )
+    check_installed("bitsandbytes", f"{folder}, quantised by bitsandbytes,")
     pretrained = open_pretrained(folder, query_heads=query_heads, quantised=True)
     shape = pretrained.shape
     of_weights = dict[str, StorageFormat]()

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.frozen import READ_CHUNK, Pieces
+from loraprune_ds.model.frozen import DTYPES, READ_CHUNK, Pieces
 from loraprune_ds.model.groups import Shape
+from loraprune_ds.units import format_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
@@ -150,6 +152,17 @@ def weight_file_names(folder: Path) -> list[str]:
 def write_weight_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, path, metadata={"format": "pt"})
+
+
+def check_room(folder: Path, numel: float, dtype: Dtype) -> None:
+    """Raises UserError unless the disk of a folder, which may be new, has room for models of `numel` parameters."""
+    needed = round(numel) * DTYPES[dtype].itemsize
+    free = next(shutil.disk_usage(path).free for path in (folder, *folder.parents) if path.exists())
+    require(
+        needed <= free,
+        f"{folder} needs {format_bytes(needed)} for the merged model, but {format_bytes(free)} are free; "
+        "make room, or take a folder on another disk",
+    )
 
 
 def copy_tensors(files: Mapping[str, Path], path: Path) -> None:

@@ -133,6 +133,15 @@ class Schedule:
         """Returns the last step of each of `prune.sizes`, with its name."""
         return {section.last: section.size.name for section in self.sections if section.size.name}
 
+    def numel_after(self, step: int) -> float:
+        """Counts the parameters of all models whose sections end after `step`."""
+        limits = self.limits
+        return sum(
+            limits.dense.total_numel() - limits.leaving(section.ratio)
+            for section in self.sections
+            if section.last > step
+        )
+
     def cycles(self) -> list[int]:
         """Lists the lengths of the learning rate's cycles: the cuts and the recovery of each section."""
         borders = [0]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from loraprune_ds.report.records import (
     StepRecord,
 )
 from loraprune_ds.units import format_percent, format_perplexity
+from loraprune_ds.versions import has
 
 if TYPE_CHECKING:  # they take a second to import, which only pictures need
     from matplotlib.axes import Axes
@@ -75,10 +75,6 @@ PANELS: "dict[Kind, tuple[str, str]]" = {
     "delta": ("Heads of delta nets", BLUE),
     "cross_heads": ("Cross-attention heads", BLUE),
 }
-
-
-def can_draw() -> bool:
-    return find_spec("matplotlib") is not None
 
 
 @contextmanager
@@ -315,7 +311,7 @@ def draw_shelf(path: Path, shelf: Sequence[JsonObject], dense: float | None) -> 
         Whether there is a picture. Without a perplexity there is nothing to draw.
     """
     measured = [row for row in shelf if row["perplexity"]]
-    if not measured or not can_draw():
+    if not measured or not has("matplotlib"):
         return False
     with picture(path, (7, 4)) as figure:
         axes = figure.subplots()

@@ -7,7 +7,6 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -19,13 +18,8 @@ from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
-from loraprune_ds.report.pictures import (
-    PANELS,
-    can_draw,
-    draw_kept_groups,
-    draw_shelf,
-    draw_training,
-)
+from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_shelf, draw_training
+from loraprune_ds.versions import can_show, installed
 
 # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 QUANTISATION_GROUPS = (128, 64, 32)
@@ -58,7 +52,7 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     report = make_report(outcome, _exported_sizes(folder, outcome.schedule.ends()))
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
-    if not can_draw():
+    if not can_show("matplotlib"):
         return []
     draw_training(training_picture, outcome.history)
     draw_kept_groups(groups_picture, dense, outcome.kept_of_dense)
@@ -180,11 +174,8 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
 
 def versions() -> dict[str, str | None]:
     """Returns the installed versions, and the commit if this is a git checkout."""
-    installed = {
-        name: next((package.version for package in distributions(name=name)), None)
-        for name in PACKAGES
-    }
-    return installed | {"python": platform.python_version(), "commit": commit(CHECKOUT)}
+    packages = {name: installed(name) for name in PACKAGES}
+    return packages | {"python": platform.python_version(), "commit": commit(CHECKOUT)}
 
 
 def commit(checkout: Path) -> str | None:

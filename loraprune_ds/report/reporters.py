@@ -5,15 +5,14 @@ Records go to a new run, or to the open run of a Trainer.
 """
 
 import importlib
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loraprune_ds.config_file import dotted_values
-from loraprune_ds.errors import RankError, first_line, require
+from loraprune_ds.errors import RankError, first_line
 from loraprune_ds.files import JsonObject, writes_into
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Sink, StepRecord
 
@@ -153,31 +152,6 @@ class Mlflow(Wandb):
 
 
 SERVICES = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
-
-
-def check_installed(report_to: Iterable[str]) -> None:
-    """Checks that the packages of all services are installed."""
-    for name in report_to:
-        if name in SERVICES:
-            require(
-                importlib.util.find_spec(name) is not None,
-                f"logging.report_to names {name}, which is not installed; pip install {name}",
-            )
-
-
-def has_tensorboard(report_to: Iterable[str]) -> bool:
-    """Tells whether curves go to TensorBoard, which may be missing."""
-    return "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is not None
-
-
-def missing_pictures(report_to: Iterable[str] = ()) -> Iterator[str]:
-    """Yields a line for each package without which a result has no pictures or curves."""
-    needs = {"matplotlib": "pictures"}
-    if "tensorboard" in report_to:
-        needs["tensorboard"] = "curves"
-    for package, lost in needs.items():
-        if importlib.util.find_spec(package) is None:
-            yield f"the result has no {lost} without {package}: pip install 'loraprune_ds[pictures]'"
 
 
 class ModuleLog(Sink):

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import Dtype
-from loraprune_ds.export.huggingface import begin, publish, try_export, write_model
+from loraprune_ds.export.huggingface import begin, publish, saving, try_export, write_model
 from loraprune_ds.export.model_card import card_of_state
 from loraprune_ds.files import JsonObject, staging_of, write_json
 from loraprune_ds.model.adapters import base_parameter
@@ -28,40 +28,36 @@ from loraprune_ds.session.session import PruningSession
 
 
 def export_live(
-    session: PruningSession, peft_model: PeftModel, folder: Path, tokenizer: Any, *, merge: bool
+    session: PruningSession,
+    peft_model: PeftModel,
+    folder: Path | None,
+    tokenizer: Any,
+    *,
+    merge: bool,
 ) -> None:
-    """Writes a Hugging Face model. Collective. Raises UserError if the folder is not empty."""
+    """Writes a Hugging Face model. Without a folder, tries all but the weights. Collective.
+
+    Raises:
+        UserError: the folder is not empty.
+    """
     model = session.model
     comm = model.comm
     config = base_config(peft_model)
     exported = export_config(config, model.shape, session.dtype)
     card = card_of_state(session.state(), session.pruner.limits.dense)
-    comm.write_on_rank_0(folder, lambda: begin(folder))
     with tempfile.TemporaryDirectory() as path:
         dense = Path(path)  # has the files of the dense model next to its weights
         comm.write_on_rank_0(dense, lambda: _save_settings(dense, peft_model, config, tokenizer))
+        if folder is None:
+            comm.on_rank_0(lambda: try_export(exported, dense, card))
+            return
+        comm.write_on_rank_0(folder, lambda: begin(folder))
         live = LiveModel(model, exported, dense, session.dtype)
         write_model(live, staging_of(folder), card, comm, merge=merge)
     comm.write_on_rank_0(folder, lambda: publish(folder))
 
 
-def try_export_live(session: PruningSession, peft_model: PeftModel, tokenizer: Any) -> None:
-    """Makes all but the weights on rank 0, before the first step. Collective. Raises UserError if that fails."""
-    comm = session.model.comm
-    config = base_config(peft_model)
-    exported = export_config(config, session.model.shape, session.dtype)
-    card = card_of_state(session.state(), session.pruner.limits.dense)
-
-    def make() -> None:
-        with tempfile.TemporaryDirectory() as path:
-            dense = Path(path)
-            try_export(
-                dense, exported, card, lambda: _save_settings(dense, peft_model, config, tokenizer)
-            )
-
-    comm.on_rank_0(make)
-
-
+@saving()
 def _save_settings(dense: Path, peft_model: PeftModel, config: JsonObject, tokenizer: Any) -> None:
     base: Any = peft_model.get_base_model()
     write_json(dense / "config.json", config)

@@ -100,7 +100,7 @@ class Pruning(PruningSession):
         super().__init__(live, schedule, dtype, origin=origin, recorder=recorder)
         if checkpoint:
             self.restore(checkpoint)
-        self._try_export(tokenizer)
+        self._export(None, tokenizer, merge=True)
         self._forward = ForwardWatch(self.pruner)
         self._hooks = ExitStack()
         self._hooks.callback(
@@ -243,12 +243,7 @@ class Pruning(PruningSession):
         self._forward.check_calls()
         self.score()
 
-    def _try_export(self, tokenizer: Any) -> None:
-        from loraprune_ds.session.live_export import try_export_live
-
-        try_export_live(self, self.peft_model, tokenizer)
-
-    def _export(self, folder: Path, tokenizer: Any, *, merge: bool) -> None:
+    def _export(self, folder: Path | None, tokenizer: Any, *, merge: bool) -> None:
         # importing the callback loads no writer
         from loraprune_ds.session.live_export import export_live
 

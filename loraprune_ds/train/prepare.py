@@ -30,11 +30,12 @@ from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epoc
 from loraprune_ds.pruning.target import Size, final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
-from loraprune_ds.report.reporters import check_installed, missing_pictures
+from loraprune_ds.report.reporters import SERVICES
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData, SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
 from loraprune_ds.units import format_count, format_percent
+from loraprune_ds.versions import check_installed
 from loraprune_ds.zero.ds_config import resolve_ds_config
 
 # Checks a tokenizer with the positions and the vocabulary of its model.
@@ -97,7 +98,9 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     run_engine(sharded=config.deepspeed is not None).check_device(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
-    check_installed(config.logging.report_to or ())
+    for name in config.logging.reporters:
+        if name in SERVICES:
+            check_installed(name, f"logging.report_to {name}")
 
 
 def _open_model(config: RunConfig, query_heads: bool) -> PretrainedModel:
@@ -259,8 +262,6 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
             f"{samples.left_out:,} rows have no answer in data.window {config.data.window}, "
             f"such as {samples.first_left_out}; they are left out"
         )
-    report_to = config.logging.report_to
-    yield from missing_pictures(["tensorboard"] if report_to is None else report_to)
     if world_size == 1 and config.deepspeed is not None:
         yield "world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)"
 

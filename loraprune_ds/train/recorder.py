@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.report import records
-from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog, has_tensorboard
+from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
+from loraprune_ds.versions import can_show
 
 # steps behind the estimate of the time left. Only these, because steps get faster with every cut
 LATEST = 10
@@ -147,13 +148,11 @@ class RunRecorder(records.Recorder):
         if not active:
             return
         folder = Path(config.output_dir)
-        report_to = config.logging.report_to
-        if report_to is None:
-            report_to = ["tensorboard"]
+        report_to = config.logging.reporters
         metrics = records.MetricsLog(folder / records.METRICS_FILE)
         self.history = records.read_history(metrics.path)
         self.sinks.append(metrics)
-        if has_tensorboard(report_to):
+        if "tensorboard" in report_to and can_show("tensorboard"):
             self.sinks.append(TensorBoardLog(folder / records.TENSORBOARD_FOLDER, resumed_from))
         self.sinks.append(ProgressDisplay(steps, first=resumed_from or 0))
         for name in SERVICES:

@@ -17,8 +17,8 @@ from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, try_export, write_model
 from loraprune_ds.export.model_card import ModelCard, card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
-from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.pretrained.weight_files import check_room
 from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
@@ -57,9 +57,10 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         output.create(prepared.config)
         warnings.extend(_clear_earlier(output.path, prepared, checkpoint))
 
+    step = checkpoint.state.step if checkpoint else 0
+    comm.on_rank_0(lambda: _try_export(prepared, output.path, step))
     comm.write_on_rank_0(output.path, open_output)
     output.check_shared(comm)
-    comm.on_rank_0(lambda: _try_export(prepared))
     with _open_context(prepared, checkpoint, comm) as context:
         for line in (*warnings, *describe_run(prepared, comm.world_size)):
             context.recorder.show(line)
@@ -73,15 +74,14 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     return finished
 
 
-def _try_export(prepared: Prepared) -> None:
-    """Tries all but the weights of the export. Raises UserError if that fails."""
+def _try_export(prepared: Prepared, folder: Path, step: int) -> None:
+    """Tries all but the weights of the exports after `step`, and looks for room for these. Raises UserError."""
+    dense = prepared.pretrained
+    shape = dense.shape
     config = prepared.config
-    pretrained = prepared.pretrained
-    shape = pretrained.shape
-    tower = pretrained.tower.config if pretrained.tower else None
-    exported = export_config(pretrained.config, shape, config.model.dtype, tower)
+    check_room(folder, prepared.schedule.numel_after(step), config.model.dtype)
     card = ModelCard("", shape, shape, config.prune, asked=0, data="", steps=0, perplexity_data="")
-    try_export(pretrained.folder, exported, card)
+    try_export(dense.exported(shape, config.model.dtype), dense.folder, card)
 
 
 def _clear_earlier(

@@ -256,6 +256,13 @@ def test_a_rank_without_room_loses_nothing_older(
     assert again.find(config)[0].step == 13
 
 
+def test_a_model_without_room_is_refused_before_anything_is_written(again: Again) -> None:
+    for line in again.ranks.run(2, resuming.start_without_room, again.config()):
+        assert f"{again.out} needs" in line
+        assert "make room" in line
+    assert not again.out.exists()
+
+
 def test_results_without_room_are_made_by_the_next_start(again: Again) -> None:
     out = again.killed_after(STEPS)
     for writer in ("write_model", "write_results", "write_model_card"):  # in their order

@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -36,7 +37,7 @@ from tests.oracle.models import make_tiny_llama
 from tests.support import resuming
 from tests.support.families import is_seq2seq, tiny_model
 from tests.support.paper import FREE, PAPER
-from tests.support.refusals import full_disk
+from tests.support.refusals import full_disk, refused
 
 STEPS = 20
 CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
@@ -162,6 +163,12 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
     with full, pytest.raises(UserError) as caught:
         run_here(config, resume)
     return str(caught.value), caught.value.exit_code
+
+
+def start_without_room(config: RunConfig) -> str:
+    """Starts a run whose disk has no room for its model. Returns the refusal."""
+    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=1000)):
+        return refused(run_here, config)
 
 
 def run_without_room_for(config: RunConfig, writer: str) -> tuple[str, int]:

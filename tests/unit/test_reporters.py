@@ -1,5 +1,6 @@
 """`logging.report_to` and a Trainer's reporters: a run's records go to wandb, trackio and mlflow, without a network."""
 
+import importlib.util
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from loraprune_ds.config import LoggingConfig, RunConfig
 from loraprune_ds.hf.callback import find_reporters
-from loraprune_ds.report import reporters
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import History, Recorder
-from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
+from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun
+from loraprune_ds.train.prepare import prepare
 from loraprune_ds.train.recorder import RunRecorder
 from tests.support.launching import ROOT
 from tests.support.refusals import must_name
@@ -65,9 +67,10 @@ def test_a_service_that_fails_to_open_is_one_line(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda name: None)
-    check_installed(["tensorboard"])
-    must_name("logging.report_to trackio", check_installed, ["tensorboard", "trackio"])
+    logging = LoggingConfig(report_to=["tensorboard", "trackio"])
+    config = RunConfig(output_dir="out", deepspeed=None, logging=logging)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    must_name("logging.report_to trackio pip", prepare, config, Communicator())
 
 
 # What the real packages do, in a process each. They are optional; run_heavy.sh installs them.

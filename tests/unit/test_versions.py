@@ -1,22 +1,31 @@
 """What runs, ZeRO-3, families and pictures need of other packages is refused by name, and missing nowhere else."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.optim import SGD
+from transformers import TrainerState
 
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, versions
 from loraprune_ds.cli import run
+from loraprune_ds.export.contents import FolderContents
+from loraprune_ds.export.formats import export
 from loraprune_ds.hf import callback
 from loraprune_ds.model import family
-from loraprune_ds.report import pictures, reporters
+from loraprune_ds.pretrained.weight_files import check_room
+from loraprune_ds.report import pictures
 from tests.oracle.models import make_tiny_llama
 from tests.support.launching import ROOT
 from tests.support.local_training import PRUNE, STEPS, make_model
 from tests.support.refusals import must_name
 
+GB = 10**9
 LAUNCH = ("loraprune-ds run", "--config", "launch/configs/quickstart.yaml")
 # A Python that lacks them imports what a callback and its saves need, and all that its results are read with.
 WITHOUT = """
@@ -73,19 +82,47 @@ def test_a_family_that_transformers_lacks_is_named(monkeypatch: pytest.MonkeyPat
     must_name("internlm3 5.6.0 here", family.find_family, "internlm3", "here")
 
 
-def test_a_result_without_pictures_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert not list(reporters.missing_pictures(["tensorboard"]))
-    for name in ("matplotlib", "tensorboard"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    monkeypatch.setattr(reporters.importlib.util, "find_spec", lambda name: None)
-    (pictured,) = reporters.missing_pictures()
-    assert "matplotlib" in pictured
-    assert "loraprune_ds[pictures]" in pictured
-    assert len(list(reporters.missing_pictures(["tensorboard"]))) == 2
-    assert not reporters.has_tensorboard(["tensorboard"])
+def test_a_result_without_pictures_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert versions.can_show("matplotlib")
+    assert not caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for package in ("matplotlib", "tensorboard"):
+        assert not versions.can_show(package)
+        assert f"without {package}: pip install 'loraprune_ds[pictures]'" in caplog.text
     shelf = [{"perplexity": 3.0, "parameters": 1}]
     assert not pictures.draw_shelf(tmp_path / "shelf.png", shelf, None)
+
+
+def test_an_export_to_gguf_names_its_package_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    contents = FolderContents(tmp_path, "is a model", tmp_path / "model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    must_name("pip install gguf", export, contents, "gguf-f16", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_find_no_room_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * GB))
+    check_room(tmp_path, GB, "bfloat16")
+    must_name(f"{tmp_path}/new 2.0 4.0 disk", check_room, tmp_path / "new", GB, "float32")
+
+
+def test_a_callback_that_finds_no_room_for_its_sizes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = make_model(make_tiny_llama(tmp_path / "dense", layers=6)).train()
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    args: Any = SimpleNamespace(output_dir=tmp_path / "new", report_to=[])
+    state = TrainerState(max_steps=STEPS)
+    begin = LoraPruneCallback(PRUNE).on_train_begin
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    must_name(f"{tmp_path}/new room", begin, args, state, None, model=model, optimizer=optimizer)
 
 
 class Unsaved:
