@@ -46,8 +46,3 @@ def holder(parameter: Tensor) -> LiveEngine:
 def is_sharded(parameter: Tensor) -> bool:
     """Returns whether this rank holds a part of a parameter."""
     return holder(parameter) is not LIVE[-1]
-
-
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the shape of a parameter over all ranks."""
-    return holder(parameter).full_shape(parameter)

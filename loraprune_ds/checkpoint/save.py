@@ -116,7 +116,7 @@ def _write_lora(
 ) -> None:
     """Writes LoRA's fp32 masters, and Adam's moments, of a round of layers, each on its owner. Collective."""
     lora = model.lora_parameters()
-    collected = {i: optimizer_state.collect(lora[i], model.owner(i), model.comm) for i in layers}
+    collected = {i: optimizer_state.collect(lora[i], model.owner(i)) for i in layers}
     for layer, (masters, of_adam) in collected.items():  # both empty but on the owner
         _write_layer(staging, "lora", layer, masters)
         if moments:

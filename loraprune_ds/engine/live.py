@@ -10,7 +10,7 @@ A new engine takes these steps, in this order:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
-
-# (start, end) -> flat elements [start, end) of a full parameter
-ReadFlat = Callable[[int, int], Tensor]
+from loraprune_ds.ranks.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class LiveTraining:
 class LiveEngine(ABC):
     """Connects the pruner with trainings of other loops on one library.
 
-    A resume calls `will_train` and `cut_before_training` on a dense model, and `fill` for weights that a refit has
-    changed. Then a training calls `recognises` and `connect`.
+    A resume calls `will_train` and `cut_before_training` on a dense model, and fills weights that a refit has
+    changed by their `layout`. Then a training calls `recognises` and `connect`.
 
     Attributes:
         saves_itself: the library saves LoRA, its optimizer and fp16's loss scale for its own number of ranks.
@@ -109,13 +107,9 @@ class LiveEngine(ABC):
     def holds(self, parameter: Tensor) -> bool:
         """Tells whether this engine holds the parameter."""
 
-    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Returns the shape of the parameter over all ranks."""
-        return tuple(parameter.shape)
-
     @abstractmethod
-    def fill(self, parameter: Tensor, read: ReadFlat, comm: Communicator) -> None:
-        """Reads this rank's part of a frozen parameter again."""
+    def layout(self, parameter: Any, comm: Communicator) -> Layout:
+        """Returns how this engine lays out a parameter that it holds."""
 
     # In a training
 

@@ -14,20 +14,16 @@ OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # with other shapes than the
 class TorchState(OptimizerState):
     """The state of Adam over fp32 LoRA, which is its own master."""
 
-    def held(self, tensor: Tensor) -> Tensor:
-        """Returns the part of a parameter or a moment that this rank holds, by default all of it."""
-        return tensor
-
     def masters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         if key == "master":
-            return self.held(parameter).detach().view(-1)
+            return self.layout.held(parameter).detach().view(-1)
         moment = self.optimizer.state[parameter].get(key)
         if moment is None:  # before its first gradient
             moment = torch.zeros_like(parameter)
-        return self.held(moment).view(-1)
+        return self.layout.held(moment).view(-1)
 
     def restore(self, *arguments: Any) -> None:
         super().restore(*arguments)

@@ -14,15 +14,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from loraprune_ds.errors import fail_point, require
-from loraprune_ds.model.adapters import set_sizes
-from loraprune_ds.model.groups import LayerKeep, Slice
+from loraprune_ds.engine.torch_state import TorchState
+from loraprune_ds.errors import require
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.passes import AUTOGRAD
-from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
-from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.device import foreach
-from loraprune_ds.ranks.flat import kept_within
+from loraprune_ds.ranks.layout import Layout
 
 # (holder, private name of torch)
 PrivateName = tuple[Any, str]
@@ -50,12 +48,13 @@ class WatchedModel(PrunableModel, ABC):
         self,
         module: nn.Module,
         shape: ModelShape,
-        comm: Communicator,
+        layout: Layout,
         optimizer: torch.optim.Optimizer | None,
         scaler: Any,
     ) -> None:
-        super().__init__(module, shape, comm)
+        super().__init__(module, shape, layout)
         self.optimizer = optimizer
+        self.optimizer_state = TorchState(optimizer, layout)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.skips_updates = self._scaler is not None
         # One walk over the modules: a cut keeps the parameters.
@@ -160,18 +159,3 @@ class WatchedModel(PrunableModel, ABC):
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def cut_layers(
-    layers: Iterable[nn.Module],
-    shape: ModelShape,
-    keep: Iterable[LayerKeep],
-    cut: Callable[[nn.Parameter, Slice], None],
-) -> None:
-    """Cuts decoder layers, one parameter after another. `shape` is from before the cut."""
-    for layer, spec, layer_keep in zip(layers, shape.layers, keep, strict=True):
-        for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-            cut(parameter, kept)
-        set_sizes(layer, spec.resized(layer_keep.counts))
-        kept_within.cache_clear()
-        fail_point("cut.layer")

@@ -12,15 +12,16 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
-from loraprune_ds.engine.watched_model import cut_layers
+from loraprune_ds.engine.cutting import cut_layers, cut_whole
+from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel, cut_whole
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.layout import Layout
 
 # accelerate's kinds of state, and the names of the model's and the optimizer's
 STATES = {
@@ -71,13 +72,10 @@ class LiveFsdp(LiveEngine):
     def holds(self, parameter: Tensor) -> bool:
         return isinstance(parameter, DTensor)
 
-    def fill(self, parameter: Tensor, read: ReadFlat, comm: Communicator) -> None:
+    def layout(self, parameter: Any, comm: Communicator) -> Layout:
         from loraprune_ds.fsdp.rows import RowShards
 
-        assert isinstance(parameter, DTensor)
-        rows = RowShards(parameter.device_mesh, comm.device)
-        local = parameter.to_local()
-        local.copy_(read(*rows.owned_flat(parameter.shape)).view_as(local))
+        return RowShards(parameter.device_mesh, comm.device)
 
     def recognises(self, training: LiveTraining) -> bool:
         return any(isinstance(module, FSDPModule) for module in training.peft_model.modules())

@@ -4,7 +4,7 @@ FSDP2 swaps the parameters of a unit for gathered ones in a forward pass. After 
 evaluation, the last units stay gathered. Therefore everything here reshards before it reads parameters of a module.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loraprune_ds.engine.gathered_lora import gather_factors
-from loraprune_ds.engine.torch_state import TorchState
-from loraprune_ds.engine.watched_model import WatchedModel, cut_layers
+from loraprune_ds.engine.cutting import cut_layers
+from loraprune_ds.engine.watched_model import WatchedModel
 from loraprune_ds.fsdp.private import Slot, close_forward, find_slots, install, like_parameter
 from loraprune_ds.fsdp.rows import RowShards
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
-from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.ranks.device import current_device
 from loraprune_ds.ranks.flat import AxisCut, owned_range
 
@@ -37,6 +35,7 @@ class FsdpModel(WatchedModel):
     """
 
     engine = "fsdp2"
+    layout: RowShards
 
     def __init__(
         self,
@@ -49,12 +48,7 @@ class FsdpModel(WatchedModel):
         self._reshard()
         mesh = next(p for p in module.parameters() if isinstance(p, DTensor)).device_mesh
         device = torch.device("cpu") if mesh.device_type == "cpu" else current_device()
-        super().__init__(module, shape, Communicator(device=device), optimizer, scaler)
-        self._rows = RowShards(mesh, device)
-        self.optimizer_state = None if optimizer is None else RowState(optimizer, self._rows)
-
-    def held(self, parameter: Tensor) -> Tensor:
-        return held(parameter)
+        super().__init__(module, shape, RowShards(mesh, device), optimizer, scaler)
 
     def _reshard(self) -> None:
         """Gives every unit its sharded parameters back. FSDP2 gathers them in the next forward pass."""
@@ -63,16 +57,16 @@ class FsdpModel(WatchedModel):
 
     # Scoring
 
-    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        return gather_factors(self, self._rows.shards, self._rows.padded)
-
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         weight = self._module(linear_id).base_layer.weight
         shape = cast(tuple[int, int], tuple(weight.shape))
-        flat = held(weight).to(self.device).reshape(-1)
-        start, _ = self._rows.owned_flat(shape)
+        flat = self.held(weight).to(self.device).reshape(-1)
+        start, _ = self.layout.part(shape)
+        replicas = self.layout.replicas
+        if replicas is None:
+            return OwnedShard(flat, start, shape)
         # every replica has these rows, so each scores a part
-        low, high = owned_range(len(flat), self._rows.replica_count, self._rows.replica)
+        low, high = owned_range(len(flat), replicas.world_size, replicas.rank)
         return OwnedShard(flat[low:high], start + low, shape)
 
     # A cut
@@ -90,33 +84,33 @@ class FsdpModel(WatchedModel):
         self._units[0].unshard()  # which a refit has resharded
         return nullcontext()
 
-    @torch.no_grad()
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
-        self._rows.overwrite(held(parameter), parameter.shape, owner, tensor)
+        super().overwrite(parameter, owner, tensor)
         self._forget_event()
 
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one parameter after another, with the state of the optimizer. Each stays the same object."""
-        before = self._rows.shards.bytes_sent
+        before = self.layout.shards.bytes_sent
         self._reshard()
         slots = find_slots(self._units)
         cut_layers(self.layers, self.shape, keep, lambda p, kept: self._select(p, kept, slots[p]))
         self.shape = self.shape.after(keep)
         self._forget_event()
-        return sum(self.comm.gather_objects(self._rows.shards.bytes_sent - before))
+        return sum(self.comm.gather_objects(self.layout.shards.bytes_sent - before))
 
     def _select(self, parameter: nn.Parameter, kept: Slice, slot: Slot) -> None:
         shape = tuple(parameter.shape)
         new_shape = AxisCut(shape, kept.axis, kept.keep).new_shape
 
         def cut_moment(moment: Tensor) -> DTensor:
-            rows = self._rows.cut(held(moment), shape, kept)
+            rows = self.layout.cut(self.held(moment), shape, kept)
             return like_parameter(rows, parameter, new_shape)
 
         self.cut_moments(parameter, cut_moment)
         parameter.grad = None
-        install(slot, parameter, self._rows.cut(held(parameter), shape, kept), new_shape)
+        rows = self.layout.cut(self.held(parameter), shape, kept)
+        install(slot, parameter, rows, new_shape)
 
     def _forget_event(self) -> None:
         """Orders new weights before the next gather.
@@ -128,17 +122,6 @@ class FsdpModel(WatchedModel):
             unit.set_post_optim_event(cast(Any, None))
 
     # Checkpoints and exports
-
-    @torch.no_grad()
-    def collect(
-        self, parameter: nn.Parameter, owner: int, *, master: bool = False
-    ) -> Tensor | None:
-        if not isinstance(parameter, DTensor):  # outside all units
-            return parameter.detach() if self.rank == owner else None
-        rows = held(parameter)
-        if master:
-            rows = rows.float()
-        return self._rows.collect(rows, parameter.shape, owner)
 
     def collect_stored(self, linear_id: LinearId) -> dict[str, Tensor]:
         self._reshard()
@@ -153,34 +136,6 @@ class FsdpModel(WatchedModel):
     def lora_parameters(self) -> list[dict[str, nn.Parameter]]:
         self._reshard()
         return super().lora_parameters()
-
-    def norm_over_ranks(self, norms: list[float]) -> float:
-        return self._rows.norm(norms)
-
-
-class RowState(TorchState):
-    """The state of Adam over rows of LoRA. Each rank has the state of its rows."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, rows: RowShards) -> None:
-        super().__init__(optimizer)
-        self._rows = rows
-
-    def held(self, tensor: Tensor) -> Tensor:
-        return held(tensor)
-
-    def part(self, shape: Sequence[int], comm: Communicator) -> tuple[int, int]:
-        return self._rows.owned_flat(shape)
-
-    def gather(
-        self, parameter: nn.Parameter, key: str, owner: int, comm: Communicator
-    ) -> Tensor | None:
-        return self._rows.collect(self.shard(parameter, key), parameter.shape, owner)
-
-
-@torch.no_grad()
-def held(tensor: Tensor) -> Tensor:
-    """Returns the rows of a sharded tensor that this rank holds. A view, or all of a tensor that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_units(module: nn.Module) -> list[FSDPModule]:

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.engine.torch_state import check_optimizer
 from loraprune_ds.engine.watched_model import check_private_names
 from loraprune_ds.errors import require
@@ -17,6 +17,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.layout import Whole
 
 OPTIMIZER_NAME = "optimizer.pt"  # of transformers' Trainer
 
@@ -51,8 +52,8 @@ class LiveLocal(LiveEngine):
     def holds(self, parameter: Tensor) -> bool:
         return True
 
-    def fill(self, parameter: Tensor, read: ReadFlat, comm: Communicator) -> None:
-        parameter.view(-1).copy_(read(0, parameter.numel()))
+    def layout(self, parameter: Tensor, comm: Communicator) -> Whole:
+        return Whole(comm)
 
     def recognises(self, training: LiveTraining) -> bool:
         return True

@@ -4,8 +4,7 @@ After a backward pass every rank has all averaged gradients. Each scores the par
 so both engines remove the same groups.
 """
 
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loraprune_ds.engine.torch_state import TorchState
-from loraprune_ds.engine.watched_model import WatchedModel, cut_layers
+from loraprune_ds.engine.cutting import cut_layers, cut_whole
+from loraprune_ds.engine.watched_model import WatchedModel
 from loraprune_ds.errors import require
 from loraprune_ds.model.frozen import Slice, storage_format, stored_tensors
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, cut_whole
+from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import kept_within, owned_range
+from loraprune_ds.ranks.layout import Whole
 
 PRIVATE = ((DistributedDataParallel, "_get_active_ddp_module"),)  # beside `_comm_hooks`
 
@@ -44,18 +44,10 @@ class LocalModel(WatchedModel):
         scaler: Any = None,
     ) -> None:
         comm = Communicator(device=next(module.parameters()).device)
-        super().__init__(module, shape, comm, optimizer, scaler)
-        self.optimizer_state = None if optimizer is None else WholeState(optimizer)
+        super().__init__(module, shape, Whole(comm), optimizer, scaler)
         self._ddp: Any = None  # found in the first forward pass
 
     # Scoring
-
-    @torch.no_grad()
-    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        for i, layer in enumerate(self.lora_parameters()):
-            weights = (factor.detach().float() for factor in layer.values())
-            gradients = self.unscaled(list(map(self.gradient, layer.values())))
-            yield self._named_factors(i, weights, iter(gradients))
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer
@@ -65,11 +57,6 @@ class LocalModel(WatchedModel):
         return OwnedShard(weight.reshape(-1)[start:end], start, (rows, columns))
 
     # A cut
-
-    def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            parameter.copy_(tensor)
-        self.comm.broadcast_from(owner, parameter.data)
 
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
@@ -86,15 +73,6 @@ class LocalModel(WatchedModel):
 
         self.cut_moments(parameter, cut_moment)
         cut_whole(parameter, kept)
-
-    # Checkpoints and exports
-
-    def collect(
-        self, parameter: nn.Parameter, owner: int, *, master: bool = False
-    ) -> Tensor | None:
-        if self.rank != owner:
-            return None
-        return parameter.detach().float() if master else parameter.detach()
 
     # Training
 
@@ -134,10 +112,3 @@ def _without_reducer(ddp: Any) -> Generator[None]:
     del ddp.reducer, ddp.logger
     yield
     ddp.__setstate__(state)
-
-
-class WholeState(TorchState):
-    """The state of Adam over whole parameters. Each rank of DDP has all of it."""
-
-    def part(self, shape: Sequence[int], comm: Communicator) -> tuple[int, int]:
-        return 0, math.prod(shape)

@@ -3,6 +3,7 @@
 Each engine has one: zero/sharded.py for ZeRO-3, fsdp/model.py for FSDP2, local/model.py for one process and DDP.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -14,20 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import EngineName
-from loraprune_ds.model.adapters import (
-    ADAPTER,
-    base_linear,
-    base_parameter,
-    lora_linear,
-    lora_weights,
-)
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import DENSE, Slice, StorageFormat, storage_format
-from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
+from loraprune_ds.model.frozen import DENSE, StorageFormat, storage_format
+from loraprune_ds.model.groups import LayerKeep, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach, storage_bytes
-from loraprune_ds.ranks.flat import kept_within, layer_owner
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds, layer_owner
+from loraprune_ds.ranks.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -98,31 +93,43 @@ class PrunableModel(ABC):
     """
 
     optimizer: torch.optim.Optimizer | None  # torch's, whose learning rate counts
-    optimizer_state: Any  # OptimizerState (training.py), if there is an optimizer
+    optimizer_state: Any  # OptimizerState (engine/optimizer_state.py)
     engine: EngineName  # which a saved state records
     skips_updates = False
 
-    def __init__(self, module: nn.Module, shape: ModelShape, comm: Communicator) -> None:
+    def __init__(self, module: nn.Module, shape: ModelShape, layout: Layout) -> None:
         self.module = module
         self.shape = shape
-        self.comm = comm
-        self.world_size = comm.world_size
-        self.rank = comm.rank
-        self.device = comm.device
+        self.layout = layout
+        self.held = layout.held
+        self.comm = layout.comm
+        self.world_size = self.comm.world_size
+        self.rank = self.comm.rank
+        self.device = self.comm.device
         self.layers = decoder_layers(module)
-
-    def held(self, parameter: Tensor) -> Tensor:
-        """Returns the part of a parameter, or of its gradient, that this rank holds. Not collective.
-
-        By default it holds all of it.
-        """
-        return parameter
 
     # Scoring
 
-    @abstractmethod
+    @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
+        """Yields the LoRA of each layer's linears by name, between a step's last backward and its update.
+
+        Gathers masters and gradients on every rank, several layers at once.
+        """
+        lora = [list(layer.values()) for layer in self.lora_parameters()]
+        sizes: list[int] = []
+        for layer in lora:
+            numel = sum(math.prod(self.layout.full_shape(parameter)) for parameter in layer)
+            sizes.append(2 * numel)  # with the gradients
+        for layers in gather_rounds(sizes, GATHERED_NUMEL):
+            parameters = [parameter for layer in layers for parameter in lora[layer]]
+            parts = [self._master(parameter) for parameter in parameters]
+            parts += self.unscaled([self.gradient(parameter) for parameter in parameters])
+            full = self.layout.gather(parts, parameters * 2)
+            weights = iter(full[: len(parameters)])
+            grads = iter(full[len(parameters) :])
+            for layer in layers:
+                yield self._named_factors(layer, weights, grads)
 
     def _named_factors(
         self, layer: int, weights: Iterator[Tensor], grads: Iterator[Tensor]
@@ -195,9 +202,10 @@ class PrunableModel(ABC):
             owner = self.owner(linear_id.layer)
             self.overwrite(getattr(base, name), owner, tensors.pop(name, None))
 
-    @abstractmethod
+    @torch.no_grad()
     def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
         """Overwrites a parameter on all ranks by the `tensor` of rank `owner`, which is None elsewhere."""
+        self.layout.overwrite(parameter, owner, tensor)
 
     @abstractmethod
     def cut(self, keep: list[LayerKeep]) -> int:
@@ -208,11 +216,12 @@ class PrunableModel(ABC):
 
     # Checkpoints and exports
 
-    @abstractmethod
     def collect(
         self, parameter: nn.Parameter, owner: int, *, master: bool = False
     ) -> Tensor | None:
         """Returns a full parameter, or its fp32 master, on rank `owner`. None elsewhere."""
+        part = self._master(parameter) if master else None
+        return self.layout.collect(parameter, owner, part)
 
     def collect_named(self, named: dict[str, nn.Parameter], owner: int) -> dict[str, Tensor]:
         """Returns full parameters on rank `owner`. Empty elsewhere."""
@@ -296,10 +305,6 @@ class PrunableModel(ABC):
     def gradient_norm(self) -> Tensor:
         """Returns the norm of this rank's part of the averaged, unscaled gradients. Not collective."""
 
-    def norm_over_ranks(self, norms: list[float]) -> float:
-        """Returns the norm of whole gradients from the `gradient_norm` of each rank. By default each has all."""
-        return norms[0]
-
     def nonfinite_layer(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's averaged LoRA gradients. Not collective."""
         return self.first_nonfinite(
@@ -330,45 +335,11 @@ class PrunableModel(ABC):
             reads_gradients: `action` calls `gradient` or `lora_factors`.
         """
 
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return self.optimizer_state.shard(parameter, "master").float()
+
     def _module(self, linear_id: LinearId) -> Any:
         return lora_linear(self.layers[linear_id.layer], linear_id.name)
-
-
-def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Gives a parameter data of another shape, also while the graph of an old loss is alive.
-
-    Autograd keeps the node that takes a parameter's gradients as long as a graph has it, with the shape it began with.
-    """
-    # A change of the dtype makes torch forget the node. A change of the shape does not.
-    other = torch.float32 if data.dtype == torch.bfloat16 else torch.bfloat16
-    parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
-
-
-def cut_whole(parameter: nn.Parameter, kept: Slice) -> None:
-    """Makes a parameter smaller that this process holds whole, and drops its gradient."""
-    parameter.grad = None
-    indices = kept_within(kept.keep, 0, parameter.shape[kept.axis], parameter.device)
-    replace_data(parameter, parameter.data.index_select(kept.axis, indices))
-
-
-def parameter_cuts(
-    layer: nn.Module, spec: LayerSpec, keep: LayerKeep
-) -> Iterator[tuple[nn.Parameter, Slice]]:
-    """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
-
-    def format_of(tensor: TensorSpec) -> StorageFormat:
-        return storage_format(base_linear(layer, tensor.linear)) if tensor.lora else DENSE
-
-    for name, kept, linear in spec.cuts(keep, format_of):
-        yield base_parameter(layer, name), kept
-        if linear:
-            module: Any = lora_linear(layer, linear.linear)
-            # the reference model of DPO or GRPO may be a second adapter
-            for adapter in module.lora_A:
-                factors = lora_weights(module, adapter)
-                for index, factor_kept in linear.lora_cuts(module.r[adapter], kept.keep, keep):
-                    yield factors[index], factor_kept
 
 
 def hook_inputs(

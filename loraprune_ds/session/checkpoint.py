@@ -23,7 +23,7 @@ from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, has_digest,
 from loraprune_ds.checkpoint.state import Origin, State
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
-from loraprune_ds.engines import full_shape, future_engine, holder
+from loraprune_ds.engines import future_engine, holder
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import STATE_FILE, is_ours
 from loraprune_ds.model.adapters import ADAPTER, base_linear, base_parameter
@@ -41,6 +41,7 @@ from loraprune_ds.session.live import find_peft_model, live_shape
 from loraprune_ds.session.origin import base_folder
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.state import has_plain_adam, storage_formats
+from loraprune_ds.zero.shards import full_shape
 
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
@@ -91,7 +92,7 @@ class PruningCheckpoint(SavedStep):
             f"{self.of_trainer} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it",
         )
         model.optimizer_state.restore(
-            model.lora_parameters(), self.read_flat, self.resume_state().adam_step or 0, model.comm
+            model.lora_parameters(), self.read_flat, self.resume_state().adam_step or 0
         )
 
 
@@ -163,7 +164,7 @@ def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> N
             if name in weights.files:
                 parameter = base_parameter(layers[i], part)
                 read = partial(weights.read_flat, name, dtype=parameter.dtype)
-                holder(parameter).fill(parameter, read, comm)
+                holder(parameter).layout(parameter, comm).fill(parameter, read)
 
 
 def _find(folder: Path) -> Path | None:

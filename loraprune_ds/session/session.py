@@ -163,7 +163,7 @@ class PruningSession:
         """
         seconds = time.perf_counter() - self._began
         numbers = cast(RankNumbers, self._numbers)
-        grad_norm = self.model.norm_over_ranks(numbers.gradient_norms) if self.scored else None
+        grad_norm = self.model.layout.norm(numbers.gradient_norms) if self.scored else None
         self._recording.close()
         self._numbers = None
         self.step += 1

@@ -136,7 +136,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     counters = checkpoint.resume_state()
     model = engine.model
     engine.optimizer_state.restore(
-        model.lora_parameters(), checkpoint.read_flat, counters.adam_step or 0, model.comm
+        model.lora_parameters(), checkpoint.read_flat, counters.adam_step or 0
     )
     engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine

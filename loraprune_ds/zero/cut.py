@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.engine.cutting import parameter_cuts
 from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
-from loraprune_ds.pruning.prunable_model import parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, kept_within

@@ -11,13 +11,13 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
+from loraprune_ds.engine.cutting import cut_whole, parameter_cuts
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import cut_whole, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, shard_cuts
 from loraprune_ds.zero.private import check_private_attributes

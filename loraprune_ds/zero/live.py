@@ -1,21 +1,19 @@
 """Connects the pruner with a training on ZeRO-3. It loads DeepSpeed once that trains."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
 
-from loraprune_ds.engine.live import LiveEngine, LiveTraining, ReadFlat
+from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.versions import check_deepspeed
-from loraprune_ds.zero.shards import NAME, full_shape, held, is_sharded
+from loraprune_ds.zero.shards import NAME, FlatShards, is_sharded
 
 
 class LiveZero3(LiveEngine):
@@ -58,14 +56,8 @@ class LiveZero3(LiveEngine):
     def holds(self, parameter: Tensor) -> bool:
         return is_sharded(parameter)
 
-    def full_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        return full_shape(parameter)
-
-    def fill(self, parameter: Tensor, read: ReadFlat, comm: Communicator) -> None:
-        # a cut has replaced the shard, so it has no second copy (hpZ)
-        numel = math.prod(full_shape(parameter))
-        start, end = owned_range(numel, comm.world_size, comm.rank)
-        held(parameter).view(-1)[: end - start].copy_(read(start, end))
+    def layout(self, parameter: Tensor, comm: Communicator) -> FlatShards:
+        return FlatShards(comm)
 
     def recognises(self, training: LiveTraining) -> bool:
         return _ds_config(training) is not None or any(map(_is_deepspeed, training.optimizers()))

@@ -16,11 +16,12 @@ from deepspeed.runtime.zero.partition_parameters import (
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from loraprune_ds.engine.cutting import replace_data
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.frozen import Matrix, Quantised
 from loraprune_ds.pretrained.build import replace_parameters
 from loraprune_ds.pretrained.weights import ModelWeights
-from loraprune_ds.pruning.prunable_model import OwnedShard, replace_data
+from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
@@ -110,14 +111,6 @@ def free_shards(module: nn.Module) -> None:
         state: Any = parameter
         state.ds_tensor.data = state.ds_tensor.new_empty(0)
         state.ds_secondary_tensor = None
-
-
-def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
-    """Copies new values into this rank's (padded) shard."""
-    state: Any = parameter
-    state.ds_tensor.copy_(shard)
-    # The copy of hpZ has the old values. The next gather makes a new copy.
-    state.ds_secondary_tensor = None
 
 
 def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, int]:

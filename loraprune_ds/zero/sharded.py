@@ -1,7 +1,6 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -9,27 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from loraprune_ds.engine.gathered_lora import gather_factors
-from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState, collect_shards
+from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.frozen import Quantised, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import (
-    ComputeWeight,
-    LoraFactors,
-    OwnedShard,
-    PrunableModel,
-)
+from loraprune_ds.pruning.prunable_model import ComputeWeight, OwnedShard, PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
+from loraprune_ds.ranks.layout import Layout
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.gathering import gather_once
-from loraprune_ds.zero.params import overwrite_shard, owned_blocks, owned_flat
+from loraprune_ds.zero.params import owned_blocks, owned_flat
 from loraprune_ds.zero.releases import decide_releases
-from loraprune_ds.zero.shards import NAME, full_shape, held
+from loraprune_ds.zero.shards import NAME, FlatShards, full_shape
 
 
 class ShardedModel(PrunableModel):
@@ -52,22 +46,18 @@ class ShardedModel(PrunableModel):
         shape: ModelShape,
         empty_partition_cache: Callable[[], None],
     ) -> None:
-        super().__init__(module, shape, Communicator())
+        super().__init__(module, shape, FlatShards(Communicator()))
         trained = [p for p in module.parameters() if p.requires_grad]
         self.zero_optimizer = zero_optimizer
         self.optimizer = zero_optimizer.optimizer
         self.skips_updates = zero_optimizer.dtype == torch.float16
-        self.optimizer_state = ShardedState(zero_optimizer, trained)
+        self.optimizer_state = ShardedState(zero_optimizer, trained, self.layout)
         self._coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
         self._releases = decide_releases(self._coordinator)
         self._empty_partition_cache = empty_partition_cache
         self._trained = True  # in the last forward pass
 
     # Scoring
-
-    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary.
-        return gather_factors(self, self.comm, lambda shard, _: shard.to(self.device))
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer
@@ -103,12 +93,6 @@ class ShardedModel(PrunableModel):
         # Waits for the device: the stream of the next gather would read the old weights. A cut may not follow.
         settle_shards()
 
-    def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
-        shard = torch.empty_like(held(parameter), device=self.device)
-        flat = None if tensor is None else tensor.reshape(-1)
-        self.comm.scatter_from(owner, flat, shard)
-        overwrite_shard(parameter, shard)
-
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers."""
         before = self.comm.bytes_sent
@@ -125,15 +109,6 @@ class ShardedModel(PrunableModel):
         settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
-    def held(self, parameter: Tensor) -> Tensor:
-        return held(parameter)
-
-    def collect(
-        self, parameter: nn.Parameter, owner: int, *, master: bool = False
-    ) -> Tensor | None:
-        shard = self.optimizer_state.shard(parameter, "master") if master else held(parameter)
-        return collect_shards(shard, full_shape(parameter), owner, self.comm)
-
     # Training
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
@@ -146,9 +121,6 @@ class ShardedModel(PrunableModel):
         gradients = self.zero_optimizer.grad_partitions_flat_buffer
         (norm,) = self.unscaled([vector_norm(gradients, dtype=torch.float64).to(self.device)])
         return norm
-
-    def norm_over_ranks(self, norms: list[float]) -> float:
-        return math.hypot(*norms)
 
     def before_each_update(
         self, action: Callable[[], None], *, reads_gradients: bool = True
@@ -201,8 +173,8 @@ class ShardedState(OptimizerState):
     Smaller shards are written into the old slots, so there is no second copy. `rebuild` then lays out smaller buffers.
     """
 
-    def __init__(self, zero_optimizer: Any, parameters: list[nn.Parameter]) -> None:
-        super().__init__(zero_optimizer.optimizer)
+    def __init__(self, zero_optimizer: Any, parameters: list[nn.Parameter], layout: Layout) -> None:
+        super().__init__(zero_optimizer.optimizer, layout)
         self.zero = zero_optimizer
         self.parameters = parameters
 
@@ -213,9 +185,6 @@ class ShardedState(OptimizerState):
         group, offset = self._slot(parameter)
         numel: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
         return self._flat(group, key).narrow(0, offset, numel)
-
-    def full_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return full_shape(parameter)
 
     @torch.no_grad()
     def rebuild(self) -> None:
@@ -259,7 +228,7 @@ class ShardedState(OptimizerState):
     def restore(self, *given: Any) -> None:
         super().restore(*given)
         for parameter in self.parameters:  # LoRA in the model's dtype
-            overwrite_shard(parameter, self.shard(parameter, "master"))
+            self.layout.write(parameter, self.shard(parameter, "master"))
         settle_shards()  # orders the restored shards of LoRA before the first gather
 
     def _slot(self, parameter: nn.Parameter) -> tuple[int, int]:

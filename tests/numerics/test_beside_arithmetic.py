@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
-from loraprune_ds.zero import params, sharded
+from loraprune_ds.zero import params
 from loraprune_ds.zero.device import accelerator
+from loraprune_ds.zero.shards import FlatShards
 from tests.support.cutting import recorded_collectives
 from tests.support.driver import Job, ShardedTrainer, build, tiny_job
 from tests.support.ranks import RankPool
@@ -131,7 +132,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
 
     with (
         patch.object(params, "_install", watched.writing(params._install)),
-        patch.object(sharded, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(FlatShards, "write", watched.writing(FlatShards.write)),
         patch.object(DeepSpeedEngine, "step", watched.writing(DeepSpeedEngine.step)),
         patch.object(accelerator(), "synchronize", watched.settle),
     ):
@@ -142,7 +143,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
                 lambda: model.replace_weights(ids, lambda _, linear: linear.weight)
             ),
             "restore": watched.after(
-                lambda: model.optimizer_state.restore(model.lora_parameters(), zeros, 1, model.comm)
+                lambda: model.optimizer_state.restore(model.lora_parameters(), zeros, 1)
             ),
         }
 

@@ -14,11 +14,12 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
-from loraprune_ds.engine import gathered_lora, optimizer
+from loraprune_ds.engine import optimizer
 from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning import prunable_model
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks import comm
@@ -114,7 +115,7 @@ def score_shards_and_whole(
         shard[len(shard) // 2] += 0.5
     with (
         recorded_collectives() as calls,
-        patch.object(gathered_lora, "GATHERED_NUMEL", gathered_numel),
+        patch.object(prunable_model, "GATHERED_NUMEL", gathered_numel),
     ):
         scores = score_groups(model, "lora", 2).by_layer("none")
     factors = list(model.lora_factors())
@@ -141,7 +142,7 @@ def _trainable(trainer: ShardedTrainer) -> list[Any]:
 def whole_state(trainer: ShardedTrainer) -> dict[str, Tensor]:
     """Gathers every tensor that a cut carries: frozen weights, LoRA copies, masters and moments."""
     model = trainer.model
-    state = ShardedState(trainer.model.zero_optimizer, _trainable(trainer))
+    state = ShardedState(model.zero_optimizer, _trainable(trainer), model.layout)
     found = {}
     for name, parameter in trainer.model.module.named_parameters():
         found[name] = gather_everywhere(model, parameter)

@@ -17,7 +17,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import Origin, read_state
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Dtype, Frozen
-from loraprune_ds.engine.optimizer_state import MOMENTS, collect_shards
+from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.engines import run_engine
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.groups import QUERY_HEADS
@@ -36,7 +36,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.shards import full_shape, held
+from loraprune_ds.zero.shards import full_shape
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import ODD_SIZES, make_batches, make_lora, make_tiny_llama
 from tests.support.families import SIZES, is_seq2seq, tiny_model
@@ -412,8 +412,8 @@ def collect_into(outcome: Outcome, trainer: Trainer) -> None:
 
 def gather_everywhere(model: PrunableModel, parameter: Any, shard: Tensor | None = None) -> Tensor:
     """Gathers a whole tensor on every rank, by a broadcast of what rank 0 collected."""
-    source = held(parameter) if shard is None else shard
-    whole = collect_shards(source, full_shape(parameter), 0, model.comm)
+    source = model.held(parameter) if shard is None else shard
+    whole = model.layout.collect(parameter, 0, shard)
     whole = torch.empty(full_shape(parameter), dtype=source.dtype) if whole is None else whole
     whole = whole.clone(memory_format=torch.contiguous_format)
     model.comm.broadcast_from(0, whole)

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from loraprune_ds import Pruning
+from loraprune_ds.engine.cutting import parameter_cuts
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect, future_engine, holder
 from loraprune_ds.model.adapters import base_parameter
@@ -29,7 +30,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.passes import KeptPasses
-from loraprune_ds.pruning.prunable_model import PrunableModel, parameter_cuts
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device, storage_bytes
@@ -185,7 +186,7 @@ class Training:
             if full is not None:
                 found[name] = full.cpu().clone()
         for layer in self.model.lora_parameters():
-            masters, moments = self.model.optimizer_state.collect(layer, 0, self.model.comm)
+            masters, moments = self.model.optimizer_state.collect(layer, 0)
             found |= {f"{names[layer[key]]}/master": x.cpu().clone() for key, x in masters.items()}
             for key, moment in moments.items():
                 short, _, kind = key.rpartition(".")
@@ -238,7 +239,7 @@ def train(name: str, folder: Path) -> Found:
                 found.gradients.setdefault(f"{name}B.default.weight", factors.grad_B)
         found.nonfinite.append(model.nonfinite_layer())
         norms = model.comm.gather_objects(float(model.gradient_norm()))
-        found.norms.append(model.norm_over_ranks(norms))
+        found.norms.append(model.layout.norm(norms))
 
     undo = model.before_each_update(look)
     found.losses.append(training.step(1))
@@ -296,7 +297,7 @@ def _restore(training: Training, saved: dict[str, Tensor]) -> None:
     def read(layer: int, short: str, key: str, start: int, end: int) -> Tensor:
         return saved[f"{names[layers[layer][short]]}/{key}"].reshape(-1)[start:end]
 
-    model.optimizer_state.restore(layers, read, 2, model.comm)
+    model.optimizer_state.restore(layers, read, 2)
 
 
 def _overwrite(model: PrunableModel) -> Tensor | None:
@@ -336,7 +337,8 @@ def cut_before_training(name: str, folder: Path) -> tuple[str, dict[str, Tensor]
     engine.cut_before_training(peft_model, shape, some_keep(shape), comm)
     weight = base_parameter(decoder_layers(peft_model)[LAYER], f"{LINEAR}.weight")
     with torch.no_grad():
-        holder(weight).fill(weight, lambda start, end: new_weight().view(-1)[start:end], comm)
+        layout = holder(weight).layout(weight, comm)
+        layout.fill(weight, lambda start, end: new_weight().view(-1)[start:end])
     return engine.name, Training(name, peft_model).tensors()
 
 

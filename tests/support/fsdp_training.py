@@ -244,7 +244,7 @@ def collect(pruning: Pruning, result: Result) -> None:
     scores = pruning.pruner.average.scores or []
     result.scores = [x.cpu() for layer in scores for x in layer.values()]
     for i, layer in enumerate(model.lora_parameters()):
-        masters, moments = model.optimizer_state.collect(layer, 0, model.comm)
+        masters, moments = model.optimizer_state.collect(layer, 0)
         result.tensors |= {
             f"{i}.{name}": x.cpu().clone() for name, x in (masters | moments).items()
         }
@@ -319,7 +319,7 @@ def overwritten_by(owner: int) -> list[float]:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
     rows, local = RowShards(mesh, torch.device("cpu")), torch.zeros(3, 1)
     full = torch.arange(3.0)[:, None] if dist.get_rank() == owner else None
-    rows.overwrite(local, (3, 1), owner, full)
+    rows.overwrite(local, owner, full)
     return local[:, 0].tolist()
 
 

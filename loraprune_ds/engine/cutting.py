@@ -1,0 +1,72 @@
+"""Makes the parameters of decoder layers smaller, each where this process holds it whole."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.errors import fail_point
+from loraprune_ds.model.adapters import (
+    base_linear,
+    base_parameter,
+    lora_linear,
+    lora_weights,
+    set_sizes,
+)
+from loraprune_ds.model.frozen import DENSE, Slice, StorageFormat, storage_format
+from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.ranks.flat import kept_within
+
+
+def cut_layers(
+    layers: Iterable[nn.Module],
+    shape: ModelShape,
+    keep: Iterable[LayerKeep],
+    cut: Callable[[nn.Parameter, Slice], None],
+) -> None:
+    """Cuts decoder layers, one parameter after another. `shape` is from before the cut."""
+    for layer, spec, layer_keep in zip(layers, shape.layers, keep, strict=True):
+        for parameter, kept in parameter_cuts(layer, spec, layer_keep):
+            cut(parameter, kept)
+        set_sizes(layer, spec.resized(layer_keep.counts))
+        kept_within.cache_clear()
+        fail_point("cut.layer")
+
+
+def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Gives a parameter data of another shape, also while the graph of an old loss is alive.
+
+    Autograd keeps the node that takes a parameter's gradients as long as a graph has it, with the shape it began with.
+    """
+    # A change of the dtype makes torch forget the node. A change of the shape does not.
+    other = torch.float32 if data.dtype == torch.bfloat16 else torch.bfloat16
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
+def cut_whole(parameter: nn.Parameter, kept: Slice) -> None:
+    """Makes a parameter smaller that this process holds whole, and drops its gradient."""
+    parameter.grad = None
+    indices = kept_within(kept.keep, 0, parameter.shape[kept.axis], parameter.device)
+    replace_data(parameter, parameter.data.index_select(kept.axis, indices))
+
+
+def parameter_cuts(
+    layer: nn.Module, spec: LayerSpec, keep: LayerKeep
+) -> Iterator[tuple[nn.Parameter, Slice]]:
+    """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
+
+    def format_of(tensor: TensorSpec) -> StorageFormat:
+        return storage_format(base_linear(layer, tensor.linear)) if tensor.lora else DENSE
+
+    for name, kept, linear in spec.cuts(keep, format_of):
+        yield base_parameter(layer, name), kept
+        if linear:
+            module: Any = lora_linear(layer, linear.linear)
+            # the reference model of DPO or GRPO may be a second adapter
+            for adapter in module.lora_A:
+                factors = lora_weights(module, adapter)
+                for index, factor_kept in linear.lora_cuts(module.r[adapter], kept.keep, keep):
+                    yield factors[index], factor_kept
