@@ -232,6 +232,10 @@ class DeviceTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor({self.raw})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the values. `torch.load` brings them to the device that it is asked for."""
+        return self.raw.__reduce_ex__(protocol)
+
     @classmethod
     def __torch_dispatch__(
         cls, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

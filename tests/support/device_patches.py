@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tests.support import device
 from tests.support.device import NAME
@@ -18,6 +19,7 @@ def apply() -> None:
     # a `with torch.device("meta")` knows functions by what they are
     torch.utils._device._device_constructors()
     torch.tensor = _made_on_host(torch.tensor)
+    torch.load = _loaded_on_host(torch.load)
     torch.Tensor.new_tensor = _new_on_host(torch.Tensor.new_tensor)  # type: ignore[method-assign]
     torch.Tensor.pin_memory = device.pin  # type: ignore[method-assign]
     torch.Tensor.is_pinned = device.is_pinned  # type: ignore[method-assign]
@@ -50,6 +52,18 @@ def _new_on_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.tensor(data, **{"dtype": like.dtype, "device": like.device} | options)
 
     return new_tensor
+
+
+def _loaded_on_host(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Reads what was pickled on the host, then copies it to the device that is asked for."""
+
+    @wraps(load)
+    def loaded(file: Any, map_location: Any = None, **options: Any) -> Any:
+        if map_location is None or torch.device(map_location).type != NAME:
+            return load(file, map_location, **options)
+        return tree_map_only(Tensor, lambda x: x.to(map_location), load(file, "cpu", **options))
+
+    return loaded
 
 
 def _keeping_parameters(apply: Callable[..., Any]) -> Callable[..., Any]:
