@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,10 @@ Settings = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """Describes a run to compare. Without a model it is base.yaml, but shorter. It `needs` a path of a checkout."""
+    """Describes a run to compare. Without a model it is base.yaml, but shorter. It `needs` a path of a checkout.
+
+    `first`: settings of an earlier run, whose export this one starts from.
+    """
 
     name: str
     model: str | None = "llama"
@@ -83,9 +86,17 @@ class Case:
     ranks: int = 2
     script: str = RUN
     needs: str = ""
+    first: Settings | None = None
 
     def __str__(self) -> str:
         return f"{self.name}, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+
+    @property
+    def start(self) -> "Case | None":
+        """The run whose export this one starts from."""
+        if self.first is None:
+            return None
+        return replace(self, name=f"{self.name}, first", settings=self.first, first=None)
 
     @property
     def folder(self) -> str:
@@ -177,7 +188,7 @@ CASES = [
     ),
     Case("parameters", "llama", {"prune": {"ratio": None, "target": "0.08M"}}),
     Case("memory", "llama", {"prune": {"ratio": None, "target": "0.17MiB", "target_context": 64}}),
-    Case("sizes", "llama", {"prune": {"ratio": None, "sizes": [0.2, 0.4], "prune_every": 1}}),
+    Case("chain", "llama", LESS, first=LESS),
     Case("mixture of data", "llama", {"data": {"path": MIXTURE}}),
     Case("packed answers", "llama", {"data": {**ANSWERS, "window": 64}}),
     Case("experts", "mixtral", LESS),
@@ -249,6 +260,8 @@ class Side:
         """Returns why the case failed, or None."""
         if self._ranks is None:
             self._ranks = self._start()
+        if case.start and (failure := self.run(case.start)):
+            return failure
         out, log = self.root / case.folder, self.root / f"{case.folder}.log"
         shutil.rmtree(out, ignore_errors=True)
         log.unlink(missing_ok=True)
@@ -279,6 +292,8 @@ class Side:
 
     def _text(self, case: Case) -> str:
         config = case.config(self.checkout, self.work)
+        if case.start:
+            config["model"]["path"] = str(self.root / case.start.folder / "model")
         return yaml.safe_dump(config | {"output_dir": str(self.root / case.folder)})
 
     def _start(self) -> subprocess.Popen[str]:
