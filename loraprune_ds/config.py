@@ -171,8 +171,6 @@ class PruneConfig:
     ratio: Fraction | None = 0.5
     # instead of `ratio`: parameters of the model (`4.5B`) or server memory (`24GiB`)
     target: AmountText | None = None
-    # instead of both: a list of such ratios and targets. The run exports a model at each, and goes on to the next
-    sizes: Annotated[list[AmountText], Field(min_length=1)] | None = None
     # for a target in bytes: tokens in the server's KV cache, over all sequences
     target_context: Count = 4096
     # for a target in bytes: bits per parameter of the linears, with scales
@@ -200,20 +198,17 @@ class PruneConfig:
     # `least_squares` refits linears that lose inputs, such as o_proj and down_proj. None: where those leave
     compensate: Compensation | None = None
 
-    _target = replaces_default("ratio", "target", "sizes")
+    _target = replaces_default("ratio", "target")
 
     def __post_init__(self) -> None:
-        # Other forms of a target or size are refused here.
-        amounts = [] if self.target_amount is None else [self.target_amount]
-        amounts += [read_amount(size, "prune.sizes") for size in self.sizes or ()]
-        in_bytes = any(amount.unit == "bytes" for amount in amounts)
-        if self.sizes is None:
-            require_one(self.ratio, self.target, "prune.ratio and prune.target")
+        amount = self.target_amount  # refuses other forms of a target
+        in_bytes = amount is not None and amount.unit == "bytes"
+        require_one(self.ratio, self.target, "prune.ratio and prune.target")
         for key in ("target_context", "target_weight_bits"):
             is_default = getattr(self, key) == getattr(PruneConfig, key)
             require(
                 in_bytes or is_default,
-                f"prune.{key} has no effect without a target or size in bytes, such as 24GiB",
+                f"prune.{key} has no effect without a target in bytes, such as 24GiB",
             )
         without_cuts = self.warmup_fraction + self.cooldown_fraction
         require(without_cuts < 1, "prune.warmup_fraction + prune.cooldown_fraction must be below 1")
@@ -221,11 +216,6 @@ class PruneConfig:
     @property
     def target_amount(self) -> Amount | None:
         return None if self.target is None else read_amount(self.target, "prune.target")
-
-    @property
-    def models(self) -> int:
-        """The number of models that a run exports."""
-        return 1 if self.sizes is None else len(self.sizes)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -236,10 +226,7 @@ class TrainConfig:
     micro_batch_size: Count = 2  # samples of one forward pass on a rank
     steps: Count | None = None  # optimizer steps with cuts
     epochs: Positive | None = None  # the same, as passes over the samples
-    # steps after these, without cuts. With prune.sizes after each size's cuts, or a list with a number for each
-    recovery_steps: Annotated[
-        Annotated[CountOr0, Tag(ONE)] | Annotated[list[CountOr0], Tag(LIST)], IS_LIST
-    ] = 0
+    recovery_steps: CountOr0 = 0  # steps after these, without cuts
     learning_rate: LearningRate = 1e-4  # largest learning rate
     lr_scheduler: Scheduler = "linear"  # `linear` and `cosine` fall to zero
     warmup_steps: CountOr0 = 0  # steps in which the learning rate rises
@@ -348,22 +335,10 @@ class RunConfig:
             not (packs_several and attention.startswith("flash_attention")),
             f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1",
         )
-        models = self.prune.models
-        numbers = len(self.recovery)
-        require(
-            numbers == models,
-            f"train.recovery_steps has {numbers} numbers for {models} of prune.sizes; give one number for all",
-        )
         require(
             not (self.train.group_by_length and self.data.only_text),
             "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
         )
-
-    @property
-    def recovery(self) -> list[int]:
-        """The recovery steps after each of `prune.sizes`, or of the whole run."""
-        steps = self.train.recovery_steps
-        return steps if isinstance(steps, list) else [steps] * self.prune.models
 
     @property
     def recipe(self) -> str:

@@ -26,6 +26,9 @@ REPEATED = (
 KEYS = {
     "model.drop_layers": RemovedKey([], DROP_BEFORE, "6ec3512a"),
     "prune.depth_ratio": RemovedKey(0.0, DROP_BEFORE, "6ec3512a"),
+    "prune.sizes": RemovedKey(
+        None, "a second run from the export of a first makes the next size", "886e65a4"
+    ),
     "prune.compensate_steps": RemovedKey(4, REPEATED),
     "prune.compensate_decay": RemovedKey(0.9, REPEATED),
 }

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -167,24 +167,16 @@ def _write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Ten
         staging.write(layout.layer_file(part, layer), lambda path: write_weight_file(path, tensors))
 
 
-def drop_old(root: Path, step: int, keep_last: int, pinned: Container[int] = ()) -> None:
-    """Removes old steps once `step-{step}` is published. Exports can still read the `pinned` ones. On rank 0 only.
+def drop_old(root: Path, step: int, keep_last: int) -> None:
+    """Removes old steps once `step-{step}` is published. On rank 0 only.
 
     Also removes steps above `step`, which a start from an older checkpoint leaves, and the remains of killed saves.
     """
     files.remove_leftovers(root)
-    folders = {number: layout.step_folder(root, number) for number in layout.numbered(root, "step")}
-    resumable: list[int] = []
-    for number, folder in folders.items():
-        if number <= step and (folder / RESUME_FOLDER).is_dir():
-            resumable.append(number)
-    for number, folder in folders.items():
-        if number in resumable[-keep_last:] or not files.is_ours(folder):
-            continue
-        if number > step or number not in pinned:
+    numbers = layout.numbered(root, "step")
+    kept = [number for number in numbers if number <= step][-keep_last:]
+    for number in numbers:
+        folder = layout.step_folder(root, number)
+        if number not in kept and files.is_ours(folder):
             files.remove_folder(folder)
-        else:
-            files.remove_leftovers(folder)
-            if number in resumable:
-                files.remove_folder(folder / RESUME_FOLDER)
-        fail_point("save.dropped")
+            fail_point("save.dropped")

@@ -9,7 +9,6 @@ from typing import get_args
 
 from loraprune_ds.checkpoint import layout, older_formats
 from loraprune_ds.config_types import Bits, EngineName
-from loraprune_ds.errors import require
 from loraprune_ds.files import STATE_FILE, JsonObject
 
 
@@ -66,7 +65,7 @@ class State:
         scaling: lora_alpha / r of most linears. `scalings` has the others, as "{layer}.{linear}".
         formats: storage formats of linears that are not stored in the model's dtype, by the same names.
         trained: other tensors than LoRA that train, by the names of the text class.
-        asked: fraction of the linear parameters to remove, up to the end or to the next size.
+        asked: fraction of the linear parameters to remove.
         resumed_from: steps of earlier resumes.
         accelerator: the name of the ranks' device.
         peak_bytes: the most memory that each rank has held since its start.
@@ -124,10 +123,6 @@ def read_state(folder: Path) -> State:
 
 def read_resume_state(folder: Path) -> ResumeState:
     """Reads the counters in a step's `resume_folder` like `layout.read_record`."""
-    require(
-        folder.is_dir(),
-        f"{folder} is missing, so only an export can read this step; resume from another one",
-    )
     return layout.read_record(folder / STATE_FILE, ResumeState, older_formats.upgrade_resume_state)
 
 

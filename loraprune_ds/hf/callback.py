@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import JsonObject, check_removable, is_ours, remove_folder
+from loraprune_ds.files import JsonObject, is_ours, remove_folder
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.table import describe
@@ -32,7 +32,7 @@ from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.pretrained.weight_files import check_room
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line, export_folder
+from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
 from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.checks import check_one_dtype
@@ -58,7 +58,7 @@ class LoraPruneCallback(TrainerCallback):
     """Scores and cuts the model of one Trainer while it trains.
 
     At the end `output_dir` has report.json, kept_groups.json, metrics.jsonl and their pictures. Each checkpoint has a
-    folder `pruning/`. With `PruneConfig.sizes`, `output_dir` gets each size as `model-<size>`, and the last as `model`.
+    folder `pruning/`.
 
     Args:
         steps: the optimizer steps of the schedule. Default: all steps of the Trainer.
@@ -202,10 +202,6 @@ class LoraPruneCallback(TrainerCallback):
         if state.is_world_process_zero:
             lines = describe(schedule, DTYPES[dtype].itemsize, str(folder))
             tqdm.write("\n".join(lines))
-        sizes = schedule.ends()
-        for target in (folder / export_folder(sizes, step) for step in sizes):
-            if target.exists():
-                check_removable(target)
         numel = schedule.numel_after(state.global_step)
         self._pruning.model.comm.on_rank_0(lambda: check_room(folder, numel, dtype))
         if checkpoint and checkpoint.restores_optimizer:
@@ -222,9 +218,8 @@ class LoraPruneCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Makes a due cut, then saves a finished size. The Trainer logs, evaluates and saves after that."""
+        """Makes a due cut. The Trainer logs, evaluates and saves after that."""
         self.pruning.end_step()
-        self.pruning.save_size(str(args.output_dir), self._tokenizer)
         _forget_overwritten(args, state, control)
 
     def on_epoch_end(

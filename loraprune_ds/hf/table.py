@@ -17,7 +17,7 @@ def describe(schedule: Schedule, bytes_per_weight: int, out: str) -> list[str]:
         ["weights", *(format_bytes(count * bytes_per_weight) for count in counts)],
     ]
     note = "layers will differ, so stock tools need trust_remote_code; with ranking: uniform they do not"
-    pruned = final_shape(schedule.limits, [section.size for section in schedule.sections])
+    pruned = final_shape(schedule.limits, schedule.goal)
     if pruned is not None:
         note = "layers stay equal, so stock tools load the result"
         for kind in dense.kinds:

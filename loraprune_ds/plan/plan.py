@@ -67,10 +67,6 @@ def plan_json(plan: Plan) -> JsonObject:
         asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase}
         for stage in plan.stages
     ]
-    sizes = [
-        {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
-        for step, size in schedule.ends().items()
-    ]
     return {
         "model": request.model,
         "parameters": request.shape.total_numel(),
@@ -87,7 +83,6 @@ def plan_json(plan: Plan) -> JsonObject:
         "cuts": len(schedule.cut_steps),
         "ratio": schedule.ratio,
         "target": describe_target(prune, request.shape, plan.final),
-        "sizes": sizes,
         "notes": notes(plan),
         "cluster": asdict(request.cluster),
         "config": request.config.to_dict(),

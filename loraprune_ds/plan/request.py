@@ -168,11 +168,10 @@ class Request:
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. `global` is planned with equal losses."""
         limits = self.schedule.limits
-        section = self.schedule.section(step)
         dense = self.shape
-        if counts := section.counts(step):
+        if counts := self.schedule.counts(step):
             return limits.with_equal(counts)
-        budget = section.budget(step)
+        budget = self.schedule.budget(step)
         leaving = limits.leaving(budget.ratio)
         numel = limits.numel(dense.counts)
         layers = list(dense.counts)
@@ -244,13 +243,13 @@ def build_request(
     if steps is None and samples:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     tower = source.get("model_type") in MULTIMODAL and not config.model.text_only
-    prune, limits, sizes = resolve(config.prune, shape, tower=tower)
+    prune, limits, goal = resolve(config.prune, shape, tower=tower)
     if tower:
-        check_tower(source, final_shape(limits, sizes), name)
+        check_tower(source, final_shape(limits, goal), name)
     config = replace(config, prune=prune)
-    schedule = plan_pruning(prune, limits, sizes, steps or ASSUMED_STEPS, config.recovery)
+    schedule = plan_pruning(prune, limits, goal, steps or ASSUMED_STEPS, train.recovery_steps)
     if steps:  # an assumed number of steps refuses nothing
-        train.check_warmup(schedule.cycles()[0])
+        train.check_warmup(steps)
     per_node = cluster.gpus_per_node
     require(
         config.deepspeed is not None or cluster.world_size == 1,

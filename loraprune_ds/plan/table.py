@@ -42,7 +42,7 @@ def option_table(options: Iterable[JsonObject]) -> str:
 
 
 def _head_lines(plan: Plan, facts: JsonObject) -> list[str]:
-    """Describes the model, the cluster, the batches and the sizes."""
+    """Describes the model, the cluster, the batches and the target."""
     request = plan.request
     cluster = request.cluster
     train = request.config.train
@@ -60,10 +60,6 @@ def _head_lines(plan: Plan, facts: JsonObject) -> list[str]:
     if target and amount:
         reached = f"{amount.format(target['reached'])} reached by prune.ratio {facts['ratio']:.4f}"
         lines.append(f"prune.target {target['asked']}: {reached}")
-    for row in facts["sizes"]:
-        lines.append(
-            f"prune.sizes {row['size']}: {row['parameters']:,} parameters at step {row['step']:,}"
-        )
     return lines
 
 

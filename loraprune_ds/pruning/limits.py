@@ -12,9 +12,6 @@ from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_percent
 
-# the fewest and the most groups of each kind in every open layer
-Bounds = tuple[LayerCounts, LayerCounts]
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -65,7 +62,7 @@ class Limits:
     # Equal counts in all open layers, as config.json counts groups. A layer with twice as many loses twice as many.
 
     @cached_property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> tuple[LayerCounts, LayerCounts]:
         """The fewest and the most groups that an open layer may have."""
         return self._equal_counts(self.floor), self._equal_counts(self.dense.counts)
 
@@ -88,9 +85,9 @@ class Limits:
             numel[kind] *= sum(dense.times(i, kind) for i in layers)
         return numel
 
-    def narrowest(self, bounds: Bounds) -> Iterator[LayerCounts]:
+    def narrowest(self) -> Iterator[LayerCounts]:
         """Yields for each count of heads the equal counts with the fewest channels (or experts)."""
-        least, most = bounds
+        least, most = self.bounds
         as_many = self.dense.family.as_many
         *coarse, _ = self.dense.kinds
         coarse = [kind for kind in coarse if kind not in as_many]
@@ -113,7 +110,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Budget:
-    """Holds what a run, one of its sizes or a cut removes."""
+    """Holds what a run or a cut removes."""
 
     ratio: float  # removed fraction of the dense linear parameters
     shares: Mapping[Kind, float]  # each kind's fraction of the removed parameters
@@ -271,10 +268,9 @@ def check_reachable(config: PruneConfig, limits: Limits, ratio: float) -> None:
         channels = (widest[fine] - least[fine]) * limits.equal_numel[fine]
         tolerance = min(limits.step_numel(fine), channels) / 2
     if most == 0 or limits.leaving(ratio) > most + tolerance:
-        key = "sizes" if config.sizes else "ratio"
         largest = math.floor(1e4 * most / limits.dense.linear_numel()) / 1e4
         raise UserError(
-            f"prune.{key} {ratio} is out of reach: with the protected layers and minimum widths "
+            f"prune.ratio {ratio} is out of reach: with the protected layers and minimum widths "
             f"at most {largest} can leave"
         )
 

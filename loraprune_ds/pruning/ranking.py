@@ -14,7 +14,7 @@ from torch import Tensor
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.layer_scores import LayerScores
-from loraprune_ds.pruning.limits import Bounds, Budget, Limits
+from loraprune_ds.pruning.limits import Budget, Limits
 
 
 def rank_uniform(
@@ -27,9 +27,9 @@ def rank_uniform(
     return keep_best(scores, limits.with_equal(counts).counts, current)
 
 
-def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCounts:
-    """Returns the counts at a fraction `part` of the way down the bounds, which never grow with `part`."""
-    goal, start = bounds
+def counts_on_the_way(limits: Limits, goal: LayerCounts, part: float) -> LayerCounts:
+    """Returns the counts at a fraction `part` of the way down to the goal, which never grow with `part`."""
+    _, start = limits.bounds
     counts: dict[Kind, int] = {}
     for kind, highest in start.items():
         count = highest - round(part * (highest - goal[kind]))
@@ -37,28 +37,22 @@ def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCount
     return LayerCounts(counts)
 
 
-def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -> LayerCounts:
+def uniform_goal(limits: Limits, budget: Budget) -> LayerCounts:
     """Returns the counts that every open layer keeps in the end, as near to the budget's ratio as possible.
 
     Channels make up for what heads cannot reach. Of all counts within half a channel step from the ratio, those
     closest to the share of the heads win.
-
-    Args:
-        bounds: bounds of the counts, narrower than those of `limits`.
     """
-    bounds = bounds or limits.bounds
-    options = [
-        _fill_up(narrowest, limits, budget, bounds) for narrowest in limits.narrowest(bounds)
-    ]
+    options = [_fill_up(narrowest, limits, budget) for narrowest in limits.narrowest()]
     return min(options, key=partial(_distances, limits, budget))
 
 
-def _fill_up(narrowest: LayerCounts, limits: Limits, budget: Budget, bounds: Bounds) -> LayerCounts:
+def _fill_up(narrowest: LayerCounts, limits: Limits, budget: Budget) -> LayerCounts:
     """Adds channels to the narrowest counts until they are as near to the ratio as possible."""
-    _, highest = bounds
+    _, highest = limits.bounds
     *coarse, fine = limits.dense.kinds
     rest = limits.leaving(budget.ratio) - _removed(limits, narrowest, coarse)
-    count = limits.bounds[1][fine] - rest / max(1, limits.equal_numel[fine])
+    count = highest[fine] - rest / max(1, limits.equal_numel[fine])
     channels = _nearest_multiple(count, narrowest[fine], highest[fine], limits.multiples[fine])
     return LayerCounts({**narrowest, fine: channels})
 

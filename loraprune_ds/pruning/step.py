@@ -147,7 +147,7 @@ class Pruner:
 
         Args:
             scored: False if the step's gradients overflowed in fp16. Its groups then leave in the next cut.
-                The last cut of a size has no next one, so it uses the earlier scores.
+                The last cut has no next one, so it uses the earlier scores.
 
         Raises:
             RunError: a score is not finite, all are zero, none was updated since the last cut, or a rank computed
@@ -155,7 +155,7 @@ class Pruner:
         """
         if not self.schedule.is_cut(step):
             return None
-        if not scored and step != self.schedule.section(step).cut_steps[-1]:
+        if not scored and step != self.schedule.last_cut:
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
@@ -200,11 +200,10 @@ class Pruner:
         return [layer.of_groups() for layer in scores]
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        section = self.schedule.section(step)
-        counts = section.counts(step)
+        counts = self.schedule.counts(step)
         if counts is not None:
             return rank_uniform(scores, self.model.shape, self.limits, counts)
-        return rank_global(scores, self.model.shape, self.limits, section.budget(step))
+        return rank_global(scores, self.model.shape, self.limits, self.schedule.budget(step))
 
 
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:

@@ -49,7 +49,7 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     shelf_picture = folder / records.SHELF_PICTURE
     dense = outcome.schedule.limits.dense
     write_kept_groups(folder, outcome.kept_of_dense, dense)
-    report = make_report(outcome, _exported_sizes(folder, outcome.schedule.ends()))
+    report = make_report(outcome, {})
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
     if not can_show("matplotlib"):
@@ -60,15 +60,6 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     if draw_shelf(shelf_picture, report["shelf"], report["perplexity"]["dense"]):
         pictures.append(shelf_picture)
     return pictures
-
-
-def _exported_sizes(folder: Path, sizes: dict[int, str]) -> dict[int, str]:
-    """Leaves out sizes without a folder. The last size is the run's own model, which is not published yet."""
-    return {
-        step: size
-        for step, size in sizes.items()
-        if step == max(sizes) or (folder / records.export_folder(sizes, step)).is_dir()
-    }
 
 
 def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:

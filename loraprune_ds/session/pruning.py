@@ -24,7 +24,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect
 from loraprune_ds.errors import require
-from loraprune_ds.files import JsonObject, read_json, remove_folder, remove_leftovers, write_json
+from loraprune_ds.files import JsonObject, read_json, remove_leftovers, write_json
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
@@ -141,15 +141,6 @@ class Pruning(PruningSession):
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
         self._export(Path(folder), tokenizer, merge=True)
-
-    def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Writes the model of one of `prune.sizes` into `folder`, if one has ended, over an earlier one. Collective."""
-        sizes = self.schedule.ends()
-        if self.step not in sizes:
-            return
-        target = Path(folder) / records.export_folder(sizes, self.step)
-        self.model.comm.write_on_rank_0(target, lambda: remove_folder(target))
-        self.save_model(target, tokenizer)
 
     def save_base(
         self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None

@@ -234,7 +234,7 @@ class PruningSession:
             scalings=others,
             formats=storage_formats(model.layers, model.shape),
             trained=trained,
-            asked=self.schedule.section(self.step).ratio,
+            asked=self.schedule.ratio,
             totals=sum_up(self.recorder.history, self.step),
             resumed_from=self.resumed_from,
             accelerator=device_name(),

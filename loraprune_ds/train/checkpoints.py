@@ -158,5 +158,4 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruning: Prunin
     )
     context.check_owner()
     keep_last = context.config.checkpoint.keep_last
-    sizes = context.prepared.schedule.ends()
-    comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last, sizes))
+    comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last))

@@ -17,6 +17,7 @@ from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.perplexity import Labelled
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import check_adapter
 from loraprune_ds.pretrained.build import build_for_losses
 from loraprune_ds.pretrained.exported_config import NEXT_TOKENS
@@ -25,9 +26,8 @@ from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import MTP, check_processor, check_tower
 from loraprune_ds.pretrained.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pretrained.windows import split_batches
-from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import Size, final_shape, resolve
+from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.report.reporters import SERVICES
@@ -123,10 +123,10 @@ def _prepare(
     """Checks the model first, because the data may take long to read."""
     shape = pretrained.shape
     has_tower = pretrained.tower is not None
-    prune, limits, sizes = resolve(config.prune, shape, tower=has_tower)
+    prune, limits, goal = resolve(config.prune, shape, tower=has_tower)
     config = replace(config, prune=prune)
     pretrained = pretrained.with_refits(prune.compensate)
-    _check_tower(pretrained, limits, sizes)
+    _check_tower(pretrained, final_shape(limits, goal))
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     if check_tokenizer:
@@ -140,8 +140,9 @@ def _prepare(
         starts=starts,
     )
     order = _order_samples(config, loaded)
-    schedule = plan_pruning(prune, limits, sizes, _pruning_steps(config, loaded), config.recovery)
-    config.train.check_warmup(schedule.cycles()[0])
+    steps = _pruning_steps(config, loaded)
+    schedule = plan_pruning(prune, limits, goal, steps, config.train.recovery_steps)
+    config.train.check_warmup(steps)
     held_out = split_batches(
         loaded.held_out,
         tokenizer,
@@ -177,11 +178,11 @@ def _prepare(
     )
 
 
-def _check_tower(pretrained: PretrainedModel, limits: Limits, sizes: list[Size]) -> None:
+def _check_tower(pretrained: PretrainedModel, final: ModelShape | None) -> None:
     """Checks that the vision tower fits the final model, or that the model can be built without one."""
     folder = pretrained.folder
     if pretrained.tower:
-        check_tower(pretrained.tower.config, final_shape(limits, sizes), str(folder))
+        check_tower(pretrained.tower.config, final, str(folder))
         check_processor(folder)
         return
     shape = pretrained.shape
@@ -248,9 +249,6 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     ratio = format_percent(schedule.ratio)
     yield f"{steps}, {len(schedule.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
     yield config.recipe
-    if ends := schedule.ends():
-        sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
-        yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"
     yield from _describe_model(config.model.attn_implementation, prepared.pretrained)
     if dense.mixture and config.prune.compensate != "none":
         yield f"prune.compensate: {config.prune.compensate} refits o_proj. Removed experts cannot be compensated"

@@ -23,7 +23,6 @@ EVALUATED = {
     "dense": "dense model",
     "after_last_cut": "right after the last cut",
     "pruned": "exported model",
-    "size": "a size is done",
     "step": "held-out text",
 }
 

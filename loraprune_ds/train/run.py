@@ -1,11 +1,11 @@
 """Carries out a run, or the stages that are missing. Files join them, so each stage goes on alone after a kill.
 
-train     checkpoints/step-N of the last step, and of each of `prune.sizes`
-export    model-SIZE/ of each size, and the run's own model in the hidden folder .model.exported/
+train     checkpoints/step-N of the last step
+export    the model in the hidden folder .model.exported/
 measure   reads that folder back, writes the report, and names the folder model/
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.train.trainer import record_perplexity, train
 
 EXPORTED = f".{records.MODEL_FOLDER}.exported"  # not read back yet
+MODELS = (EXPORTED, records.MODEL_FOLDER)
 
 
 def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenizer = None) -> bool:
@@ -64,7 +65,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     with _open_context(prepared, checkpoint, comm) as context:
         for line in (*warnings, *describe_run(prepared, comm.world_size)):
             context.recorder.show(line)
-        finished = _train(context) and export_models(context)
+        finished = _train(context) and export_model(context)
         error = measure_model(context) if finished else None
         context.check_owner()
         status = "finished" if finished else "stopped"
@@ -95,8 +96,7 @@ def _clear_earlier(
         first = checkpoint.state.step
         history = records.read_history(checkpoint.folder.parents[1] / records.METRICS_FILE, first)
     records.write_history(folder / records.METRICS_FILE, history)
-    schedule = prepared.schedule
-    return lines + drop_later_models(folder, schedule.ends(), schedule.steps, first)
+    return lines + _drop_later_models(folder, prepared.schedule.steps, first)
 
 
 @contextmanager
@@ -131,63 +131,29 @@ def _train(context: RunContext) -> bool:
     return not context.stop_requested()
 
 
-def drop_later_models(folder: Path, sizes: Mapping[int, str], last: int, first: int) -> list[str]:
-    """Removes models that an earlier start made of steps after `first`, and returns a line for each."""
+def _drop_later_models(folder: Path, last: int, first: int) -> list[str]:
+    """Removes the model that an earlier start made of a step after `first`, and returns a line for it."""
     lines = list[str]()
-    for step, names in _targets(sizes, last).items():
-        for name in names:
-            if step <= first or not (folder / name).exists():
-                continue
+    for name in MODELS:
+        if first < last and (folder / name).exists():
             remove_folder(folder / name)
             lines.append(
-                f"{name}/ of an earlier start is removed; this one makes it from step {step}"
+                f"{name}/ of an earlier start is removed; this one makes it from step {last}"
             )
     return lines
 
 
-def _targets(sizes: Mapping[int, str], last: int) -> dict[int, list[str]]:
-    """Returns the folder of the model of each step. That of the last step gets another name once it was read back."""
-    targets = {step: [records.export_folder(sizes, step)] for step in sizes}
-    targets[last] = [EXPORTED, records.MODEL_FOLDER]
-    return targets
-
-
-def export_models(context: RunContext) -> bool:
-    """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
-    schedule = context.prepared.schedule
-    for step, names in _targets(schedule.ends(), schedule.steps).items():
-        if any(context.comm.from_rank_0((context.folder / name).exists()) for name in names):
-            continue
-        checkpoint = _open_step(context, step)
-        if checkpoint is None:
-            context.recorder.show(
-                f"{names[0]}/ is not made: the checkpoint of step {step} is not there"
-            )
-            continue
-        _export(context, checkpoint, context.folder / names[0])
-        if context.stop_requested():
-            return False
-    return True
-
-
-def _open_step(context: RunContext, step: int) -> TrainingCheckpoint | None:
-    """Verifies a step and its source. Looks where the run was resumed from, too. None without the step. Collective."""
+def export_model(context: RunContext) -> bool:
+    """Exports the last step, unless an earlier start did. Returns False after a request to stop. Collective."""
     comm = context.comm
-    candidates = [step_folder(context.folder / CHECKPOINTS_FOLDER, step)]
-    if context.checkpoint:
-        candidates.append(step_folder(context.checkpoint.folder.parent, step))
-    folder = next(filter(Path.is_dir, candidates), None)
-    folder = comm.from_rank_0(folder)
-    return None if folder is None else open_checkpoint(folder, comm, context.prepared.pretrained)
-
-
-def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -> None:
-    """Writes the model of a step. Collective."""
-    comm = context.comm
+    folder = context.folder
+    if comm.from_rank_0(any((folder / name).exists() for name in MODELS)):
+        return True
+    checkpoint = _open_last_step(context)
+    target = folder / EXPORTED
     mark = context.status.mark
-    model = "the merged model" if target.name == EXPORTED else f"{target.name}/"
-    context.recorder.show(f"writing {model}")
-    comm.write_on_rank_0(context.folder, lambda: begin(target, mark))
+    context.recorder.show("writing the merged model")
+    comm.write_on_rank_0(folder, lambda: begin(target, mark))
     windows = sum(len(ids) for ids, _ in context.prepared.held_out)
     write_model(checkpoint, staging_of(target, mark), card_of_step(checkpoint, windows), comm)
     context.check_owner()
@@ -197,7 +163,20 @@ def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -
         publish(target, mark)
         fail_point("export.after_rename")
 
-    comm.write_on_rank_0(context.folder, publish_target)
+    comm.write_on_rank_0(folder, publish_target)
+    return not context.stop_requested()
+
+
+def _open_last_step(context: RunContext) -> TrainingCheckpoint:
+    """Verifies the last step and its source. It may be where the run was resumed from. Collective."""
+    step = context.prepared.schedule.steps
+    roots = [context.folder / CHECKPOINTS_FOLDER]
+    if context.checkpoint:
+        roots.append(context.checkpoint.folder.parent)
+    folder = next(filter(Path.is_dir, (step_folder(root, step) for root in roots)), None)
+    folder = context.comm.from_rank_0(folder)
+    assert folder is not None, "the training has ended with this step"
+    return open_checkpoint(folder, context.comm, context.prepared.pretrained)
 
 
 def measure_model(context: RunContext) -> str | None:
@@ -209,8 +188,7 @@ def measure_model(context: RunContext) -> str | None:
     limits = schedule.limits
     folder = context.folder
     comm = context.comm
-    checkpoint = _open_step(context, schedule.steps)
-    assert checkpoint is not None, "the model was exported from it"
+    checkpoint = _open_last_step(context)
     exported = folder / EXPORTED
     target = folder / records.MODEL_FOLDER
     # An earlier start may have been killed right after it had named the folder.

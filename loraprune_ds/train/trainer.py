@@ -128,7 +128,7 @@ def train(context: RunContext) -> bool:
         step = pruning.step
         if name := _evaluation_after(step, schedule, context.config.evaluate.every):
             record_perplexity(context, engine.infer, step, name)
-        if trainer.requested != NOTHING or step % every == 0 or step == schedule.section(step).last:
+        if trainer.requested != NOTHING or step % every == 0 or step == schedule.steps:
             save_checkpoint(context, engine, pruning)
         context.status.update(step)
         if context.honour(trainer.requested):
@@ -176,9 +176,6 @@ def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> Evalu
     """Names the evaluation after a step. None if the step has none."""
     if step == schedule.last_cut:
         return "after_last_cut"
-    # the export of the last is measured
-    if step in [section.last for section in schedule.sections[:-1]]:
-        return "size"
     return "step" if every is not None and step % every == 0 else None
 
 

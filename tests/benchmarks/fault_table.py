@@ -190,14 +190,7 @@ def fault_table(random_moments: int) -> list[Fault]:
     """Returns all faults. `random` of them strike the plain run at random moments, a fifth as many the `levers` run."""
     callback = [("save, before pruning/ has its name", "save.pruning_before_rename@2:0")]
     callback += [("save, pruning/ written", "save.pruning_written@3:1")]
-    shelf = [
-        ("a layer freed, the optimizer not rebuilt", "cut.layer@1:1"),
-        ("the step of a size saved, the next forward", "forward@31:1"),
-        ("export of a size, before its folder has its name", "export.before_rename@1:0"),
-        ("export of a size, after its folder has its name", "export.after_rename@1:0"),
-        ("finish, before model/ has its name", "finish.before_rename@1:0"),
-    ]
-    others = [*killed_at(shelf, suite="shelf"), *killed_at(callback, suite="callback")]
+    others = killed_at(callback, suite="callback")
     return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *others]
 
 

@@ -6,8 +6,8 @@ Each row tells where the fault struck, how many steps were lost, the seconds unt
 whether the resumed run ends with the undisturbed run's kept_groups.json, byte for byte. Exit code 1 unless all do.
 
 The model is tiny, on two CPU ranks under the real launcher. The full-disk case needs root. The suite `levers` has all
-quality settings: `fisher`, refit, distillation and recovery. `shelf` makes two sizes. `callback`
-strikes transformers' Trainer.
+quality settings: `fisher`, refit, distillation and recovery. `callback` strikes
+transformers' Trainer.
 """
 
 import json

@@ -20,7 +20,7 @@ from loraprune_ds.engines import run_engine
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.schedule import Section
+from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.ranks.comm import Communicator, stop_ranks
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.ranks.job import silence_libraries
@@ -36,7 +36,7 @@ STEPS, WINDOW = 3, 16
 CUTS = {1: 0.25, 2: 0.5}
 
 
-class FixedSection(Section):
+class FixedSchedule(Schedule):
     """Cuts at the given steps only."""
 
     def target(self, step: int) -> float:
@@ -163,7 +163,7 @@ def train_and_export(
         Consecutive(comm.world_size),
         STEPS,
     )
-    trainer = phases.measure("load", lambda: assemble(*given, FixedSection))
+    trainer = phases.measure("load", lambda: assemble(*given, FixedSchedule))
     model = trainer.model
     losses = train(trainer, phases)
     checkpoint: TrainingCheckpoint = phases.measure(

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
     assert read_json(out / "kept_groups.json")["layers"] == expected["kept_groups"]
     report = read_json(out / "report.json")
     assert report["perplexity"] == pytest.approx(expected["perplexity"], rel=TOLERANCE)
-    assert {row["folder"]: row["parameters"] for row in report["shelf"]} == expected["sizes"]
+    assert report["params"]["pruned"] == expected["parameters"]
 
 
 @pytest.mark.parametrize(
@@ -146,40 +147,39 @@ def test_a_callbacks_checkpoint_without_its_dense_model_is_named(
 @pytest.mark.parametrize("commit", ["3483bfff"])
 def test_a_step_knows_its_source_again(folder: Path, expected: JsonObject, tmp_path: Path) -> None:
     """By the first MiB of its files. Later steps record `source_digest`, which may not change either."""
-    source, step = folder / "source", folder / "run/checkpoints/step-4"
+    source, step = folder / "source", folder / "run/checkpoints/step-6"
     assert source_digest(source) == expected["source_digest"]
     assert read_json(step / "state.json")["data"]["source"] != expected["source_digest"]
     flip_bit(source / "model.safetensors")
-    must_name("source step-4", export, find_contents(step), "hf", tmp_path / "model")
+    must_name("source step-6", export, find_contents(step), "hf", tmp_path / "model")
 
 
 @pytest.mark.parametrize("commit", RUNS)
 @pytest.mark.parametrize("form", ["hf", "adapter"])
-def test_the_step_of_a_size_is_exported(
-    folder: Path, expected: JsonObject, tmp_path: Path, form: str
-) -> None:
-    step, model = folder / "run/checkpoints/step-4", tmp_path / "model"
-    assert not (step / "resume").exists()
-    export(find_contents(step), form, model)
+def test_a_step_is_exported(folder: Path, expected: JsonObject, tmp_path: Path, form: str) -> None:
+    model = tmp_path / "model"
+    export(find_contents(folder / "run/checkpoints/step-6"), form, model)
     exported = open_pretrained(model / "base" if form == "adapter" else model)
-    assert exported.shape.total_numel() == expected["sizes"]["model-0.2"]
+    assert exported.shape.total_numel() == expected["parameters_at_6"]
 
 
-@pytest.mark.parametrize("commit", ["2bcadf3c"])
-def test_a_step_without_some_layers_names_the_commit_that_reads_it(
-    folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("commit", "key", "value", "names"),
+    [
+        ("2bcadf3c", "model.drop_layers", [1], "model.drop_layers [1] 6ec3512a"),
+        ("2bcadf3c", "prune.sizes", ["0.2", "0.4"], "prune.sizes 0.2 0.4 886e65a4"),
+        ("76930594", "prune.sizes", ["0.2", "0.4"], "prune.sizes 0.2 0.4 886e65a4"),
+    ],
+)
+def test_a_step_with_a_setting_that_left_names_the_commit_that_reads_it(
+    folder: Path, tmp_path: Path, key: str, value: list[Any], names: str
 ) -> None:
-    step = folder / "run/checkpoints/step-4"
+    step = folder / "run/checkpoints/step-6"
     state = read_json(step / STATE_FILE)
-    state["config"]["model"]["drop_layers"] = [1]
+    section, name = key.split(".")
+    state.get("origin", state)["config"][section][name] = value
     write_json(step / STATE_FILE, state)
     write_manifest(
         step, read_json(step / MANIFEST)["files"] | {STATE_FILE: seal(step / STATE_FILE)}
     )
-    must_name(
-        f"{STATE_FILE} model.drop_layers [1] 6ec3512a",
-        export,
-        find_contents(step),
-        "hf",
-        tmp_path / "model",
-    )
+    must_name(f"{STATE_FILE} {names}", export, find_contents(step), "hf", tmp_path / "model")

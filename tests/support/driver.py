@@ -3,7 +3,7 @@
 import gc
 import json
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +24,7 @@ from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.schedule import Section, plan_pruning
+from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
@@ -258,17 +258,15 @@ def build(job: Job) -> ShardedTrainer:
 
 def assemble(
     config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], samples: Samples, order: Any, steps: int,
-    section: type[Section] = Section,
+    schedule: type[Schedule] = Schedule,
 ) -> ShardedTrainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
     library = run_engine(sharded=config.deepspeed is not None)
     engine = library.build_training_engine(pretrained, ds_config, [steps], config)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
-    (only,) = plan.sections
-    own = section(**{field.name: getattr(only, field.name) for field in fields(only)})
     pruning = PruningSession(
         engine.model,
-        replace(plan, sections=[own]),
+        schedule(**{field.name: getattr(plan, field.name) for field in fields(plan)}),
         config.model.dtype,
         origin=Origin(
             config.to_dict(),

@@ -17,7 +17,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, rank_global, rank_uniform, uniform_goal
-from loraprune_ds.pruning.target import Size, resolve
+from loraprune_ds.pruning.target import Goal, resolve
 from tests.support.families import LLAMA_LINEARS
 from tests.support.paper import FREE, PAPER
 
@@ -89,9 +89,7 @@ LLAMA_7B = make_shape([(32, 11008)] * 32, hidden=4096, head_dim=128)
 
 def uniform_counts(limits: Limits, target: float, final: Budget) -> LayerCounts:
     """The counts of `uniform` where `target` is due on the way to `final`."""
-    return counts_on_the_way(
-        limits, (uniform_goal(limits, final), limits.bounds[1]), target / final.ratio
-    )
+    return counts_on_the_way(limits, uniform_goal(limits, final), target / final.ratio)
 
 
 def random_scores_of(
@@ -122,8 +120,8 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
 def resolved(shape: ModelShape, **prune: Any) -> tuple[Limits, Budget]:
     """The limits and the budget of a run. No layer is protected and no multiple is above 1, unless `prune` says so."""
     free = PAPER | FREE | {"ratio": 1e-4}
-    _, limits, sizes = resolve(PruneConfig(**{**free, **prune}), shape)
-    return limits, sizes[-1].budget
+    _, limits, goal = resolve(PruneConfig(**{**free, **prune}), shape)
+    return limits, goal.budget
 
 
 def random_settings(
@@ -145,12 +143,12 @@ def random_settings(
 
 
 def keep_at_end(
-    scores: list[LayerScores], shape: ModelShape, limits: Limits, size: Size
+    scores: list[LayerScores], shape: ModelShape, limits: Limits, goal: Goal
 ) -> list[LayerKeep]:
-    """The groups that the ranking of a run keeps when it reaches a size."""
-    if size.bounds:
-        return rank_uniform(scores, shape, limits, size.bounds[0])
-    return rank_global(scores, shape, limits, size.budget)
+    """The groups that the ranking of a run keeps in the end."""
+    if goal.counts:
+        return rank_uniform(scores, shape, limits, goal.counts)
+    return rank_global(scores, shape, limits, goal.budget)
 
 
 def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
@@ -169,9 +167,9 @@ def gone(shape: ModelShape, dense: ModelShape) -> int:
 def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
     config = PruneConfig(**PAPER | prune)
-    _, limits, (size,) = resolve(config, shape)
+    _, limits, goal = resolve(config, shape)
     return shape.after(
         keep_at_end(
-            random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, size
+            random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, goal
         )
     )

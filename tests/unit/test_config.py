@@ -56,7 +56,7 @@ prune.ratio=0 prune.ratio=1 prune.ratio=.nan prune.head_ratio=1 prune.criterion=
 prune.normalize=max prune.moving_average=1 prune.prune_every=0 prune.channel_multiple=0
 prune.protected_first=-1 prune.protected_last=-1
 prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.compensate=mean
-prune.target=0 prune.target=much prune.target=-4B prune.sizes=[] prune.sizes=[0.5,0] prune.sizes=[0.0GiB]
+prune.target=0 prune.target=much prune.target=-4B
 train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
 train.distill_weight=1.5 train.distill_weight=-1 train.learning_rate=0
 train.learning_rate=101 train.learning_rate=fast train.learning_rate=true train.learning_rate=null
@@ -199,7 +199,8 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
     ("given", "names"),
     [
         ("data: {path: [{path: a}], format: csv}", "data.format csv"),
-        ("train: {steps: 3, recovery_steps: [1, -1]}", "train.recovery_steps[1] -1"),
+        ("train: {steps: 3, recovery_steps: [1, 2]}", "train.recovery_steps [1, 2]"),
+        ("prune: {sizes: [0.2, 0.4]}", "prune.sizes second run export"),
         ("evaluate: {after: [piqa, 5]}", "evaluate.after[1] 5"),
         ("logging: {report_to: [paper]}", "logging.report_to[0] paper"),
         ("prune: {ratio: 0.4, target: 4B}", "prune.ratio prune.target"),  # exactly one of two

@@ -154,8 +154,8 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
         )
         for layer in shape.counts
     ]
-    _, limits, (size,) = resolve(config, shape)
-    keep = keep_at_end(scores, shape, limits, size)
+    _, limits, goal = resolve(config, shape)
+    keep = keep_at_end(scores, shape, limits, goal)
     assert not len(keep[0]["experts"])
     for layer_keep, layer in zip(keep[1:], scores[1:], strict=True):
         experts = layer_keep["experts"]

@@ -160,7 +160,7 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     shape = dense(family).shape
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, channel_multiple=1)
-    _, limits, (size,) = resolve(config, shape)
+    _, limits, goal = resolve(config, shape)
     assert all(limits.floor[i]["experts"] == 3 for i in sparse_layers(shape))
     heads = (
         (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1)
@@ -168,7 +168,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
         else None
     )
     assert limits.floor[1].get("heads") == heads
-    assert size.budget.shares == {kind: int(kind == "experts") for kind in shape.kinds}
+    assert goal.budget.shares == {kind: int(kind == "experts") for kind in shape.kinds}
 
 
 @pytest.mark.parametrize(

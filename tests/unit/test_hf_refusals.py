@@ -305,7 +305,7 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
         pruning.mkdir(parents=True)
         (pruning / "state.json").touch()
     callback = LoraPruneCallback(PruneConfig())
-    callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None, save_size=lambda *_: None))
+    callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None))
     args = cast(
         Any,
         SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0, save_strategy=strategy),

@@ -132,8 +132,8 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(
     assume(most > 0)
     generator = torch.Generator().manual_seed(seed(draw))
     config = replace(config, ratio=most)
-    _, limits, (size,) = resolve(config, shape)
-    keep = keep_at_end(random_scores_of(shape, generator), shape, limits, size)
+    _, limits, goal = resolve(config, shape)
+    keep = keep_at_end(random_scores_of(shape, generator), shape, limits, goal)
     steps = {
         kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()
     }

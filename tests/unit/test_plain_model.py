@@ -106,7 +106,7 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(tiny: T
     """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
     run = tiny.plain().run(tiny.batches)
     limits, schedule = run.pruner.limits, run.pruner.schedule
-    budget = schedule.sections[0].size.budget
+    budget = schedule.goal.budget
     on_the_way = [uniform_counts(limits, cut.target, budget) for cut in run.cuts]
     assert [cut.keep[0].counts for cut in run.cuts] == on_the_way
     assert on_the_way != [

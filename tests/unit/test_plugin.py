@@ -67,10 +67,18 @@ def test_a_block_has_the_settings_of_a_run(settings: dict[str, Any]) -> None:
         ({"loraprune": None}, "loraprune section {ratio: 0.3}"),
         ({"loraprune": {"ratoi": 0.3}}, "unknown key prune.ratoi known keys ratio"),
         ({"loraprune": {"ratio": 1.5}}, "prune.ratio 1.5"),
+        ({"loraprune": {"sizes": [0.2, 0.3]}}, "prune.sizes second run"),
         ({"loraprune": {"ratio": 0.99, "channel_multiple": 1}}, "prune.ratio 0.99"),
         (
-            {"loraprune": {"sizes": ["0.2", "0.3"], "channel_multiple": 1}, "max_steps": 1},
-            "prune.sizes 1 train.steps",
+            {
+                "loraprune": {
+                    "channel_multiple": 1,
+                    "warmup_fraction": 0.5,
+                    "cooldown_fraction": 0.5 - 1e-15,
+                },
+                "max_steps": 100_000_000,
+            },
+            "prune.ratio train.steps",
         ),
         ({"adapter": None}, "adapter: None adapter: lora"),
         ({"use_dora": True}, "use_dora"),

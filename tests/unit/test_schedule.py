@@ -79,22 +79,22 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(
     schedule = plan_pruning(
         *resolve(config, shape_from_config(read_model_config(name), name)), 40_312
     )
-    section, cuts = schedule.sections[0], schedule.cut_steps
+    cuts = schedule.cut_steps
     assert 30 < len(cuts) <= most
     if ranking == "global":
-        assert cuts[-1] == section.end
+        assert cuts[-1] == schedule.end
         return
-    counts = [section.counts(step) or {} for step in (0, *cuts)]
+    counts = [schedule.counts(step) or {} for step in (0, *cuts)]
     assert all(now != before for before, now in pairwise(counts))
-    assert section.size.bounds == (counts[-1], counts[0])
+    assert (schedule.goal.counts, schedule.limits.bounds[1]) == (counts[-1], counts[0])
     assert all(layer["channels"] % 128 == 0 for layer in counts)
     due = [
         step
-        for step in range(section.start + 1, section.end + 1)
-        if (step - section.start) % 10 == 0
+        for step in range(schedule.start + 1, schedule.end + 1)
+        if (step - schedule.start) % 10 == 0
     ]
     # no width of the schedule is left out
-    assert all(section.counts(step) in counts for step in due[::50])
+    assert all(schedule.counts(step) in counts for step in due[::50])
 
 
 def test_a_ratio_that_changes_no_width_and_a_run_too_short_to_cut_are_refused() -> None:

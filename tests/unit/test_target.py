@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_types import Ranking, read_amount
+from loraprune_ds.config_types import Ranking
 from loraprune_ds.model.shape import ModelShape, attention_product
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import Budget, Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_goal
-from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import describe_target, measure, resolve, server_memory
 from tests.support.families import EQUAL, MIXTURES, tiny_config
 from tests.support.paper import FREE, PAPER
@@ -24,7 +23,6 @@ from tests.support.shapes_and_scores import (
     SMOLLM2,
     cut_to,
     gone,
-    keep_at_end,
     make_shape,
     random_scores_of,
     resolved,
@@ -123,21 +121,10 @@ def test_the_report_tells_what_was_reached() -> None:
         ({"target": "1B"}, "prune.target 1B"),
         ({"target": "2GiB"}, "prune.target 2GiB"),
         ({"target": "6.4B", "head_ratio": 0.5}, "prune.head_ratio 0.5 prune.target 6.4B"),
-        ({"sizes": ["0.5", "0.50"]}, "prune.sizes 0.50 0.5"),
-        ({"sizes": ["0.2", "0.99"]}, "prune.sizes 0.99 0.98"),
-        ({"sizes": ["0.2", "9B"]}, "prune.sizes 9B 6.48"),
-        ({"sizes": ["0.2", "10MB"]}, "prune.sizes 10MB"),
-        ({"sizes": ["0.2", "0.5"], "ratio": 0.4}, "prune.sizes prune.ratio 0.4 0.5"),
-        ({"sizes": ["0.2", "0.5"], "target": "4B"}, "prune.sizes prune.target 4B"),
-        ({"sizes": ["0.2", "half"]}, "prune.sizes 'half'"),
     ],
 )
-def test_a_target_or_a_size_that_cannot_be_reached_is_refused(
-    prune: dict[str, Any], names: str
-) -> None:
-    settings = prune if "sizes" in prune else PAPER | prune
-    must_name(names, lambda: resolve(PruneConfig(**settings), LLAMA_7B))
-    resolve(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B)
+def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], names: str) -> None:
+    must_name(names, lambda: resolve(PruneConfig(**PAPER | prune), LLAMA_7B))
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
@@ -213,33 +200,3 @@ def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
     )
     assert server_memory(config, shape)["kv_cache"] == 2 * per_token * 100 + 4 * state
     assert attention_product(shape, 50) == 2 * 10 * 12 * 50 + 2 * 3 * state
-
-
-# `prune.sizes`: several models of one run
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-@pytest.mark.parametrize("sizes", [["0.5", "0.2", "0.35"], ["4B", "0.2", "10GiB"]])
-def test_sizes_are_reached_one_after_another_and_no_count_grows(
-    sizes: list[str], ranking: Ranking
-) -> None:
-    config = PruneConfig(sizes=sizes, ranking=ranking, head_ratio=0.3)
-    plan = plan_pruning(*resolve(config, LLAMA_7B), 400, [10, 20, 30])
-    sections = plan.sections
-    # by what they remove
-    assert [section.size.name for section in sections] == [sizes[1], sizes[2], sizes[0]]
-    assert [section.last - section.recovery for section in sections] == [20, 30, 10]
-    assert plan.steps == 460
-    scores, current = random_scores_of(LLAMA_7B, torch.Generator().manual_seed(0)), LLAMA_7B
-    for section in sections:
-        keep = keep_at_end(scores, current, plan.limits, section.size)
-        current = current.after(keep)
-        scores = [layer.select(kept) for layer, kept in zip(scores, keep, strict=True)]
-        assert section.size.name
-        amount = read_amount(section.size.name, "size")
-        if amount.value < 1:
-            assert gone(current, LLAMA_7B) / LLAMA_7B.linear_numel() == pytest.approx(
-                amount.value, abs=0.005
-            )
-        else:
-            assert measure(config, current, amount) == pytest.approx(amount.value, rel=0.005)
