@@ -30,6 +30,7 @@ from loraprune_ds.files import (
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.modeling_pruned import FAMILY
+from loraprune_ds.model.shape import FIRST
 from loraprune_ds.pretrained import weight_files
 from loraprune_ds.pretrained.exported_config import MODELLING_FILE, ExportedConfig, name_our_code
 from loraprune_ds.pretrained.pretrained import PretrainedModel
@@ -138,7 +139,8 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         is_text_part = config.get("model_type") in MULTIMODAL
         if exported.renamed or is_text_part:  # the class has another model type
             _pin_tokenizer(dense, folder)
-    write_json(folder / "config.json", exported.config)
+    first = {FIRST: {"name": card.base_model} | card.dense.first}
+    write_json(folder / "config.json", exported.config | first)
     _write_modelling_file(folder, exported.config["model_type"])
     write_model_card(folder, card, exported)
 

@@ -101,7 +101,7 @@ def card_of_state(
         count = "" if windows is None else f"{windows} "
         perplexity_data = f"{held_out}, {count}windows of {config.evaluate.window} tokens"
     return ModelCard(
-        base_model=model_name(config.model),
+        base_model=dense.first.get("name") or model_name(config.model),
         dense=dense,
         pruned=dense.after(kept),
         prune=config.prune,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.families.base import Attention, Family, Mixture
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.frozen import Pieces, StoredTensor
@@ -28,6 +29,7 @@ class LinearId(NamedTuple):
     name: str
 
 
+FIRST = "loraprune_first"  # field of an export's config.json: the dense model that it was cut from
 LayerLinear = tuple[int, TensorSpec]  # a linear with LoRA, after the number of its layer
 
 
@@ -46,6 +48,12 @@ class ModelShape:
     @property
     def family(self) -> Family:
         return FAMILIES[family_name(self.model_type)]
+
+    @property
+    def first(self) -> JsonObject:
+        """The first dense model of a chain of runs, if this one is an export. Otherwise this one, without a name."""
+        own = {"parameters": self.total_numel(), "linear_parameters": self.linear_numel()}
+        return getattr(self.config, FIRST, own)
 
     @property
     def hidden_size(self) -> int:

@@ -20,7 +20,7 @@ from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.families.base import Prefixes
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.groups import EQUAL_LAYERS, Shape
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import FIRST, ModelShape
 from loraprune_ds.pretrained.exported_config import multimodal_config
 from loraprune_ds.pretrained.weight_files import PROCESSOR_FILES, as_on_disk
 
@@ -102,6 +102,8 @@ def text_config(config: JsonObject, where: str) -> JsonObject:
     text = config
     if config.get("model_type") in MULTIMODAL:
         text = _text_part(config, where)
+        if FIRST in config:
+            text |= {FIRST: config[FIRST]}
     family = FAMILIES.get(family_name(str(text.get("model_type"))))
     with refused_in_one_line(where):
         text = family.explicit(text) if family else text

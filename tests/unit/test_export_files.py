@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder
 from loraprune_ds.export.model_card import write_model_card
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.lora_product import merge_lora
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.weight_files import write_index, write_weight_file
@@ -140,7 +142,9 @@ def test_an_export_is_complete(
     case = next(case for case in CASES if case.becomes == f"pruned_{family}")
     exported, dense, pruned = exported_config(dense_model(case), case)
     finish_folder(tmp_path, exported, tiny_tokenizer, model_card(dense, pruned))
-    assert json.loads((tmp_path / "config.json").read_text()) == exported.config
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("loraprune_first")["parameters"] == dense.total_numel()
+    assert config == exported.config
     code = "modeling_pruned.py"
     shipped = (Path(__file__).parents[2] / "loraprune_ds" / "model" / code).read_text()
     before, _, after = shipped.partition('FAMILY = "llama"')  # the one line that names the family
@@ -167,6 +171,34 @@ def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(
     assert f"{dense.total_numel():,} | {pruned.total_numel():,} | {removed:.2%}" in text
     assert ("trust_remote_code" in text) == (not alike)
     assert ("| 3–30 | 16 | 16 | 5504 |" if not alike else "| 0–31 | 16 | 16 | 5504 |") in text
+
+
+def test_the_export_of_a_chain_says_what_the_first_start_was(
+    tmp_path: Path, tiny_tokenizer: Path
+) -> None:
+    config = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=3, vocab_size=33)
+    dense = start = shape_from_config(config, "dense")
+    for channels in (60, 20):
+        start = shape_from_config(config, "somewhere")
+        cut = start.resized([LayerCounts(heads=3, channels=channels)] * 2)
+        card = replace(model_card(start, cut), asked=0.4)
+        finish_folder(tmp_path, export_config(config, cut, "float32"), tiny_tokenizer, card)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["loraprune_first"] == {
+            "name": "tiny",
+            "parameters": dense.total_numel(),
+            "linear_parameters": dense.linear_numel(),
+        }
+    text = (tmp_path / "README.md").read_text()
+    assert "| dense | start | pruned | removed |\n|---|---|---|---|---|\n" in text
+    for numel in (ModelShape.total_numel, ModelShape.linear_numel):
+        left = numel(shape_from_config(config, "cut"))
+        assert (
+            f"| {numel(dense):,} | {numel(start):,} | {left:,} | {1 - left / numel(dense):.2%} |"
+            in text
+        )
+    assert "| perplexity | not measured | " in text
+    assert "40.0 % of the start's linears" in text
 
 
 def test_the_other_tokenizers_of_t5s_are_found_in_an_export(

@@ -12,7 +12,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pretrained.text_part import MULTIMODAL, PREFIXES
+from loraprune_ds.pretrained.text_part import MULTIMODAL, PREFIXES, text_config
 from tests.support.export_cases import model_card
 from tests.support.families import tiny_config
 from tests.support.family_cuts import (
@@ -99,6 +99,13 @@ def test_a_head_that_config_json_calls_tied(models: Models, tmp_path: Path) -> N
     pretrained = open_pretrained(silent)
     assert not pretrained.config["tie_word_embeddings"]
     assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
+
+
+@pytest.mark.parametrize("outer", ["qwen3_5", "mistral3"])
+def test_the_export_of_a_multimodal_model_knows_what_it_was_cut_from(outer: str) -> None:
+    first = {"name": "dense", "parameters": 12}
+    config = multimodal(outer).config.to_dict() | {"loraprune_first": first}
+    assert shape_from_config(text_config(config, "somewhere"), "somewhere").first == first
 
 
 def test_the_tokenizer_does_not_depend_on_the_model_type(tmp_path: Path) -> None:
