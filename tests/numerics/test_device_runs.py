@@ -34,11 +34,17 @@ INT8, NF4 = "model.frozen=int8", "model.frozen=nf4"
     ("world_size", "family", "changes"),
     [
         (1, None, (ALONE, NF4, NO_REFITS)),
+        (2, "qwen3_moe", ()),
         heavy(1, None, (ALONE, INT8, NO_REFITS, CHECKPOINTED)),
+        heavy(2, None, (CHECKPOINTED,)),
+        heavy(2, None, (INT8, NO_REFITS)),
+        heavy(2, None, (NF4, NO_REFITS)),
         heavy(1, "qwen3_moe", (ALONE,)),
         heavy(1, "gpt_oss", (ALONE,)),
         heavy(1, "t5", (ALONE,)),
+        heavy(2, "t5", ()),
         heavy(1, "qwen3_5_text", (ALONE,)),
+        heavy(2, "qwen3_5_text", ()),
     ],
 )
 def test_a_run(

@@ -1,10 +1,13 @@
 """The simulated device refuses what a card refuses, and its counts are exact. Each number is counted by hand."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from loraprune_ds.model import nf4
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
 from tests.support import device
@@ -88,6 +91,29 @@ def waits() -> None:
         torch.ones(2).to(DEVICE, non_blocking=True)  # is not pinned
         torch.ones(2).pin_memory().to(DEVICE)  # waits all the same
     assert counts.waits.total() == 2
+
+
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_nf4_copies_its_values_to_the_device_once(
+    device_ranks: RankPool, with_kernels: bool
+) -> None:
+    device_ranks.run(1, decoding_nf4, with_kernels)
+
+
+def decoding_nf4(with_kernels: bool) -> None:
+    nf4._values.cache_clear()
+    nf4._pairs.cache_clear()
+    storage, weight = nf4.NF4(0, torch.float32), torch.ones(2, 128, device=DEVICE)
+    kernels = nf4._kernels if with_kernels else lambda: None
+    with patch.object(nf4, "_kernels", kernels):
+        for times in range(2):
+            with counted() as counts:
+                codes, scale = stored = list(storage.split(weight, torch.float32).values())
+                storage.join(stored)
+                rows = storage.elements(codes.view(-1)).view(2, 128)
+                storage.decode(rows, 0, scale, 0)
+            # the check that all scales are finite; the first time the values of the codes
+            assert counts.waits.total() == (1 if times else 2)
 
 
 def test_bytes(device_ranks: RankPool) -> None:

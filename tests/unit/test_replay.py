@@ -1,11 +1,14 @@
 """A refit repeats passes layer by layer. It must see what an ordinary forward pass shows."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
@@ -18,8 +21,9 @@ from loraprune_ds.pruning.compensate import measured_linears, refit
 from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import CollectedLinear, hook_inputs
 from loraprune_ds.pruning.replay import refit_by_replay
+from loraprune_ds.session.live import live_shape
 from tests.oracle.models import make_batches, make_tiny_llama
-from tests.support.families import TINY, is_seq2seq
+from tests.support.families import TINY, is_seq2seq, tiny_model
 from tests.support.family_cuts import FEW, dense, draw
 from tests.support.plain_training import PlainRun, fresh_lora
 
@@ -148,6 +152,36 @@ def test_so_it_does_in_the_precision_of_the_passes(family: str) -> None:
             loss.backward()
     refit_by_replay(model, keep, kept.passes(), step=7)
     assert_same_refit(family, model, expected, keep)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of each tensor, by its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = Counter[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.times[id(args[0])] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_lora_once_for_all_passes() -> None:
+    """In PEFT's own linears, which a callback meets."""
+    module: Any = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear"))
+    model = LocalModel(module, live_shape(module))
+    kept = KeptPasses(model)
+    kept.begin_step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for inputs, masks in batches("llama"):
+            with kept.record_forward(*masks):
+                loss = module(**inputs)[0].sum()
+            loss.backward()
+    with Casts() as casts:
+        refit_by_replay(model, draw(model.shape, FEW), kept.passes(), step=7)
+    lora = [p for name, p in module.named_parameters() if ".lora_" in name]
+    assert [casts.times[id(p)] for p in lora] == [1] * len(lora)
 
 
 def test_so_it_does_from_embeddings() -> None:
