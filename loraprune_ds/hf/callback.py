@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +76,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
         self._output_dir = "."
-        self._guard: LoadGuard | None = None
+        self._guard = ExitStack()  # until the training begins
         self._files = TrainerFiles()
         # of a checkpoint, for the Trainer
         self._stand_in: tempfile.TemporaryDirectory[str] | None = None
@@ -119,7 +120,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint = checkpoint
         if checkpoint is None:
             return None
-        self._remove_guard()
+        self._guard.close()
         self.config = checkpoint.prune
         of_trainer = checkpoint.of_trainer
         lost = files.lost(of_trainer, comm.world_size)
@@ -162,7 +163,7 @@ class LoraPruneCallback(TrainerCallback):
             prepare_quantised(model, sharded=ds_config is not None)
             check_one_dtype(model)
             check_arguments(args, model)  # before TRL starts an engine for generation
-            self._guard = LoadGuard(model, RESUME)
+            self._guard.callback(LoadGuard(model, RESUME).remove)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -175,7 +176,7 @@ class LoraPruneCallback(TrainerCallback):
         model = cast(nn.Module, more["model"])
         checkpoint = self._checkpoint
         check_arguments(args, model)
-        self._remove_guard()
+        self._guard.close()
         resumed_from = checkpoint.state.step if checkpoint else None
         if state.global_step != (resumed_from or 0):
             raise UserError(
@@ -261,10 +262,6 @@ class LoraPruneCallback(TrainerCallback):
         self.pruning.close()
         if self._stand_in is not None:
             self._stand_in.cleanup()
-
-    def _remove_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.remove()
 
 
 def _ds_config(args: TrainingArguments) -> JsonObject | None:

@@ -34,6 +34,7 @@ BLOCK = "loraprune"
 TARGETS = "lora_target_modules"
 # torch's, by transformers' names. None: the tool's default
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", None)
+RESUME = ("resume_from_checkpoint", "auto_resume_from_checkpoints")
 PLAIN = (False, None)  # no DoRA
 FROM_CHECKPOINT = "pruned"  # folder in a checkpoint: its base, for a next command
 
@@ -75,14 +76,12 @@ def check_settings(
     steps = settings.get("max_steps") or 0
     if steps > 0:
         plan_pruning(*plan, steps)
-    if not (settings.get("resume_from_checkpoint") or settings.get("auto_resume_from_checkpoints")):
-        folder = Path(settings["output_dir"])
-        found = [*folder.glob(BASE_FOLDER), *folder.glob(f"checkpoint-*/{PRUNING_FOLDER}")]
-        require(
-            not found,
-            f"output_dir has another pruning: {found[:1]}; "
-            "go on from it by resume_from_checkpoint, or take a new folder",
-        )
+    folder = Path(settings["output_dir"])
+    found = [*folder.glob(BASE_FOLDER), *folder.glob(f"checkpoint-*/{PRUNING_FOLDER}")]
+    require(
+        not found or any(map(settings.get, RESUME)),
+        f"output_dir has another pruning: {found[:1]}; go on by {RESUME[0]}, or take a new folder",
+    )
     return config, targets
 
 
@@ -139,10 +138,6 @@ def find_base(adapter: Path) -> Path:
     shape = open_pretrained(base).shape
     for i, linear in shape.linears():
         name = name_in_file(shape, i, f"{linear.linear}.lora_B")
-        sizes, _ = header.get(name, ((0,), ""))
-        require(
-            sizes[0] == linear.matrix[0],
-            f"the adapter in {adapter} does not fit {base}, so they are of different trainings: "
-            f"{name} has sizes {[*sizes]}",
-        )
+        fits = name in header and header[name][0][0] == linear.matrix[0]
+        require(fits, f"{name} in {adapter} does not fit {base}: they are of different trainings")
     return base

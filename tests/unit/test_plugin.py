@@ -1,8 +1,11 @@
 """What plugins of other tools share: refusals before a model is loaded, the table, and the base of the next command."""
 
 import shutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +26,13 @@ from tests.support.resuming import assert_equal_tensors, read_tensors
 
 ALLOWED = {"adapter": ("lora", "qlora"), "use_dora": PLAIN, "optim": OPTIMIZERS}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+AXOLOTL = (
+    "axolotl",
+    "axolotl.integrations",
+    "axolotl.integrations.base",
+    "axolotl.cli",
+    "axolotl.cli.merge_lora",
+)
 PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 
 
@@ -155,6 +165,25 @@ def test_a_base_is_found_and_that_of_a_checkpoint_is_written(trained: Path) -> N
     assert_equal_tensors(read_tensors(of_checkpoint), read_tensors(base))
     stamp = of_checkpoint.stat().st_mtime_ns
     assert find_base(trained / "checkpoint-4").stat().st_mtime_ns == stamp
+
+
+def test_a_merge_in_axolotl_takes_the_base_as_it_is(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside stand-ins for what the plugin imports of Axolotl. tests/axolotl.sh has the real ones."""
+    packages: dict[str, Any] = {name: ModuleType(name) for name in AXOLOTL}
+    packages[AXOLOTL[2]].BasePlugin = object
+    command = packages[AXOLOTL[-1]]
+    command.merge_lora_sharded_efficient = dict
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    qlora = {"adapter": "qlora", "load_in_4bit": True, "loraprune": {"ratio": 0.3}}
+    settings = qlora | {"merge_lora": True, "lora_model_dir": str(trained)}
+    import_module("loraprune_ds.hf.axolotl").LoraPrunePlugin().register(settings)
+    assert settings["base_model"] == str(trained / "base")
+    assert (settings["adapter"], settings["load_in_4bit"]) == ("lora", False)
+    assert command.merge_lora_sharded_efficient(simulate_nf4=True) == {"simulate_nf4": False}
 
 
 def take_other_base(folder: Path) -> None:
