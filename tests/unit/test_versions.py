@@ -90,7 +90,7 @@ def test_a_result_without_pictures_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for package in ("matplotlib", "tensorboard"):
         assert not versions.can_show(package)
-        assert f"without {package}: pip install 'loraprune_ds[pictures]'" in caplog.text
+        assert f"no pictures by {package}: pip install 'loraprune_ds[pictures]'" in caplog.text
     shelf = [{"perplexity": 3.0, "parameters": 1}]
     assert not pictures.draw_shelf(tmp_path / "shelf.png", shelf, None)
 
