@@ -8,7 +8,8 @@ drive             on the trainer, which has a callback with these settings
 find_base         in the tool's next command
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
+from loraprune_ds.report.records import MODEL_FOLDER
 from loraprune_ds.session.preparing import linear_names, prunable_shape
 
 BLOCK = "loraprune"
@@ -92,10 +94,13 @@ def read_block(settings: Mapping[str, Any]) -> PruneConfig:
     return config_from_dict({"output_dir": "", "prune": block}).prune
 
 
-def drive(trainer: Any, callback: LoraPruneCallback) -> None:
+def drive(trainer: Any, callback: LoraPruneCallback, *, merged: bool = False) -> None:
     """Makes `trainer.train` resume pruning by the tool's own setting, and write the base at its end.
 
     Each adapter that is saved from then on names the base.
+
+    Args:
+        merged: the model with LoRA merged is written, too.
     """
     train = trainer.train
 
@@ -104,19 +109,23 @@ def drive(trainer: Any, callback: LoraPruneCallback) -> None:
         if asked:
             folder = None if str(asked).lower() == "true" else asked
             resume_from_checkpoint = callback.resume(trainer.model, folder)
-        base = Path(trainer.args.output_dir, BASE_FOLDER).absolute()
-        trainer.accelerator.print(f"{BLOCK}: at the end {base} gets the pruned base")
+        out = Path(trainer.args.output_dir).absolute()
+        results: dict[str, Callable[[Path], None]] = {BASE_FOLDER: callback.save_base}
+        if merged:
+            results[MODEL_FOLDER] = callback.save_model
+        trainer.accelerator.print(f"{BLOCK}: at the end {out} gets {', '.join(results)}")
         result = train(resume_from_checkpoint=resume_from_checkpoint, **more)
         if trainer.is_fsdp_enabled:  # of a SHARDED_STATE_DICT the Trainer would save no adapter
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         pruning = callback.pruning
-        # that of a training that went on here
-        pruning.model.comm.write_on_rank_0(base, lambda: remove_folder(base))
-        callback.save_base(base)
+        for name, save in results.items():
+            old = out / name  # that of a training that went on here
+            pruning.model.comm.write_on_rank_0(old, partial(remove_folder, old))
+            save(old)
         lora: Any = pruning.peft_model.peft_config[ADAPTER]
         settings = lora.to_dict
         # PEFT would read a base that the live setting names, with the class of the dense model
-        lora.to_dict = lambda: settings() | {"base_model_name_or_path": str(base)}
+        lora.to_dict = lambda: settings() | {"base_model_name_or_path": str(out / BASE_FOLDER)}
         return result
 
     trainer.train = resume_and_train

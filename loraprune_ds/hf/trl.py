@@ -1,26 +1,32 @@
 """Prunes in TRL's own scripts, with all of their flags and a block `loraprune: {ratio: 0.3}` in their YAML.
 
-python -m loraprune_ds.hf.trl sft --config x.yaml
-python -m loraprune_ds.hf.trl dpo --config x.yaml
+%(prog)s sft --config x.yaml
+%(prog)s dpo --config x.yaml
 """
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import trl
+import yaml
 
+from loraprune_ds.arguments import Parser
 from loraprune_ds.config_file import read_config
-from loraprune_ds.errors import require, shorten_errors
+from loraprune_ds.errors import shorten_errors
+from loraprune_ds.files import JsonObject, write_text
 from loraprune_ds.hf.plugin import (
     BLOCK,
     OPTIMIZERS,
     PLAIN,
+    RESUME,
     TARGETS,
     LoraPruneCallback,
     check_settings,
     drive,
 )
+from loraprune_ds.report.records import MODEL_FOLDER
 
 TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer"}
 ALLOWED = {"use_peft": (True,), "optim": OPTIMIZERS, "use_dora": PLAIN}
@@ -29,22 +35,41 @@ ALLOWED = {"use_peft": (True,), "optim": OPTIMIZERS, "use_dora": PLAIN}
 def main(arguments: list[str]) -> None:
     """Runs a script of TRL with a trainer that prunes."""
     shorten_errors()
-    command = arguments[0] if arguments else "nothing"
-    require(command in TRAINERS, f"the first argument is sft or dpo; got {command}")
-    require("--config" in arguments[:-1], f"--config must name a YAML with the block {BLOCK}")
-    settings = read_config(arguments[arguments.index("--config") + 1])
-    script = import_module(f"trl.scripts.{command}")
-    parts = script.make_parser(prog=command).parse_args_and_config(
-        arguments[1:], fail_with_unknown_args=False
+    parser = Parser(__doc__)
+    parser.add_argument("script", choices=TRAINERS)
+    parser.add_argument("--config", required=True, help=f"a YAML of TRL with the block {BLOCK}")
+    own, flags = parser.parse_known_args(arguments)
+    settings = read_config(own.config)
+    script = import_module(f"trl.scripts.{own.script}")
+    theirs = script.make_parser()
+    theirs.set_defaults_with_config(**settings)
+    given = settings | vars(theirs.parse_args(flags))
+    parts = theirs.parse_args_and_config(
+        ["--config", own.config, *flags], fail_with_unknown_args=False
     )
     for part in parts:
         settings |= vars(part)
-    config, linears = check_settings(settings, settings["model_name_or_path"], ALLOWED)
-    for part in parts:
-        if hasattr(part, TARGETS):
-            setattr(part, TARGETS, linears)
-    _replace(TRAINERS[command], LoraPruneCallback(config))
+    _, training, model, *_ = parts
+    config, model.lora_target_modules = check_settings(settings, model.model_name_or_path, ALLOWED)
+    given[TARGETS] = model.lora_target_modules  # PEFT knows none for layers that differ
+    _replace(TRAINERS[own.script], LoraPruneCallback(config))
     script.main(*parts)
+    if training.should_save:
+        path = _write_next(given, Path(training.output_dir).absolute())
+        sys.stdout.write(f"{BLOCK}: to train the result on: trl {own.script} --config {path}\n")
+
+
+def _write_next(given: JsonObject, out: Path) -> Path:
+    """Writes what the user gave, with the pruned model in the place of the dense one."""
+    changes = {
+        "model_name_or_path": str(out / MODEL_FOLDER),
+        "trust_remote_code": True,  # for layers that differ
+        "output_dir": str(out / "next"),
+    }
+    kept = {key: given[key] for key in given if key not in (BLOCK, *RESUME)}
+    path = out / "next.yaml"
+    write_text(path, yaml.safe_dump(kept | changes))
+    return path
 
 
 def _replace(name: str, callback: LoraPruneCallback) -> None:
@@ -53,7 +78,7 @@ def _replace(name: str, callback: LoraPruneCallback) -> None:
 
     def make(**settings: Any) -> Any:
         trainer = kind(callbacks=[callback], **settings)
-        drive(trainer, callback)
+        drive(trainer, callback, merged=True)
         return trainer
 
     setattr(trl, name, make)

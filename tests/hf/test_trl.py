@@ -20,7 +20,7 @@ from tests.support.examples import DS_CONFIG, write_rows
 from tests.support.ranks import RankPool
 from tests.support.refusals import must_name
 from tests.support.trainers import fresh_accelerate
-from tests.support.trl_scripts import refused_script, run_script
+from tests.support.trl_scripts import refused_script, run_plain, run_script
 
 FIELDS = {"sft": ("text",), "dpo": ("prompt", "chosen", "rejected")}
 IDS = torch.arange(3, 35)[None]
@@ -72,13 +72,24 @@ def check_result(out: Path, folder: Path) -> None:
     assert merged.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] > IDS.shape[1]
 
 
-def test_sft_prunes_resumes_by_its_own_setting_and_refuses_the_folder_of_another_run(
+def check_next(ranks: RankPool, out: Path) -> None:
+    """Trains the result on by the config that is written for it, with TRL alone."""
+    path = out / "next.yaml"
+    assert yaml.safe_load(path.read_text())["logging_steps"] == 2  # a flag of the user
+    ranks.run(1, run_plain, ["sft", "--config", str(path)])
+    base = read_json(out / "next/adapter_config.json")["base_model_name_or_path"]
+    assert base == str(out / "model")
+    load(out / "model")
+
+
+def test_sft_prunes_packs_resumes_by_its_own_setting_and_refuses_the_folder_of_another_run(
     ranks: RankPool, model: Path, tmp_path: Path
 ) -> None:
-    path = write_yaml(tmp_path, model, "sft")
+    path = write_yaml(tmp_path, model, "sft", packing=True)
     out = tmp_path / "out"
-    ranks.run(1, run_script, ["sft", "--config", path])
+    ranks.run(1, run_script, ["sft", "--config", path, "--logging_steps", "2"])
     check_result(out, tmp_path / "merged")
+    check_next(ranks, out)
     (line,) = ranks.run(1, refused_script, ["sft", "--config", path])
     assert "resume_from_checkpoint" in line
     again = tmp_path / "again"
@@ -108,7 +119,7 @@ def test_two_ranks_prune_on_ddp_and_zero_3(
 @pytest.mark.parametrize(
     ("arguments", "more", "names"),
     [
-        (["gkd"], {}, "sft or dpo gkd"),
+        (["gkd"], {}, "sft dpo gkd"),
         (["sft"], {}, "--config"),
         (["sft", "--config"], {"use_peft": False}, "use_peft: True"),
         (["sft", "--config"], {"optim": "paged_adamw_8bit"}, "optim: adamw_torch"),

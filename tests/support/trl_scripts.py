@@ -1,6 +1,7 @@
-"""Runs TRL's own scripts through our command, in processes that other tests use, too."""
+"""Runs TRL's own scripts, alone or through our command, in processes that other tests use, too."""
 
 import os
+from importlib import import_module
 from unittest.mock import patch
 
 import torch
@@ -25,6 +26,14 @@ def run_script(arguments: list[str], deepspeed: bool = False) -> None:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             PartialState(backend="gloo")
         main(arguments)
+
+
+def run_plain(arguments: list[str]) -> None:
+    """Trains by TRL alone, as its own command does."""
+    name, *options = arguments
+    script = import_module(f"trl.scripts.{name}")
+    with fresh_accelerate(), patch.object(torch.distributed, "destroy_process_group"):
+        script.main(*script.make_parser().parse_args_and_config(options))
 
 
 def refused_script(arguments: list[str]) -> str:
