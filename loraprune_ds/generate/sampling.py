@@ -49,10 +49,9 @@ class Text:
         return self.sampling.max_new_tokens - len(self.ids)
 
     @cached_property
-    def numbers(self) -> Tensor:
-        """One number in [0, 1) for each token, which chooses it. And a chunk more, for a batch with longer texts."""
-        count = self.sampling.max_new_tokens + CHUNK
-        return torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
+    def generator(self) -> torch.Generator:
+        """Draws the text's own noise, so that other texts of its batch change nothing."""
+        return torch.Generator().manual_seed(self.seed)
 
     def add(self, ids: Ids) -> None:
         """Adds ids up to the first that ends the text."""
@@ -73,15 +72,13 @@ def _extend_batch(writer: Writer, batch: list[Text], tick: Tick) -> None:
     prompts = [text.whole for text in batch]
     width = max(map(len, prompts))
     ends = torch.tensor(sorted(writer.ends), dtype=torch.int64, device=device)
-    numbers = torch.stack([text.numbers[len(text.ids) :][:CHUNK] for text in batch]).to(device)
     nucleus = [(text.sampling.temperature, text.sampling.top_p) for text in batch]
     limits = torch.tensor(nucleus, device=device)
 
     def choose(ids: Tensor, scores: Tensor) -> Tensor:
-        new = ids[:, width:]
-        ended = torch.isin(new, ends).any(1)
+        ended = torch.isin(ids[:, width:], ends).any(1)
         tick(len(batch) - int(ended.sum()))
-        return leave_one(limits, numbers[:, new.shape[1], None], scores)
+        return leave_one(limits, [text.generator for text in batch], scores)
 
     most = min(CHUNK, max(text.room for text in batch))
     rows = writer.write(
@@ -91,25 +88,21 @@ def _extend_batch(writer: Writer, batch: list[Text], tick: Tick) -> None:
         text.add(ids)
 
 
-def leave_one(nucleus: Tensor, number: Tensor, scores: Tensor) -> Tensor:
-    """Leaves one token in each row of `scores`: where a number falls in the cumulative probabilities of the nucleus.
+def leave_one(limits: Tensor, generators: Sequence[torch.Generator], scores: Tensor) -> Tensor:
+    """Leaves one token of the nucleus in each row of `scores`, sampled by the generator of that row.
 
     Args:
-        nucleus: the temperature and `top_p` of each row, (rows, 2).
-        number: in [0, 1), (rows, 1).
+        limits: the temperature and `top_p` of each row, (rows, 2).
     """
-    temperature, top_p = nucleus.split(1, dim=1)
-    count = min(NUCLEUS, scores.shape[1])
-    top = scores.topk(count)
+    temperature, top_p = limits.split(1, dim=1)
+    top = scores.topk(min(NUCLEUS, scores.shape[1]))
     p = (top.values / temperature).softmax(1)
-    likelier = p.cumsum(1) - p
-    in_nucleus = torch.where(likelier < top_p, p, 0.0)
-    cumulative = in_nucleus.cumsum(1)
-    total = cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, number * total, right=True)
-    token = top.indices.gather(1, place.clamp(max=count - 1))
-    none = torch.full_like(scores, -torch.inf)
-    return none.scatter(1, token, 0.0)
+    in_nucleus = p.where(p.cumsum(1) - p < top_p, 0.0)
+    # the largest of p / noise is a sample of p, and NaN raises nothing
+    noise = [torch.empty(p.shape[1]).exponential_(generator=each) for each in generators]
+    place = (in_nucleus / torch.stack(noise).to(p.device)).argmax(1, keepdim=True)
+    token = top.indices.gather(1, place)
+    return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 def extend_by_vllm(engine: Any, texts: Sequence[Text], tick: Tick) -> None:
