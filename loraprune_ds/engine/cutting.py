@@ -1,4 +1,4 @@
-"""Makes the parameters of decoder layers smaller, each where this process holds it whole."""
+"""Makes the parameters of decoder layers smaller, and cuts those that this process holds whole."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,17 +19,22 @@ from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.ranks.flat import kept_within
 
+ParameterCut = tuple[nn.Parameter, Slice]
+
 
 def cut_layers(
     layers: Iterable[nn.Module],
     shape: ModelShape,
     keep: Iterable[LayerKeep],
-    cut: Callable[[nn.Parameter, Slice], None],
+    cut: Callable[[Iterable[ParameterCut]], None],
 ) -> None:
-    """Cuts decoder layers, one parameter after another. `shape` is from before the cut."""
+    """Cuts one decoder layer after another. `shape` is from before the cut.
+
+    Args:
+        cut: makes the parameters of a layer smaller.
+    """
     for layer, spec, layer_keep in zip(layers, shape.layers, keep, strict=True):
-        for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-            cut(parameter, kept)
+        cut(parameter_cuts(layer, spec, layer_keep))
         set_sizes(layer, spec.resized(layer_keep.counts))
         kept_within.cache_clear()
         fail_point("cut.layer")
@@ -46,16 +51,20 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.data = data
 
 
-def cut_whole(parameter: nn.Parameter, kept: Slice) -> None:
-    """Makes a parameter smaller that this process holds whole, and drops its gradient."""
-    parameter.grad = None
-    indices = kept_within(kept.keep, 0, parameter.shape[kept.axis], parameter.device)
-    replace_data(parameter, parameter.data.index_select(kept.axis, indices))
+def cut_whole(cuts: Iterable[ParameterCut]) -> None:
+    """Makes parameters smaller that this process holds whole, and drops their gradients."""
+    for parameter, kept in cuts:
+        parameter.grad = None
+        replace_data(parameter, select(parameter.data, kept))
 
 
-def parameter_cuts(
-    layer: nn.Module, spec: LayerSpec, keep: LayerKeep
-) -> Iterator[tuple[nn.Parameter, Slice]]:
+def select(tensor: Tensor, kept: Slice) -> Tensor:
+    """Copies what is kept of a whole tensor."""
+    indices = kept_within(kept.keep, 0, tensor.shape[kept.axis], tensor.device)
+    return tensor.index_select(kept.axis, indices)
+
+
+def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterator[ParameterCut]:
     """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
 
     def format_of(tensor: TensorSpec) -> StorageFormat:

@@ -19,7 +19,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import EngineName
+from loraprune_ds.engine.cutting import cut_layers, cut_whole
 from loraprune_ds.files import JsonObject
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -74,11 +76,11 @@ class LiveEngine(ABC):
     def will_train(self, model: PeftModel) -> bool:
         """Tells whether this engine will train a model that has no optimizer yet. Not collective."""
 
-    @abstractmethod
     def cut_before_training(
         self, model: PeftModel, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
     ) -> None:
         """Removes all other groups from a dense model of `shape` that has no optimizer yet. Collective."""
+        cut_layers(decoder_layers(model), shape, keep, cut_whole)
 
     @abstractmethod
     def lacks_state(self, folder: Path, rank: int) -> list[str]:

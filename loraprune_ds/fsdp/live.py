@@ -12,11 +12,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loraprune_ds.engine.cutting import cut_layers, cut_whole
 from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER
-from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -47,8 +45,8 @@ class LiveFsdp(LiveEngine):
             from loraprune_ds.fsdp.model import FsdpModel
 
             FsdpModel(model, shape).cut(keep)
-            return
-        cut_layers(decoder_layers(model), shape, keep, cut_whole)
+        else:
+            super().cut_before_training(model, shape, keep, comm)
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
         plugin: Any = AcceleratorState().fsdp_plugin

@@ -4,7 +4,7 @@ FSDP2 swaps the parameters of a unit for gathered ones in a forward pass. After 
 evaluation, the last units stay gathered. Therefore everything here reshards before it reads parameters of a module.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loraprune_ds.engine.cutting import cut_layers
+from loraprune_ds.engine.cutting import ParameterCut, cut_layers
 from loraprune_ds.engine.watched_model import WatchedModel
 from loraprune_ds.fsdp.private import Slot, close_forward, find_slots, install, like_parameter
 from loraprune_ds.fsdp.rows import RowShards
@@ -94,14 +94,19 @@ class FsdpModel(WatchedModel):
         before = self.layout.shards.bytes_sent
         self._reshard()
         slots = find_slots(self._units)
-        cut_layers(self.layers, self.shape, keep, lambda p, kept: self._select(p, kept, slots[p]))
+
+        def cut_rows(cuts: Iterable[ParameterCut]) -> None:
+            for parameter, kept in cuts:
+                self._select(parameter, kept, slots[parameter])
+
+        cut_layers(self.layers, self.shape, keep, cut_rows)
         self.shape = self.shape.after(keep)
         self._forget_event()
         return sum(self.comm.gather_objects(self.layout.shards.bytes_sent - before))
 
     def _select(self, parameter: nn.Parameter, kept: Slice, slot: Slot) -> None:
         shape = tuple(parameter.shape)
-        new_shape = AxisCut(shape, kept.axis, kept.keep).new_shape
+        new_shape = AxisCut(shape, *kept).new_shape
 
         def cut_moment(moment: Tensor) -> DTensor:
             rows = self.layout.cut(self.held(moment), shape, kept)

@@ -13,8 +13,6 @@ from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import PRIVATE, LocalModel
 from loraprune_ds.model.adapters import ADAPTER
-from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.layout import Whole
@@ -29,11 +27,6 @@ class LiveLocal(LiveEngine):
 
     def will_train(self, model: PeftModel) -> bool:
         return True
-
-    def cut_before_training(
-        self, model: PeftModel, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
-    ) -> None:
-        LocalModel(model, shape).cut(keep)
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
         return [name for name in (ADAPTER_WEIGHTS, OPTIMIZER_NAME) if not (folder / name).is_file()]

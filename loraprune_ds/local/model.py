@@ -4,23 +4,24 @@ After a backward pass every rank has all averaged gradients. Each scores the par
 so both engines remove the same groups.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loraprune_ds.engine.cutting import cut_layers, cut_whole
+from loraprune_ds.engine.cutting import ParameterCut, cut_layers, cut_whole, select
 from loraprune_ds.engine.watched_model import WatchedModel
 from loraprune_ds.errors import require
-from loraprune_ds.model.frozen import Slice, storage_format, stored_tensors
+from loraprune_ds.model.frozen import storage_format, stored_tensors
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import kept_within, owned_range
+from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.ranks.layout import Whole
 
 PRIVATE = ((DistributedDataParallel, "_get_active_ddp_module"),)  # beside `_comm_hooks`
@@ -62,17 +63,14 @@ class LocalModel(WatchedModel):
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts in place. The optimizer and the trainer keep their parameters."""
         with _without_reducer(self._ddp):
-            cut_layers(self.layers, self.shape, keep, self._select)
+            cut_layers(self.layers, self.shape, keep, self._cut_layer)
             self.shape = self.shape.after(keep)
         return 0
 
-    def _select(self, parameter: nn.Parameter, kept: Slice) -> None:
-        def cut_moment(moment: Tensor) -> Tensor:
-            indices = kept_within(kept.keep, 0, moment.shape[kept.axis], moment.device)
-            return moment.index_select(kept.axis, indices)
-
-        self.cut_moments(parameter, cut_moment)
-        cut_whole(parameter, kept)
+    def _cut_layer(self, cuts: Iterable[ParameterCut]) -> None:
+        for parameter, kept in cuts:
+            self.cut_moments(parameter, partial(select, kept=kept))
+            cut_whole([(parameter, kept)])
 
     # Training
 

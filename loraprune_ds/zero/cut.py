@@ -3,68 +3,64 @@
 Nothing is gathered. Every rank computes from the mask which of its elements go to which rank (ranks/flat.py).
 """
 
+from collections.abc import Iterable
 from itertools import product
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.engine.cutting import parameter_cuts
+from loraprune_ds.engine.cutting import ParameterCut, cut_whole
 from loraprune_ds.engine.optimizer_state import OptimizerState
-from loraprune_ds.model.adapters import set_sizes
-from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
-from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, kept_within
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.params import install_shard
-from loraprune_ds.zero.shards import full_shape
+from loraprune_ds.zero.shards import full_shape, is_sharded
 
-ParameterCut = tuple[nn.Parameter, ReshardPlan]
 ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed
 
 
 def cut_layer(
-    layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: OptimizerState, comm: Communicator
+    cuts: Iterable[ParameterCut], comm: Communicator, state: OptimizerState | None = None
 ) -> None:
-    """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
-    # New shards of the optimizer state go into the old slots. `ShardedState.rebuild` shortens these later.
-    cuts = shard_cuts(layer, spec, keep, comm)
-    trained = [cut for cut in cuts if cut[0].requires_grad]
+    """Makes the parameters of a layer smaller in place. Collective.
+
+    Args:
+        state: None before there is an engine. Then some parameters may be whole.
+    """
+    cuts = list(cuts)
+    cut_whole(cut for cut in cuts if not is_sharded(cut[0]))
+    plans = _plan([cut for cut in cuts if is_sharded(cut[0])], comm)
     carried: list[tuple[nn.Parameter, str]] = []
     state_cuts: list[ShardCut] = []
-    for (parameter, plan), key in product(trained, state.keys()):
-        carried.append((parameter, key))
-        state_cuts.append((state.shard(parameter, key).to(comm.device), plan))
+    if state:
+        trained = [cut for cut in plans if cut[0].requires_grad]
+        for (parameter, plan), key in product(trained, state.keys()):
+            carried.append((parameter, key))
+            state_cuts.append((state.shard(parameter, key).to(comm.device), plan))
     new_shards = reshard(state_cuts, comm)
-    cut_parameters(cuts, comm)
-    set_sizes(layer, spec.resized(keep.counts))
-    if carried:  # by now a shard is the smaller view of the old slot
+    shards = [
+        (cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in plans
+    ]
+    for (parameter, plan), shard in zip(plans, reshard(shards, comm), strict=True):
+        install_shard(parameter, shard, plan.cut.new_shape)
+    # New shards of the optimizer state go into the old slots. `ShardedState.rebuild` shortens these later.
+    if state and carried:  # by now a shard is the smaller view of the old slot
         foreach._foreach_copy_([state.shard(*slot) for slot in carried], new_shards)
-    kept_within.cache_clear()
 
 
-def shard_cuts(
-    layer: nn.Module, spec: LayerSpec, keep: LayerKeep, comm: Communicator
-) -> list[ParameterCut]:
-    """Lists the parameters of a layer that get smaller, with the plan of the exchange."""
+def _plan(cuts: list[ParameterCut], comm: Communicator) -> list[tuple[nn.Parameter, ReshardPlan]]:
+    """Plans the exchange for each parameter."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
-    cuts: list[ParameterCut] = []
-    for parameter, kept in parameter_cuts(layer, spec, keep):
+    planned: list[tuple[nn.Parameter, ReshardPlan]] = []
+    for parameter, kept in cuts:
         shape = full_shape(parameter)
         key = (shape, kept.axis, id(kept.keep))
         if key not in plans:
             plans[key] = ReshardPlan(AxisCut(shape, *kept), comm.world_size, comm.rank)
-        cuts.append((parameter, plans[key]))
-    return cuts
-
-
-def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
-    """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
-    shards = [
-        (cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in cuts
-    ]
-    for (parameter, plan), shard in zip(cuts, reshard(shards, comm), strict=True):
-        install_shard(parameter, shard, plan.cut.new_shape)
+        planned.append((parameter, plans[key]))
+    return planned
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Connects the pruner with the ZeRO-3 engine of another trainer, and with its sharded model before that."""
+"""Connects the pruner with the ZeRO-3 engine of another trainer."""
 
 import logging
 from pathlib import Path
@@ -11,18 +11,12 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
-from loraprune_ds.engine.cutting import cut_whole, parameter_cuts
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
-from loraprune_ds.model.adapters import set_sizes
-from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.zero.cut import cut_parameters, shard_cuts
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.shards import is_sharded
 
 # their only state with a shape is exp_avg and exp_avg_sq
 ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
@@ -107,17 +101,3 @@ def write_stand_in(folder: Path, step: int, groups: list[JsonObject], comm: Comm
     }
     for prefix in ("", "bf16_"):
         torch.save({OPTIMIZER_STATE_DICT: zero}, tag / f"{prefix}{rank_name}_optim_states.pt")
-
-
-@torch.no_grad()
-def cut_before_engine(
-    module: nn.Module, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
-) -> None:
-    """Cuts a PEFT model before an engine wraps it. Only some of its parameters may be sharded. Collective."""
-    for layer, spec, layer_keep in zip(decoder_layers(module), shape.layers, keep, strict=True):
-        cuts = shard_cuts(layer, spec, layer_keep, comm)
-        cut_parameters([cut for cut in cuts if is_sharded(cut[0])], comm)
-        for parameter, kept in parameter_cuts(layer, spec, layer_keep):
-            if not is_sharded(parameter):
-                cut_whole(parameter, kept)
-        set_sizes(layer, spec.resized(layer_keep.counts))

@@ -1,13 +1,16 @@
 """Connects the pruner with a training on ZeRO-3. It loads DeepSpeed once that trains."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
 
+from loraprune_ds.engine.cutting import cut_layers
 from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.files import JsonObject
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -31,9 +34,9 @@ class LiveZero3(LiveEngine):
         self, model: PeftModel, shape: ModelShape, keep: list[LayerKeep], comm: Communicator
     ) -> None:
         """Cuts base weights that are born sharded, and the rest, which every rank still holds whole."""
-        from loraprune_ds.zero.external_engine import cut_before_engine
+        from loraprune_ds.zero.cut import cut_layer
 
-        cut_before_engine(model, shape, keep, comm)
+        cut_layers(decoder_layers(model), shape, keep, partial(cut_layer, comm=comm))
 
     def lacks_state(self, folder: Path, rank: int) -> list[str]:
         from loraprune_ds.zero.external_engine import can_load

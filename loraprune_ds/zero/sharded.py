@@ -1,6 +1,6 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
+from loraprune_ds.engine.cutting import ParameterCut, cut_layers
 from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.frozen import Quantised, storage_format
@@ -97,10 +98,12 @@ class ShardedModel(PrunableModel):
         """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers."""
         before = self.comm.bytes_sent
         self._empty_partition_cache()
-        for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
-            cut_layer(layer, spec, layer_keep, self.optimizer_state, self.comm)
+
+        def cut(cuts: Iterable[ParameterCut]) -> None:
+            cut_layer(cuts, self.comm, self.optimizer_state)
             empty_host_cache()  # no later shard has an old size, so pinned blocks would accumulate
-            fail_point("cut.layer")
+
+        cut_layers(self.layers, self.shape, keep, cut)
         self.shape = self.shape.after(keep)
         self.optimizer_state.rebuild()
         fail_point("cut.rebuilt")

@@ -117,7 +117,10 @@ def shard_rows(peft_model: nn.Module) -> None:
 
 
 def sharded_at_birth(peft_model: nn.Module) -> None:
-    deepspeed.zero.Init(module=peft_model, config_dict_or_path=ds_config())
+    """Shards all but LoRA, which PEFT adds to a sharded model."""
+    for name, module in peft_model.named_modules():
+        if ".lora_" not in name and list(module.parameters(recurse=False)):
+            deepspeed.zero.Init(module=module, config_dict_or_path=ds_config())
 
 
 # name of the engine -> wraps a model; and shards a dense model before there is an optimizer, where users do that
