@@ -34,6 +34,7 @@ from loraprune_ds.pretrained.text_part import Tower
 from loraprune_ds.pretrained.weight_files import read_header, read_samples, weight_file_names
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.layer_scores import LayerScores
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
 
@@ -77,6 +78,11 @@ class SavedStep:
     def refits(self, shape: ModelShape) -> ModelWeights:
         """Opens the refitted linears. They hold no other weights of the model."""
         return open_tensors(shape, self.folder, layout.REFITS)
+
+    def restore_lora(self, model: PrunableModel) -> None:
+        """Restores LoRA and Adam's state, on any number of ranks. Collective."""
+        adam_step = self.resume_state().adam_step or 0
+        model.optimizer_state.restore(model.lora_parameters(), self.read_flat, adam_step)
 
     def restore_pruner(self, pruner: Pruner) -> None:
         """Restores the pruner of a model that has been cut, on any number of ranks."""

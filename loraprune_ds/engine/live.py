@@ -45,7 +45,7 @@ class LiveTraining:
     peft_model: PeftModel
     shape: ModelShape
     optimizer: Any
-    ds_config: JsonObject | None
+    ds_config: JsonObject | None = None
     scaler: Any = None
 
     def optimizers(self) -> Iterator[Any]:

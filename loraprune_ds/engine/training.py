@@ -1,7 +1,7 @@
 """The engines of our own runs: what infers, what also trains LoRA, and what builds both on one library."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,41 +10,42 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype, EngineName
-from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.files import JsonObject
 from loraprune_ds.pretrained.pretrained import PretrainedModel
-from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 
 
-class InferenceEngine(ABC):
-    """Holds a frozen model in evaluation mode. `module` makes the passes. Every method is collective."""
+class InferenceEngine:
+    """Holds a model, whose passes `module` makes. Every method is collective.
 
-    def __init__(self, module: Any) -> None:
+    Attributes:
+        release: frees weights and optimizer state, even if they are still referenced. The engine is unusable then.
+    """
+
+    def __init__(self, module: Any, release: Callable[[], None]) -> None:
         self.module = module
+        self.release = release
 
     @torch.no_grad()
     def infer(self, **inputs: Any) -> Any:
         """Makes one forward pass in evaluation mode."""
         return self.module(**inputs)
 
-    @abstractmethod
-    def release(self) -> None:
-        """Frees weights and optimizer state, even if they are still referenced. The engine is unusable then."""
 
+class TrainingEngine(InferenceEngine, ABC):
+    """Trains LoRA.
 
-class TrainingEngine(InferenceEngine):
-    """Trains the LoRA of `model`.
+    A step is `backward` for each micro-batch, then `update`. Between them the pruner reads the gradients.
 
-    A step is `backward` for each micro-batch, then `update`. Between them the pruner reads the gradients of `model`.
+    Attributes:
+        optimizer: as a `LiveTraining` takes it.
     """
 
     def __init__(
-        self, module: Any, model: PrunableModel, state: OptimizerState, lr_scheduler: LambdaLR
+        self, module: Any, release: Callable[[], None], optimizer: Any, lr_scheduler: LambdaLR
     ) -> None:
-        super().__init__(module)
-        self.model = model
-        self.optimizer_state = state
+        super().__init__(module, release)
+        self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
 
     @abstractmethod

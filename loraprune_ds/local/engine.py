@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.build import build_for_losses, replace_parameters
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
@@ -29,45 +29,27 @@ from loraprune_ds.ranks.job import several_ranks
 class LocalEngine(TrainingEngine):
     """Trains a PEFT model with fp32 LoRA by torch's AdamW."""
 
-    model: LocalModel
-
     def __init__(
-        self,
-        module: Any,
-        shape: ModelShape,
-        optimizer: AdamW,
-        lr_scheduler: LambdaLR,
-        max_norm: float,
+        self, module: Any, optimizer: AdamW, lr_scheduler: LambdaLR, max_norm: float
     ) -> None:
-        model = LocalModel(module, shape, optimizer)
-        super().__init__(module.train(), model, model.optimizer_state, lr_scheduler)
-        self._optimizer = optimizer
+        free = partial(release, module, optimizer)
+        super().__init__(module.train(), free, optimizer, lr_scheduler)
         self._max_norm = max_norm
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def update(self, *, skipped: bool) -> None:
-        trained = self.optimizer_state.masters()
+        (group,) = self.optimizer.param_groups
+        trained = group["params"]
         for parameter in trained:
             if parameter.grad is None:  # its moments decay, as under ZeRO-3
                 parameter.grad = torch.zeros_like(parameter)
         if self._max_norm:
             clip_grad_norm_(trained, self._max_norm)
-        self._optimizer.step()
+        self.optimizer.step()
         self.lr_scheduler.step()
-        self._optimizer.zero_grad()
-
-    def release(self) -> None:
-        self._optimizer.state.clear()
-        release(self.module)
-
-
-class LocalInference(InferenceEngine):
-    """A frozen model that one process holds whole."""
-
-    def release(self) -> None:
-        release(self.module)
+        self.optimizer.zero_grad()
 
 
 class Local(Engine):
@@ -102,9 +84,7 @@ class Local(Engine):
         peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.data = parameter.data.float()
-        return LocalEngine(
-            peft_model, pretrained.shape, optimizer, lr_scheduler, config.train.max_grad_norm
-        )
+        return LocalEngine(peft_model, optimizer, lr_scheduler, config.train.max_grad_norm)
 
     def build_inference_engine(
         self,
@@ -114,8 +94,9 @@ class Local(Engine):
         ds_config: JsonObject,
         *,
         head: bool = True,
-    ) -> LocalInference:
-        return LocalInference(_build_frozen(pretrained, attn_implementation, dtype, head=head))
+    ) -> InferenceEngine:
+        model = _build_frozen(pretrained, attn_implementation, dtype, head=head)
+        return InferenceEngine(model, partial(release, model))
 
 
 def _build_frozen(
@@ -133,8 +114,10 @@ def _build_frozen(
     return model.eval()
 
 
-def release(model: nn.Module) -> None:
-    """Frees the weights, even if they are still referenced. The model is unusable then."""
+def release(model: nn.Module, optimizer: AdamW | None = None) -> None:
+    """Frees weights and optimizer state, even if they are still referenced. The model is unusable then."""
+    if optimizer is not None:
+        optimizer.state.clear()
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
         parameter.grad = None

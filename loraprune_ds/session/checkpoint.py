@@ -86,14 +86,12 @@ class PruningCheckpoint(SavedStep):
         require(origin.seed == seed, f"the checkpoint's seed is {origin.seed}, not {seed}")
 
     def restore_lora(self, model: PrunableModel) -> None:
-        """Restores LoRA and Adam's state, which the trainer could not load. Collective."""
+        """Does what the trainer could not. Raises UserError if its optimizer is no Adam. Collective."""
         require(
             has_plain_adam(model),
             f"{self.of_trainer} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it",
         )
-        model.optimizer_state.restore(
-            model.lora_parameters(), self.read_flat, self.resume_state().adam_step or 0
-        )
+        super().restore_lora(model)
 
 
 def cut_to_checkpoint(

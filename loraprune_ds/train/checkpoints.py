@@ -122,7 +122,7 @@ def check_data(checkpoint: TrainingCheckpoint, prepared: Prepared) -> None:
 
 
 def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
-    """Builds the training engine, fresh or from a checkpoint. Collective."""
+    """Builds the training engine, fresh or with the weights and counters of a checkpoint. Collective."""
     config = prepared.config
     frozen = prepared.pretrained
     if checkpoint is not None:
@@ -131,14 +131,9 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
         frozen = checkpoint.frozen_model
     cycles = prepared.schedule.cycles()
     engine = prepared.engine.build_training_engine(frozen, prepared.ds_config, cycles, config)
-    if checkpoint is None:
-        return engine
-    counters = checkpoint.resume_state()
-    model = engine.model
-    engine.optimizer_state.restore(
-        model.lora_parameters(), checkpoint.read_flat, counters.adam_step or 0
-    )
-    engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
+    if checkpoint is not None:
+        counters = checkpoint.resume_state()
+        engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
 

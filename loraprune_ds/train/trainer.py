@@ -9,7 +9,9 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
+from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engine.training import InferenceEngine, TrainingEngine
+from loraprune_ds.engines import connect
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import measure_perplexity
@@ -18,6 +20,7 @@ from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.ranks.device import to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, Recorder
+from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.session import PruningSession
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
@@ -41,7 +44,7 @@ class Trainer:
     teacher: InferenceEngine | None = None
 
     def __post_init__(self) -> None:
-        self.model = self.engine.model
+        self.model = self.pruning.model
         self.requested = NOTHING  # the largest request of any rank at the last step
 
     def train_step(self) -> CutRecord | None:
@@ -148,6 +151,9 @@ def build_trainer(
     """Builds the trainer of a run, fresh or from the checkpoint. Arguments are as in `Trainer`. Collective."""
     config = prepared.config
     engine = build_engine(prepared, checkpoint)
+    shape = (checkpoint or prepared.pretrained).shape
+    peft_model = find_peft_model(engine.module)
+    model = connect(LiveTraining(engine.module, peft_model, shape, engine.optimizer))
     teacher = None
     if config.train.distill_weight:
         teacher = prepared.engine.build_inference_engine(
@@ -158,7 +164,7 @@ def build_trainer(
             head=False,
         )
     pruning = PruningSession(
-        engine.model,
+        model,
         prepared.schedule,
         config.model.dtype,
         origin=prepared.origin,
@@ -166,6 +172,7 @@ def build_trainer(
         own_process=True,
     )
     if checkpoint:
+        checkpoint.restore_lora(model)
         pruning.restore(checkpoint)
     return Trainer(
         engine, pruning, prepared.samples, prepared.order, config, current_request, teacher

@@ -30,10 +30,10 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import is_cpu
 from loraprune_ds.ranks.job import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
+from loraprune_ds.zero.gathering import forget_trace
 from loraprune_ds.zero.params import free_shards, shard_at_birth
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS, check_private_attributes
 from loraprune_ds.zero.releases import decide_releases
-from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.shards import NAME
 
 ALONE = {
@@ -46,16 +46,12 @@ ALONE = {
 
 
 class ShardedEngine(TrainingEngine):
-    """Trains the sharded `model` through `deepspeed`, a `DeepSpeedEngine`."""
+    """Trains a sharded model through `deepspeed`, a `DeepSpeedEngine`."""
 
-    model: ShardedModel
-
-    def __init__(self, deepspeed: Any, shape: ModelShape) -> None:
+    def __init__(self, deepspeed: Any) -> None:
         self.deepspeed = deepspeed
-        model = ShardedModel(
-            deepspeed.module, deepspeed.optimizer, shape, deepspeed.empty_partition_cache
-        )
-        super().__init__(deepspeed, model, model.optimizer_state, deepspeed.lr_scheduler)
+        free = partial(release, deepspeed)
+        super().__init__(deepspeed, free, deepspeed.optimizer, deepspeed.lr_scheduler)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -74,9 +70,9 @@ class ShardedEngine(TrainingEngine):
         """Makes one forward pass in evaluation mode. It does not change what training gathers."""
         # DeepSpeed caches which weights to free after which module. After an evaluation its decisions would make
         # every later step gather weights twice. DeepSpeed caches nothing while it records a pass.
-        self.model.forget_trace()
+        forget_trace(self.optimizer)
         outputs = super().infer(**inputs)
-        self.model.forget_trace()
+        forget_trace(self.optimizer)
         return outputs
 
     def loss_scale(self) -> JsonObject:
@@ -91,9 +87,6 @@ class ShardedEngine(TrainingEngine):
         deepspeed.global_steps = step
         deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
         deepspeed.global_samples = step * deepspeed.train_batch_size()
-
-    def release(self) -> None:
-        release(self.deepspeed)
 
 
 def release(engine: Any) -> None:
@@ -110,13 +103,6 @@ def release(engine: Any) -> None:
     vars(zero).clear()  # masters, gradients, buckets and flat copies, under any name
     accelerator().empty_cache()
     empty_host_cache()
-
-
-class ShardedInference(InferenceEngine):
-    """A sharded model without an optimizer. `module` is a `DeepSpeedEngine`."""
-
-    def release(self) -> None:
-        release(self.module)
 
 
 class Zero3(Engine):
@@ -198,7 +184,7 @@ class Zero3(Engine):
                 config=ds_config,
                 dist_init_required=False,
             )
-        return ShardedEngine(engine, pretrained.shape)
+        return ShardedEngine(engine)
 
     def build_inference_engine(
         self,
@@ -208,7 +194,7 @@ class Zero3(Engine):
         ds_config: JsonObject,
         *,
         head: bool = True,
-    ) -> ShardedInference:
+    ) -> InferenceEngine:
         """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
         with redirect_stdout(StringIO()):
             model = build_for_losses(pretrained, attn_implementation, head=head)
@@ -219,7 +205,7 @@ class Zero3(Engine):
             )
         decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
         engine.eval()
-        return ShardedInference(engine)
+        return InferenceEngine(engine, partial(release, engine))
 
 
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:

@@ -53,7 +53,7 @@ def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel
             '"communication_data_type": "fp32" and "data_types": {"grad_accum_dtype": "fp32"} in the DeepSpeed config',
             ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in reduced)),
         )
-    return ShardedModel(module, zero, shape, zero.empty_partition_cache)
+    return ShardedModel(module, zero, shape)
 
 
 def can_load(folder: Path, rank: int) -> bool:

@@ -1,4 +1,4 @@
-"""Gathers the weights of a module once for several passes that go through it one after another."""
+"""Changes what ZeRO-3 gathers when: a module once for several passes, or all in another order."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -7,6 +7,13 @@ from typing import Any
 from torch import nn
 
 OF_ALL_PASSES = -1  # no module's number
+
+
+def forget_trace(zero_optimizer: Any) -> None:
+    """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
+    coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
 
 
 @contextmanager

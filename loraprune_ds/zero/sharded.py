@@ -1,5 +1,6 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
+import gc
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -20,8 +21,8 @@ from loraprune_ds.ranks.device import foreach
 from loraprune_ds.ranks.layout import Layout
 from loraprune_ds.zero import private
 from loraprune_ds.zero.cut import cut_layer
-from loraprune_ds.zero.device import empty_host_cache, settle_shards
-from loraprune_ds.zero.gathering import gather_once
+from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
+from loraprune_ds.zero.gathering import forget_trace, gather_once
 from loraprune_ds.zero.params import owned_blocks, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.shards import NAME, FlatShards, full_shape
@@ -35,18 +36,11 @@ class ShardedModel(PrunableModel):
 
     Args:
         zero_optimizer: DeepSpeed's `DeepSpeedZeroOptimizer_Stage3` of that model.
-        empty_partition_cache: the engine's method. It frees all gathered weights.
     """
 
     engine = NAME
 
-    def __init__(
-        self,
-        module: nn.Module,
-        zero_optimizer: Any,
-        shape: ModelShape,
-        empty_partition_cache: Callable[[], None],
-    ) -> None:
+    def __init__(self, module: nn.Module, zero_optimizer: Any, shape: ModelShape) -> None:
         super().__init__(module, shape, FlatShards(Communicator()))
         trained = [p for p in module.parameters() if p.requires_grad]
         self.zero_optimizer = zero_optimizer
@@ -55,7 +49,6 @@ class ShardedModel(PrunableModel):
         self.optimizer_state = ShardedState(zero_optimizer, trained, self.layout)
         self._coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
         self._releases = decide_releases(self._coordinator)
-        self._empty_partition_cache = empty_partition_cache
         self._trained = True  # in the last forward pass
 
     # Scoring
@@ -78,18 +71,18 @@ class ShardedModel(PrunableModel):
     @contextmanager
     def repeating_passes(self) -> Generator[None]:
         settle_shards()  # these passes do not begin with the root's, which waits for an update
-        self.forget_trace()
+        forget_trace(self.zero_optimizer)
         try:
             yield
         finally:
-            self.forget_trace()
-            self._empty_partition_cache()
+            forget_trace(self.zero_optimizer)
+            self.zero_optimizer.empty_partition_cache()
 
     def gathered(self, *modules: nn.Module) -> AbstractContextManager[None]:
         return gather_once(self._coordinator, modules)
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
-        self._empty_partition_cache()
+        self.zero_optimizer.empty_partition_cache()
         super().replace_weights(linear_ids, compute)
         # Waits for the device: the stream of the next gather would read the old weights. A cut may not follow.
         settle_shards()
@@ -97,7 +90,10 @@ class ShardedModel(PrunableModel):
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers."""
         before = self.comm.bytes_sent
-        self._empty_partition_cache()
+        self.zero_optimizer.empty_partition_cache()
+        # torch may hold memory that NCCL needs
+        gc.collect()
+        accelerator().empty_cache()
 
         def cut(cuts: Iterable[ParameterCut]) -> None:
             cut_layer(cuts, self.comm, self.optimizer_state)
@@ -149,13 +145,8 @@ class ShardedModel(PrunableModel):
     def _note_mode(self, module: nn.Module, args: Any) -> None:
         """Forgets the order of modules between training and evaluation (`ShardedEngine.infer`)."""
         if module.training != self._trained:
-            self.forget_trace()
+            forget_trace(self.zero_optimizer)
             self._trained = module.training
-
-    def forget_trace(self) -> None:
-        """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
-        if not self._coordinator.is_invalid_trace():
-            self._coordinator._invalidate_trace()
 
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. The record of the module order stays valid."""

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
 from loraprune_ds.zero import params
 from loraprune_ds.zero.device import accelerator
+from loraprune_ds.zero.gathering import forget_trace
 from loraprune_ds.zero.shards import FlatShards
 from tests.support.cutting import recorded_collectives
 from tests.support.driver import Job, ShardedTrainer, build, tiny_job
@@ -62,7 +63,7 @@ def train_on_a_kept_record(job: Job) -> dict[str, Any]:
             cuts += trainer.cut(step) is not None
         after_cut = gathers(trainer, 4)
         kept, while_kept = record_of(trainer), recordings
-        trainer.model.forget_trace()
+        forget_trace(trainer.engine.optimizer)
         trainer.step(5)
         fresh = gathers(trainer, 6)
         again, while_again = record_of(trainer), recordings

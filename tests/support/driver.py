@@ -17,8 +17,9 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import Origin, read_state
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Dtype, Frozen
+from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engine.optimizer_state import MOMENTS
-from loraprune_ds.engines import run_engine
+from loraprune_ds.engines import connect, run_engine
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
@@ -30,6 +31,7 @@ from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.report.records import CutRecord, History, Recorder, StepRecord
+from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.session import PruningSession
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
@@ -263,9 +265,11 @@ def assemble(
     """Puts a trainer together over a fresh engine."""
     library = run_engine(sharded=config.deepspeed is not None)
     engine = library.build_training_engine(pretrained, ds_config, [steps], config)
+    peft_model = find_peft_model(engine.module)
+    training = LiveTraining(engine.module, peft_model, pretrained.shape, engine.optimizer)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
     pruning = PruningSession(
-        engine.model,
+        connect(training),
         schedule(**{field.name: getattr(plan, field.name) for field in fields(plan)}),
         config.model.dtype,
         origin=Origin(
@@ -387,7 +391,7 @@ def as_pair(scores: LayerScores) -> tuple[Tensor, ...]:
 
 def collect_into(outcome: Outcome, trainer: Trainer) -> None:
     """Adds whole tensors by the oracle's names."""
-    model, state = trainer.model, trainer.engine.optimizer_state
+    model, state = trainer.model, trainer.model.optimizer_state
     for name, parameter in model.module.named_parameters():
         whole = gather_everywhere(model, parameter)
         if not parameter.requires_grad:
