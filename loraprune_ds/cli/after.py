@@ -6,22 +6,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
-from loraprune_ds.files import JsonObject, read_json, write_json, write_text, writes_into
+from loraprune_ds.files import read_json, write_json, write_text, writes_into
 from loraprune_ds.generate.prompts import DEFAULT_PROMPTS, read_prompts
-from loraprune_ds.report.pictures import draw_shelf
-from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
+from loraprune_ds.report.measured import read_measured
+from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWERS = "answers"
 TASKS = "tasks"
-TEXTS = ("prompts", "texts")
 RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"}
 
 
@@ -56,7 +55,7 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     """Makes the measurements of `evaluate.after` that report.json lacks. On rank 0 only. Raises RunError."""
     names = config.evaluate.after
     report = read_json(folder / REPORT_FILE)
-    if not names or report.get("after", {}).get("asked") == names:
+    if not names or report.get("after") == names:
         return
     from loraprune_ds.pretrained.sources import locate_model
 
@@ -68,24 +67,14 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
         page = ["--page", str(folder / ANSWERS_PAGE)]
     if tasks := _tasks(names):
         options += ["--tasks", *tasks]
-    shelf = [row for row in report["shelf"] if (folder / row["folder"]).is_dir()]
-    for row in shelf[:-1]:
-        say(f"measuring {', '.join(names)} of {row['folder']}/")
-        row["after"] = _results(_evaluate(folder, [str(folder / row["folder"]), *options]))
+    read_measured(report, folder / REPORT_FILE)  # or of another version
     say(f"measuring {', '.join(names)} of the exported and the dense model")
     text = _evaluate(folder, [str(folder), *page, *options])
-    report["after"] = {"asked": names} | _results(text)
-    for row in shelf:  # the last one is the run's model
-        answers = row.get("after", report["after"])["answers"] or {}
-        closeness = answers.get("closeness")
-        row["agreement"] = closeness["agreement"] if closeness else None
-    if shelf:
-        report["shelf"] = shelf
+    report["measured"]["values"] |= json.loads(text)["measured"]["values"]
+    report["after"] = names
     with writes_into(folder):
         write_text(folder / EVALUATION_FILE, text)
         write_json(folder / REPORT_FILE, report)
-        if shelf:
-            draw_shelf(folder / SHELF_PICTURE, shelf, report["perplexity"]["dense"])
 
 
 def _evaluate(folder: Path, arguments: list[str]) -> str:
@@ -106,22 +95,6 @@ def _evaluate(folder: Path, arguments: list[str]) -> str:
             f"{folder} holds the finished run; start it again to measure again"
         )
     return process.stdout
-
-
-def _without_texts(pairs: list[tuple[str, Any]]) -> JsonObject:
-    return {key: value for key, value in pairs if key not in TEXTS}
-
-
-def _results(text: str) -> JsonObject:
-    """Returns the part of an evaluation for report.json, without texts, which evaluation.json keeps."""
-    result = json.loads(text, object_pairs_hook=_without_texts)
-    dense = result["dense"]
-    return {
-        "answers_plan": result["answers_plan"],
-        TASKS: result[TASKS],
-        ANSWERS: result[ANSWERS],
-        "dense": {TASKS: dense[TASKS], ANSWERS: dense[ANSWERS]},
-    }
 
 
 def _tasks(names: list[str]) -> tuple[str, ...]:

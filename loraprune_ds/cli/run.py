@@ -19,20 +19,13 @@ from loraprune_ds.cli.after import check_after, check_prompts, measure_after
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.config_types import read_amount
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, require, tell
-from loraprune_ds.evaluate.result import answers_table, mean_metric, tasks_with
 from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.ranks import job
 from loraprune_ds.report import records
+from loraprune_ds.report.measured import read_measured, table
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
-from loraprune_ds.units import (
-    aligned,
-    format_bytes,
-    format_count,
-    format_percent,
-    format_perplexity,
-    or_dash,
-)
+from loraprune_ds.units import format_percent
 from loraprune_ds.versions import check_deepspeed, check_own
 
 if TYPE_CHECKING:
@@ -46,13 +39,24 @@ RESULT_FILES = (
     (records.KEPT_GROUPS_FILE, "the groups that every layer kept"),
     (records.KEPT_GROUPS_PICTURE, "the same as a picture"),
     (records.TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
-    (records.SHELF_PICTURE, "perplexity over the sizes"),
     (records.METRICS_FILE, "every step, cut and evaluation"),
     (records.ANSWERS_PAGE, "answers of both models, side by side"),
     (records.EVALUATION_FILE, "answers and tasks as data"),
     (records.TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
-SummaryRow = tuple[str, ...]  # four cells
+# The first four decide whether to take the model.
+SHOWN = (
+    "parameters",
+    "perplexity",
+    "answers that end",
+    "tokens per second",
+    "accuracy",
+    "exact match",
+    "repetition",
+    "agreement",
+    "linear parameters",
+)
+MOST_ROWS = 8
 
 
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
@@ -185,115 +189,21 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
 
 
 def summary_table(report: JsonObject, folder: Path) -> str:
-    """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
+    """Makes the table of a report.json: what decides first, at most eight rows."""
+    model = read_measured(report, folder / records.REPORT_FILE)
+    cuts = _plural(len(report["prune_steps"]), "cut")
     ranks = "one process"
     if report["config"]["deepspeed"] is not None:
         ranks = _plural(report["world_size"], "ZeRO-3 rank")
-    cuts = _plural(len(report["prune_steps"]), "cut")
-    head = ("", "dense", "pruned", "")
-    rows = [head, *_size_rows(report), *_quality_rows(report)]
-    gpus = ", ".join(map(str, report["serving"]["tensor_parallel"]))
-    groups = ", ".join(map(str, report["serving"]["quantisation_groups"])) or "none"
-    lines = [
-        f"{report['steps']} steps, {cuts}, {ranks}",
-        "",
-        *aligned(rows, "<>><"),
-        "",
-        *_answer_lines(report),
-        *_shelf_lines(report.get("shelf") or []),
-        f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups}",
-        *_result_lines(folder),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _shelf_lines(shelf: list[JsonObject]) -> Iterable[str]:
-    """Yields a table with a line per size."""
-    if not shelf:
-        return
-    rows = [("size", "parameters", "removed", "KV per token", "perplexity", "agreement", "model")]
-    for row in shelf:
-        cells = (
-            row["size"],
-            format_count(row["parameters"]),
-            format_percent(row["removed_fraction"]),
-            format_bytes(row["kv_bytes_per_token"]),
-            format_perplexity(row["perplexity"]),
-            or_dash(row.get("agreement"), format_percent),
-            f"{row['folder']}/",
-        )
-        rows.append(cells)
-    yield from aligned(rows, "<>>>>><")
-    yield ""
-
-
-def _size_rows(report: JsonObject) -> Iterable[SummaryRow]:
-    params = report["params"]
-    yield (
-        "parameters, whole model",
-        format_count(params["dense"]),
-        format_count(params["pruned"]),
-        f"{format_percent(params['removed_fraction'])} removed",
-    )
-    removed = format_percent(1 - params["linear_pruned"] / params["linear_dense"])
-    ratio = params["linear_asked_fraction"]
-    goal = "" if ratio is None else f" (asked {format_percent(ratio)})"
-    yield (
-        "  linear layers of the decoder",
-        format_count(params["linear_dense"]),
-        format_count(params["linear_pruned"]),
-        f"{removed} removed{goal}",
-    )
-    target = report["target"]
-    if target is None:
-        return
-    amount = read_amount(target["asked"], "target")
-    yield (
-        "  of prune.target" if amount.unit == "parameters" else "weights and KV cache of a server",
-        amount.format(target["dense"]),
-        amount.format(target["reached"]),
-        f"target {target['asked']}",
-    )
-
-
-def _quality_rows(report: JsonObject) -> Iterable[SummaryRow]:
-    """Yields perplexity and the measurements of `evaluate.after`."""
-    perplexity = report["perplexity"]
-    after_cut = perplexity["after_last_cut"]
-    yield (
-        "perplexity, held-out text",
-        format_perplexity(perplexity["dense"]),
-        format_perplexity(perplexity["pruned"]),
-        "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
-    )
-    pruned = report.get("after", {})
-    if pruned.get("tasks"):
-        for metric, name in (
-            ("acc", "accuracy"),
-            ("exact_match", "exact match of written answers"),
-        ):
-            means = [mean_metric(model["tasks"], metric) for model in _measured_models(report)]
-            cells = [format_percent(mean) for mean in means if mean is not None]
-            if count := len(tasks_with(pruned["tasks"], metric)):
-                yield (name, *cells, _plural(count, "task"))
-    answers = pruned.get("answers") or {}
-    if closeness := answers.get("closeness"):
-        yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
-
-
-def _measured_models(report: JsonObject) -> list[JsonObject]:
-    """Lists the measurements of `evaluate.after`: the dense model's, and the pruned one's."""
-    pruned = report.get("after", {})
-    return [model for model in (pruned.get("dense"), pruned) if model]
-
-
-def _answer_lines(report: JsonObject) -> Iterable[str]:
-    """Yields a table of the greedy answers."""
-    answers = [model["answers"] for model in _measured_models(report) if model.get("answers")]
-    if answers:
-        yield from answers_table("greedy answers", [written["greedy"] for written in answers])
-        yield ""
+    shown = [name for name in SHOWN if name in model.values][:MOST_ROWS]
+    lines = [f"{report['steps']} steps, {cuts}, {ranks}", "", *table(model, shown), ""]
+    if target := report["target"]:
+        reached = read_amount(target["asked"], "target").format(target["reached"])
+        lines.append(f"prune.target {target['asked']}: {reached} reached")
+    else:
+        asked = format_percent(report["asked_ratio"])
+        lines.append(f"prune.ratio: {asked} of the decoder's linear parameters were to leave")
+    return "\n".join([*lines, *_result_lines(folder), ""])
 
 
 def _plural(count: int, noun: str) -> str:

@@ -185,8 +185,7 @@ def _measure(
             perplexity = measure_perplexity(losses, prepared.batches, comm, progress)
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
-    dense = dense or source.dense_parameters
-    removed_fraction = None
+    removed_fraction = source.removed
     if dense is not None:
         removed_fraction = 1 - shape.total_numel() / dense
     element_size = DTYPES[prepared.dtype].itemsize

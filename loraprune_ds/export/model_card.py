@@ -4,7 +4,7 @@ On the hub the measured results are also the card's `model-index`. The token for
 of `hf auth login`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +26,7 @@ from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.exported_config import ExportedConfig
 from loraprune_ds.pretrained.sources import EMBEDDED, HUB_ERRORS
+from loraprune_ds.report.measured import Measured, Value, read_measured
 from loraprune_ds.report.records import REPORT_FILE
 from loraprune_ds.units import format_percent, format_perplexity
 
@@ -162,10 +163,7 @@ def check_push(repo: str, results: Sequence[Path]) -> None:
         get_token() is not None, "--push-to-hub needs a token: set HF_TOKEN, or run `hf auth login`"
     )
     for path in results:
-        require(
-            {"perplexity", "tasks", "dense"} <= read_json(path).keys(),
-            f"{path} is not from launch/evaluate.py",
-        )
+        read_measured(read_json(path), path)
 
 
 def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private: bool) -> str:
@@ -189,15 +187,13 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
     """Writes the measured results of the pruned and the dense model into the card's `model-index`, and answers."""
     pruned: list[EvalResult] = []
     dense: list[EvalResult] = []
-    if (run / REPORT_FILE).is_file():
-        report = read_json(run / REPORT_FILE)
-        pruned += _run_results(report, "pruned")
-        dense += _run_results(report, "dense")
     answered = None
-    for path in results:
+    report = run / REPORT_FILE
+    for path in [report, *results] if report.is_file() else results:
         result = read_json(path)
-        pruned += _evaluation_results(result, result)
-        dense += _evaluation_results(result, result["dense"] or {})
+        measured = read_measured(result, path)
+        pruned += _results(measured, lambda value: value.value)
+        dense += _results(measured, lambda value: value.dense)
         if result.get("answers"):
             answered = answered or result
     card = HubCard.load(card_file)
@@ -231,42 +227,12 @@ def _row(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _run_results(report: JsonObject, model: str) -> Iterator[EvalResult]:
-    value = report["perplexity"][model]
-    if value is None:
-        return
-    config = report["config"]
-    data = config["data"]
-    source = data["held_out"] or data["path"]
-    paths = [source]
-    if not isinstance(source, str):  # a mixture
-        paths = [entry["path"] for entry in source]
-    text = " + ".join(Path(path).name for path in paths)
-    yield _perplexity_result(value, text, config["evaluate"]["window"])
-
-
-def _evaluation_results(result: JsonObject, model: JsonObject) -> Iterator[EvalResult]:
-    perplexity = model.get("perplexity")
-    if perplexity is not None:
-        yield _perplexity_result(perplexity, result["text"]["name"], result["protocol"]["window"])
-    tasks = model.get("tasks")
-    if tasks:
-        for task, metrics in tasks["results"].items():
-            yield from _task_results(task, metrics)
-
-
-def _task_results(task: str, metrics: JsonObject) -> Iterator[EvalResult]:
-    for metric, value in metrics.items():
-        name, _, variant = metric.partition(",")  # such as "acc,none"
-        is_number = isinstance(value, int | float)
-        if variant and is_number and not name.endswith("_stderr"):
-            yield _result(task, name, value, f"{name} ({variant}), lm-eval")
-
-
-def _perplexity_result(value: float, text: str, window: int | None) -> EvalResult:
-    windows = f", windows of {window} tokens" if window else ""
-    return _result(text, "perplexity", round(value, 4), f"perplexity{windows}")
-
-
-def _result(dataset: str, metric: str, value: float, name: str) -> EvalResult:
-    return EvalResult("text-generation", dataset, dataset, metric, value, metric_name=name)
+def _results(
+    measured: Measured, number_of: Callable[[Value], float | None]
+) -> Iterator[EvalResult]:
+    """Yields what was measured of the pruned or of the dense model. Its text is named without folders."""
+    for name, value in measured.values.items():
+        number = number_of(value)
+        if value.basis and number is not None:
+            text = " ".join(Path(word).name for word in value.basis.split())
+            yield EvalResult("text-generation", text, text, name, number, metric_name=name)

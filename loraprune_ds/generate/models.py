@@ -23,6 +23,7 @@ from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import in_files
 from loraprune_ds.pretrained.tokenizer import has_tokenizer, load_tokenizer
 from loraprune_ds.report import records
+from loraprune_ds.report.measured import read_measured
 
 Ids = list[int]
 
@@ -76,7 +77,7 @@ class ModelSource:
     pretrained: PretrainedModel  # of an adapter, its base model
     tokenizer_folder: Path
     adapter: Path | None = None  # folder of the LoRA to merge
-    dense_parameters: int | None = None  # of the model that a run began with
+    removed: float | None = None  # fraction of the parameters of the model that a run began with
     method: str | None = None  # criterion and ranking of a run
 
 
@@ -91,12 +92,8 @@ def find_model(path: str) -> ModelSource:
     report = contents.read_report()
     if report is None:
         return source
-    try:
-        dense = int(report["params"]["dense"])
-        method = records.describe_method(report)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{records.REPORT_FILE} of {path} is damaged: {error!r}") from None
-    return replace(source, kind="run", dense_parameters=dense, method=method)
+    measured = read_measured(report, Path(path, records.REPORT_FILE))
+    return replace(source, kind="run", removed=measured.removed, method=measured.method)
 
 
 def _find_adapter(path: str, folder: Path) -> ModelSource:

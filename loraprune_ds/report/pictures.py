@@ -1,13 +1,11 @@
-"""Draws pictures in one style: the groups that every layer of a run kept, the training, and the sizes."""
+"""Draws pictures in one style: the groups that every layer of a run kept, and the training."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.files import JsonObject
 from loraprune_ds.report.records import (
     CutRecord,
     EvaluationName,
@@ -15,19 +13,17 @@ from loraprune_ds.report.records import (
     History,
     StepRecord,
 )
-from loraprune_ds.units import format_percent, format_perplexity
-from loraprune_ds.versions import has
+from loraprune_ds.units import format_perplexity
 
 if TYPE_CHECKING:  # they take a second to import, which only pictures need
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
+    from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
 
     from loraprune_ds.model.groups import Kind, LayerKeep
     from loraprune_ds.model.shape import ModelShape
 
-Label = tuple["Axes", str, tuple[float, float]]  # a text and its point
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
@@ -38,16 +34,9 @@ SKY_BLUE = "#56B4E9"
 TEXT = "#444444"
 STYLE = Path(__file__).with_name("pictures.mplstyle")
 LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
-# Places of a label near its point: distances in points of a font, then directions and the end of the text that is near.
-DISTANCES = (8, 15, 24, 36, 48, 60)
-DIRECTIONS = (
-    (1, -1, "left"),
-    (1, 1, "left"),
-    (1, 0, "left"),
-    (-1, -1, "right"),
-    (-1, 1, "right"),
-    (-1, 0, "right"),
-)
+LABEL = "label"  # the gid of a text beside a point
+BESIDE = 8  # right of the point, in points of print
+MOST_SHIFT = 150
 PALE = "#DDDDDD"  # removed groups
 CUT = "#C4C4C4"
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
@@ -92,9 +81,56 @@ def picture(
     with styles.context([STYLE, style or {}]):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
+        _spread_labels(figure)
         figure.align_ylabels()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, facecolor="white")
+
+
+def curve(
+    axes: "Axes", xs: Sequence[float], ys: Sequence[float], labels: Sequence[str] = (), **look: Any
+) -> None:
+    """Draws a curve. A label that is not empty stands right of its point."""
+    from matplotlib.patheffects import withStroke
+
+    (line,) = axes.plot(xs, ys, **look)
+    for x, y, text in zip(xs, ys, labels, strict=False):
+        if text:
+            axes.annotate(
+                text,
+                (x, y),
+                xytext=(BESIDE, 0),
+                textcoords="offset points",
+                va="center",
+                color=line.get_color(),
+                gid=LABEL,
+                annotation_clip=False,
+                path_effects=[withStroke(linewidth=3, foreground="white")],  # readable on a curve
+            )
+
+
+def _spread_labels(figure: "Figure") -> None:
+    """Moves each label up or down until it hides no curve and no other label. The figure must be complete."""
+    figure.draw_without_rendering()  # settles where the points are
+    for axes in figure.axes:
+        taken = [box for line in axes.lines for box in _boxes(line)]
+        for label in axes.texts:
+            if label.get_gid() == LABEL:
+                for shift in sorted(range(-MOST_SHIFT, MOST_SHIFT), key=abs):
+                    label.set_position((BESIDE, shift))
+                    if not label.get_window_extent().count_overlaps(taken):
+                        break
+                taken.append(label.get_window_extent())
+
+
+def _boxes(line: "Line2D") -> "Iterator[Bbox]":
+    """Yields small boxes along a curve, or at the points of one without a line."""
+    from matplotlib.transforms import Bbox
+
+    steps = 1 if line.get_linestyle() == "None" else 40
+    path: Any = line.get_transform().transform_path(line.get_path()).interpolated(steps)
+    for x, y in path.vertices:
+        yield Bbox.from_bounds(x - 6, y - 6, 12, 12)
 
 
 def scale_perplexity(axes: "Axes", values: Sequence[float]) -> None:
@@ -107,44 +143,6 @@ def scale_perplexity(axes: "Axes", values: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def label_points(figure: "Figure", labels: Iterable[Label], **options: Any) -> None:
-    """Writes each text at the place nearest to its point that has no curve and no other label.
-
-    The figure must have all its curves. `options` are passed to `annotate`.
-    """
-    from matplotlib.patheffects import withStroke
-
-    figure.draw_without_rendering()  # settles where the points are
-    for axes, text, point in labels:
-        taken = [label.get_window_extent() for label in axes.texts]
-        label = axes.annotate(
-            text,
-            point,
-            xytext=(0, 0),
-            textcoords="offset points",
-            va="center",
-            annotation_clip=False,
-            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable on a curve
-            **options,
-        )
-        _place(label, axes, taken)
-
-
-def _place(label: "Annotation", axes: "Axes", taken: "list[Bbox]") -> None:
-    """Moves a label to the first free place near its point, or to the very first place if none is free."""
-    inside = axes.get_window_extent()
-    curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
-    places = list(product(DISTANCES, DIRECTIONS))
-    for distance, (x, y, side) in (*places, places[0]):
-        label.set(position=(distance * x, distance * y), ha=side)
-        box = label.get_window_extent()
-        crosses = any(curve.intersects_bbox(box, filled=False) for curve in curves)
-        if crosses or box.count_overlaps(taken):
-            continue
-        if inside.contains(*box.min) and inside.contains(*box.max):
-            break
 
 
 def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]") -> None:
@@ -211,8 +209,7 @@ def draw_training(path: Path, history: History) -> None:
             axes[name].set_xlabel("step")
         if measured:
             grid: Any = loss.get_gridspec()
-            labels = _draw_perplexity(figure.add_subplot(grid[0, 1]), cuts, measured)
-            label_points(figure, labels, color=VERMILION, in_layout=False)
+            _draw_perplexity(figure.add_subplot(grid[0, 1]), cuts, measured)
 
 
 def _draw_seconds(axes: "Axes", steps: Sequence[StepRecord]) -> None:
@@ -244,11 +241,15 @@ def _draw_loss(
 
 def _draw_perplexity(
     axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]
-) -> list[Label]:
-    """Draws held-out perplexity over the removed fraction, in the order of measurement. Returns the points' labels."""
+) -> None:
+    """Draws held-out perplexity over the removed fraction, in the order of measurement."""
     removed = [100 * _removed_at(e.step, cuts) for e in measured]
     values = [e.perplexity for e in measured]
-    axes.plot(removed, values, **MEASURED)
+    labels = [
+        f"{format_perplexity(e.perplexity)} {NAMES[e.name]}" if e.name in NAMES else ""
+        for e in measured
+    ]
+    curve(axes, removed, values, labels, **MEASURED)
     scale_perplexity(axes, values)
     axes.margins(y=0.2)
     most = max(*removed, 1)
@@ -257,12 +258,6 @@ def _draw_perplexity(
         xlabel="% of the decoder's linear layers removed",
         xlim=(-0.05 * most, 1.6 * most),  # with room for the labels of the last points
     )
-    points = zip(removed, measured, strict=True)
-    return [(axes, _describe(e), (x, e.perplexity)) for x, e in points if e.name in NAMES]
-
-
-def _describe(evaluation: EvaluationRecord) -> str:
-    return f"{format_perplexity(evaluation.perplexity)} {NAMES[evaluation.name]}"
 
 
 def _removed_at(step: int, cuts: Sequence[CutRecord]) -> float:
@@ -302,38 +297,3 @@ def _draw_bytes(
     axes.fill_between(steps, bottom, top, step="pre", color=colour, alpha=0.25, lw=0)
     highest = max(most, 1) / scale
     axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * highest))
-
-
-def draw_shelf(path: Path, shelf: Sequence[JsonObject], dense: float | None) -> bool:
-    """Draws perplexity and agreement over parameters, with the dense perplexity. `shelf` is report.json's.
-
-    Returns:
-        Whether there is a picture. Without a perplexity there is nothing to draw.
-    """
-    measured = [row for row in shelf if row["perplexity"]]
-    if not measured or not has("matplotlib"):
-        return False
-    with picture(path, (7, 4)) as figure:
-        axes = figure.subplots()
-        millions = [row["parameters"] / 1e6 for row in measured]
-        values = [row["perplexity"] for row in measured]
-        axes.plot(millions, values, **MEASURED)
-        if dense is not None:
-            label = f"dense model: {format_perplexity(dense)}"
-            axes.axhline(dense, color=CUT, lw=1, ls=":", label=label)
-            axes.legend(**LEGEND_ABOVE)
-        scale_perplexity(axes, values)
-        axes.margins(x=0.3, y=0.25)
-        axes.set(
-            title="Sizes of one run",
-            xlabel="parameters, millions",
-            ylabel="perplexity, held-out text",
-        )
-        rows = zip(map(_describe_size, measured), millions, values, strict=True)
-        label_points(figure, [(axes, text, (x, y)) for text, x, y in rows], color=TEXT)
-    return True
-
-
-def _describe_size(row: JsonObject) -> str:
-    agrees = f", agrees {format_percent(row['agreement'])}" if row.get("agreement") else ""
-    return f"{row['size']}: {format_perplexity(row['perplexity'])}{agrees}"

@@ -5,7 +5,7 @@ Reports, pictures and curves are made from these records.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
@@ -13,14 +13,13 @@ from typing import Annotated, Literal, TextIO
 from pydantic import BeforeValidator, TypeAdapter
 
 from loraprune_ds.errors import RankError, UserError, require
-from loraprune_ds.files import JsonObject, json_text, write_text, writes_into
+from loraprune_ds.files import json_text, write_text, writes_into
 from loraprune_ds.units import format_bytes, format_percent
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
 KEPT_GROUPS_FILE = "kept_groups.json"
 KEPT_GROUPS_PICTURE = "kept_groups.png"
-SHELF_PICTURE = "shelf.png"  # only with several sizes
 TRAINING_PICTURE = "training.png"
 EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.py --json` prints it
 ANSWERS_PAGE = "answers.html"
@@ -136,10 +135,10 @@ class History:
             case EvaluationRecord():
                 self.evaluations.append(record)
 
-    def perplexity(self, name: EvaluationName, step: int | None = None) -> float | None:
-        """Returns the latest measurement with this name, or the latest after this step."""
+    def perplexity(self, name: EvaluationName) -> float | None:
+        """Returns the latest measurement with this name."""
         for evaluation in reversed(self.evaluations):
-            if evaluation.name == name and step in (None, evaluation.step):
+            if evaluation.name == name:
                 return evaluation.perplexity
         return None
 
@@ -232,14 +231,3 @@ def _read_lines(path: Path, last_step: int | None) -> list[Record]:
                 f"{path} line {number} is damaged: it must hold a step, cut or evaluation with all values"
             ) from None
     return records
-
-
-def export_folder(sizes: Mapping[int, str], step: int) -> str:
-    """Names the folder of the model that a run exports after a step. `sizes`: last step -> name."""
-    return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
-
-
-def describe_method(report: JsonObject) -> str:
-    """Names criterion and ranking of the run that wrote this report.json."""
-    prune = report["config"]["prune"]
-    return f"{prune['criterion']}, {prune['ranking']}"

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ import torch
 
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import JsonObject, write_json, write_text
-from loraprune_ds.model.groups import LayerCounts, LayerKeep
-from loraprune_ds.model.shape import ModelShape, cached_numel
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
-from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_shelf, draw_training
+from loraprune_ds.report.measured import Measured, text_basis
+from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_training
 from loraprune_ds.versions import can_show, installed
 
 # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
@@ -46,31 +47,26 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     """Writes report, kept groups and pictures, and returns the pictures. None without matplotlib."""
     training_picture = folder / records.TRAINING_PICTURE
     groups_picture = folder / records.KEPT_GROUPS_PICTURE
-    shelf_picture = folder / records.SHELF_PICTURE
     dense = outcome.schedule.limits.dense
     write_kept_groups(folder, outcome.kept_of_dense, dense)
-    report = make_report(outcome, {})
-    write_json(folder / records.REPORT_FILE, report)
+    write_json(folder / records.REPORT_FILE, make_report(outcome))
     fail_point("finish.reported")
     if not can_show("matplotlib"):
         return []
     draw_training(training_picture, outcome.history)
     draw_kept_groups(groups_picture, dense, outcome.kept_of_dense)
-    pictures = [training_picture, groups_picture]
-    if draw_shelf(shelf_picture, report["shelf"], report["perplexity"]["dense"]):
-        pictures.append(shelf_picture)
-    return pictures
+    return [training_picture, groups_picture]
 
 
-def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:
-    """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
+def make_report(outcome: Outcome) -> JsonObject:
+    """Makes the content of report.json."""
     dense = outcome.schedule.limits.dense
     history = outcome.history
     evaluations = ("dense", "after_last_cut", "pruned")
     return {
-        "params": _parameters(dense, outcome.pruned, outcome.schedule.ratio),
+        "measured": asdict(_measured(outcome)),
+        "asked_ratio": outcome.schedule.ratio,
         "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
-        "shelf": list(_shelf(dense, history, sizes)),
         "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in evaluations},
         "world_size": len(outcome.peak_bytes),
@@ -85,52 +81,48 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> JsonObject:
     }
 
 
-def _parameters(dense: ModelShape, pruned: ModelShape, ratio: float) -> dict[str, float]:
-    """Counts parameters without LoRA. A tied tensor counts once."""
-    total = dense.total_numel()
-    total_pruned = pruned.total_numel()
-    return {
-        "dense": total,
-        "pruned": total_pruned,
-        "removed_fraction": 1 - total_pruned / total,
-        "linear_dense": dense.linear_numel(),
-        "linear_pruned": pruned.linear_numel(),
-        "linear_asked_fraction": ratio,
-    }
-
-
 def _without_counts(cut: records.CutRecord) -> JsonObject:
     """Returns a cut without the lists that have an entry per layer."""
     return {name: value for name, value in asdict(cut).items() if name not in PANELS}
 
 
-def _shelf(
-    dense: ModelShape, history: records.History, sizes: dict[int, str]
-) -> Iterator[JsonObject]:
-    """Yields a row per size, in order. KV bytes are per token, in 16 bits."""
-    for step, size in sizes.items():
-        cuts = [cut for cut in history.cuts if cut.step <= step]
-        # there is no cut if no group could leave
-        shape = _cut_shape(dense, cuts[-1]) if cuts else dense
-        numel = shape.total_numel()
-        tokens = sum(s.tokens for s in history.steps if s.step <= step)
-        name = "pruned" if step == max(sizes) else "size"
-        yield {
-            "size": size,
-            "folder": records.export_folder(sizes, step),
-            "step": step,
-            "tokens": tokens,
-            "parameters": numel,
-            "removed_fraction": 1 - numel / dense.total_numel(),
-            "kv_bytes_per_token": 2 * cached_numel(shape),
-            "perplexity": history.perplexity(name, step),
-        }
+def _measured(outcome: Outcome) -> Measured:
+    """Returns what users compare models by. Parameters are without LoRA, and a tied tensor counts once."""
+    history = outcome.history
+    config = outcome.config
+    prune = outcome.schedule.config
+    dense = outcome.schedule.limits.dense
+    numel = outcome.pruned.total_numel()
+    measured = Measured(
+        name=records.MODEL_FOLDER,
+        method=f"{prune.criterion}, {prune.ranking}",
+        parameters=numel,
+        removed=1 - numel / dense.total_numel(),
+    )
+    measured.add("", _numels(outcome.pruned), _numels(dense))
+    if "data" in config:  # and no other trainer's
+        text = _held_out(config["data"])
+        basis = text_basis(text, config["evaluate"], config["model"]["dtype"])
+        found = {"perplexity": history.perplexity("pruned")}
+        measured.add(basis, found, {"perplexity": history.perplexity("dense")})
+    return measured
 
 
-def _cut_shape(dense: ModelShape, cut: records.CutRecord) -> ModelShape:
-    # heads [4, 2] and channels [8, 6] of two layers -> (4, 8), (2, 6)
-    layers = zip(*(getattr(cut, kind) for kind in dense.kinds), strict=True)
-    return dense.resized([LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers])
+def _numels(shape: ModelShape) -> dict[str, float]:
+    return {"parameters": shape.total_numel(), "linear parameters": shape.linear_numel()}
+
+
+def _held_out(data: JsonObject) -> str:
+    """Names the text that a run held out: a file, or a part of its sources."""
+    if data["held_out"]:
+        return data["held_out"]
+    sources = [data] if isinstance(data["path"], str) else data["path"]
+    names: list[str] = []
+    for source in sources:
+        words = [source.get(key) for key in ("path", "name", "split")]
+        names.append(" ".join(word for word in words if word and word != "train"))
+    percent = 100 * data["held_out_fraction"]
+    return f"a held-out {percent:g} % of {' + '.join(names)}"
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:

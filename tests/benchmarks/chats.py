@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.config_sources import CHATS_FILE
-from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.files import read_json, write_text
 from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.pretrained.sources import embedded_model_dir, embedded_text
@@ -160,12 +159,14 @@ def train(folder: Path, settings: list[str], seed: int, ranks: int) -> None:
 def measured(model: str, texts: dict[str, Path]) -> dict[str, Any]:
     answers = {name: written(model, prompts) for name, prompts in PROMPTS.items()}
     perplexity = perplexities(model, texts)
-    tasks = mean_metric(evaluated(model, "--tasks", "reasoning_gym")["tasks"], "exact_match")
-    row = {"answers": answers, "perplexity": perplexity, "exact_match": tasks}
+    tasks = evaluated(model, "--tasks", "reasoning_gym")["measured"]
+    exact_match = tasks["values"]["exact match"]["value"]
+    row = {"answers": answers, "perplexity": perplexity, "exact_match": exact_match}
     if model == "embedded":
         return row
     report = read_json(Path(model) / "report.json")
-    removed = 1 - report["params"]["linear_pruned"] / report["params"]["linear_dense"]
+    linears = report["measured"]["values"]["linear parameters"]
+    removed = 1 - linears["value"] / linears["dense"]
     settings = {key: report["config"][key] for key in ("data", "prune", "train")}
     return row | {"removed_linear_fraction": removed, "held_out": report["perplexity"], **settings}
 

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.files import read_json, read_text, write_json, write_text
 from loraprune_ds.pretrained.sources import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
@@ -187,8 +186,8 @@ def writing(model: str) -> dict[str, float]:
         key: answers["greedy"][key] for key in ("tokens", "ended", "repetition", "dense_perplexity")
     }
     closeness = {key: answers["closeness"][key] for key in ("agreement", "overlap")}
-    tasks = evaluated(model, "--tasks", "reasoning_gym")["tasks"]
-    return greedy | closeness | {"exact_match": mean_metric(tasks, "exact_match") or 0.0}
+    tasks = evaluated(model, "--tasks", "reasoning_gym")["measured"]
+    return greedy | closeness | {"exact_match": tasks["values"]["exact match"]["value"]}
 
 
 def publish(work: Path) -> None:
@@ -252,14 +251,14 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _row(runs: list[dict[str, Any]]) -> Row:
-    params = runs[0]["report"]["params"]
+    linears = runs[0]["report"]["measured"]["values"]["linear parameters"]
     written = [run["writing"] for run in runs if "writing" in run]
     return {
         "setting": runs[0]["setting"],
         "group": runs[0]["group"],
         "seeds": [run["seed"] for run in runs],
         "tokens": runs[0]["tokens"],
-        "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
+        "removed_linear_fraction": 1 - linears["value"] / linears["dense"],
         **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
         "writing": {key: statistics.mean(run[key] for run in written) for key in written[0]}
         if written

@@ -10,6 +10,7 @@ import torch
 
 from loraprune_ds.files import read_json
 from loraprune_ds.pretrained.pretrained import open_pretrained
+from loraprune_ds.report.measured import read_results
 from loraprune_ds.report.records import read_history
 from tests.support import callback_run, trainers
 from tests.support.callback_results import LINEARS, kept_indices, load, weight
@@ -83,7 +84,10 @@ def test_the_callback_cuts_as_our_own_trainer(own_rows: list[dict[str, Any]], pl
     assert_same_course(plain.rows, own_rows, cuts=3)
     report = read_json(plain.out / "report.json")
     assert [cut["step"] for cut in report["prune_steps"]] == [3, 5, 7]
-    assert report["params"]["pruned"] < report["params"]["dense"]
+    (found,) = read_results([plain.out])  # as launch/compare.py does
+    assert found.parameters < (found.values["parameters"].dense or 0)
+    assert found.method == "lora, uniform"
+    assert "perplexity" not in found.values
     steps = read_history(plain.out / "metrics.jsonl").steps
     assert [step.loss for step in steps] == [row["loss"] for row in plain.rows]
     shrunk = [

@@ -123,12 +123,11 @@ def test_a_run_is_its_model_and_knows_what_it_lost(made: Path) -> None:
         straightforward(made / "dense", made / "text.txt"), rel=1e-6
     )
     assert (found["tokens"], found["windows"]) == (WINDOWS * (WINDOW - 1), WINDOWS)
-    params = read_json(made / "run" / "report.json")["params"]
-    assert found["removed_fraction"] == params["removed_fraction"] > 0.1
-    assert (found["cost"]["parameters"], found["dense"]["cost"]["parameters"]) == (
-        params["pruned"],
-        params["dense"],
-    )
+    of_run = read_json(made / "run" / "report.json")["measured"]
+    evaluated = found["measured"]
+    assert found["removed_fraction"] == of_run["removed"] == evaluated["removed"] > 0.1
+    assert of_run["values"]["parameters"] == evaluated["values"]["parameters"]
+    assert evaluated["values"]["perplexity"]["dense"] == found["dense"]["perplexity"]
     assert (found["kind"], found["method"], found["dtype"]) == ("run", "lora, global", "float32")
 
 
@@ -180,10 +179,13 @@ def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
     ended.check()
     report, whole = read_json(folder / "report.json"), read_json(folder / "evaluation.json")
     assert report["steps"] == 6
-    assert report["after"]["answers"]["closeness"] == whole["answers"]["closeness"]
+    assert report["after"] == ["answers"]
+    found = report["measured"]
+    agreement = whole["answers"]["closeness"]["agreement"]
+    assert found["values"]["agreement"]["value"] == agreement
+    assert "perplexity" in found["values"]  # of the run
     assert len(whole["dense"]["answers"]["greedy"]["texts"]) == 50
-    assert "texts" not in report["after"]["answers"]["greedy"]
-    assert "greedy answers, dense -> pruned" in ended.out
+    assert "\nanswers that end " in ended.out
     assert "answers.html      answers of both models, side by side" in ended.out
     assert "<h2>50 code</h2>" in (folder / "answers.html").read_text()
 

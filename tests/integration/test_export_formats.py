@@ -158,9 +158,10 @@ def test_every_format_has_the_same_card(run: Path, adapter: Path, tmp_path: Path
     }
     for folder, words in how.items():
         card = (folder / "README.md").read_text()
-        for number in (report["params"]["dense"], report["params"]["pruned"]):
-            assert f"{number:,}" in card
-        assert f"{report['params']['removed_fraction']:.2%}" in card
+        parameters = report["measured"]["values"]["parameters"]
+        for number in (parameters["dense"], parameters["value"]):
+            assert f"{number:,.0f}" in card
+        assert f"{report['measured'][-1]['removed']:.2%}" in card
         for name in ("dense", "pruned"):
             assert f"{report['perplexity'][name]:.2f}" in card
         assert f"{STEPS} optimizer steps" in card

@@ -108,7 +108,7 @@ def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(
     assert read_json(out / "kept_groups.json")["layers"] == expected["kept_groups"]
     report = read_json(out / "report.json")
     assert report["perplexity"] == pytest.approx(expected["perplexity"], rel=TOLERANCE)
-    assert report["params"]["pruned"] == expected["parameters"]
+    assert report["measured"]["parameters"] == expected["parameters"]
 
 
 @pytest.mark.parametrize(

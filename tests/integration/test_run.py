@@ -107,8 +107,9 @@ def test_parameters_are_those_of_the_files(run: Run) -> None:
     dense, pruned = (
         sum(tensor.numel() for tensor in tensors.values()) for tensors in (run.before, run.after)
     )
-    expected = {"dense": dense, "pruned": pruned, "removed_fraction": 1 - pruned / dense}
-    assert {key: run.report["params"][key] for key in expected} == expected
+    found = run.report["measured"]
+    assert found["values"]["parameters"] == {"value": pruned, "dense": dense, "basis": ""}
+    assert found["removed"] == 1 - pruned / dense
     # a tied one is in neither
     assert ("lm_head.weight" in run.after) == ("lm_head.weight" in run.before)
 
@@ -159,7 +160,7 @@ def test_every_cut_is_reported(run: Run) -> None:
     )
     assert cuts[-1]["reached"] == 1 - linear_pruned / linear_dense
     assert abs(cuts[-1]["reached"] - ratio) < largest_group(run) / linear_dense
-    assert cuts[-1]["removed_fraction"] == run.report["params"]["removed_fraction"]
+    assert cuts[-1]["removed_fraction"] == run.report["measured"]["removed"]
     for cut, following in itertools.pairwise(cuts):
         assert cut["weight_bytes_after"] == following["weight_bytes_before"]
     for cut in cuts:

@@ -327,6 +327,7 @@ def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
 
     def model(name: str) -> dict[str, Any]:
         one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
+        one |= {"empty": 0.0, "by_kind": {}}
         texts = [one | {"text": f"{name}{i} {text}"} for i in range(prompts)]
         close = {"text": "t", "agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9}
         closeness = close if name == "pruned" else None
@@ -359,7 +360,7 @@ def test_the_page_escapes_every_text_and_has_both_models_side_by_side() -> None:
     assert not {"script", "b", "i", "path"} & set(re.findall(r"<(\w+)", html))
     assert "no chat template, so plain text" in html
     assert '<meta name="viewport" content="width=device-width' in html
-    assert texts[0].split()[:6] == "greedy answers, dense -> pruned ended".split()
+    assert texts[0].split()[:6] == "greedy answers, dense -> pruned answers".split()
     found = [text.split()[0] for text in texts[1:] if text.strip()]
     assert found == [name for i in range(3) for name in (f"q{i}", *(f"dense{i}", f"pruned{i}") * 2)]
     assert all(EVIL in text for text in texts[1:])

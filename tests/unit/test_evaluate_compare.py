@@ -1,173 +1,122 @@
 """Results of runs and evaluations are compared in a table and a picture."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from loraprune_ds.checkpoint.layout import State, Status, write_status
-from loraprune_ds.cli.compare import (
-    ComparedModel,
-    Value,
-    comparison_table,
-    draw_comparison,
-    read_results,
-)
-from tests.support.evaluations import EVALUATION
+from loraprune_ds.cli.compare import main
+from loraprune_ds.files import write_json
+from loraprune_ds.report.comparison import draw_comparison
+from loraprune_ds.report.measured import Measured, Value, comparison, read_results
+from tests.support.evaluations import EVALUATION, HELD_OUT, measured_of
 from tests.support.refusals import must_name
 
-
-def run_report(
-    criterion: str, removed: float, perplexity: float | None, **data: Any
-) -> dict[str, Any]:
-    given = {
-        "path": "embedded",
-        "name": None,
-        "split": "train",
-        "held_out": None,
-        "held_out_fraction": 0.1,
-    }
-    return {
-        "params": {
-            "dense": 1000,
-            "pruned": round(1000 * (1 - removed)),
-            "removed_fraction": removed,
-        },
-        "perplexity": {"dense": 18.0, "after_last_cut": 90.0, "pruned": perplexity},
-        "shelf": [],
-        "config": {
-            "model": {"dtype": "bfloat16"},
-            "data": given | data,
-            "prune": {"criterion": criterion, "ranking": "uniform"},
-            "evaluate": {"window": 128, "max_windows": 64, "batch_size": 8, "every": None},
-        },
-    }
+WIKITEXT = "wikitext2 test, windows of 128, float32"
+TASKS = "piqa (1838), boolq (3270)"
+OTHER_TASKS = "piqa (100)"
 
 
-def written(share: float) -> dict[str, Any]:
-    return {"reasoning_gym:gcd": {"exact_match,none": share, "score,none": 0.9}}
-
-
-def write_run(folder: Path, report: dict[str, Any], state: State = "finished") -> Path:
-    folder.mkdir()
-    (folder / "report.json").write_text(json.dumps(report))
-    write_status(folder, Status(state, 3, 8))
+def write_run(folder: Path, measured: dict[str, Any]) -> Path:
+    """Writes what compare reads of a run's folder, or of a callback's, which has no status.json."""
+    write_json(folder / "report.json", {"measured": measured, "versions": {"commit": "abc"}})
     return folder
 
 
-def write_evaluation(path: Path, result: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(result))
-    return path
+def lora(removed: float, perplexity: float | None, **values: Value) -> dict[str, Any]:
+    values["perplexity"] = Value(perplexity, 18.0, HELD_OUT)
+    return measured_of("model", removed, **values)
 
 
-@pytest.fixture
-def paths(tmp_path: Path) -> list[Path]:
-    return [
-        write_evaluation(tmp_path / "b.json", EVALUATION),
-        write_run(tmp_path / "magnitude", run_report("magnitude", 0.4, 45.0)),
-        write_run(tmp_path / "lora", run_report("lora", 0.2, 27.0)),
+def test_a_run_and_an_evaluation_are_read_as_the_same_thing(tmp_path: Path) -> None:
+    write_json(tmp_path / "b.json", EVALUATION)
+    run = write_run(tmp_path / "lora-0.2", lora(0.2, 27.0))
+    whole, evaluated = read_results([tmp_path / "b.json", run])
+    assert whole == Measured(
+        "lora-0.2", "lora, uniform", 800, 0.2, {"perplexity": Value(27.0, 18.0, HELD_OUT)}
+    )
+    assert (evaluated.name, evaluated.method, evaluated.removed) == ("b", None, 0.25)
+    assert evaluated.values["perplexity"] == Value(60.0, 50.0, WIKITEXT)
+
+
+def test_values_on_another_basis_have_columns_of_their_own(tmp_path: Path) -> None:
+    given = {
+        "a": lora(0.1, 22.0, accuracy=Value(0.5, 0.75, TASKS)),
+        "b": lora(0.2, 27.0, accuracy=Value(0.25, 0.5, OTHER_TASKS), tokens_per_second=Value(9.0)),
+        "lost": lora(0.9, None),
+    }
+    found = read_results([write_run(tmp_path / name, one) for name, one in given.items()])
+    assert comparison(found).splitlines() == [
+        "result  method         parameters  removed  perplexity  dense  accuracy   dense  accuracy   dense",
+        "a       lora, uniform         900   10.0 %       22.00  18.00    0.5000  0.7500         -       -",
+        "b       lora, uniform         800   20.0 %       27.00  18.00         -       -    0.2500  0.5000",
+        "lost    lora, uniform         100   90.0 %  not finite  18.00         -       -         -       -",
+        f"perplexity: {HELD_OUT}",
+        f"accuracy: {TASKS}",
+        f"accuracy: {OTHER_TASKS}",
     ]
 
 
-def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -> None:
-    lora, magnitude, evaluated = read_results(paths)
-    assert lora == ComparedModel(
-        name="lora",
-        method="lora, uniform",
-        parameters=800,
-        removed_fraction=0.2,
-        measured={
-            "perplexity": Value(
-                27.0, 18.0, "a held-out 10 % of embedded, first 64 windows of 128, bfloat16"
-            )
-        },
-    )
-    assert (magnitude.name, magnitude.method) == ("magnitude", "magnitude, uniform")
-    assert evaluated == ComparedModel(
-        name="b",
-        method=None,
-        parameters=750,
-        removed_fraction=0.25,
-        measured={
-            "accuracy": Value(0.6, 0.8, "piqa, boolq"),
-            "perplexity": Value(60.0, 50.0, "wikitext2 test, windows of 128, float32"),
-        },
-    )
-    first, second = comparison_table([lora, magnitude, evaluated]).split("\n\n")
-    assert [line.split()[0] for line in first.splitlines()[2:]] == ["lora", "magnitude"]
-    # The column of methods is empty, so it is left out.
-    assert second.splitlines()[-1].split() == "b 750 25.00 % 60.00 50.00 1.20 0.6000 0.8000".split()
-
-
 @pytest.mark.parametrize(
-    ("data", "text"),
+    ("results", "named"),
     [
-        ({"held_out_fraction": 0.25}, "a held-out 25 % of embedded"),
-        ({"held_out": "c.txt"}, "c.txt"),
-        (
-            {"path": [{"path": "a", "split": None}, {"path": "b", "split": "test"}]},
-            "a held-out 10 % of a + b test",
-        ),
+        (None, "report.json does not exist"),
+        ({"params": {}, "versions": {"commit": "8ac16b60"}}, "report.json 8ac16b60 wrote it"),
+        ({"measured": []}, "report.json another version"),
+        ({"measured": {"name": "a"}}, "report.json another version"),
     ],
 )
-def test_the_held_out_text_is_named(data: dict[str, Any], text: str, tmp_path: Path) -> None:
-    (model,) = read_results([write_run(tmp_path / "run", run_report("lora", 0.2, 27.0, **data))])
-    assert model.text.partition(",")[0] == text
+def test_what_is_no_result_is_named(tmp_path: Path, results: Any, named: str) -> None:
+    if results is not None:
+        write_json(tmp_path / "report.json", results)
+    must_name(f"{tmp_path} {named}", read_results, [tmp_path])
 
 
-def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> None:
-    results = read_results([write_run(tmp_path / "lost", run_report("random", 0.9, None))])
-    assert "lost" in comparison_table(results)
-    must_name("draw", draw_comparison, tmp_path / "picture.png", results)
+def test_a_picture_has_a_panel_for_each_quality_on_each_basis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracy = Value(0.5, None, TASKS)
+    runs = [
+        write_run(tmp_path / "a", lora(0.1, 22.0, accuracy=accuracy)),
+        write_run(tmp_path / "b", lora(0.2, 27.0)),
+    ]
+    picture = tmp_path / "pictures" / "p.png"
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, runs), "--picture", str(picture)])
+    assert main() == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.startswith("result ")
+    monkeypatch.setattr(sys, "argv", ["compare", str(runs[0]), "--json"])
+    assert main() == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert found["values"]["accuracy"] == {"value": 0.5, "dense": None, "basis": TASKS}
+    for arguments, words in (
+        ([str(write_run(tmp_path / "lost", lora(0.9, None))), "--picture", "p.png"], "draw"),
+        ([str(runs[0]), "--picture", "p.xyz"], "--picture p.xyz"),
+        ([str(runs[0]), "--picture", "/dev/null/p.png"], "--picture /dev/null/p.png"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        assert main() == 2
+        assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda p: p / "nothing.json", "nothing.json"),
-        (lambda p: write_run(p / "r", run_report("lora", 0.1, 9.0), "running"), "r"),
-        (lambda p: write_run(p / "r", {"params": {}}), "r/report.json"),
-        (lambda p: write_evaluation(p / "e.json", {"a": 1}), "e.json"),
-        (lambda p: p, "status.json"),
-    ],
-)
-def test_what_is_no_result_is_named(tmp_path: Path, make: Any, named: str) -> None:
-    must_name(f"{tmp_path}/{named}", read_results, [make(tmp_path)])
-
-
-def test_answers_of_an_earlier_version_are_read(tmp_path: Path) -> None:
-    old = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
-    plan = {"name": "default", "sha256": "0", "max_new_tokens": 128}
-    for name, greedy in (("old", old), ("new", old | {"empty": 0.125})):
-        answers = {"answers": {"greedy": greedy, "closeness": None}}
-        dense = EVALUATION["dense"] | answers
-        write_evaluation(
-            tmp_path / f"{name}.json", EVALUATION | answers | {"dense": dense, "answers_plan": plan}
-        )
-    table = comparison_table(read_results([tmp_path / "old.json", tmp_path / "new.json"]))
-    *_, new, earlier = table.splitlines()
-    assert new.split()[-6:] == ["12.5", "%", "12.5", "%", "3.00", "3.00"]
-    assert earlier.split()[-4:] == ["-", "-", "3.00", "3.00"]
-
-
-# The picture
-
-
-def test_written_answers_have_their_own_column(tmp_path: Path) -> None:
-    """They are never averaged with multiple choice. A run has them under `after`."""
-    pruned, dense = (
-        {"results": {"piqa": {"acc,none": 0.5}, **written(share)}} for share in (0.1, 0.3)
-    )
-    report = run_report("lora", 0.2, 27.0) | {"after": {"tasks": pruned, "dense": {"tasks": dense}}}
-    given = EVALUATION | {"tasks": {"results": written(0.2)}, "dense": None}
-    results = read_results(
-        [write_run(tmp_path / "run", report), write_evaluation(tmp_path / "e.json", given)]
-    )
-    table = comparison_table(results)
-    assert "accuracy   dense  exact match   dense" in table
-    assert table.splitlines()[2].split()[-4:] == ["0.5000", "0.5000", "0.1000", "0.3000"]
-    assert table.splitlines()[-1].split()[-1] == "0.2000"
-    draw_comparison(tmp_path / "pictures" / "p.png", results)
-    assert (tmp_path / "pictures" / "p.png").exists()
-    must_name("--picture picture.xyz", draw_comparison, tmp_path / "picture.xyz", results)
+def test_labels_hide_neither_curves_nor_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the points lie side by side."""
+    crowded = [
+        Measured(f"evaluated{i}", None, 1, 0.2 + i / 500, {"accuracy": Value(0.5, 0.6, TASKS)})
+        for i in range(4)
+    ]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    assert draw_comparison(tmp_path / "p.png", crowded)
+    (axes,) = drawn[0].axes
+    labels = [text.get_window_extent() for text in axes.texts]
+    assert len(labels) == 5  # with the dense model's
+    points = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
+    for i, label in enumerate(labels):
+        assert not label.count_overlaps(labels[:i])
+        assert not any(label.contains(x, y) for line in points for x, y in line)

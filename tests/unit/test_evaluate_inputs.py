@@ -11,7 +11,6 @@ import pytest
 
 from loraprune_ds.cli.evaluate import parse_arguments, read_evaluation_text
 from loraprune_ds.evaluate import settings, tasks
-from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.evaluate.settings import EvaluationSettings, TaskSettings
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks
 from loraprune_ds.files import read_text
@@ -117,16 +116,6 @@ def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
         check_tasks,
         TaskSettings(("helaswag",), include_path=tmp_path),
     )
-
-
-def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
-    results = {
-        "a": {"acc,none": 0.5, "acc_norm,none": 0.9},
-        "b": {"acc,none": 0.25},
-        "c": {"perplexity,none": 7.0},
-    }
-    assert mean_metric({"results": results}, "acc") == 0.375
-    assert mean_metric({"results": {"c": results["c"]}}, "acc") is None
 
 
 # Settings

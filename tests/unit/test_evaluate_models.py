@@ -13,16 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.generate.models import choose_dtype, find_model, load_model, open_result
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
+from tests.support.evaluations import measured_of
 from tests.support.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.support.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
 
 CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-REPORT = {
-    "params": {"dense": 2_000_000},
-    "config": {"prune": {"criterion": "lora", "ranking": "uniform"}},
-}
+REPORT = {"measured": measured_of("model", 0.25)}
 KEPT = {"layers": [{"heads": [0, 2], "heads_dense": 4}] * 3}
 
 
@@ -65,7 +63,7 @@ def test_each_kind_is_told_apart(made: Path) -> None:
         "run": "run",
     }
     run = find_model(str(made / "run"))
-    assert (run.dense_parameters, run.method) == (2_000_000, "lora, uniform")
+    assert (run.removed, run.method) == (0.25, "lora, uniform")
     assert run.tokenizer_folder == made / "run" / "model"
 
 

@@ -13,18 +13,15 @@ from huggingface_hub import HfApi
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.cli.export import main
 from loraprune_ds.export.model_card import check_push, write_model_index
-from tests.support.evaluations import EVALUATION
+from loraprune_ds.report.measured import Value
+from tests.support.evaluations import EVALUATION, measured_of
 from tests.support.export_cases import CASES, dense_model, export
 from tests.support.refusals import must_name
 
 TOKEN = "hf_of_the_test"
-REPORT = {
-    "perplexity": {"dense": 22.5, "after_last_cut": 30.0, "pruned": 25.25},
-    "config": {
-        "data": {"path": "some/where/law.txt", "held_out": None},
-        "evaluate": {"window": 128},
-    },
-}
+TEXT = "some/where/law.txt, windows of 128, bfloat16"
+NAMED = "law.txt, windows of 128, bfloat16"  # without folders
+REPORT = {"measured": measured_of("model", perplexity=Value(25.25, 22.5, TEXT))}
 
 
 @pytest.fixture
@@ -95,30 +92,28 @@ def test_an_upload_is_private_and_has_the_measured_numbers(
     }
     card = (out / "README.md").read_text()
     assert model_index(card) == {
-        "small": {"law.txt perplexity": 25.25, "wikitext2 perplexity": 60.0}
-        | {"piqa acc": 0.5, "boolq acc": 0.7},
-        "small, dense": {"law.txt perplexity": 22.5, "wikitext2 perplexity": 50.0}
-        | {"piqa acc": 0.8, "boolq acc": 0.8},
+        "small": {
+            f"{NAMED} perplexity": 25.25,
+            "wikitext2 test, windows of 128, float32 perplexity": 60.0,
+            "piqa, boolq accuracy": 0.6,
+            "piqa, boolq piqa acc": 0.5,
+        },
+        "small, dense": {
+            f"{NAMED} perplexity": 22.5,
+            "wikitext2 test, windows of 128, float32 perplexity": 50.0,
+            "piqa, boolq accuracy": 0.8,
+            "piqa, boolq piqa acc": 0.8,
+        },
     }
     assert "## Load it" in card
     assert "- loraprune" in card
 
 
-def test_the_text_of_a_mixture_is_named_by_its_sources_and_no_measurement_has_no_index(
-    tmp_path: Path,
-) -> None:
-    card, data = (
-        tmp_path / "README.md",
-        {"path": [{"path": "some/law.txt"}, {"path": "chats"}], "held_out": None},
-    )
+def test_a_card_without_measurements_has_no_index(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
     card.write_text("---\ntags:\n- pruned\n---\n# Small\n")
     write_model_index(card, "small", tmp_path, [])
     assert "model-index" not in card.read_text()
-    (tmp_path / "report.json").write_text(
-        json.dumps(REPORT | {"config": REPORT["config"] | {"data": data}})
-    )
-    write_model_index(card, "small", tmp_path, [])
-    assert model_index(card.read_text())["small"] == {"law.txt + chats perplexity": 25.25}
 
 
 def test_a_refused_token_is_one_line(

@@ -116,9 +116,9 @@ def save_passes(folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    write_json(folder / "report.json", {"shelf": []})
-    model = {"tasks": {}, "answers": None}
-    result = json.dumps({"answers_plan": None, "dense": model} | model)
+    one = {"name": "model", "method": None, "parameters": 1, "removed": 0.5, "values": {}}
+    write_json(folder / "report.json", {"measured": one})
+    result = json.dumps({"measured": one})
     answer = SimpleNamespace(returncode=0, stdout=result)
     with patch.object(subprocess, "run", Mock(return_value=answer)), full_disk():
         measure_after(

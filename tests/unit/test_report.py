@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
+from loraprune_ds.report.measured import MEASURES, Value
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import (
@@ -32,18 +34,20 @@ SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), D
 
 
 def report_of(
-    history: History, resumed_from: tuple[int, ...] = (), pruned: ModelShape = PRUNED
+    history: History, resumed_from: tuple[int, ...] = (), pruned: ModelShape = PRUNED, **data: Any
 ) -> dict[str, Any]:
     config = RunConfig(output_dir="runs/x", seed=7).to_dict()
+    config["data"] |= data
+    config["evaluate"] |= {"window": 128, "max_windows": 64}
     return make_report(
-        Outcome(config, history, SCHEDULE, pruned, [], list(resumed_from), "cpu", [11, 12]), {}
+        Outcome(config, history, SCHEDULE, pruned, [], list(resumed_from), "cpu", [11, 12])
     )
 
 
 def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> None:
     report = report_of(small_run(), resumed_from=(5,))
-    assert report["params"]["linear_asked_fraction"] == 0.375
-    assert "(asked 37.5 %)" in summary_table(report, tmp_path)
+    assert report["asked_ratio"] == 0.375
+    assert "prune.ratio: 37.5 % of" in summary_table(report, tmp_path)
     assert report["resumed_from"] == [5]
     assert report["peak_memory_bytes"] == [11, 12]
     assert report["prune_steps"][1] == {
@@ -62,61 +66,41 @@ def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> N
     assert "0 steps, 0 cuts, 2 ZeRO-3 ranks" in summary_table(report_of(History()), tmp_path)
 
 
-def test_tasks_of_after_are_in_the_final_table(tmp_path: Path) -> None:
-    pruned, dense = (
-        {"results": {"a": {"exact_match,none": x}, "b": {"exact_match,none": 0.0}}}
-        for x in (0.2, 0.5)
-    )
-    after = {
-        "asked": ["tasks"],
-        "tasks": pruned,
-        "answers": None,
-        "dense": {"tasks": dense, "answers": None},
-    }
-    table = summary_table(report_of(small_run()) | {"after": after}, tmp_path)
-    (row,) = [line.split() for line in table.splitlines() if line.startswith("exact match")]
-    assert row == [
-        "exact",
-        "match",
-        "of",
-        "written",
+def test_the_final_table_shows_what_decides_first_in_eight_rows(tmp_path: Path) -> None:
+    report = report_of(small_run())
+    for name in (*MEASURES, "boolq acc"):  # as of evaluate.after
+        report["measured"]["values"].setdefault(name, asdict(Value(0.25, 0.5, "b")))
+    table = summary_table(report, tmp_path)
+    _, rows = table.split("\n\n")[:2]
+    head, *lines = rows.splitlines()
+    assert head.split() == ["dense", "model", "change"]
+    assert [line.split()[0] for line in lines[:4]] == [
+        "parameters",
+        "perplexity",
         "answers",
-        "25.0",
-        "%",
-        "10.0",
-        "%",
-        "2",
-        "tasks",
+        "tokens",
     ]
-    assert "accuracy" not in table
+    numel = [f"{model.total_numel() / 1000:.1f} k" for model in (DENSE, PRUNED)]
+    assert f"{numel[0]}  {numel[1]}" in lines[0]
+    assert lines[1].split()[1:] == ["51.59", "74.23", "43.9", "%", "more"]
+    assert [line.partition(": ")[2] != "" for line in lines] == [False] * 8 + [True] * 2
 
 
-def test_answers_of_after_are_in_the_final_table_with_what_an_earlier_version_lacks(
-    tmp_path: Path,
-) -> None:
-    one = {
-        "tokens": 9.0,
-        "ended": 0.5,
-        "repetition": 0.25,
-        "dense_perplexity": None,
-        "exact_match": None,
-    }
-    new = one | {"empty": 0.125, "by_kind": {"code": one | {"empty": 0.0}}}
-    for greedy, lines in ((one, 3), (new, 4)):
-        pruned, dense = (
-            {"greedy": greedy, "closeness": close} for close in ({"agreement": 0.75}, None)
-        )
-        after = {"tasks": None, "answers": pruned, "dense": {"tasks": None, "answers": dense}}
-        table = summary_table(report_of(small_run()) | {"after": after}, tmp_path).splitlines()
-        first = table.index("greedy answers, dense -> pruned")
-        assert table[first + lines] == ""
-        assert table[first + 1].split()[:2] == ["ended", "repetition"]
-        assert (
-            ("empty" in table[first + 1])
-            == ("12.5 % -> 12.5 %" in table[first + 2])
-            == (greedy is new)
-        )
-        assert any(line.split() == "same most probable token - 75.0 %".split() for line in table)
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"path": "embedded", "held_out_fraction": 0.25}, "a held-out 25 % of embedded"),
+        ({"held_out": "c.txt"}, "c.txt"),
+        (
+            {"path": [{"path": "a", "split": None}, {"path": "b", "split": "test"}]},
+            "a held-out 10 % of a + b test",
+        ),
+    ],
+)
+def test_the_held_out_text_is_named(data: dict[str, Any], text: str) -> None:
+    found = report_of(small_run(), **data)["measured"]
+    basis = f"{text}, first 64 windows of 128, bfloat16"
+    assert found["values"]["perplexity"] == {"value": 74.23, "dense": 51.59, "basis": basis}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from loraprune_ds.evaluate.settings import TaskSettings
 from loraprune_ds.evaluate.tasks import FEWSHOT, GYM_DEFAULT, QUESTIONS, gym_task
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.generate.writer import Writer
+from loraprune_ds.report.measured import Value, read_measured
 from tests.oracle.models import make_tiny_llama
+from tests.support.evaluations import HELD_OUT, measured_of
 from tests.support.one_rank import rank_of
 from tests.support.refusals import must_name
 from tests.support.texts import make_tokenizer
@@ -159,15 +161,10 @@ def test_answers_in_batches_are_those_of_each_question_alone(
 # After a run
 
 
-def kept(accuracy: float, **texts: Any) -> dict[str, Any]:
-    answers = {"chat_template": True, "greedy": {"ended": 1.0} | texts, "closeness": None}
-    return {"tasks": {"results": {"t": {"acc,none": accuracy}}}, "answers": answers}
-
-
-def judged(accuracy: float) -> dict[str, Any]:
-    """Returns an evaluation, of which a report has what is `kept`."""
-    plan = {"name": "default", "prompts": ["a"]}
-    return kept(accuracy, texts=["a"]) | {"perplexity": None, "answers_plan": plan}
+def judged(agreement: float) -> dict[str, Any]:
+    """Returns an evaluation, whose record goes into a report."""
+    found = measured_of("runs/a", parameters=Value(5, 9), agreement=Value(agreement, None, "t"))
+    return {"answers": {"texts": ["a"]}, "measured": found}
 
 
 def run_of(*after: str) -> RunConfig:
@@ -178,7 +175,7 @@ def test_what_is_asked_for_after_a_run_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
-    result = judged(0.1) | {"dense": judged(0.3)}
+    result = judged(0.1)
 
     def measured(command: list[str], env: dict[str, str], **options: Any) -> Any:
         assert not after.RANK & env.keys()  # it is a separate process, not a rank
@@ -190,51 +187,36 @@ def test_what_is_asked_for_after_a_run_is_measured_once(
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    write_json(tmp_path / "report.json", {"shelf": []})
+    perplexity = Value(3.0, 2.0, HELD_OUT)
+    report = {"steps": 9, "measured": measured_of("model", perplexity=perplexity)}
+    write_json(tmp_path / "report.json", report)
     after.measure_after(run_of(), tmp_path, print)
     assert not calls
     config = run_of("answers", "piqa", "tasks")
     with pytest.raises(RunError, match=r"evaluate\.after"):
         after.measure_after(config, tmp_path, print)
-    assert read_json(tmp_path / "report.json") == {"shelf": []}
+    assert read_json(tmp_path / "report.json") == report
     for _ in range(2):
         after.measure_after(config, tmp_path, print)
     assert len(calls) == 2
     assert calls[1][calls[1].index("--page") + 1] == str(tmp_path / "answers.html")
     assert calls[1][-6:] == ["--dtype", "bfloat16", "--answers", "--tasks", "piqa", "reasoning_gym"]
-    asked = {"asked": ["answers", "piqa", "tasks"], "answers_plan": {"name": "default"}}
-    asked |= kept(0.1) | {"dense": kept(0.3)}
-    assert read_json(tmp_path / "report.json") == {"shelf": [], "after": asked}
+    found = read_measured(read_json(tmp_path / "report.json"), tmp_path)
+    assert (found.name, found.method) == ("model", "lora, uniform")
+    assert found.values == {
+        "perplexity": perplexity,  # the run's own stays
+        "parameters": Value(5, 9),
+        "agreement": Value(0.1, None, "t"),
+    }
+    assert read_json(tmp_path / "report.json")["after"] == ["answers", "piqa", "tasks"]
     assert read_json(tmp_path / "evaluation.json") == result
     after.measure_after(run_of("piqa"), tmp_path, print)
     assert calls[2][-2:] == ["--tasks", "piqa"]
 
 
-def test_each_size_of_a_shelf_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-
-    def measured(command: list[str], **options: Any) -> Any:
-        calls.append(command)
-        result = judged(0.1) | {"dense": judged(0.3)}
-        result["answers"]["closeness"] = {"agreement": 0.5 / len(calls)}
-        return SimpleNamespace(returncode=0, stdout=json.dumps(result))
-
-    monkeypatch.setattr(subprocess, "run", measured)
-    rows = [
-        {"size": size, "parameters": 9, "perplexity": 2.0, "folder": f"model-{size}"}
-        for size in ("0.2", "0.5")
-    ]
-    for row in rows:
-        (tmp_path / row["folder"]).mkdir()
-    lost = {"size": "0.1", "folder": "model-0.1"}
-    write_json(tmp_path / "report.json", {"shelf": [lost, *rows], "perplexity": {"dense": 1.0}})
-    after.measure_after(run_of("answers"), tmp_path, print)
-    assert [str(tmp_path / "model-0.2") in call for call in calls] == [True, False]
-    assert str(tmp_path) in calls[1]  # the last size is the run's model
-    report = read_json(tmp_path / "report.json")
-    assert [row["agreement"] for row in report["shelf"]] == [0.5, 0.25]
-    assert report["shelf"][0]["after"]["tasks"] == kept(0.1)["tasks"]
-    assert (tmp_path / "shelf.png").exists()
+def test_a_report_of_another_version_is_told_with_its_commit(tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", {"params": {}, "versions": {"commit": "8ac16b60"}})
+    must_name("report.json 8ac16b60", after.measure_after, run_of("piqa"), tmp_path, print)
 
 
 def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

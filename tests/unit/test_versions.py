@@ -19,7 +19,6 @@ from loraprune_ds.export.formats import export
 from loraprune_ds.hf import callback
 from loraprune_ds.model import family
 from loraprune_ds.pretrained.weight_files import check_room
-from loraprune_ds.report import pictures
 from tests.oracle.models import make_tiny_llama
 from tests.support.launching import ROOT
 from tests.support.local_training import PRUNE, STEPS, make_model
@@ -83,7 +82,7 @@ def test_a_family_that_transformers_lacks_is_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_result_without_pictures_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert versions.can_show("matplotlib")
     assert not caplog.text
@@ -91,8 +90,6 @@ def test_a_result_without_pictures_says_so(
     for package in ("matplotlib", "tensorboard"):
         assert not versions.can_show(package)
         assert f"no pictures by {package}: pip install 'loraprune_ds[pictures]'" in caplog.text
-    shelf = [{"perplexity": 3.0, "parameters": 1}]
-    assert not pictures.draw_shelf(tmp_path / "shelf.png", shelf, None)
 
 
 def test_an_export_to_gguf_names_its_package_before_it_loads(
