@@ -1,7 +1,7 @@
 """Finds the newest undamaged step, reads its parts, and is the model that exports read. Needs no DeepSpeed."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import layer_owner
 
 # begins a digest. The first steps of format 7 have another kind, without a mark
 SAMPLES = "samples:"
@@ -137,21 +138,16 @@ class TrainingCheckpoint(SavedStep):
     def tower(self) -> Tower | None:
         return self.dense.tower
 
-    def files(
-        self, ranks: Communicator, *, merge: bool = True
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def layer(self, number: int, ranks: Communicator, *, merge: bool) -> dict[str, Tensor]:
+        shape = self.shape
+        if layer_owner(number, ranks.world_size) != ranks.rank:
+            return {}
         weights = self._merged_weights if merge else self.frozen_model.weights
-        layers = len(self.shape.layers)
-        for number in range(ranks.rank, layers + 1, ranks.world_size):
-            if number < layers:
-                tensors = self._read_layer(weights, number)
-                yield number, self._add_lora(tensors, number) if merge else tensors
-            else:
-                yield number, self._read(weights, (tensor.name for tensor in self.shape.outer))
-
-    def _read_layer(self, weights: ModelWeights, layer: int) -> dict[str, Tensor]:
-        prefix = self.shape.prefix(layer)
-        return self._read(weights, (prefix + x.name for x in self.shape.layers[layer].tensors))
+        if number == len(shape.layers):
+            return self._read(weights, (tensor.name for tensor in shape.outer))
+        prefix = shape.prefix(number)
+        tensors = self._read(weights, (prefix + x.name for x in shape.layers[number].tensors))
+        return self._add_lora(tensors, number) if merge else tensors
 
     def _add_lora(self, tensors: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
         prefix = self.shape.prefix(layer)

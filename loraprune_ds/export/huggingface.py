@@ -37,6 +37,7 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.pretrained.text_part import MULTIMODAL, Tower, in_files
 from loraprune_ds.pretrained.tokenizer import has_sentencepiece_alone, has_tokenizer, load_tokenizer
 from loraprune_ds.ranks.comm import Communicator, LocalWrites
+from loraprune_ds.ranks.flat import owner_rounds
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
 
@@ -54,17 +55,27 @@ class LayerSource(Protocol):
     @property
     def tower(self) -> Tower | None: ...
 
-    def files(
-        self, ranks: Communicator, *, merge: bool = True
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yields this rank's layers r, r + ranks, ... Embedding, norm and head follow the last layer, like one more.
+    def layer(self, number: int, ranks: Communicator, *, merge: bool) -> dict[str, Tensor]:
+        """Returns a layer on its owner, and nothing elsewhere. Embedding, norm and head are one more. Collective.
 
-        Tensors have the names of the text class and the model's dtype. Collective: each rank reads to the end.
+        Tensors have the names of the text class and the model's dtype.
 
         Args:
             merge: add LoRA to the weights.
         """
         ...
+
+
+def read_layers(
+    source: LayerSource, layers: int, ranks: Communicator, *, merge: bool
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields this rank's layers r, r + ranks, ... Collective: each rank reads to the end."""
+    for numbers in owner_rounds(layers + 1, ranks.world_size):
+        owned = {number: source.layer(number, ranks, merge=merge) for number in numbers}
+        # the owners of a round work in parallel. None keeps its layer until the next round
+        for number in numbers:
+            if owned[number]:
+                yield number, owned.pop(number)
 
 
 def begin(out: Path, mark: str = "") -> Path:
@@ -81,7 +92,7 @@ def write_model(
 
     Args:
         card: describes the model of `source`.
-        merge: as in `LayerSource.files`.
+        merge: as in `LayerSource.layer`.
 
     Raises:
         RunError: a rank cannot write. Or UserError: a weight cannot be read.
@@ -93,7 +104,7 @@ def write_model(
     # transformers' names
     paths = [folder / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
     writes = LocalWrites(ranks, folder)
-    files = source.files(ranks, merge=merge)
+    files = read_layers(source, len(shape.layers), ranks, merge=merge)
 
     def write_files() -> None:
         for k, tensors in files:

@@ -1,28 +1,24 @@
 """Exports a model that another trainer trains, layer by layer."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.export.huggingface import begin, publish, saving, try_export, write_model
 from loraprune_ds.export.model_card import card_of_state
 from loraprune_ds.files import JsonObject, staging_of, write_json
-from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.weight_files import drop_auto_maps
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owner_rounds
 from loraprune_ds.session.live import base_config
 from loraprune_ds.session.session import PruningSession
 
@@ -82,46 +78,26 @@ class LiveModel:
     dtype: Dtype
     tower = None
 
-    def files(
-        self, ranks: Communicator, *, merge: bool = True
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
-        for indices in owner_rounds(len(self.model.layers) + 1, ranks.world_size):
-            owned = list[tuple[int, dict[str, Tensor]]]()
-            for k in indices:
-                tensors = self._gather(k, merge)
-                if tensors:
-                    owned.append((k, tensors))
-                del tensors
-            # the owners of a round work in parallel. None keeps its layer until the next round
-            while owned:
-                yield owned.pop()
-
-    def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
-        """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
+    def layer(self, number: int, ranks: Communicator, *, merge: bool) -> dict[str, Tensor]:
+        """Gathers a layer, with the learned copies of PEFT's modules_to_save if merged, or with the initial ones."""
         shape = self.model.shape
-        if k == len(shape.layers):
-            base = cast(Any, self.model.module).get_base_model()
-            return self._gather_others(k, base, shape.outer, merge)
-        layer = shape.layers[k]
-        prefix = shape.prefix(k)
         tensors = dict[str, Tensor]()
-        for linear in layer.linears:
-            collected = self.model.collect_linear(LinearId(k, linear.linear))
-            if collected is not None:  # converted before the next linear arrives
-                tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
-            del collected
-        others = self._gather_others(k, self.model.layers[k], layer.others, merge)
-        return tensors | {prefix + name: tensor for name, tensor in others.items()}
-
-    def _gather_others(
-        self, k: int, parent: nn.Module, others: Sequence[TensorSpec], merge: bool
-    ) -> dict[str, Tensor]:
-        parameters = {x.name: base_parameter(parent, x.name, trained=merge) for x in others}
-        tensors = self.model.collect_named(parameters, self.model.owner(k))
-        for tensor in others:
-            if tensor.name in tensors and not tensor.keep_fp32:
-                tensors[tensor.name] = tensors[tensor.name].to(DTYPES[self.dtype])
+        specs = shape.outer
+        if number < len(shape.layers):
+            layer = shape.layers[number]
+            specs = layer.others
+            for linear in layer.linears:
+                collected = self.model.collect_linear(LinearId(number, linear.linear))
+                if collected is not None:  # converted before the next linear arrives
+                    name = f"{shape.prefix(number)}{linear.linear}"
+                    tensors |= self._convert(name, collected, merge)
+                del collected
+        named = self.model.other_parameters(trained=merge)[number]
+        others = self.model.collect_named(named, self.model.owner(number))
+        for name, spec in zip(named, specs, strict=True):
+            if name in others:
+                tensor = others.pop(name)
+                tensors[name] = tensor if spec.keep_fp32 else tensor.to(DTYPES[self.dtype])
         return tensors
 
     def _convert(self, name: str, linear: CollectedLinear, merge: bool) -> dict[str, Tensor]:

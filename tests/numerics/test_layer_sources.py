@@ -32,7 +32,10 @@ def compare(job: Job, root: Path) -> Counter[str]:
         Counter[str](),
     )
     for merge in (True, False):
-        files, others = (dict(source.files(model.comm, merge=merge)) for source in (step, live))
+        files, others = (
+            dict(huggingface.read_layers(source, len(model.layers), model.comm, merge=merge))
+            for source in (step, live)
+        )
         assert (
             files.keys()
             == others.keys()

@@ -6,7 +6,6 @@ The cut is written here a second time, from the architecture alone. It shares no
 import copy
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,20 +141,13 @@ class InMemory:
     dense_folder: Path
     tower: Tower | None = None
 
-    def files(
-        self, ranks: Communicator, *, merge: bool = True
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        tensors = dict(self.model.named_parameters())  # a tied head appears once, as the embedding
-        for k in range(len(self.shape.layers)):
-            yield (
-                k,
-                {
-                    name: tensors.pop(name)
-                    for name in list(tensors)
-                    if name.startswith(self.shape.prefix(k))
-                },
-            )
-        yield len(self.shape.layers), tensors
+    def layer(self, number: int, ranks: Communicator, *, merge: bool) -> dict[str, Tensor]:
+        prefixes = [self.shape.prefix(k) for k in range(len(self.shape.layers))]
+        # a tied head appears once, as the embedding
+        named = self.model.named_parameters()
+        if number < len(prefixes):
+            return {name: x for name, x in named if name.startswith(prefixes[number])}
+        return {name: x for name, x in named if not name.startswith(tuple(prefixes))}
 
 
 def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> ExportedConfig:
