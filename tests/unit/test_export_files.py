@@ -4,6 +4,8 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from loraprune_ds import files
+from loraprune_ds.checkpoint.state import Origin, Totals
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
-from loraprune_ds.export.model_card import write_model_card
+from loraprune_ds.export.model_card import card_of_state, write_model_card
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import ModelShape
@@ -199,6 +202,16 @@ def test_the_export_of_a_chain_says_what_the_first_start_was(
         )
     assert "| perplexity | not measured | " in text
     assert "40.0 % of the start's linears" in text
+
+
+@pytest.mark.parametrize(("first", "name"), [({}, "model"), ({"name": "Llama 7B"}, "Llama 7B")])
+def test_the_card_of_a_chain_names_its_first_model(first: dict[str, Any], name: str) -> None:
+    config = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=3, vocab_size=33)
+    start = shape_from_config(config | ({"loraprune_first": first} if first else {}), "start")
+    origin = Origin({"output_dir": "out", "model": {"path": "runs/30/model"}}, 6, 0, False)
+    kept = [[[0, 2], [1, 3, 4]]] * 2
+    state: Any = SimpleNamespace(origin=origin, kept=kept, asked=0.4, step=6, totals=Totals())
+    assert card_of_state(state, start).base_model == name
 
 
 def test_the_other_tokenizers_of_t5s_are_found_in_an_export(
