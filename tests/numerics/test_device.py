@@ -16,7 +16,7 @@ from tests.support import device, engines
 from tests.support.families import heavy, tiny_model
 from tests.support.fsdp_training import REFIT, Training, train
 from tests.support.ranks import RankPool
-from tests.support.resuming import read_tensors
+from tests.support.resuming import assert_equal_tensors, read_tensors
 
 pytestmark = pytest.mark.skipif(device.MISSING is not None, reason=str(device.MISSING))
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -69,6 +69,19 @@ def test_a_training_on_the_device_equals_the_cpus(
     torch.testing.assert_close(found.tensors, wanted.tensors, **CLOSE)
     exports = [read_tensors(tmp_path / name) for name in ("device", "cpu")]
     torch.testing.assert_close(*exports, **CLOSE)
+
+
+def test_a_model_on_the_cpu_of_a_machine_with_a_device(
+    ranks: RankPool, device_ranks: RankPool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    training = Training(folders["llama"], prune=FISHER_REFIT)
+    found, wanted = (
+        pool.run(1, train, training, tmp_path / name)[0]
+        for name, pool in (("beside", device_ranks), ("alone", ranks))
+    )
+    assert (found.kept, found.losses) == (wanted.kept, wanted.losses)
+    exports = [read_tensors(tmp_path / name) for name in ("beside", "alone")]
+    assert_equal_tensors(*exports)
 
 
 @pytest.mark.parametrize("world_size", [heavy(1), 2])
