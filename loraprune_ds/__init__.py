@@ -1,6 +1,6 @@
 """LoRA-guided structured pruning of language models on DeepSpeed ZeRO-3.
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, drop_layers, linear_names, open_result, unshare_bias
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, drop_layers, lora_config, open_result, prepare_model
 
 A name is imported when it is first used. The package itself imports neither torch nor DeepSpeed.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.generate.models import open_result
     from loraprune_ds.hf.callback import LoraPruneCallback
     from loraprune_ds.pretrained.fewer_layers import drop_layers
-    from loraprune_ds.session.preparing import linear_names, unshare_bias
+    from loraprune_ds.session.preparing import linear_names, lora_config, prepare_model
     from loraprune_ds.session.pruning import Pruning
 
 __version__ = "0.2.0.dev0"
@@ -23,8 +23,9 @@ __all__ = [
     "Pruning",
     "drop_layers",
     "linear_names",
+    "lora_config",
     "open_result",
-    "unshare_bias",
+    "prepare_model",
 ]
 _MODULES = {
     "LoraPruneCallback": "hf.callback",
@@ -32,8 +33,9 @@ _MODULES = {
     "Pruning": "session.pruning",
     "drop_layers": "pretrained.fewer_layers",
     "linear_names": "session.preparing",
+    "lora_config": "session.preparing",
     "open_result": "generate.models",
-    "unshare_bias": "session.preparing",
+    "prepare_model": "session.preparing",
 }
 
 

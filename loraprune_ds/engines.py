@@ -1,13 +1,16 @@
 """Chooses an engine: for a run by its config, for the training of another loop by what holds its weights."""
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.engine.training import Engine
 from loraprune_ds.fsdp.live import LiveFsdp
 from loraprune_ds.local.live import LiveLocal
+from loraprune_ds.model import experts
+from loraprune_ds.model.groups import Shape
 from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.zero import shards
 from loraprune_ds.zero.live import LiveZero3
 
 LIVE: tuple[LiveEngine, ...] = (
@@ -46,3 +49,8 @@ def holder(parameter: Tensor) -> LiveEngine:
 def is_sharded(parameter: Tensor) -> bool:
     """Returns whether this rank holds a part of a parameter."""
     return holder(parameter) is not LIVE[-1]
+
+
+def join_rows(stacked: Tensor) -> tuple[Shape, nn.Parameter]:
+    """Makes a frozen matrix of the weights of experts (experts, rows, columns). Returns their shape, too."""
+    return (shards if shards.is_sharded(stacked) else experts).join_rows(stacked)

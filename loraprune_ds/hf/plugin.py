@@ -66,6 +66,10 @@ def check_settings(
         not shape.family.has_encoder,
         f"{model}: a {shape.model_type} trains in Seq2SeqTrainer; give that the callback",
     )
+    require(
+        not shape.family.has_experts,
+        f"{model}: plugins do not prune families with experts; use prepare_model and the callback, or launch/run.py",
+    )
     linears = linear_names(model)
     targets = settings.get(TARGETS) or linears
     missing = set(linears).difference(targets)

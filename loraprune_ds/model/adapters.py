@@ -2,6 +2,9 @@
 
 import copy
 from collections.abc import Iterable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -19,6 +22,8 @@ from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
 
 ADAPTER = "default"
+STACKS: dict[type[nn.Module], type[nn.Module]] = {ExpertStack: ExpertLora}
+CONVERSION = "peft.utils.transformers_weight_conversion"
 # Up to this hidden_size a layer is gathered as one: 0.4 GB in bf16 for LLaMA-7B.
 LEAF_LAYER_HIDDEN = 4096
 
@@ -36,17 +41,32 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         bias="none",
         task_type=task_type(shape),
     )
-    peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
-    model_config: Any = model.config
-    model_type = model_config.model_type
-    model_config.model_type = ""  # otherwise PEFT takes a dense MLP for experts of transformers 4
+    peft_config._register_custom_module(STACKS | {nn.Linear: FusedLoraLinear})
+    meet_stacks()
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-    model_config.model_type = model_type
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             # PEFT leaves LoRA on an int8 weight in fp32.
             parameter.data = parameter.data.to(model.dtype)
     return cast(PeftModel, wrapped)
+
+
+def meet_stacks() -> None:
+    """Makes PEFT put our LoRA on the stacks of a model, whoever made the config. PEFT before 0.20 needs the config."""
+    if not find_spec(CONVERSION):
+        return
+    module: Any = import_module(CONVERSION)
+    convert = module.convert_peft_config_for_transformers
+    if not isinstance(convert, partial):
+        module.convert_peft_config_for_transformers = partial(_convert_unless_stacked, convert)
+
+
+def _convert_unless_stacked(convert: Any, config: Any, model: nn.Module, **more: Any) -> None:
+    """PEFT would take a dense MLP beside stacks for experts of transformers 4."""
+    if any(isinstance(module, ExpertStack) for module in model.modules()):
+        config._register_custom_module(STACKS)
+    else:
+        convert(config, model=model, **more)
 
 
 def task_type(shape: ModelShape) -> str:

@@ -24,7 +24,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, stored_tensors
-from loraprune_ds.model.groups import TensorSpec
+from loraprune_ds.model.groups import Shape, TensorSpec
 
 
 class Routing(NamedTuple):
@@ -35,16 +35,23 @@ class Routing(NamedTuple):
     stored_as: StorageFormat = DENSE
 
 
+# makes a tensor (experts, rows, columns) a frozen matrix. Returns its shape before, too
+Join = Callable[[Tensor], tuple[Shape, nn.Parameter]]
+
+
+def join_rows(stacked: Tensor) -> tuple[Shape, nn.Parameter]:
+    return stacked.shape, nn.Parameter(stacked.detach().flatten(0, 1), requires_grad=False)
+
+
 class ExpertStack(FrozenLinear):
     """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
-    def __init__(self, stacked: Tensor, transposed: bool) -> None:
+    def __init__(self, stacked: Tensor, transposed: bool, join: Join = join_rows) -> None:
         """Takes transformers' tensor, (experts, rows, columns). If transposed, its rows are inputs."""
         nn.Module.__init__(self)
         self.transposed = transposed
-        experts, self.rows, self.in_features = stacked.shape
+        (experts, self.rows, self.in_features), self.weight = join(stacked)
         self.out_features = experts * self.rows
-        self.weight = nn.Parameter(stacked.detach().flatten(0, 1), requires_grad=False)
         self.register_parameter("bias", None)
 
     @property
@@ -102,16 +109,16 @@ BIASES = ("gate_up_proj_bias", "down_proj_bias")
 class Experts(nn.Module):
     """Replaces transformers' experts of a decoder layer."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, join: Join) -> None:
         super().__init__()
         self._first = "gate_up" if stock.has_gate else "up"
         first: Tensor = getattr(stock, f"{self._first}_proj")
-        self.add_module(self._first, ExpertStack(first, stock.is_transposed))
-        self.down = ExpertStack(stock.down_proj, stock.is_transposed)
+        self.add_module(self._first, ExpertStack(first, stock.is_transposed, join))
+        self.down = ExpertStack(stock.down_proj, stock.is_transposed, join)
         for name in BIASES:
-            bias: Tensor | None = getattr(stock, name, None)
+            bias: nn.Parameter | None = getattr(stock, name, None)
             if bias is not None:
-                bias = nn.Parameter(bias.detach(), requires_grad=False)
+                bias.requires_grad_(False)
             self.register_parameter(name, bias)
         self._activate: Callable[[Tensor], Tensor] = (
             stock._apply_gate if stock.has_gate else stock.act_fn
@@ -137,14 +144,17 @@ class Experts(nn.Module):
         return outputs if bias is None else outputs + bias[experts]
 
 
-def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all layers. Buffers in weight files become frozen parameters, which can be cut."""
+def stack_experts(model: nn.Module, join: Join = join_rows) -> None:
+    """Replaces the experts of all layers. Buffers in weight files become frozen parameters, which can be cut.
+
+    Args:
+        join: for weights that are already sharded.
+    """
     for module in list(model.modules()):
         _freeze_buffers(module)
         for name, child in list(module.named_children()):
-            weight = getattr(child, "down_proj", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 3:
-                setattr(module, name, Experts(child))
+            if isinstance(getattr(child, "down_proj", None), nn.Parameter):  # not a linear
+                setattr(module, name, Experts(child, join))
 
 
 def _freeze_buffers(module: nn.Module) -> None:

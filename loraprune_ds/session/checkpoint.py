@@ -222,13 +222,13 @@ def _check_lora_ranks(
 ) -> None:
     """Refuses a model whose LoRA has other ranks than that in the checkpoint."""
     in_model = {
-        name.replace(f".{ADAPTER}.", "."): full_shape(parameter)[0]
+        name.replace(f".{ADAPTER}.", "."): full_shape(parameter)[1]
         for name, parameter in model.named_parameters()
-        if f".lora_A.{ADAPTER}." in name
+        if f".lora_B.{ADAPTER}." in name
     }
     for path, ranks in _saved_ranks(step, shape, engine).items():
         for name in filter(ranks.__contains__, in_model):
-            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            linear = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
             require(
                 ranks[name] == in_model[name],
                 f"{path}: LoRA on {linear} has rank {ranks[name]}, but the model's has {in_model[name]}; "
@@ -239,7 +239,7 @@ def _check_lora_ranks(
 def _saved_ranks(
     step: SavedStep, shape: ModelShape, engine: LiveEngine
 ) -> dict[Path, dict[str, int]]:
-    """Reads the rank of each LoRA factor A, named as in an adapter. DeepSpeed does not read the adapter itself."""
+    """Reads the rank of each LoRA factor B, named as in an adapter. DeepSpeed does not read the adapter itself."""
     headers = dict[Path, Header]()
     adapter = step.folder.parent / ADAPTER_WEIGHTS
     if adapter.is_file() and not engine.saves_itself:
@@ -252,7 +252,7 @@ def _saved_ranks(
             }
     return {
         path: {
-            name: sizes[0] for name, (sizes, _) in header.items() if name.endswith(".lora_A.weight")
+            name: sizes[1] for name, (sizes, _) in header.items() if name.endswith(".lora_B.weight")
         }
         for path, header in headers.items()
     }

@@ -14,7 +14,7 @@ from loraprune_ds.engines import holder
 from loraprune_ds.errors import require
 from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.families.base import Family
+from loraprune_ds.model.experts import ExpertLora, ExpertStack
 from loraprune_ds.model.frozen import QuantisedLinear
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.session.live import base_shape
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Refused = Callable[[Any], bool]
 
 # the class of LoRA, and that of the linear inside
-PLAIN = ((LoraLinear, nn.Linear), (AdoptedLora, QuantisedLinear))
+PLAIN = ((LoraLinear, nn.Linear), (AdoptedLora, QuantisedLinear), (ExpertLora, ExpertStack))
 # (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
 LINEARS: tuple[tuple[Refused, str], ...] = (
     (lambda x: x is None, "does not exist"),
@@ -48,14 +48,6 @@ LINEARS: tuple[tuple[Refused, str], ...] = (
         f"has frozen LoRA of {ADAPTER!r}",
     ),
 )
-
-
-def refuse_mixture(family: Family, where: str) -> None:
-    """Refuses families with experts, because only a run builds stacks of experts with LoRA."""
-    require(
-        not family.has_experts,
-        f"{where}: the callback cannot prune families with experts, not even dense models; use launch/run.py",
-    )
 
 
 def check_one_dtype(model: nn.Module) -> None:
@@ -81,11 +73,11 @@ def check_model(model: PeftModel) -> None:
     """
     shape = base_shape(model)
     family = shape.family
-    refuse_mixture(family, shape.model_type)
+    has_stacks = any(isinstance(module, ExpertStack) for module in model.modules())
     require(
-        family.shared_bias is None,
-        f"the layers of a {shape.model_type} share one bias, so their heads cannot differ; "
-        "pass unshare_bias(model) to get_peft_model",
+        family.shared_bias is None and (has_stacks or "experts" not in shape.kinds),
+        f"a {shape.model_type} cannot be cut as it was loaded; "
+        "pass prepare_model(model) to get_peft_model",
     )
     base = cast(Any, model.get_base_model())
     for name, value in family.changed_in_memory(base.config).items():

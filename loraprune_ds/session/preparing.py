@@ -1,16 +1,17 @@
 """Prepares a user's model before its trainer is made."""
 
 from pathlib import Path
+from typing import Any
 
+from peft import LoraConfig
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.engines import is_sharded
+from loraprune_ds.engines import is_sharded, join_rows
 from loraprune_ds.errors import require
-from loraprune_ds.model.adapters import last_names
-from loraprune_ds.model.family import find_family
+from loraprune_ds.model.adapters import STACKS, last_names, meet_stacks, task_type
+from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
-from loraprune_ds.session.checks import refuse_mixture
 from loraprune_ds.session.live import _tied
 
 
@@ -31,19 +32,41 @@ def prunable_shape(model: PreTrainedModel | str | Path) -> ModelShape:
     else:  # AutoConfig would ask on the terminal whether to run code in the folder
         config, _ = PreTrainedConfig.get_config_dict(model)
         where = str(model)
-    refuse_mixture(find_family(config.get("model_type"), where), where)
     return shape_from_config(config, where)
 
 
-def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
-    """Turns a T5 or mT5 into a UMT5 without dropout, to prune it. Each layer gets a copy of the shared bias.
+def lora_config(model: PreTrainedModel | str | Path, **settings: Any) -> LoraConfig:
+    """Makes PEFT's config of LoRA on all linears of the decoder layers, experts too.
+
+    Args:
+        model: a model, or its folder or hub id. UserError if its type is not supported.
+        settings: of PEFT's LoraConfig, such as r, lora_alpha and lora_dropout.
+    """
+    shape = prunable_shape(model)
+    targets = last_names(linear.linear for _, linear in shape.linears())
+    config = LoraConfig(target_modules=targets, task_type=task_type(shape), **settings)
+    config._register_custom_module(STACKS)
+    return config
+
+
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes a model one that cuts can shrink, before it gets LoRA. Most families need nothing.
+
+    The experts of a layer become stacks, in place. A T5 or mT5 becomes a UMT5 without dropout: a layer gets a copy of
+    the shared bias.
 
     Raises:
-        UserError: the model is already sharded.
+        UserError: a T5 is already sharded.
     """
-    sharded = any(map(is_sharded, model.parameters()))
+    family = prunable_shape(model).family
+    if family.has_experts:
+        stack_experts(model, join_rows)
+        meet_stacks()
+    if family.shared_bias is None:
+        return model
     require(
-        not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments"
+        not any(map(is_sharded, model.parameters())),
+        "prepare_model: the model is sharded; load it before you make TrainingArguments",
     )
     shape, umt5 = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
     tensors = model.state_dict()

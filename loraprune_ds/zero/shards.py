@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor, nn
 
 from loraprune_ds.config_types import EngineName
+from loraprune_ds.model.groups import Shape
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.layout import Shards
 
@@ -14,6 +15,14 @@ NAME: EngineName = "zero3"
 def is_sharded(parameter: Tensor) -> bool:
     """Returns whether ZeRO-3 holds the parameter."""
     return hasattr(parameter, "ds_tensor")
+
+
+def join_rows(stacked: Tensor) -> tuple[Shape, nn.Parameter]:
+    """Makes a frozen matrix of a sharded tensor with one more axis, in place. Its flat shard stays."""
+    parameter: Any = stacked
+    shape = parameter.ds_shape
+    parameter.ds_shape = Size((shape[0] * shape[1], *shape[2:]))
+    return shape, parameter.requires_grad_(False)
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:

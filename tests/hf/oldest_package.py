@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import loraprune_ds
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, unshare_bias
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, lora_config, prepare_model
 from loraprune_ds.generate.models import open_result
 from loraprune_ds.session.preparing import linear_names
 from tests.oracle.models import make_batches, make_tiny_llama
@@ -30,7 +30,6 @@ from tests.support.examples import write_rows
 from tests.support.launching import ROOT, free_port
 from tests.support.local_training import make_model, train_and_save
 from tests.support.qlora import DOUBLE, load, with_lora
-from tests.support.refusals import must_name
 
 PRUNE = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 SIZES: dict[str, Any] = {"layers": 6, "ffn": 256, "vocab": 300}
@@ -92,7 +91,7 @@ def test_a_t5_is_saved_and_loaded(tmp_path: Path) -> None:
 
     config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=6, num_heads=4)  # fmt: skip
     config.decoder_start_token_id = 0
-    base = unshare_bias(T5ForConditionalGeneration(config))
+    base = prepare_model(T5ForConditionalGeneration(config))
     linears = linear_names(base)
     model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=linears)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -115,9 +114,13 @@ def test_a_base_in_4_bits_is_saved_and_loaded(tmp_path: Path) -> None:
     loads(tmp_path / "live")
 
 
-def test_a_mixture_is_refused_by_name() -> None:
+def test_a_mixture_is_saved_and_loaded(tmp_path: Path) -> None:
+    from peft import get_peft_model
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
-    must_name("Mixtral experts", linear_names, MixtralForCausalLM(config))
+    config = MixtralConfig(vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=6,
+                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=6)  # fmt: skip
+    base = prepare_model(MixtralForCausalLM(config))
+    model: Any = get_peft_model(base, lora_config(base, r=4)).train()
+    train_and_save(model, PRUNE, tmp_path)
+    loads(tmp_path / "live")

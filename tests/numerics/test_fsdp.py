@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_tiny_llama(root / "llama", layers=3, **sizes)
     make_tiny_llama(root / "tied", layers=2, tie=True, biases=True, **{**sizes, "hidden": 60})
     make_tiny_llama(root / "query heads", layers=2, **{**sizes, "kv_heads": 2})
-    for family in ("gemma2", "qwen2", "t5"):
+    for family in ("gemma2", "qwen2", "t5", "deepseek_v3"):
         tiny_model(family, seed=1).save_pretrained(root / family)
     return {path.name: path for path in root.iterdir()}
 
@@ -72,6 +72,8 @@ def size(scores: Tensor) -> Tensor:
         ("llama", SHARED | {"prune": FISHER, "reshard": False, "parts": 2, "r": 1, "checkpointing": "not reentrant"}),
         ("tied", {"prune": REFIT | {"normalize": "none"}, "mesh": (2, 1), "checkpointing": "wrapper"}),
         ("t5", SHARED | {"prune": FISHER_REFIT, "offload": True}),
+        ("deepseek_v3", SHARED | {"prune": FISHER}),
+        heavy("deepseek_v3", SHARED | {"prune": {"head_ratio": 0.2}, "offload": True}),
         ("llama", SHARED | {"prune": {}, "scale": 1024.0, "steps": 5}),
         heavy("llama", SHARED | {"prune": FISHER}),
         heavy("llama", SHARED | {"prune": MAGNITUDE | REFIT}),

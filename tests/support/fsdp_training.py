@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW
 
-from loraprune_ds import PruneConfig, Pruning, linear_names, unshare_bias
+from loraprune_ds import PruneConfig, Pruning, linear_names, prepare_model
 from loraprune_ds.fsdp.model import sharded_units
 from loraprune_ds.fsdp.private import find_slots
 from loraprune_ds.fsdp.rows import RowShards
@@ -107,8 +107,7 @@ def build(training: Training) -> Any:
     dtype = torch.bfloat16 if training.half else torch.float32
     base: Any = kind.from_pretrained(training.folder, dtype=dtype, attn_implementation="eager")
     base.config.use_cache = False
-    if seq2seq:
-        base = unshare_bias(base)
+    base = prepare_model(base)
     torch.manual_seed(0)
     task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
     lora = LoraConfig(

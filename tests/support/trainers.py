@@ -29,16 +29,24 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, unshare_bias
+from loraprune_ds import (
+    LoraPruneCallback,
+    PruneConfig,
+    Pruning,
+    linear_names,
+    lora_config,
+    prepare_model,
+)
 from loraprune_ds.files import read_json
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.pretrained.adapters import load_adapter
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from tests.support.cutting import recorded_collectives
 from tests.support.driver import Job, build
 from tests.support.launching import ROOT
 from tests.support.refusals import refused
 
-KINDS = ("heads", "channels")
 WITHOUT: dict[str, Any] = {"deepspeed": None}  # arguments of a training without DeepSpeed
 
 
@@ -149,7 +157,7 @@ class PairsInOrder(transformers.Seq2SeqTrainer):
 
 
 def kept_groups(kept: list[LayerKeep]) -> list[tuple[list[int], ...]]:
-    return [tuple(keep[kind].tolist() for kind in KINDS) for keep in kept]
+    return [tuple(groups.tolist() for groups in keep.values()) for keep in kept]
 
 
 class BesideReference(InOrder):
@@ -230,6 +238,13 @@ def load_model(job: Job, setup: Setup = PLAIN) -> PeftModel:
     )
     if setup.reentrant is not None:
         model.enable_input_require_grads()
+    shape = open_pretrained(job.folder).shape
+    if shape.family.has_experts:
+        base = prepare_model(model)
+        config = lora_config(base, r=job.lora_r, lora_alpha=job.lora_alpha)
+        mixture = cast(PeftModel, get_peft_model(base, config, autocast_adapter_dtype=False))
+        load_adapter(mixture, job.adapter, shape, job.lora_r)
+        return mixture
     if setup.whole:
         torch.manual_seed(job.seed)
         config: Any = LoraConfig.from_pretrained(
@@ -346,7 +361,7 @@ def train_with_callback(
 def train_pairs_with_callback(job: Job, out: Path, more: dict[str, Any]) -> list[dict[str, Any]]:
     """Trains a T5 to the end, and saves it. Returns the rows."""
     with fresh_accelerate():
-        base = unshare_bias(transformers.AutoModelForSeq2SeqLM.from_pretrained(job.folder))
+        base = prepare_model(transformers.AutoModelForSeq2SeqLM.from_pretrained(job.folder))
         model = PeftModel.from_pretrained(base, job.adapter, is_trainable=True)
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         watch = Watch(callback)

@@ -29,7 +29,7 @@ from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.session.checkpoint import PruningCheckpoint
 from loraprune_ds.session.checks import check_model
 from loraprune_ds.session.live import base_dtype, base_shape, find_peft_model, live_shape
-from loraprune_ds.session.preparing import linear_names, unshare_bias
+from loraprune_ds.session.preparing import linear_names, lora_config, prepare_model
 from loraprune_ds.zero.external_engine import share_model
 from tests.support.families import LLAMA_LINEARS, tiny_model
 from tests.support.multimodal import multimodal
@@ -96,10 +96,26 @@ def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
     must_name("layer 1 self_attn.q_proj target_modules in_proj_qkv", check, without)
 
 
+def test_a_mixture_passes_once_its_experts_are_stacks() -> None:
+    model: Any = tiny_model("deepseek_v3")
+    names = linear_names(model)
+    attention = [name for name in names if name not in ("gate_up", "down")]
+    must_name("deepseek_v3 prepare_model", check, adapted(model, target_modules=attention))
+    model = tiny_model("deepseek_v3")
+    assert prepare_model(model) is model
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.allclose(model(ids).logits, tiny_model("deepseek_v3")(ids).logits, atol=1e-6)
+    for config in (lora_config(model, r=2), LoraConfig(r=2, target_modules=names)):
+        stacked: Any = tiny_model("deepseek_v3")
+        prepared = cast(PeftModel, get_peft_model(prepare_model(stacked), config))
+        check(prepared)
+        assert live_shape(prepared) == base_shape(prepared)
+
+
 def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixture) -> None:
     t5: Any = tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False)
-    must_name("t5 bias unshare_bias", check, adapted(t5, target_modules=linear_names(t5)))
-    own: Any = unshare_bias(tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False))
+    must_name("t5 prepare_model", check, adapted(t5, target_modules=linear_names(t5)))
+    own: Any = prepare_model(tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False))
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(
         own(ids, decoder_input_ids=ids).logits, t5(ids, decoder_input_ids=ids).logits

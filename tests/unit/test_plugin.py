@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, PreTrainedConfig
 
 from loraprune_ds import PruneConfig
 from loraprune_ds.config_types import Ranking
@@ -108,10 +109,13 @@ def test_what_cannot_be_pruned_is_one_line_before_a_model_is_loaded(
 
 
 def test_families_are_refused_by_config_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    for kind, names in (("mixtral", "experts"), ("gpt2", "gpt2")):
-        folder = tmp_path / kind
-        folder.mkdir()
-        (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    configs: dict[str, PreTrainedConfig] = {
+        "experts prepare_model": tiny_model("mixtral").config,
+        "gpt2": GPT2Config(),
+    }
+    for names, config in configs.items():
+        folder = tmp_path / config.model_type
+        config.save_pretrained(folder)
         must_name(names, check, settings | {"base_model": str(folder)})
 
 

@@ -32,7 +32,7 @@ import sys
 for name in ("deepspeed", "gguf", "matplotlib", "tensorboard", "sentencepiece.sentencepiece_model_pb2"):
     sys.modules[name] = None
 import loraprune_ds.export.formats, loraprune_ds.report.report, loraprune_ds.session.live_export
-from loraprune_ds import LoraPruneCallback, Pruning, drop_layers, linear_names, open_result, unshare_bias
+from loraprune_ds import LoraPruneCallback, Pruning, drop_layers, linear_names, open_result, prepare_model
 from loraprune_ds.cli import compare, evaluate, export, plan
 LoraPruneCallback(None)
 """
