@@ -202,7 +202,7 @@ def summary_table(report: JsonObject, folder: Path) -> str:
         lines.append(f"prune.target {target['asked']}: {reached} reached")
     else:
         asked = format_percent(report["asked_ratio"])
-        lines.append(f"prune.ratio: {asked} of the decoder's linear parameters were to leave")
+        lines.append(f"prune.ratio: {asked} of the linear parameters of the start were to leave")
     return "\n".join([*lines, *_result_lines(folder), ""])
 
 

@@ -185,9 +185,10 @@ def _measure(
             perplexity = measure_perplexity(losses, prepared.batches, comm, progress)
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
-    removed_fraction = source.removed
-    if dense is not None:
-        removed_fraction = 1 - shape.total_numel() / dense
+    first = shape.first
+    if "name" in first:  # an export
+        dense = first["parameters"]
+    removed_fraction = None if dense is None else 1 - shape.total_numel() / dense
     element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
         path=source.path,

@@ -77,7 +77,6 @@ class ModelSource:
     pretrained: PretrainedModel  # of an adapter, its base model
     tokenizer_folder: Path
     adapter: Path | None = None  # folder of the LoRA to merge
-    removed: float | None = None  # fraction of the parameters of the model that a run began with
     method: str | None = None  # criterion and ranking of a run
 
 
@@ -93,7 +92,7 @@ def find_model(path: str) -> ModelSource:
     if report is None:
         return source
     measured = read_measured(report, Path(path, records.REPORT_FILE))
-    return replace(source, kind="run", removed=measured.removed, method=measured.method)
+    return replace(source, kind="run", method=measured.method)
 
 
 def _find_adapter(path: str, folder: Path) -> ModelSource:

@@ -20,6 +20,7 @@ from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
 from loraprune_ds.report.measured import Measured, text_basis
 from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_training
+from loraprune_ds.units import format_count
 from loraprune_ds.versions import can_show, installed
 
 # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
@@ -65,6 +66,7 @@ def make_report(outcome: Outcome) -> JsonObject:
     evaluations = ("dense", "after_last_cut", "pruned")
     return {
         "measured": asdict(_measured(outcome)),
+        "start": _numels(dense),
         "asked_ratio": outcome.schedule.ratio,
         "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
         "serving": _serving(outcome.pruned),
@@ -87,24 +89,34 @@ def _without_counts(cut: records.CutRecord) -> JsonObject:
 
 
 def _measured(outcome: Outcome) -> Measured:
-    """Returns what users compare models by. Parameters are without LoRA, and a tied tensor counts once."""
+    """Returns what users compare models by, beside the dense model that a chain of runs began with.
+
+    Parameters are without LoRA, and a tied tensor counts once. That model's perplexity is the first run's to tell.
+    """
     history = outcome.history
     config = outcome.config
     prune = outcome.schedule.config
     dense = outcome.schedule.limits.dense
+    first = dense.first
+    of_dense = {"parameters": first["parameters"], "linear parameters": first["linear_parameters"]}
+    method = f"{prune.criterion}, {prune.ranking}"
+    dense_perplexity = history.perplexity("dense")
+    if "name" in first:
+        method += f", from {format_count(dense.total_numel())}"
+        dense_perplexity = None
     numel = outcome.pruned.total_numel()
     measured = Measured(
         name=records.MODEL_FOLDER,
-        method=f"{prune.criterion}, {prune.ranking}",
+        method=method,
         parameters=numel,
-        removed=1 - numel / dense.total_numel(),
+        removed=1 - numel / first["parameters"],
     )
-    measured.add("", _numels(outcome.pruned), _numels(dense))
+    measured.add("", _numels(outcome.pruned), of_dense)
     if "data" in config:  # and no other trainer's
         text = _held_out(config["data"])
         basis = text_basis(text, config["evaluate"], config["model"]["dtype"])
         found = {"perplexity": history.perplexity("pruned")}
-        measured.add(basis, found, {"perplexity": history.perplexity("dense")})
+        measured.add(basis, found, {"perplexity": dense_perplexity})
     return measured
 
 

@@ -276,12 +276,13 @@ class PruningSession:
 
     def _describe(self, cut: Cut, weight_bytes_before: list[int]) -> records.CutRecord:
         pruned = self.model.shape
+        first = self.pruner.limits.dense.first
         kept = {kind: [layer[kind] for layer in pruned.counts] for kind in pruned.kinds}
         return records.CutRecord(
             step=cut.step,
             target=cut.target,
             reached=cut.reached,
-            removed_fraction=1 - pruned.total_numel() / self.pruner.limits.dense.total_numel(),
+            removed_fraction=1 - pruned.total_numel() / first["parameters"],
             seconds=cut.seconds,
             bytes_sent=cut.bytes_sent,
             weight_bytes_before=weight_bytes_before,

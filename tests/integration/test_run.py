@@ -74,7 +74,7 @@ def test_the_terminal_shows_the_run_once_and_nothing_of_the_libraries(run: Run) 
     assert out.startswith(f"{STEPS} steps, {len(CUTS)} cuts, {run.case.ranks} ZeRO-3 rank"), (
         run.ended.everything
     )
-    assert out.count("parameters, whole model") == 1
+    assert out.count("\nparameters ") == 1
     assert err.count("(dense model, ") == err.count("(exported model, ") == 1
     assert ("nothing is sharded" in err) == (run.case.ranks == 1)
     known = (
@@ -103,10 +103,16 @@ def test_report_holds_what_was_asked_for(run: Run) -> None:
     assert all(math.isfinite(value) and value > 0 for value in report["perplexity"].values())
 
 
-def test_parameters_are_those_of_the_files(run: Run) -> None:
-    dense, pruned = (
-        sum(tensor.numel() for tensor in tensors.values()) for tensors in (run.before, run.after)
+def test_parameters_are_those_of_the_files(run: Run, runs: dict[str, Run]) -> None:
+    """Those of the first files in a chain."""
+    first = runs.get(str(run.case.source), run)
+    dense, start, pruned = (
+        sum(tensor.numel() for tensor in tensors.values())
+        for tensors in (first.before, run.before, run.after)
     )
+    assert run.report["start"]["parameters"] == start
+    title = f"# {first.source.name}, pruned\n"
+    assert title in (run.folder / "model" / "README.md").read_text()
     found = run.report["measured"]
     assert found["values"]["parameters"] == {"value": pruned, "dense": dense, "basis": ""}
     assert found["removed"] == 1 - pruned / dense

@@ -3,8 +3,9 @@
 import json
 import math
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from loraprune_ds.report.report import (
     write_kept_groups,
     write_results,
 )
+from loraprune_ds.units import format_count
 from tests.support.run_records import DENSE, PRUNED, small_run, step_record
 from tests.support.shapes_and_scores import keep_of, make_shape
 
@@ -64,6 +66,27 @@ def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> N
     assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["hardware"]["accelerator"] == "cpu"
     assert "0 steps, 0 cuts, 2 ZeRO-3 ranks" in summary_table(report_of(History()), tmp_path)
+
+
+def test_the_second_run_of_a_chain_tells_what_is_gone_of_the_first_dense_model() -> None:
+    own = report_of(small_run())
+    parameters = 2 * DENSE.total_numel()
+    first = {"name": "dense", "parameters": parameters, "linear_parameters": 3}
+    start = replace(DENSE, config=SimpleNamespace(**vars(DENSE.config), loraprune_first=first))
+    schedule = plan_pruning(*resolve(SCHEDULE.config, start), 10)
+    outcome = Outcome(own["config"], small_run(), schedule, PRUNED, [], [], "cpu", [11, 12])
+    report = make_report(outcome)
+    assert report["start"] == own["start"]
+    found, values = report["measured"], report["measured"]["values"]
+    assert found["removed"] == 1 - PRUNED.total_numel() / parameters
+    assert (
+        found["method"] == f"{own['measured']['method']}, from {format_count(DENSE.total_numel())}"
+    )
+    assert (values["parameters"]["dense"], values["linear parameters"]["dense"]) == (parameters, 3)
+    of_own = own["measured"]["values"]["perplexity"]
+    assert of_own["dense"] is not None
+    assert values["perplexity"] == of_own | {"dense": None}
+    assert report["perplexity"] == own["perplexity"]
 
 
 def test_the_final_table_shows_what_decides_first_in_eight_rows(tmp_path: Path) -> None:
