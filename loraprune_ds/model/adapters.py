@@ -74,13 +74,18 @@ def task_type(shape: ModelShape) -> str:
     return "SEQ_2_SEQ_LM" if shape.family.has_encoder else "CAUSAL_LM"
 
 
+def is_gathered_whole(shape: ModelShape) -> bool:
+    """Says whether ZeRO-3 gathers a decoder layer as one."""
+    return shape.hidden_size <= LEAF_LAYER_HIDDEN
+
+
 def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
     """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer, or each linear with its LoRA.
 
     One gather per layer costs the host less, but a rank briefly holds the layer twice. A cut must not change the
     choice, because that would change the order of sums.
     """
-    if shape.hidden_size <= LEAF_LAYER_HIDDEN:
+    if is_gathered_whole(shape):
         return [layer]
     return [module for module in layer.modules() if isinstance(module, LoraLinear)]
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
+from loraprune_ds.model.adapters import is_gathered_whole
 from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
@@ -128,20 +128,19 @@ def _pinned_blocks(request: Request, frozen: list[StoredTensor], host: Terms) ->
 
 def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
     """Returns the most bytes that a pass gathers at the same time, buffers included."""
-    layer, module, linear = _largest(request, shape)
+    layer, module, parameter, linear = _largest(request, shape)
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
     numel, model = _model_size(request, shape)
+    limit = round(request.fetch.max_live_parameters * model / numel)
     live = prefetched = 0
-    if trains:
-        live = round(request.fetch.max_live_parameters * model / numel)
+    if trains and module <= limit:  # DeepSpeed fetches nothing ahead of a larger module
+        live = limit + parameter  # the last one may exceed the limit
         prefetched = round(request.fetch.prefetch_bucket_size * model / numel)
-    if module > live:  # DeepSpeed fetches nothing ahead of such a module
-        live = prefetched = 0
-    stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
-    # Whole modules are in flight while a linear is dequantised. The last one may exceed the bucket.
-    ahead = linear + module * max(1, math.ceil(prefetched / module))
-    fetched = max(live, stays) + max(module + max(module, prefetched), ahead)
+    # what a checkpointed layer gathers stays until its backward pass has ended
+    stays = layer if trains and not is_gathered_whole(shape) else 0
+    # A prefetch is copied at once. Its buffer stays until the last of it is in use, also while a linear is dequantised.
+    fetched = max(live, stays) + module + max(module, prefetched + linear)
     # buffers of two fetches stay until all that they brought is in use
     return min(fetched, model + 2 * max(min(layer, module), prefetched) + linear)
 
@@ -154,36 +153,44 @@ def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
     return numel, full_bytes(stored) + lora * request.element_size
 
 
-def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
-    """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
-    that is dequantised (0 if none is quantised; one expert of a stack at a time).
+def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int, int]:
+    """Returns the bytes of the largest layer, of the largest module gathered as one, with LoRA, of a layer's largest
+    frozen parameter, and of a linear that is dequantised (0 if none is; one expert of a stack at a time).
     """
     r = request.config.lora.r
     element_size = request.element_size
     layers: list[int] = []
     modules = [element_size * tensor.numel for tensor in shape.outer]
+    parameters: list[int] = []
     dequantised = [0]
     for layer in set(shape.layers):
         frozen = full_bytes(request.stored_as(*layer.tensors))
         layers.append(frozen + element_size * sum(layer.lora_numel(r)))
         for linear in layer.linears:
             lora = sum(map(math.prod, linear.lora_shapes(r)))
-            modules.append(full_bytes(request.stored_as(linear)) + element_size * lora)
+            stored = request.stored_as(linear)
+            modules.append(full_bytes(stored) + element_size * lora)
+            parameters += [full_bytes([part]) for part in stored]
             dequantised.append(request.dequantised(linear))
-    if shape.hidden_size <= LEAF_LAYER_HIDDEN:
+    if is_gathered_whole(shape):
         modules += layers
-    return max(layers), max(modules), max(dequantised)
+    return max(layers), max(modules), max(parameters), max(dequantised)
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before)
-    layers = [request.stored_as(*layer.tensors) for layer in before.layers]
+    # Only what stays moves, on average as much from each rank.
+    layers = [
+        request.stored_as(*layer.tensors)
+        for layer, old in zip(after.layers, before.counts, strict=True)
+        if layer.counts != old
+    ]
     if request.is_local:  # one is cut after the other
-        moved = max(map(full_bytes, ([tensor] for layer in layers for tensor in layer)))
+        moved = max(map(full_bytes, ([tensor] for layer in layers for tensor in layer)), default=0)
     else:
         # parts and the buffer that leaves, that and what arrives, or that and the new ones
-        moved = 2 * max(map(request.shard_bytes, layers))
+        moved = 2 * max(map(request.shard_bytes, layers), default=0)
     phases: dict[str, Terms] = {"moving": {"repartition": moved}}
     if request.refits:
         batch = request.training_batch
@@ -202,7 +209,7 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
 
 def _gathered_once(request: Request, shape: ModelShape) -> tuple[int, int]:
     """Returns the most bytes while all passes go through the embeddings, and through a layer."""
-    layer, module, linear = _largest(request, shape)
+    layer, module, _, linear = _largest(request, shape)
     if request.world_size == 1 and not request.offloads("param"):
         return 0, linear
     embedding = request.element_size * max(tensor.numel for tensor in shape.outer)

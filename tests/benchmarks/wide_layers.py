@@ -16,6 +16,7 @@ A name may end with `model.frozen`, int8 or nf4, or with `refit`: the cuts refit
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
                 if step > 1
                 else request.shape
             )
-            planned = planned_peak(request, at, scores=step <= len(CUTS))
+            asked = nothing_ahead(request) if step == 1 else request
+            planned = planned_peak(asked, at, scores=step <= len(CUTS))
             terms, _ = split_state(request, at)
             state = sum(terms.values()) - (step == 1) * terms["lora_moments"]
             for row in (rank["phases"] for rank in ranks):
@@ -187,6 +189,13 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
     if request.refits:
         found["in"] = cut_peaks(request, ranks)
     return found
+
+
+def nothing_ahead(request: Request) -> Request:
+    """Returns the request of a first step. DeepSpeed learns the order of modules, and fetches nothing ahead."""
+    none = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    zero = request.ds_config["zero_optimization"] | none
+    return replace(request, ds_config=request.ds_config | {"zero_optimization": zero})
 
 
 def cut_peaks(request: Request, ranks: list[dict[str, Any]]) -> tuple[int, int]:

@@ -1,17 +1,21 @@
 """Bytes by storage on the simulated device: what a cut takes, and the plan's state and peaks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loraprune_ds.config_types import Frozen
+from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST
+from tests.benchmarks.wide_layers import write_ds_config
 from tests.oracle.models import make_tiny_llama
 from tests.support import device
 from tests.support.counting import Case as Training
 from tests.support.counting import shards_of_a_cut
 from tests.support.families import heavy
-from tests.support.plan_bytes import bytes_beside_plan
+from tests.support.plan_bytes import bytes_beside_plan, bytes_of_wide_layers
 from tests.support.plan_cases import Case
 from tests.support.ranks import RankPool
 
@@ -63,6 +67,20 @@ def test_the_plan_has_the_counted_bytes(
         unseen = ranks[0].unseen * (when == "in")
         assert planned >= LOWEST * counted, (when, planned, counted)
         assert planned <= HIGHEST * (counted + unseen), (when, planned, counted)
+
+
+@pytest.mark.parametrize("frozen", ["nf4", heavy(None), heavy("int8")])
+def test_wide_layers_gather_what_is_planned(
+    device_ranks: RankPool, folder: Path, tmp_path: Path, frozen: Frozen | None
+) -> None:
+    """Above a width linears are gathered one by one, and few are fetched ahead."""
+    write_ds_config(tmp_path / "few.json", open_pretrained(folder).shape)
+    few = str(tmp_path / "few.json")
+    case = Case(folder, few, frozen=frozen, checkpointing=True, criterion="fisher")
+    for found in device_ranks.run(2, bytes_of_wide_layers, replace(case, protected_first=0)):
+        for when in ("before", "after"):
+            planned, counted = found.peaks[when]
+            assert LOWEST * counted <= planned <= HIGHEST * counted, (when, planned, counted)
 
 
 # What a cut takes above what is alive, in shards of a layer. It moves what stays twice: its parts and the buffer that

@@ -74,10 +74,12 @@ def test_two_ranks_launch(device_ranks: RankPool, engine: str) -> None:
     fisher, lora, refit = zip(*by_rank, strict=True)
     by_fisher, by_lora, cuts, solved = LAUNCHES[engine]
     in_step, in_cut = WAITS[engine]
-    assert [x.step for x in fisher] == [(by_fisher, in_step)] * 2
-    assert [x.step for x in lora] == [(by_lora, in_step)] * 2
-    assert [x.step for x in refit] == [(by_fisher + KEPT_PASS, in_step)] * 2
-    assert [x.cut for x in fisher] == [x.cut for x in lora] == [(cut, in_cut) for cut in cuts]
+    assert [x.step[:2] for x in fisher] == [(by_fisher, in_step)] * 2
+    assert [x.step[:2] for x in lora] == [(by_lora, in_step)] * 2
+    assert [x.step[:2] for x in refit] == [(by_fisher + KEPT_PASS, in_step)] * 2
+    assert (
+        [x.cut[:2] for x in fisher] == [x.cut[:2] for x in lora] == [(cut, in_cut) for cut in cuts]
+    )
     assert in_cut <= 6
     # each rank measures all linears, and solves those of its own layers
     linears = LINEARS * LAYERS
@@ -85,4 +87,4 @@ def test_two_ranks_launch(device_ranks: RankPool, engine: str) -> None:
     assert waits <= 2 * linears
     moments = PASSES * linears
     assert [x.moments for x in refit] == [moments] * 2
-    assert [x.cut for x in refit] == [(cut + moments + solved, in_cut + waits) for cut in cuts]
+    assert [x.cut[:2] for x in refit] == [(cut + moments + solved, in_cut + waits) for cut in cuts]

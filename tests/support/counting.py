@@ -3,7 +3,8 @@
 import gc
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from operator import sub
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -14,11 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from loraprune_ds import PruneConfig, Pruning
+from loraprune_ds.config_types import Frozen
 from loraprune_ds.model.classes import decoder_layers
-from tests.support.device import NAME, Counts, counted
+from loraprune_ds.model.frozen import QuantisedLinear
+from loraprune_ds.model.storage import Storage
+from loraprune_ds.pretrained.read_shape import shape_from_config
+from loraprune_ds.session.quantised import AdoptedLora
+from tests.support.device import MEMORY, NAME, Counts, counted
 
 SAMPLES, TOKENS, VOCABULARY = 4, 32, 512  # of a rank and step
 STEPS = 9
@@ -34,6 +40,7 @@ class Case:
     Attributes:
         engine: `one`, `ddp`, `fsdp2` or `zero3`.
         criterion: None: PEFT alone.
+        frozen: storage of the decoder layers' linears, in one process and on DDP. None: fp32.
     """
 
     engine: str = "one"
@@ -41,53 +48,92 @@ class Case:
     refit: bool = False
     layers: int = 6
     hidden: int = 128
+    frozen: Frozen | None = None
 
 
 @dataclass
 class Counted:
-    """Counts of each step, and of its end, where the cut is. `alive` are the bytes right before the end."""
+    """Counts of each step, and of its end, where the cut is. `alive` are the bytes right before the end.
 
+    Attributes:
+        before: bytes that the process held before the training.
+    """
+
+    before: int
     steps: list[Counts] = field(default_factory=list)
     ends: list[Counts] = field(default_factory=list)
     alive: list[int] = field(default_factory=list)
 
 
+class Cost(NamedTuple):
+    """What a rank does. `peak` and `moved` are bytes."""
+
+    launches: int
+    waits: int
+    peak: int
+    moved: int
+
+
 @dataclass
 class Added:
-    """(launches, waits) that pruning adds on a rank.
+    """What pruning adds on a rank.
 
     Attributes:
-        alone: what a step of PEFT alone has.
+        alone: what a step of PEFT alone has. Its peak has the training's state.
         step: beside it.
-        cut: of the lines of the package alone. What passes that are repeated launch is the model's.
+        cut: of the lines of the package alone. What passes that are repeated launch is the model's. Its peak is above
+            what is alive.
         moments: launches that add the passes to the moments of linears. They are in `cut`, too.
     """
 
-    alone: tuple[int, int]
-    step: tuple[int, int]
-    cut: tuple[int, int]
+    alone: Cost
+    step: Cost
+    cut: Cost
     moments: int
 
 
 def added(*cases: Case) -> list[Added]:
     """Trains each case, and PEFT alone of the first. Collective."""
-    alone = train(replace(cases[0], criterion=None)).steps[PLAIN - 1]
+    alone = _plain_step(train(replace(cases[0], criterion=None)))
     return [_added(train(case), alone) for case in cases]
 
 
-def _added(pruned: Counted, without: Counts) -> Added:
-    with_it = pruned.steps[PLAIN - 1]
+def _plain_step(found: Counted) -> Cost:
+    return cost_of_step(found.steps[PLAIN - 1], found.before)
+
+
+def _added(pruned: Counted, alone: Cost) -> Added:
     end = pruned.ends[CUT - 1]
     by_function = Counter[str]()
     for (_, line), times in end.launches.items():
         by_function[line.partition(" ")[2]] += times
-    alone_launches, alone_waits = without.launches.total(), without.waits.total()
     return Added(
-        alone=(alone_launches, alone_waits),
-        step=(with_it.launches.total() - alone_launches, with_it.waits.total() - alone_waits),
-        cut=(of_ours(end.launches), of_ours(end.waits)),
+        alone=alone,
+        step=beside(_plain_step(pruned), alone),
+        cut=cost_of_cut(end, pruned.alive[CUT - 1]),
         moments=by_function[MOMENTS],
     )
+
+
+def cost_of_step(counts: Counts, before: int) -> Cost:
+    """Returns what a step costs. `before` are bytes that were alive before its training."""
+    peak = counts.peak - before
+    return Cost(counts.launches.total(), counts.waits.total(), peak, moved(counts))
+
+
+def cost_of_cut(counts: Counts, alive: int) -> Cost:
+    """Returns what lines of the package cost. `alive` are the bytes before the cut."""
+    above = counts.peak - alive
+    return Cost(of_ours(counts.launches), of_ours(counts.waits), above, moved(counts))
+
+
+def beside(step: Cost, alone: Cost) -> Cost:
+    return Cost(*map(sub, step, alone))
+
+
+def moved(counts: Counts) -> int:
+    """Counts the bytes between host and device, and those put into collectives."""
+    return counts.bytes_to_device + counts.bytes_to_host + counts.bytes_collected
 
 
 def shards_of_a_cut(case: Case) -> float:
@@ -106,11 +152,12 @@ def of_ours(counts: Counter[tuple[str, str]]) -> int:
 
 def train(case: Case) -> Counted:
     """Makes the steps up to the first cut. Collective."""
+    gc.collect()
+    found = Counted(before=MEMORY.alive)
     model = _model(case)
     trained = [p for p in model.parameters() if p.requires_grad]
     wrapped, optimizer = _wrap(case, model, AdamW(trained, lr=1e-2, foreach=True))
     pruning = _pruning(case, wrapped, optimizer)
-    found = Counted()
     for step in range(1, CUT + 1):
         ids = _batch(step).to(NAME)
         with counted() as counts:
@@ -148,8 +195,28 @@ def _model(case: Case) -> Any:
         num_key_value_heads=4,
         max_position_embeddings=64,
     )
-    lora = LoraConfig(r=8, target_modules="all-linear")
-    return get_peft_model(AutoModelForCausalLM.from_config(config), lora).train().to(NAME)
+    base = AutoModelForCausalLM.from_config(config)
+    if case.frozen is not None:
+        _store(base, Storage(case.frozen, case.refit, torch.float32))
+    model: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    for module in model.modules():
+        if isinstance(getattr(module, "base_layer", None), QuantisedLinear):
+            module.__class__ = AdoptedLora
+    return model.train().to(NAME)
+
+
+def _store(base: Any, storage: Storage) -> None:
+    """Stores the linears as QLoRA's base has them, once it is adopted."""
+    in_4_bits = storage.frozen == "nf4"
+    bits = {"load_in_4bit": in_4_bits, "load_in_8bit": not in_4_bits, "bnb_4bit_quant_type": "nf4"}
+    base.config.quantization_config = BitsAndBytesConfig(**bits)
+    shape = shape_from_config(base.config.to_dict(), "counted")
+    layers = decoder_layers(base)
+    for i, spec in shape.linears():
+        stored_as = storage.format(spec)
+        stock: Any = layers[i].get_submodule(spec.linear)
+        tensors = stored_as.split(stock.weight, torch.float32)
+        layers[i].set_submodule(spec.linear, QuantisedLinear(stock, stored_as, tensors))
 
 
 def _wrap(case: Case, model: Any, optimizer: AdamW) -> tuple[Any, Any]:

@@ -2,11 +2,12 @@
 
 import gc
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
-from loraprune_ds.model import nf4
+from loraprune_ds.model import adapters, nf4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.refits import refitted
 from loraprune_ds.plan.request import Request
@@ -76,6 +77,12 @@ def bytes_beside_plan(case: Case) -> BesidePlan:
             kept = max((linear.inputs for _, linear in refitted(request, after)), default=0)
             found.unseen = 4 * kept**2
     return found
+
+
+def bytes_of_wide_layers(case: Case) -> BesidePlan:
+    """Does the same as if layers were too wide to be gathered as one. Collective."""
+    with patch.object(adapters, "LEAF_LAYER_HIDDEN", 0):
+        return bytes_beside_plan(case)
 
 
 def _between_steps(request: Request, shape: ModelShape, *, stepped: bool = True) -> int:

@@ -129,13 +129,7 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
 # Every recorded run of `plan_measured.py` and `wide_layers.py`. What a process held beside its state when a step began
 # (Python's objects, kernels) is added to the plan
 RECORDED: list[Any] = [(False, x) for x in sorted(read_json(RESULT))]
-RECORDED += [(True, x) for x in sorted(read_json(WIDE)) if x not in ("bin", "65b-nf4")]
-# By storage it is 9 % at half these widths. Linears are gathered one by one, and the buffers of up to four fetches
-# are alive beside what was copied out of them.
-UNDER = pytest.mark.xfail(
-    strict=True, reason="6 % above the plan after the cut: buffers of fetches"
-)
-RECORDED.append(pytest.param(True, "65b-nf4", marks=UNDER))
+RECORDED += [(True, x) for x in sorted(read_json(WIDE)) if x != "bin"]
 
 
 @pytest.mark.parametrize(("wide", "name"), RECORDED)
