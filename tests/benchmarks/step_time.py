@@ -90,9 +90,8 @@ def main() -> None:
     int8 = Timed(prepare(config_int8, comm))
     small.timed_step(scoring=True)
     pruner = small.pruning.pruner
-    sections = [replace(section, start=0, end=1) for section in pruner.schedule.sections]
     # all in one cut: the largest there is
-    pruner.schedule = replace(pruner.schedule, sections=sections)
+    pruner.schedule = replace(pruner.schedule, start=0, end=1)
     cut_record = small.pruning.cut()
     assert cut_record is not None
     kinds = {
