@@ -11,10 +11,11 @@ def describe(schedule: Schedule, bytes_per_weight: int, out: str) -> list[str]:
     dense = schedule.limits.dense
     before = dense.total_numel()
     counts = (before, round(before - schedule.limits.leaving(schedule.ratio)))
+    weights = [format_bytes(count * bytes_per_weight) for count in counts]
     rows = [
         ["", "dense", "pruned"],
         ["parameters", *map(format_count, counts)],
-        ["weights", *(format_bytes(count * bytes_per_weight) for count in counts)],
+        ["weights", *weights],
     ]
     note = "layers will differ, so stock tools need trust_remote_code; with ranking: uniform they do not"
     pruned = final_shape(schedule.limits, schedule.goal)

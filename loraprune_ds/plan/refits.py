@@ -66,7 +66,7 @@ def bytes_in_a_refit(request: Request, before: ModelShape, after: ModelShape) ->
 
 def _bytes_to_solve(n: int, k: int, m: int) -> int:
     """Counts the most bytes of `refit` in addition to its arguments, with k of n inputs kept and m outputs."""
-    right = 4 * k * k + 4 * (n - k) * (k + m) + 4 * k * m
+    right = 4 * (k * k + (n - k) * (k + m) + k * m)
     solution = 8 * k * k + 14 * k * m
     check = 4 * k * k + 12 * k * m
     return max(right, solution, check)
