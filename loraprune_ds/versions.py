@@ -26,7 +26,7 @@ def installed(package: str) -> str | None:
 
 def is_new(package: str, least: str) -> bool:
     """Tells whether a package is installed, in the version `least` or a newer one."""
-    return Version(installed(package) or "0") >= Version(least)
+    return has(package) and Version(installed(package) or "0") >= Version(least)
 
 
 def check_own() -> None:

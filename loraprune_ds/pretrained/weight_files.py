@@ -157,10 +157,10 @@ def write_weight_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def check_room(folder: Path, numel: float, dtype: Dtype) -> None:
     """Raises UserError unless the disk of a folder, which may be new, has room for models of `numel` parameters."""
     needed = round(numel) * DTYPES[dtype].itemsize
-    free = next(shutil.disk_usage(path).free for path in (folder, *folder.parents) if path.exists())
+    disk = next(shutil.disk_usage(path) for path in (folder, *folder.parents) if path.exists())
     require(
-        needed <= free,
-        f"{folder} needs {format_bytes(needed)} for the merged model, but {format_bytes(free)} are free; "
+        needed <= disk.free or not disk.total,  # some file systems do not say
+        f"{folder} needs {format_bytes(needed)} for the merged model, but {format_bytes(disk.free)} are free; "
         "make room, or take a folder on another disk",
     )
 

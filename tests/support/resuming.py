@@ -167,7 +167,7 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
 
 def start_without_room(config: RunConfig) -> str:
     """Starts a run whose disk has no room for its model. Returns the refusal."""
-    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=1000)):
+    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=1000, total=1000)):
         return refused(run_here, config)
 
 

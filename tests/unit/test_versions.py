@@ -105,7 +105,9 @@ def test_an_export_to_gguf_names_its_package_before_it_loads(
 def test_models_that_find_no_room_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * GB))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * GB, total=2 * GB)
+    )
     check_room(tmp_path, GB, "bfloat16")
     must_name(f"{tmp_path}/new 2.0 4.0 disk", check_room, tmp_path / "new", GB, "float32")
 
@@ -118,7 +120,7 @@ def test_a_callback_that_finds_no_room_for_its_sizes_is_refused(
     args: Any = SimpleNamespace(output_dir=tmp_path / "new", report_to=[])
     state = TrainerState(max_steps=STEPS)
     begin = LoraPruneCallback(PRUNE).on_train_begin
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000, total=1000))
     must_name(f"{tmp_path}/new room", begin, args, state, None, model=model, optimizer=optimizer)
 
 
