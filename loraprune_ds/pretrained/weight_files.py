@@ -158,9 +158,10 @@ def check_room(folder: Path, numel: float, dtype: Dtype) -> None:
     """Raises UserError unless the disk of a folder, which may be new, has room for models of `numel` parameters."""
     needed = round(numel) * DTYPES[dtype].itemsize
     disk = next(shutil.disk_usage(path) for path in (folder, *folder.parents) if path.exists())
+    free = format_bytes(disk.free)
     require(
         needed <= disk.free or not disk.total,  # some file systems do not say
-        f"{folder} needs {format_bytes(needed)} for the merged model, but {format_bytes(disk.free)} are free; "
+        f"{folder} needs {format_bytes(needed)} for the merged model, but {free} are free; "
         "make room, or take a folder on another disk",
     )
 
