@@ -51,6 +51,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return holder(parameter) is not LIVE[-1]
 
 
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Returns the shape of a parameter over all ranks. Only ZeRO-3's parameters have another."""
+    return shards.full_shape(parameter)
+
+
 def join_rows(stacked: Tensor) -> tuple[Shape, nn.Parameter]:
     """Makes a frozen matrix of the weights of experts (experts, rows, columns). Returns their shape, too."""
     return (shards if shards.is_sharded(stacked) else experts).join_rows(stacked)

@@ -20,7 +20,7 @@ from loraprune_ds.export.gguf_architecture import Precision, architecture_name
 from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import last_names, task_type
+from loraprune_ds.model.adapters import target_modules, task_type
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, name_in_file
@@ -87,7 +87,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": last_names(linear.linear for linear in linears),
+        "target_modules": target_modules(shape),
         "bias": "none",
         "inference_mode": True,
     }

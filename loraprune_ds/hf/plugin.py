@@ -23,14 +23,14 @@ from loraprune_ds.export.formats import export
 from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.model.adapters import ADAPTER
+from loraprune_ds.model.adapters import ADAPTER, target_modules
 from loraprune_ds.pretrained.adapters import BASE_FOLDER, name_in_file
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.report.records import MODEL_FOLDER
-from loraprune_ds.session.preparing import linear_names, prunable_shape
+from loraprune_ds.session.preparing import prunable_shape
 
 BLOCK = "loraprune"
 TARGETS = "lora_target_modules"
@@ -70,7 +70,7 @@ def check_settings(
         not shape.family.has_experts,
         f"{model}: plugins do not prune families with experts; use prepare_model and the callback, or launch/run.py",
     )
-    linears = linear_names(model)
+    linears = target_modules(shape)
     targets = settings.get(TARGETS) or linears
     missing = set(linears).difference(targets)
     require(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.model.experts import ExpertLora, ExpertStack
+from loraprune_ds.model.experts import ExpertLora, ExpertStack, has_stacks
 from loraprune_ds.model.groups import Attribute, LayerSpec, TensorSpec
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
@@ -63,7 +63,7 @@ def meet_stacks() -> None:
 
 def _convert_unless_stacked(convert: Any, config: Any, model: nn.Module, **more: Any) -> None:
     """PEFT would take a dense MLP beside stacks for experts of transformers 4."""
-    if any(isinstance(module, ExpertStack) for module in model.modules()):
+    if has_stacks(model):
         config._register_custom_module(STACKS)
     else:
         convert(config, model=model, **more)
@@ -122,6 +122,11 @@ def lora_weights(module: LoraLinear, adapter: str = ADAPTER) -> tuple[nn.Paramet
     a = cast(nn.Parameter, module.lora_A[adapter].weight)
     b = cast(nn.Parameter, module.lora_B[adapter].weight)
     return a, b
+
+
+def target_modules(shape: ModelShape) -> list[str]:
+    """Returns the last names of all linears of the decoder layers, as in PEFT's `target_modules`."""
+    return last_names(linear.linear for _, linear in shape.linears())
 
 
 def last_names(names: Iterable[str]) -> list[str]:

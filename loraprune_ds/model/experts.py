@@ -157,6 +157,11 @@ def stack_experts(model: nn.Module, join: Join = join_rows) -> None:
                 setattr(module, name, Experts(child, join))
 
 
+def has_stacks(model: nn.Module) -> bool:
+    """Tells whether `stack_experts` has replaced experts of this model."""
+    return any(isinstance(module, ExpertStack) for module in model.modules())
+
+
 def _freeze_buffers(module: nn.Module) -> None:
     """DeepSeek keeps a router's correction in a buffer, because another rule trains it."""
     # In order, because a gather joins parameters in their order.

@@ -23,7 +23,7 @@ from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, has_digest,
 from loraprune_ds.checkpoint.state import Origin, State
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
-from loraprune_ds.engines import future_engine, holder
+from loraprune_ds.engines import full_shape, future_engine, holder
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import STATE_FILE, is_ours
 from loraprune_ds.model.adapters import ADAPTER, base_linear, base_parameter
@@ -41,7 +41,6 @@ from loraprune_ds.session.live import find_peft_model, live_shape
 from loraprune_ds.session.origin import base_folder
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.state import has_plain_adam, storage_formats
-from loraprune_ds.zero.shards import full_shape
 
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"

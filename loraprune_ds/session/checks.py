@@ -12,9 +12,9 @@ from torch import nn
 
 from loraprune_ds.engines import holder
 from loraprune_ds.errors import require
-from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
+from loraprune_ds.model.adapters import ADAPTER, lora_weights, target_modules
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.experts import ExpertLora, ExpertStack
+from loraprune_ds.model.experts import ExpertLora, ExpertStack, has_stacks
 from loraprune_ds.model.frozen import QuantisedLinear
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.session.live import base_shape
@@ -73,9 +73,8 @@ def check_model(model: PeftModel) -> None:
     """
     shape = base_shape(model)
     family = shape.family
-    has_stacks = any(isinstance(module, ExpertStack) for module in model.modules())
     require(
-        family.shared_bias is None and (has_stacks or "experts" not in shape.kinds),
+        family.shared_bias is None and (has_stacks(model) or "experts" not in shape.kinds),
         f"a {shape.model_type} cannot be cut as it was loaded; "
         "pass prepare_model(model) to get_peft_model",
     )
@@ -99,7 +98,7 @@ def check_model(model: PeftModel) -> None:
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
-    needed = f"target_modules={last_names(linear.linear for _, linear in shape.linears())}"
+    needed = f"target_modules={target_modules(shape)}"
     for index, layer in enumerate(decoder_layers(model)):
         modules: dict[str, Any] = dict(layer.named_modules())
         for linear in shape.layers[index].linears:

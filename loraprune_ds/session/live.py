@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.config_types import Dtype
+from loraprune_ds.engines import full_shape
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import base_linear, base_parameter
@@ -19,7 +20,6 @@ from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.session.compiled import check_not_compiled
-from loraprune_ds.zero.shards import full_shape
 
 WRAPPERS = ("FullyShardedDataParallel", "DataParallel")  # FSDP1, and copies of a whole model
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.engines import is_sharded, join_rows
 from loraprune_ds.errors import require
-from loraprune_ds.model.adapters import STACKS, last_names, meet_stacks, task_type
+from loraprune_ds.model.adapters import STACKS, meet_stacks, target_modules, task_type
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import read_model, shape_from_config
@@ -21,7 +21,7 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     Args:
         model: a model, or its folder or hub id. UserError if its type is not supported.
     """
-    return last_names(linear.linear for _, linear in prunable_shape(model).linears())
+    return target_modules(prunable_shape(model))
 
 
 def prunable_shape(model: PreTrainedModel | str | Path) -> ModelShape:
@@ -43,8 +43,9 @@ def lora_config(model: PreTrainedModel | str | Path, **settings: Any) -> LoraCon
         settings: of PEFT's LoraConfig, such as r, lora_alpha and lora_dropout.
     """
     shape = prunable_shape(model)
-    targets = last_names(linear.linear for _, linear in shape.linears())
-    config = LoraConfig(target_modules=targets, task_type=task_type(shape), **settings)
+    config = LoraConfig(
+        target_modules=target_modules(shape), task_type=task_type(shape), **settings
+    )
     config._register_custom_module(STACKS)
     return config
 
