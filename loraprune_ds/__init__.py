@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.session.preparing import linear_names, lora_config, prepare_model
     from loraprune_ds.session.pruning import Pruning
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "LoraPruneCallback",
     "PruneConfig",

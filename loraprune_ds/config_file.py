@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import logging
-import os
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import JsonObject, read_text
 from loraprune_ds.removed import KEYS
 
-log = logging.getLogger(__name__)
 # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 SHIPPED = Path(__file__).parent / "shipped"
 RUN = TypeAdapter(RunConfig)
@@ -94,34 +90,6 @@ def config_from_dict(raw: JsonObject) -> RunConfig:
         raise UserError(_describe(error)) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"the config may hold only keys, lists and plain values: {error}") from None
-
-
-def without_removed(saved: JsonObject) -> JsonObject:
-    """Returns a config that an earlier commit saved, without the keys in `removed.KEYS`.
-
-    Raises UserError if the training cannot go on with its value. The line names the commit that reads it.
-    """
-    config = dict(saved)
-    for dotted, removed in KEYS.items():
-        section, key = dotted.split(".")
-        values = config.get(section)
-        if isinstance(values, dict) and key in values:
-            if values[key] != removed.default:
-                require(
-                    not removed.last_reader,
-                    f"{dotted} is {values[key]}; go on with commit {removed.last_reader}, "
-                    "the last that reads it",
-                )
-                _say_left_out(dotted, values[key])
-            config[section] = {name: value for name, value in values.items() if name != key}
-    return config
-
-
-@cache
-def _say_left_out(dotted: str, value: Any) -> None:
-    """Says once that a saved setting no longer counts."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        log.warning("the saved %s: %s no longer counts; %s", dotted, value, KEYS[dotted].advice)
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -212,7 +180,7 @@ def _describe(error: ValidationError) -> str:
 def _advice(key: str, path: list[str | int]) -> str:
     """Says what to do in place of a removed key, or which keys exist there."""
     if key in KEYS:
-        return KEYS[key].advice
+        return KEYS[key]
     section = RunConfig
     if len(path) == 2:
         section = SECTIONS[path[0]]

@@ -14,15 +14,15 @@ from uuid import uuid4
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict, without_removed
+from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import MANIFEST, JsonObject, flush, write_json
 
-# The format of all that a run or a callback resumes from. A change that old folders lack increases it.
-FORMAT = 9
-PROMISED = 7  # the first that every later version reads (older_formats.py)
-# the last commit that reads a format
-READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")
+# The format of all that a run or a callback resumes from, and the first that every later version reads. A change that
+# old folders lack increases it.
+FORMAT = 10
+# by the last format that it reads
+READERS = {4: "commit 3c6d113b", 6: "commit b3c6aacb", 9: "commit 91eae51f"}
 
 STATUS_FILE = "status.json"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -47,14 +47,9 @@ class CheckpointMismatch(UserError):
 def recorded_config(raw: JsonObject, path: Path) -> RunConfig:
     """Reads the config in `path`. Raises CheckpointMismatch if another version with other settings wrote it."""
     try:
-        return config_from_dict(without_removed(raw))
+        return config_from_dict(raw)
     except UserError as error:
         raise CheckpointMismatch(f"{path} has settings of another version: {error}") from None
-
-
-def _reader(version: object) -> str:
-    reader = READERS.get(str(version))
-    return f"which commit {reader} reads" if reader else "which another version reads"
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -104,25 +99,20 @@ def read_status(folder: Path) -> Status | None:
     return read_record(path, Status) if path.exists() else None
 
 
-def read_record(path: Path, kind: type[T], upgrade: Callable[[JsonObject], JsonObject] = dict) -> T:
+def read_record(path: Path, kind: type[T]) -> T:
     """Reads a file that holds a dataclass, and checks every value.
-
-    Args:
-        upgrade: turns the fields of an older format into those of `kind`.
 
     Raises UserError if it is missing or damaged, and CheckpointMismatch for another format.
     """
     with _damage_in_one_line(path):
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = int(raw.get("format", 4))
-        if PROMISED <= version < FORMAT:
-            raw = upgrade(raw)
-        elif version != FORMAT:
+        text = path.read_text(encoding="utf-8")
+        version = int(json.loads(text).get("format", 4))
+        if version != FORMAT:
+            reader = next((READERS[last] for last in READERS if version <= last), "another version")
             raise CheckpointMismatch(
-                f"{path} has format {version}, {_reader(version)}; this version reads {PROMISED} to {FORMAT}"
+                f"{path} has format {version}, and this version reads {FORMAT}; {reader} can finish or export it"
             )
-        fields = json.dumps({**raw, "format": FORMAT})
-        return TypeAdapter(kind).validate_json(fields, strict=True)
+        return TypeAdapter(kind).validate_json(text, strict=True)
 
 
 @contextmanager

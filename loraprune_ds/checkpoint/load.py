@@ -13,13 +13,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, recorded_config
-from loraprune_ds.checkpoint.state import (
-    ResumeState,
-    State,
-    read_resume_state,
-    read_state,
-    resume_folder,
-)
+from loraprune_ds.checkpoint.state import ResumeState, State, read_resume_state, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import STATE_FILE
@@ -39,9 +33,6 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import layer_owner
 
-# begins a digest. The first steps of format 7 have another kind, without a mark
-SAMPLES = "samples:"
-
 
 @dataclass(frozen=True)
 class SavedStep:
@@ -49,8 +40,11 @@ class SavedStep:
 
     folder: Path
     state: State
-    # has the files that only a resume needs. The step of an earlier size has lost it
-    resume_folder: Path
+
+    @property
+    def resume_folder(self) -> Path:
+        """The folder of the files that only a resume needs."""
+        return self.folder / layout.RESUME_FOLDER
 
     def resume_state(self) -> ResumeState:
         return read_resume_state(self.resume_folder)
@@ -172,12 +166,12 @@ def verify_step(folder: Path, ranks: Communicator, *, resume: bool = False) -> S
     Raises:
         UserError: a file is missing or damaged. CheckpointMismatch: another format.
     """
-    step = SavedStep(folder, read_state(folder), resume_folder(folder))
-    verified = {folder}
+    step = SavedStep(folder, read_state(folder))
+    verified = [folder]
     if resume:
         step.resume_state()
-        verified.add(step.resume_folder)
-    for files in sorted(verified):
+        verified.append(step.resume_folder)
+    for files in verified:
         layout.verify(files, part=ranks.rank, parts=ranks.world_size)
     return step
 
@@ -223,9 +217,7 @@ def _find_source(folder: Path, state: State, config: RunConfig) -> Path:
     Raises CheckpointMismatch if the model is gone or has changed.
     """
     origin = state.origin
-    # the first steps of quantised bases name a folder, but not how it was quantised
-    lacks_bits = state.formats and config.model.frozen is None and origin.bits is None
-    if origin.folder is None or origin.digest is None or lacks_bits:
+    if origin.folder is None or origin.digest is None:
         raise CheckpointMismatch(
             f"{folder} names no folder with the weights of its dense model; "
             "resume the training, and call save_model of its callback or Pruning"
@@ -234,7 +226,7 @@ def _find_source(folder: Path, state: State, config: RunConfig) -> Path:
         source = Path(origin.folder)
         if not source.is_dir():
             source = locate_model(config.model)
-        is_same = has_digest(source, origin.digest)
+        is_same = source_digest(source) == origin.digest
     except (UserError, OSError) as error:
         raise CheckpointMismatch(
             f"the source model of {folder} cannot be read: {one_line(error)}"
@@ -244,12 +236,6 @@ def _find_source(folder: Path, state: State, config: RunConfig) -> Path:
             f"{source} is not the source model of {folder}: its tensors differ"
         )
     return source
-
-
-def has_digest(folder: Path, digest: str) -> bool:
-    """Tells whether a source model is the one that a step recorded, by `source_digest` or an earlier digest."""
-    compute = source_digest if digest.startswith(SAMPLES) else _digest_of_beginnings
-    return compute(folder) == digest
 
 
 def source_digest(folder: Path) -> str:
@@ -264,17 +250,6 @@ def source_digest(folder: Path) -> str:
         digest.update(path.name.encode())
         for part in read_samples(path):
             digest.update(part)
-    return SAMPLES + digest.hexdigest()
-
-
-def _digest_of_beginnings(folder: Path) -> str:
-    """Identifies a source model like the first steps of format 7: by the first MiB of each weight file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for name in sorted(weight_file_names(folder)):
-        path = folder / name
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(1 << 20))
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from loraprune_ds.checkpoint import layout, older_formats
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.config_types import Bits, EngineName
 from loraprune_ds.files import STATE_FILE, JsonObject
 
@@ -37,9 +37,9 @@ class Origin:
         config: a run's settings. A callback's has those alone that its results need.
         steps: of the schedule.
         query_heads: some leave without their key-value head.
+        groups: of each kind in each layer of the dense model.
         folder: of the dense model. Weights that no refit changed are its slices. None: no folder has the same weights.
         digest: of that folder (`load.source_digest`).
-        groups: of each kind in each layer of the dense model. Empty in a run of format 7.
         bits: how bitsandbytes quantised the dense model, which the folder has before that or after.
         data: None if another trainer's loop trains.
     """
@@ -48,9 +48,9 @@ class Origin:
     steps: int
     seed: int
     query_heads: bool
+    groups: list[list[int]]
     folder: str | None = None
     digest: str | None = None
-    groups: list[list[int]] = field(default_factory=list)
     data: RunData | None = None
     bits: Bits | None = None
 
@@ -113,7 +113,7 @@ class ResumeState:
 def read_state(folder: Path) -> State:
     """Reads the state in a step's folder like `layout.read_record`."""
     path = folder / STATE_FILE
-    state = layout.read_record(path, State, older_formats.upgrade_state)
+    state = layout.read_record(path, State)
     if state.engine not in get_args(EngineName):
         raise layout.CheckpointMismatch(
             f"{path} is of the engine {state.engine!r}, which a later version knows"
@@ -122,13 +122,8 @@ def read_state(folder: Path) -> State:
 
 
 def read_resume_state(folder: Path) -> ResumeState:
-    """Reads the counters in a step's `resume_folder` like `layout.read_record`."""
-    return layout.read_record(folder / STATE_FILE, ResumeState, older_formats.upgrade_resume_state)
-
-
-def resume_folder(folder: Path) -> Path:
-    """Returns the folder of the files that only a resume needs."""
-    return folder if older_formats.is_flat(folder) else folder / layout.RESUME_FOLDER
+    """Reads the counters in a step's folder `resume` like `layout.read_record`."""
+    return layout.read_record(folder / STATE_FILE, ResumeState)
 
 
 def newest_state(root: Path) -> State | None:

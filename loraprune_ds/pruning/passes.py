@@ -6,7 +6,6 @@ Token ids and masks are tiny beside what a pass computes. A model with its own e
 hidden states instead of ids, and those are kept.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +25,6 @@ from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
-log = logging.getLogger(__name__)
 # Fewer lose part of what a refit gains, and more gain nothing (tests/benchmarks/README.md, "Tokens of a refit").
 TOKENS_PER_INPUT = 10
 MOST_STEPS = 16
@@ -82,8 +80,6 @@ class KeptPasses:
     def __init__(self, model: PrunableModel) -> None:
         self.steps: deque[StepPasses] = deque(maxlen=MOST_STEPS)
         self._model = model
-        self._enough = 0  # tokens of all ranks that a refit needs
-        self._warned = False
         self._masks: tuple[Tensor | None, ...] | None = None  # of the pass that is kept
         self._pass: Pass = {}  # the newest
         self._call: Call | None = None  # whose forward pass runs
@@ -115,22 +111,9 @@ class KeptPasses:
     def end_step(self, tokens: int, inputs: int) -> None:
         """Notes the tokens of the global batch, and forgets the steps that linears of so many inputs do not need."""
         self.steps[-1].tokens = tokens
-        self._enough = tokens_needed(self._model.shape, inputs)
-        while self.tokens - self.steps[0].tokens >= self._enough:
+        enough = tokens_needed(self._model.shape, inputs)
+        while self.tokens - self.steps[0].tokens >= enough:
             self.steps.popleft()
-
-    def warn_of_lost_steps(self, step: int) -> None:
-        """Says once that a resume has not brought back all that a refit needs, as from an older format."""
-        are_lost = len(self.steps) < min(step, MOST_STEPS) and self.tokens < self._enough
-        if are_lost and not self._warned and self._model.rank == 0:
-            log.warning(
-                "step %d: this refit repeats only the %d tokens since the resume, fewer than ten for each input (%d); "
-                "the checkpoint is of an earlier version, and later cuts have more",
-                step,
-                self.tokens,
-                self._enough,
-            )
-        self._warned = self._warned or are_lost
 
     def to_plain(self) -> JsonObject:
         """Returns tensors and plain values, for a checkpoint. Every rank writes its own."""
@@ -141,7 +124,7 @@ class KeptPasses:
         return {"tokens": [step.tokens for step in self.steps], "steps": steps}
 
     def restore(self, of_ranks: Sequence[ReadPlain]) -> None:
-        """Restores what the ranks of a checkpoint have written, on any number of ranks. Older ones wrote nothing.
+        """Restores what the ranks of a checkpoint have written, on any number of ranks.
 
         A rank takes whole files, or a part of one that several share, because passes may hold hidden states.
         """

@@ -165,7 +165,6 @@ class Pruner:
             return None
         fail_point("cut.agreed")
         if self.passes is not None:
-            self.passes.warn_of_lost_steps(step)
             refit_by_replay(self.model, keep, self.passes.passes(), step)
             fail_point("cut.compensated")
         sent = self.model.cut(keep)

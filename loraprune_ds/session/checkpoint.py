@@ -19,7 +19,7 @@ from torch import nn
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
-from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, has_digest, verify_step
+from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, source_digest, verify_step
 from loraprune_ds.checkpoint.state import Origin, State
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
@@ -211,7 +211,7 @@ def _check_base(checkpoint: Path, origin: Origin, model: PeftModel) -> None:
     base = base_folder(model)
     if base is not None and origin.digest is not None:
         require(
-            has_digest(base, origin.digest),
+            source_digest(base) == origin.digest,
             f"{base} is not the source model of {checkpoint}: its tensors differ",
         )
 

@@ -73,7 +73,7 @@ def base_folder(model: PeftModel) -> Path | None:
 
 
 def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) -> dict[str, Any]:
-    """Describes those settings of a run that results need. Steps of format 7 have section `prune` alone."""
+    """Describes those settings of a run that results need."""
     base = cast(PeftModel, model.module).get_base_model()
     name = str(cast(Any, base).config._name_or_path) or type(base).__name__
     if Path(name).is_dir():

@@ -15,7 +15,7 @@ import yaml
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.state import State, newest_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict, differences, merge, without_removed
+from loraprune_ds.config_file import config_from_dict, differences, merge
 from loraprune_ds.errors import RankError, RunError, UserError, blame, is_shared, one_line, require
 from loraprune_ds.files import JsonObject, remove_leftovers, write_text, writes_into
 
@@ -84,7 +84,7 @@ class OutputFolder:
             earlier = [EarlierRun(folder) for folder in folders]
             recorded = _recorded_config(earlier)
         try:
-            config = config_from_dict(merge(without_removed(recorded), given))
+            config = config_from_dict(merge(recorded, given))
         except UserError:  # settings that do not fit belong to another run, which `start` refuses
             config = config_from_dict(given)
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))

@@ -277,6 +277,7 @@ def assemble(
             steps,
             config.seed,
             query_heads=QUERY_HEADS in pretrained.shape.kinds,
+            groups=[],
             folder=str(pretrained.folder),
             digest="",
         ),

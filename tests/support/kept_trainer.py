@@ -1,7 +1,7 @@
-"""Trains with the callback beside the files of tests/older_formats, where a checkpoint of an earlier main goes on.
+"""Trains with the callback beside the files of tests/kept_steps, where a checkpoint of an earlier version goes on.
 
-To keep one of another commit, copy this file out of the checkout and run `PYTHONPATH=CHECKOUT python kept_trainer.py
-FOLDER`, where FOLDER is a copy of tests/older_formats. Keep `FOLDER/trainer/checkpoint-6` without README.md and
+To keep one of another version, copy this file out of the checkout and run `PYTHONPATH=CHECKOUT python kept_trainer.py
+FOLDER`, where FOLDER is a copy of tests/kept_steps. Keep `FOLDER/trainer/checkpoint-6` without README.md and
 training_args.bin.
 """
 

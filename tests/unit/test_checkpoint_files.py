@@ -238,7 +238,7 @@ STATE = json.loads(json_text(make_state(7)))
 CHANGES: list[tuple[dict[str, object], str]] = [
     *(
         ({"format": other}, f"has format {other}")
-        for other in (layout.FORMAT + 1, layout.PROMISED - 1)
+        for other in (layout.FORMAT + 1, layout.FORMAT - 1)
     ),
     ({"format": None}, "damaged"),
     ({"surprise": 1}, "surprise"),
@@ -305,6 +305,8 @@ def test_a_source_that_changed_in_place_is_refused(
     open_checkpoint(step, Communicator(), dense=Mock())
     change(source)
     must_name(f"{source} source {step}", open_checkpoint, step, Communicator(), dense=Mock())
+    without = make_step(tmp_path, 2, origin=replace(origin, folder=None))
+    must_name(f"{without} dense save_model", open_checkpoint, without, Communicator())
 
 
 def test_samples_are_at_fixed_places_in_every_tensor(

@@ -208,7 +208,7 @@ def test_the_export_of_a_chain_says_what_the_first_start_was(
 def test_the_card_of_a_chain_names_its_first_model(first: dict[str, Any], name: str) -> None:
     config = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=3, vocab_size=33)
     start = shape_from_config(config | ({"loraprune_first": first} if first else {}), "start")
-    origin = Origin({"output_dir": "out", "model": {"path": "runs/30/model"}}, 6, 0, False)
+    origin = Origin({"output_dir": "out", "model": {"path": "runs/30/model"}}, 6, 0, False, [])
     kept = [[[0, 2], [1, 3, 4]]] * 2
     state: Any = SimpleNamespace(origin=origin, kept=kept, asked=0.4, step=6, totals=Totals())
     assert card_of_state(state, start).base_model == name

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import SavedStep, verify_step
+from loraprune_ds.checkpoint.state import Origin, ResumeState, State, Totals
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import write_json
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session import checkpoint
 from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
@@ -29,29 +31,20 @@ from tests.support.resuming import assert_equal_tensors
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
 REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
-# as a callback wrote it in format 7
-STATE = {
-    "step": 5,
-    "steps": 10,
-    "world_size": 2,
-    "seed": 0,
-    "prune": asdict(CONFIG),
-    "dense": [],
-    "kept": [],
-    "updates_since_cut": 3,
-    "moment_tokens": 7.0,
-    "resumed_from": [],
-    "format": layout.PROMISED,
-}
 
 
-def saved(checkpoint: Path, **changes: Any) -> Path:
-    """Writes the state of a checkpoint whose tensors do not matter. Returns its path."""
-    state = checkpoint / "pruning/state.json"
-    state.parent.mkdir(parents=True)
-    state.write_text(json.dumps(STATE | changes))
-    layout.write_manifest(state.parent, {state.name: layout.seal(state)})
-    return state
+def saved(checkpoint: Path, prune: Any = None, adam_step: int | None = 5, **changes: Any) -> Path:
+    """Writes the state of a callback's checkpoint whose tensors do not matter. Returns its path."""
+    prune = asdict(CONFIG) if prune is None else prune
+    origin = Origin({"output_dir": "unknown", "prune": prune}, 10, 0, False, [])
+    state = State(5, origin, [], "zero3", 2, 1.0, {}, {}, [], 0.4, Totals(), [], "cpu", [])
+    path = checkpoint / "pruning/state.json"
+    resume = ResumeState(adam_step, updates_since_cut=3)
+    for folder, value in ((path.parent, asdict(state) | changes), (path.parent / "resume", resume)):
+        folder.mkdir(parents=True)
+        write_json(folder / path.name, value)
+        layout.write_manifest(folder, {path.name: layout.seal(folder / path.name)})
+    return path
 
 
 def step_with(folder: Path, **changes: Any) -> SavedStep:
@@ -64,8 +57,8 @@ def step_with(folder: Path, **changes: Any) -> SavedStep:
         ({"prune": asdict(PruneConfig(ratio=0.3))}, "ratio"),
         ({"prune": {"ratio": 0.4}}, "channel_multiple"),
         ({"prune": {"ratio": 0.4, "score_every": 2}}, "prune.score_every"),
-        ({"prune": asdict(CONFIG) | {"depth_ratio": 0.1}}, "prune.depth_ratio 0.1 6ec3512a"),
-        ({"format": layout.PROMISED - 1}, f"format {layout.PROMISED - 1}"),
+        ({"prune": asdict(CONFIG) | {"sizes": ["0.4"]}}, "prune.sizes second run"),
+        ({"format": 9}, "format 9 commit 91eae51f"),
         ({"surplus": 1}, "state.json"),
     ],
 )
@@ -80,18 +73,14 @@ def test_a_checkpoint_that_does_not_fit_is_named(
     ("adam", "trained", "names"),
     [
         (None, {"lora_A.weight": torch.float32}, "torch's Adam"),  # of SGD
-        (
-            {"step": 5, "param_groups": []},
-            {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32},
-            "lm_head.weight",
-        ),
-        ({"step": 5, "param_groups": []}, {"lora_A.weight": torch.float16}, "fp16"),
+        (5, {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32}, "lm_head.weight"),
+        (5, {"lora_A.weight": torch.float16}, "fp16"),
     ],
 )
 def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
     tmp_path: Path, adam: Any, trained: dict[str, torch.dtype], names: str
 ) -> None:
-    step = step_with(tmp_path, adam=adam)
+    step = step_with(tmp_path, adam_step=adam)
     parameters = [
         (f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype)))
         for name, dtype in trained.items()
@@ -104,7 +93,7 @@ def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
-    path = saved(tmp_path, prune=asdict(CONFIG) | {"depth_ratio": 0.0})  # of an earlier commit
+    path = saved(tmp_path)
     for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
         assert checkpoint._read(tmp_path, given, COMM)[1] == CONFIG
     path.write_text(path.read_text() + "\n")
@@ -143,7 +132,7 @@ def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(tmp_path: Path) ->
     """A cut may come before the next score, if the next step overflows in fp16."""
     step_with(tmp_path).restore_pruner(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
     assert pruner.average.updates_since_cut == 3
-    pruner.passes.restore.assert_called_once_with([])  # format 7 has none
+    pruner.passes.restore.assert_called_once_with([])
 
 
 def test_a_model_that_is_called_with_embeddings_goes_on_to_the_bit(tmp_path: Path) -> None:

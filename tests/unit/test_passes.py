@@ -1,6 +1,5 @@
 """The kept inputs of passes: how many stay, what a file holds of them, and how they are dealt out to ranks."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -280,32 +279,6 @@ def test_a_pass_that_failed_and_was_tried_again_counts_once() -> None:
         False,
         True,
     ]
-
-
-@pytest.mark.parametrize(
-    ("rank", "steps", "before", "tokens", "warned"),
-    [
-        (0, 2, 5, 15, True),
-        (1, 2, 5, 15, False),
-        (0, 2, 0, 15, False),  # the training began with them
-        (0, 3, 5, 15, False),  # enough
-        (0, 16, 5, 1, False),  # no more would be kept
-    ],
-)
-def test_the_first_refit_says_which_steps_a_resume_has_lost(
-    caplog: pytest.LogCaptureFixture, rank: int, steps: int, before: int, tokens: int, warned: bool
-) -> None:
-    caplog.set_level(logging.WARNING)
-    kept = KeptPasses(live(rank, world_size=2))
-    kept.restore([])
-    for _ in range(steps):
-        kept.begin_step()
-        kept.end_step(tokens, inputs=4)
-    for _ in range(2):
-        kept.warn_of_lost_steps(before + steps)
-    lines = [entry.getMessage() for entry in caplog.records]
-    assert len(lines) == warned
-    assert all(f"step {before + steps}" in line and "30 tokens" in line for line in lines)
 
 
 def test_no_pass_is_kept_once_no_cut_is_left() -> None:
