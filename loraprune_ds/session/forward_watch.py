@@ -1,14 +1,14 @@
 """Watches the forward passes of a trainer."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.passes import after_backward, inputs_by_name, layer_stacks, tokens_of
 from loraprune_ds.pruning.step import Pruner
@@ -38,10 +38,11 @@ class ForwardWatch:
         self._recording = ExitStack()
         self._hooks = ExitStack()
         self._layer_lists = pruner.model.shape.family.layer_lists
-        for module in layer_stacks(pruner.model):
+        self._known: Sequence[Tensor | None] | None = None  # masks that the loop has told
+        for number, module in enumerate(layer_stacks(pruner.model)):
             self._hooks.enter_context(
                 module.register_forward_pre_hook(
-                    self._begin,
+                    partial(self._begin, number),
                     with_kwargs=True,
                     prepend=True,  # before the hook that keeps the inputs
                 )
@@ -57,14 +58,35 @@ class ForwardWatch:
             self._calls.enter_context(module.register_forward_pre_hook(hook))
         self._checked = False
 
+    def begin(self, step: int) -> None:
+        """Begins a step. Raises UserError if one is open."""
+        require(
+            not self.active, f"begin_step was called twice in step {step}, without end_step between"
+        )
+        self.active = True
+
+    @contextmanager
+    def know(self, masks: Sequence[Tensor | None]) -> Generator[None]:
+        """Takes these masks for a pass, in place of its own. An encoder's is first."""
+        self._known = masks
+        try:
+            yield
+        finally:
+            self._known = None
+
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
         tokens = self._tokens.clone()
         self._tokens.zero_()
         return tokens
 
-    def check_calls(self) -> None:
-        """Checks once, after a pass, that the passes of some rank called each scored linear. Collective."""
+    def check(self, tokens: int, step: int) -> None:
+        """Checks that the passes of some rank had tokens, and once that they called each scored linear. Collective."""
+        require(
+            tokens > 0,
+            f"step {step}: no forward pass was in training mode, so none was recorded; "
+            "call model.train() before",
+        )
         if self._checked:
             return
         self._checked = True
@@ -81,7 +103,9 @@ class ForwardWatch:
         if self._count is not None:
             self._uncalled.discard(where)
 
-    def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, number: int, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
@@ -90,8 +114,10 @@ class ForwardWatch:
         inputs = tokens_of(named)
         size = inputs.shape[:2]
         mask = named.get("attention_mask")
+        if self._known is not None:
+            mask = self._known[number]
         # a target, whose last token predicts nothing
-        if mask is None and "encoder_hidden_states" in named:
+        elif mask is None and "encoder_hidden_states" in named:
             mask = ~torch.isin(inputs, inputs.new_tensor(_padding_and_ends(decoder.config)))
             mask[:, 0] = True  # the start token has the id of padding
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding

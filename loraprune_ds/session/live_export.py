@@ -3,11 +3,12 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor
 
+from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.export.huggingface import begin, publish, saving, try_export, write_model
 from loraprune_ds.export.model_card import card_of_state
@@ -18,29 +19,25 @@ from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.weight_files import drop_auto_maps
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
+from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session.live import base_config
-from loraprune_ds.session.session import PruningSession
 
 
 def export_live(
-    session: PruningSession,
-    peft_model: PeftModel,
-    folder: Path | None,
-    tokenizer: Any,
-    *,
-    merge: bool,
+    pruner: Pruner, state: State, dtype: Dtype, folder: Path | None, tokenizer: Any, *, merge: bool
 ) -> None:
     """Writes a Hugging Face model. Without a folder, tries all but the weights. Collective.
 
     Raises:
         UserError: the folder is not empty.
     """
-    model = session.model
+    model = pruner.model
     comm = model.comm
+    peft_model = cast(PeftModel, model.module)
     config = base_config(peft_model)
-    exported = export_config(config, model.shape, session.dtype)
-    card = card_of_state(session.state(), session.pruner.limits.dense)
+    exported = export_config(config, model.shape, dtype)
+    card = card_of_state(state, pruner.limits.dense)
     with tempfile.TemporaryDirectory() as path:
         dense = Path(path)  # has the files of the dense model next to its weights
         comm.write_on_rank_0(dense, lambda: _save_settings(dense, peft_model, config, tokenizer))
@@ -48,7 +45,7 @@ def export_live(
             comm.on_rank_0(lambda: try_export(exported, dense, card))
             return
         comm.write_on_rank_0(folder, lambda: begin(folder))
-        live = LiveModel(model, exported, dense, session.dtype)
+        live = LiveModel(model, exported, dense, dtype)
         write_model(live, staging_of(folder), card, comm, merge=merge)
     comm.write_on_rank_0(folder, lambda: publish(folder))
 

@@ -17,7 +17,7 @@ from loraprune_ds.files import STATE_FILE, flush
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE
-from loraprune_ds.session.session import PruningSession
+from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
@@ -137,7 +137,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     return engine
 
 
-def save_checkpoint(context: RunContext, engine: TrainingEngine, pruning: PruningSession) -> None:
+def save_checkpoint(context: RunContext, engine: TrainingEngine, pruning: Pruning) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root = context.folder / layout.CHECKPOINTS_FOLDER
     step = pruning.step

@@ -20,8 +20,9 @@ from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.ranks.device import to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, Recorder
+from loraprune_ds.session.joining import Beginning
 from loraprune_ds.session.live import find_peft_model
-from loraprune_ds.session.session import PruningSession
+from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.prepare import Prepared
@@ -33,7 +34,7 @@ class Trainer:
     """Trains LoRA by our own passes, and drives the pruning of the same model."""
 
     engine: TrainingEngine
-    pruning: PruningSession
+    pruning: Pruning
     samples: Samples
     order: SampleOrder
     config: RunConfig
@@ -58,10 +59,8 @@ class Trainer:
         tokens = sum(lengths)
         mean_context = sum(length**2 for length in lengths) / tokens
         flops = tokens * needed_flops_per_token(self.model.shape, mean_context)
-        numbers = pruning.exchange(
-            self._accumulate(step, batch, supervised), request=self.current_request()
-        )
-        pruning.score()
+        loss = self._accumulate(step, batch, supervised)
+        numbers = pruning.before_update(loss, request=self.current_request())
         self.engine.update(skipped=not pruning.scored)
         self.requested = max(numbers.requests)
         return pruning.end_step(sum(numbers.losses) / supervised, tokens=tokens, flops=flops)
@@ -163,17 +162,12 @@ def build_trainer(
             prepared.ds_config,
             head=False,
         )
-    pruning = PruningSession(
-        model,
-        prepared.schedule,
-        config.model.dtype,
-        origin=prepared.origin,
-        recorder=recorder,
-        own_process=True,
-    )
     if checkpoint:
         checkpoint.restore_lora(model)
-        pruning.restore(checkpoint)
+    pruning = Pruning.of_run(
+        Beginning(model, prepared.schedule, config.model.dtype, prepared.origin, recorder),
+        checkpoint,
+    )
     return Trainer(
         engine, pruning, prepared.samples, prepared.order, config, current_request, teacher
     )

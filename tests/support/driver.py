@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import RESUME_FOLDER, step_folder
+from loraprune_ds.checkpoint.layout import step_folder
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import Origin, read_state
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
@@ -31,8 +31,9 @@ from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.report.records import CutRecord, History, Recorder, StepRecord
+from loraprune_ds.session.joining import Beginning
 from loraprune_ds.session.live import find_peft_model
-from loraprune_ds.session.session import PruningSession
+from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -268,21 +269,19 @@ def assemble(
     peft_model = find_peft_model(engine.module)
     training = LiveTraining(engine.module, peft_model, pretrained.shape, engine.optimizer)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
-    pruning = PruningSession(
-        connect(training),
-        schedule(**{field.name: getattr(plan, field.name) for field in fields(plan)}),
-        config.model.dtype,
-        origin=Origin(
-            config.to_dict(),
-            steps,
-            config.seed,
-            query_heads=QUERY_HEADS in pretrained.shape.kinds,
-            groups=[],
-            folder=str(pretrained.folder),
-            digest="",
-        ),
-        recorder=Recorder(History(), []),
-        own_process=True,
+    origin = Origin(
+        config.to_dict(),
+        steps,
+        config.seed,
+        query_heads=QUERY_HEADS in pretrained.shape.kinds,
+        groups=[],
+        folder=str(pretrained.folder),
+        digest="",
+    )
+    planned = schedule(**{field.name: getattr(plan, field.name) for field in fields(plan)})
+    recorder = Recorder(History(), [])
+    pruning = Pruning.of_run(
+        Beginning(connect(training), planned, config.model.dtype, origin, recorder)
     )
     return ShardedTrainer(engine, pruning, samples, order, config)
 
@@ -306,7 +305,7 @@ def save(trainer: ShardedTrainer, config: RunConfig, root: Path) -> TrainingChec
     folder = step_folder(root, config.train.steps or 0)
     trainer.pruning.save_step(folder, "step")
     state = read_state(folder)
-    return TrainingCheckpoint(folder, state, folder / RESUME_FOLDER, config, dense.folder, dense)
+    return TrainingCheckpoint(folder, state, config, dense.folder, dense)
 
 
 def assert_same_outcome(found: Outcome, expected: Outcome, rtol: float = 0.0) -> None:

@@ -14,10 +14,9 @@ from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds import PruneConfig
-from loraprune_ds.checkpoint.layout import seal, write_manifest
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
-from loraprune_ds.files import MANIFEST, read_json, write_json
+from loraprune_ds.files import read_json
 from loraprune_ds.generate.models import find_model
 from tests.oracle.models import make_tiny_llama
 from tests.support.local_training import train_and_save
@@ -136,19 +135,6 @@ def test_a_model_that_is_on_no_disk_is_named(
     base = load(dense, bits)
     change(base)
     train(base, tmp_path, NONE)
-    contents = find_contents(tmp_path / "checkpoint-4")
-    must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")
-
-
-def test_a_step_that_says_nothing_of_its_bits_is_named(dense: Path, tmp_path: Path) -> None:
-    """The first steps of quantised bases name a folder. Its weights are not those of the training."""
-    train(load(dense, NF4_BITS), tmp_path, NONE)
-    path = tmp_path / "checkpoint-4" / "pruning" / "state.json"
-    state = read_json(path)
-    assert state["origin"].pop("bits") == "nf4"
-    write_json(path, state)
-    manifest = read_json(path.parent / MANIFEST)["files"]
-    write_manifest(path.parent, manifest | {path.name: seal(path)})
     contents = find_contents(tmp_path / "checkpoint-4")
     must_name("checkpoint-4 save_model", export, contents, "hf", tmp_path / "out")
 

@@ -297,9 +297,7 @@ def test_a_resume_needs_the_callback_s_own_and_the_same_schedule() -> None:
     for given, names in (({}, "20 10"), ({"steps": 20, "seed": 2}, "seed 1 2")):
         callback = LoraPruneCallback(PruneConfig(), **given)
         unused: Any = None
-        callback._checkpoint = PruningCheckpoint(
-            Path(), state, Path(), PruneConfig(), unused, LiveLocal()
-        )
+        callback._checkpoint = PruningCheckpoint(Path(), state, PruneConfig(), unused, LiveLocal())
         begins_with(names, adapted(), None, callback, step=3)
 
 

@@ -258,3 +258,8 @@ def test_a_trainer_s_targets_count_without_padding_and_ends(
     assert watch.take_tokens() == 0  # of no backward pass
     output.logits.sum().backward()
     assert watch.take_tokens() == 2 + counted  # the source has no mask
+    told = torch.tensor([[True] * 5 + [False]])
+    with watch.know([None, told]):
+        output = model(input_ids=torch.tensor([[7, 8]]), decoder_input_ids=targets)
+    output.logits.sum().backward()
+    assert watch.take_tokens() == 2 + 5

@@ -74,7 +74,7 @@ def test_no_linear_of_a_teacher_is_stored_for_refits(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path, hidden=64, ffn=96)
     student = open_for_pruning(folder, ModelConfig(frozen="nf4")).with_refits("least_squares")
     prepared = Mock(pretrained=student)
-    parts = ("build_engine", "find_peft_model", "connect", "PruningSession", "Trainer")
+    parts = ("build_engine", "find_peft_model", "connect", "Pruning", "Trainer")
     with patch.multiple(trainer, **dict.fromkeys(parts, DEFAULT)):
         trainer.build_trainer(prepared, Mock())
     taught = prepared.engine.build_inference_engine.call_args.args[0].weights.storage
