@@ -1,18 +1,21 @@
 """The engines of our own runs: what infers, what also trains LoRA, and what builds both on one library."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype, EngineName
 from loraprune_ds.files import JsonObject
 from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
+
+# frozen model -> with LoRA, its AdamW and the schedule of its learning rate
+AddLora = Callable[[Any], tuple[Any, AdamW, LambdaLR]]
 
 
 class InferenceEngine:
@@ -91,17 +94,19 @@ class Engine(ABC):
     def build_training_engine(
         self,
         pretrained: PretrainedModel,
+        attn_implementation: str,
+        dtype: Dtype,
         ds_config: JsonObject,
-        cycles: Sequence[int],
-        config: RunConfig,
+        add_lora: AddLora,
+        max_norm: float,
     ) -> TrainingEngine:
         """Builds the model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective.
 
-        Products are in `model.dtype`. Masters and moments of LoRA are fp32.
+        Products are in `dtype`. Masters and moments of LoRA are fp32.
 
         Args:
             ds_config: DeepSpeed's JSON, without "auto". Empty without DeepSpeed.
-            cycles: the steps of each cycle of the schedule.
+            max_norm: to which gradients are clipped, 0 for any. DeepSpeed's JSON has its own.
         """
 
     @abstractmethod

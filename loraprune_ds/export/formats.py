@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
-from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import RunError, UserError, blame, one_line, require
 from loraprune_ds.export.contents import FolderContents
 from loraprune_ds.export.gguf_architecture import Precision, architecture_name
@@ -55,7 +54,10 @@ def write_adapter(checkpoint: TrainingCheckpoint, folder: Path) -> None:
         for name, tensor in as_in_peft(checkpoint.lora(i), layer.linears).items():
             tensors[name_in_file(shape, i, name)] = tensor
     write_weight_file(folder / ADAPTER_WEIGHTS, tensors)
-    config = _adapter_config(checkpoint.config.lora, shape) | _lora_patterns(checkpoint)
+    lora = checkpoint.config.lora
+    config = _adapter_config(lora.r, lora.lora_alpha, lora.lora_dropout, shape) | _lora_patterns(
+        checkpoint
+    )
     write_json(folder / ADAPTER_FILE, config)
 
 
@@ -78,15 +80,17 @@ def _lora_patterns(checkpoint: TrainingCheckpoint) -> dict[str, dict[str, float]
     return {name: pattern for name, pattern in patterns.items() if pattern}
 
 
-def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
+def _adapter_config(
+    r: int, lora_alpha: float, lora_dropout: float, shape: ModelShape
+) -> dict[str, object]:
     linears = list({linear.linear: linear for _, linear in shape.linears()}.values())
     config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type(shape),
         "base_model_name_or_path": f"../{BASE_FOLDER}",
-        "r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
         "target_modules": target_modules(shape),
         "bias": "none",
         "inference_mode": True,

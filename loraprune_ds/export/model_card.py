@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from loraprune_ds.checkpoint.layout import recorded_config
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists
 from loraprune_ds.checkpoint.state import State
-from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.files import CARD_FILE, STATE_FILE, JsonObject, read_json
@@ -102,7 +102,7 @@ def card_of_state(
         count = "" if windows is None else f"{windows} "
         perplexity_data = f"{held_out}, {count}windows of {config.evaluate.window} tokens"
     return ModelCard(
-        base_model=dense.first.get("name") or model_name(config.model),
+        base_model=dense.first.get("name") or model_name(config.model.path),
         dense=dense,
         pruned=dense.after(kept),
         prune=config.prune,
@@ -115,9 +115,9 @@ def card_of_state(
     )
 
 
-def model_name(config: ModelConfig) -> str:
+def model_name(path: str) -> str:
     """Names the dense model, without folders of this machine."""
-    return "SmolLM2-135M-Instruct" if config.path == EMBEDDED else Path(config.path).name
+    return "SmolLM2-135M-Instruct" if path == EMBEDDED else Path(path).name
 
 
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:

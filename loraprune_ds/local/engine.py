@@ -1,7 +1,6 @@
 """Trains and measures a model that one process holds whole, without DeepSpeed."""
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype
-from loraprune_ds.engine.optimizer import build_lora
-from loraprune_ds.engine.training import Engine, InferenceEngine, TrainingEngine
+from loraprune_ds.engine.training import AddLora, Engine, InferenceEngine, TrainingEngine
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import LocalModel
@@ -75,16 +72,18 @@ class Local(Engine):
     def build_training_engine(
         self,
         pretrained: PretrainedModel,
+        attn_implementation: str,
+        dtype: Dtype,
         ds_config: JsonObject,
-        cycles: Sequence[int],
-        config: RunConfig,
+        add_lora: AddLora,
+        max_norm: float,
     ) -> LocalEngine:
-        """Builds the model with fp32 LoRA, ready to train. Its products are in `model.dtype`, as under ZeRO-3."""
-        base = _build_frozen(pretrained, config.model.attn_implementation, config.model.dtype)
-        peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
+        """Builds the model with fp32 LoRA, ready to train. Its products are in `dtype`, as under ZeRO-3."""
+        base = _build_frozen(pretrained, attn_implementation, dtype)
+        peft_model, optimizer, lr_scheduler = add_lora(base)
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.data = parameter.data.float()
-        return LocalEngine(peft_model, optimizer, lr_scheduler, config.train.max_grad_norm)
+        return LocalEngine(peft_model, optimizer, lr_scheduler, max_norm)
 
     def build_inference_engine(
         self,

@@ -18,6 +18,7 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE
 from loraprune_ds.session.pruning import Pruning
+from loraprune_ds.train.optimizer import build_lora
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
@@ -129,8 +130,14 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
         # the checkpoint has its LoRA
         config = replace(config, model=replace(config.model, adapter=None))
         frozen = checkpoint.frozen_model
-    cycles = prepared.schedule.cycles()
-    engine = prepared.engine.build_training_engine(frozen, prepared.ds_config, cycles, config)
+    engine = prepared.engine.build_training_engine(
+        frozen,
+        config.model.attn_implementation,
+        config.model.dtype,
+        prepared.ds_config,
+        partial(build_lora, frozen.shape, config, prepared.schedule.cycles()),
+        config.train.max_grad_norm,
+    )
     if checkpoint is not None:
         counters = checkpoint.resume_state()
         engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)

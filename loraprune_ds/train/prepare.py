@@ -240,7 +240,7 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
         dense, taught=config.train.distill_weight > 0
     )
     yield (
-        f"{model_name(config.model)}: {count} parameters, {config.model.dtype}, {storage}, "
+        f"{model_name(config.model.path)}: {count} parameters, {config.model.dtype}, {storage}, "
         f"{where} ({device_name()})"
     )
     steps = (

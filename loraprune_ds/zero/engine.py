@@ -2,7 +2,6 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -14,10 +13,8 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from loraprune_ds.config import RunConfig
 from loraprune_ds.config_types import Dtype
-from loraprune_ds.engine.optimizer import build_lora
-from loraprune_ds.engine.training import Engine, InferenceEngine, TrainingEngine
+from loraprune_ds.engine.training import AddLora, Engine, InferenceEngine, TrainingEngine
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import differentiate_input, leaf_modules
@@ -165,15 +162,17 @@ class Zero3(Engine):
     def build_training_engine(
         self,
         pretrained: PretrainedModel,
+        attn_implementation: str,
+        dtype: Dtype,
         ds_config: JsonObject,
-        cycles: Sequence[int],
-        config: RunConfig,
+        add_lora: AddLora,
+        max_norm: float,
     ) -> ShardedEngine:
         """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
         with redirect_stdout(StringIO()):
-            base = build_for_losses(pretrained, config.model.attn_implementation)
-            shard_at_birth(base, pretrained.weights, ds_config, DTYPES[config.model.dtype])
-            peft_model, optimizer, lr_scheduler = build_lora(base, pretrained.shape, config, cycles)
+            base = build_for_losses(pretrained, attn_implementation)
+            shard_at_birth(base, pretrained.weights, ds_config, DTYPES[dtype])
+            peft_model, optimizer, lr_scheduler = add_lora(base)
             _gather_as_one(peft_model, pretrained.shape)
             for layers in pretrained.shape.layer_lists:
                 differentiate_input(decoder_layers(peft_model)[layers[0]])

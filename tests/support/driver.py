@@ -4,6 +4,7 @@ import gc
 import json
 import math
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +36,7 @@ from loraprune_ds.session.joining import Beginning
 from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
+from loraprune_ds.train.optimizer import build_lora
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine
@@ -265,7 +267,16 @@ def assemble(
 ) -> ShardedTrainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
     library = run_engine(sharded=config.deepspeed is not None)
-    engine = library.build_training_engine(pretrained, ds_config, [steps], config)
+    model = config.model
+    add_lora = partial(build_lora, pretrained.shape, config, [steps])
+    engine = library.build_training_engine(
+        pretrained,
+        model.attn_implementation,
+        model.dtype,
+        ds_config,
+        add_lora,
+        config.train.max_grad_norm,
+    )
     peft_model = find_peft_model(engine.module)
     training = LiveTraining(engine.module, peft_model, pretrained.shape, engine.optimizer)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)

@@ -218,7 +218,7 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
         for name, factor in as_in_peft(own, linears).items():
             tensors[f"base_model.model.model.layers.{i}.{name}.weight"] = factor
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _adapter_config(LoraConfig(r=3), network.shape)
+    config = _adapter_config(3, 16, 0.05, network.shape)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     loaded = PeftModel.from_pretrained(tiny_model(family), str(tmp_path)).eval()
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
 
 def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
     shape = dense("mixtral").shape
-    config = _adapter_config(LoraConfig(r=3), shape) | {"target_parameters": None}
+    config = _adapter_config(3, 16, 0.05, shape) | {"target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     must_name("down_proj gate_up_proj", check_adapter, tmp_path, LoraConfig(r=3), shape)
 

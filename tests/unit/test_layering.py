@@ -1,6 +1,7 @@
 """The shape of the package: imports point one way and in no cycle, only zero/ knows DeepSpeed, files are short."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import deepspeed
 import pytest
 
 import loraprune_ds
+from loraprune_ds import config
 from loraprune_ds.zero.private import METHODS, check_private_attributes
 from tests.support.imports import imported_modules, imports_between, module_of
 from tests.support.launching import ROOT
@@ -18,6 +20,9 @@ from tests.support.refusals import must_name
 
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
+# A function that reads one key takes that key.
+MOST_WITH_SETTINGS = 10  # packages
+SETTINGS = {name for name, kind in vars(config).items() if dataclasses.is_dataclass(kind)}
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
@@ -72,6 +77,34 @@ def import_faults(part: str, source: str) -> list[str]:
 
 def part_of_file(path: Path) -> str:
     return part_of(module_of(path).removesuffix(".__init__"))
+
+
+def takes_settings(source: str) -> bool:
+    """Tells whether a parameter is annotated with a class of config.py."""
+    functions = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef)]
+    annotations = [parameter.annotation for x in functions for parameter in every(x.args)]
+    names = {
+        name.id
+        for annotation in annotations
+        if annotation is not None
+        for name in ast.walk(annotation)
+        if isinstance(name, ast.Name)
+    }
+    return bool(names & SETTINGS)
+
+
+def every(arguments: ast.arguments) -> list[ast.arg]:
+    return arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+
+
+def test_few_packages_take_settings() -> None:
+    packages = {
+        path.relative_to(ROOT / PACKAGE).parts[0]
+        for path in (ROOT / PACKAGE).glob("*/**/*.py")
+        if takes_settings(path.read_text())
+    }
+    assert "pruning" in packages
+    assert len(packages) <= MOST_WITH_SETTINGS, packages
 
 
 def test_every_file_keeps_to_its_layer_and_is_short() -> None:

@@ -12,8 +12,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import TrainConfig
-from loraprune_ds.engine.optimizer import learning_rate_factor
 from loraprune_ds.session.exchange import can_update
+from loraprune_ds.train.optimizer import learning_rate_factor
 from loraprune_ds.zero.engine import ShardedEngine
 from tests.support.refusals import must_name
 

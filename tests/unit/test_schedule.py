@@ -10,10 +10,10 @@ from hypothesis.strategies import integers
 from loraprune_ds.config import PruneConfig, TrainConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.config_types import Ranking
-from loraprune_ds.engine.optimizer import learning_rate_factor
 from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_config
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
+from loraprune_ds.train.optimizer import learning_rate_factor
 from tests.oracle.formula import cubic_target
 from tests.support.launching import ROOT
 from tests.support.properties import REPEATABLE

@@ -16,7 +16,7 @@ from loraprune_ds.pretrained.adapters import load_adapter
 
 
 def build_lora(
-    base: Any, shape: ModelShape, config: RunConfig, cycles: Sequence[int]
+    shape: ModelShape, config: RunConfig, cycles: Sequence[int], base: Any
 ) -> tuple[Any, AdamW, LambdaLR]:
     """Adds LoRA to the frozen model, fresh or from `model.adapter`, with its AdamW and learning-rate schedule."""
     train = config.train
