@@ -14,7 +14,6 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
-from loraprune_ds.engine import optimizer
 from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
@@ -24,6 +23,7 @@ from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks import comm
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad, partition_numel
+from loraprune_ds.train import optimizer
 from loraprune_ds.zero import sharded
 from loraprune_ds.zero.sharded import ShardedState
 from tests.support.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
@@ -296,18 +296,18 @@ def poisoned(job: Job, where: str) -> str:
         if trainer.model.rank == 0:
             trainer.model.owned_weight(LinearId(2, LLAMA_LINEARS[-1].name)).flat[0] = float("nan")
     elif where == "gradient":
-        exchange = trainer.pruning.exchange
+        before_update = trainer.pruning.before_update
 
-        def poison_then_exchange(*own: Any, **options: Any) -> Any:
+        def poison_then_score(*own: Any, **options: Any) -> Any:
             if trainer.model.rank == trainer.model.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
                 zero = trainer.model.zero_optimizer
                 zero.get_local_fp32_grad_for_param(weight)
                 slot = zero._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
                 slot[0] = float("inf")
-            return exchange(*own, **options)
+            return before_update(*own, **options)
 
-        trainer.pruning.exchange = poison_then_exchange  # type: ignore[method-assign]
+        trainer.pruning.before_update = poison_then_score  # type: ignore[method-assign]
     else:
         trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
     return refused(lambda: (trainer.step(1), trainer.cut(1), trainer.step(2)))
