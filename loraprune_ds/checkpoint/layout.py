@@ -18,8 +18,8 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import MANIFEST, JsonObject, flush, write_json
 
-# The format of all that a run or a callback resumes from, and the first that every later version reads. A change that
-# old folders lack increases it.
+# The format of all that a run or a callback resumes from. From the release of 0.2.0 every later version reads it, and a
+# change that old folders lack increases it.
 FORMAT = 10
 # by the last format that it reads
 READERS = {4: "commit 3c6d113b", 6: "commit b3c6aacb", 9: "commit 91eae51f"}
