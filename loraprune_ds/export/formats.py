@@ -55,10 +55,8 @@ def write_adapter(checkpoint: TrainingCheckpoint, folder: Path) -> None:
             tensors[name_in_file(shape, i, name)] = tensor
     write_weight_file(folder / ADAPTER_WEIGHTS, tensors)
     lora = checkpoint.config.lora
-    config = _adapter_config(lora.r, lora.lora_alpha, lora.lora_dropout, shape) | _lora_patterns(
-        checkpoint
-    )
-    write_json(folder / ADAPTER_FILE, config)
+    config = _adapter_config(lora.r, lora.lora_alpha, lora.lora_dropout, shape)
+    write_json(folder / ADAPTER_FILE, config | _lora_patterns(checkpoint))
 
 
 def _lora_patterns(checkpoint: TrainingCheckpoint) -> dict[str, dict[str, float]]:

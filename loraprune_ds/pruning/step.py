@@ -1,6 +1,6 @@
 """One pruning step. Read this file first.
 
-What a training does in an optimizer step (session/session.py), and what the pruner adds to it:
+What a training does in an optimizer step (session/pruning.py), and what the pruner adds to it:
 
     with pruner.record_step(step):
         for each micro-batch:
