@@ -7,15 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.adapters import (
-    base_linear,
-    base_parameter,
-    lora_linear,
-    lora_weights,
-    set_sizes,
-)
-from loraprune_ds.model.frozen import DENSE, Slice, StorageFormat, storage_format
-from loraprune_ds.model.groups import LayerKeep, LayerSpec, TensorSpec
+from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_sizes
+from loraprune_ds.model.frozen import Slice, storage_format, stored_tensors
+from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.ranks.flat import kept_within
 
@@ -66,16 +60,17 @@ def select(tensor: Tensor, kept: Slice) -> Tensor:
 
 def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterator[ParameterCut]:
     """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
-
-    def format_of(tensor: TensorSpec) -> StorageFormat:
-        return storage_format(base_linear(layer, tensor.linear)) if tensor.lora else DENSE
-
-    for name, kept, linear in spec.cuts(keep, format_of):
-        yield base_parameter(layer, name), kept
-        if linear:
-            module: Any = lora_linear(layer, linear.linear)
-            # the reference model of DPO or GRPO may be a second adapter
-            for adapter in module.lora_A:
-                factors = lora_weights(module, adapter)
-                for index, factor_kept in linear.lora_cuts(module.r[adapter], kept.keep, keep):
-                    yield factors[index], factor_kept
+    for tensor, kept in spec.cuts(keep):
+        if not tensor.lora:
+            yield base_parameter(layer, tensor.name), kept
+            continue
+        module: Any = lora_linear(layer, tensor.linear)
+        base = module.base_layer
+        stored_kept = storage_format(base).kept(kept)
+        for stored in stored_tensors(base):
+            yield stored, stored_kept
+        # the reference model of DPO or GRPO may be a second adapter
+        for adapter in module.lora_A:
+            factors = lora_weights(module, adapter)
+            for index, factor_kept in tensor.lora_cuts(module.r[adapter], kept.keep, keep):
+                yield factors[index], factor_kept

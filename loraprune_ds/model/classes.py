@@ -1,7 +1,7 @@
 """transformers' classes by `model_type`, and the modules of a model without weights."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
@@ -25,10 +25,9 @@ from loraprune_ds.model.adapters import base_parameter, set_sizes
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.families.base import PRUNED, Family
 from loraprune_ds.model.family import FAMILIES, LLAMA, family_name
-from loraprune_ds.model.frozen import Quantised, QuantisedLinear
+from loraprune_ds.model.frozen import Blocks, QuantisedLinear
 from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.storage import Storage
 
 _pruned = cache(pruned_classes)  # each family has one set of classes
 IN_WRAPPER = "_checkpoint_wrapped_module"  # of a layer, by torch's activation checkpointing
@@ -120,14 +119,18 @@ def build_on_meta(config: JsonObject, attn_implementation: str = "eager") -> Pre
     return model
 
 
-def store_linears(model: nn.Module, shape: ModelShape, storage: Storage) -> None:
-    """Gives the linears of all decoder layers their storage, still without values."""
+def store_linears(model: nn.Module, shape: ModelShape, formats: Mapping[str, Blocks]) -> None:
+    """Gives linears of the decoder layers their formats, by the names of weights. They are still without values."""
     layers = decoder_layers(model)
     for i, linear in shape.linears():
-        stored_as = storage.format(linear)
-        assert isinstance(stored_as, Quantised)
+        stored_as = formats.get(shape.prefix(i) + linear.name)
+        if stored_as is None:
+            continue
         stock: Any = layers[i].get_submodule(linear.linear)
-        tensors = stored_as.empty((stock.out_features, stock.in_features), stock.weight)
+        tensors = {
+            name: torch.empty(size, dtype=dtype, device="meta")
+            for name, (size, dtype) in stored_as.stored(linear.matrix).items()
+        }
         if isinstance(stock, ExpertStack):
             stock.store_as(stored_as, tensors)
         else:

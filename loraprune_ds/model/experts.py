@@ -8,8 +8,8 @@ expert 0, then the rows of expert 1, and so on.
 
 Experts without a gate have `up` in place of `gate_up`, with half its rows.
 
-An expert is a range of rows in each matrix, so a cut of experts is along axis 0. The same is true of int8 weights and
-their scales (frozen.py). A product dequantises one expert at a time.
+An expert is a range of rows in each matrix, so a cut of experts is along axis 0. The same is true of codes and their
+scales (frozen.py), whose blocks run along the columns. A product dequantises one expert at a time.
 
 GPT-OSS stores the matrices transposed. The rows of a range are then inputs, and the columns outputs. LoRA's A and B are
 still factors of that range, so only the products differ.
@@ -203,8 +203,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, routing: Routing, *stored: Tensor) -> Tensor:
         ctx.save_for_backward(x, *stored)
         ctx.routing = routing
-        rows, columns = stored[0].shape
-        width = columns if routing.transposed else rows // len(routing.counts)
+        rows, width = stored[0].shape
+        width *= routing.stored_as.per_element
+        if not routing.transposed:
+            width = rows // len(routing.counts)
         return _multiply_into(x.new_empty(len(x), width), x, routing, stored)
 
     @staticmethod

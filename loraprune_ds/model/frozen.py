@@ -1,11 +1,11 @@
-"""What storage formats of the frozen weight of a linear share. Dense is the weight unchanged.
+"""How the frozen weight of a linear is stored: unchanged, or as codes of blocks (codecs.py).
 
-int8.py and nf4.py quantise in blocks of BLOCK neighbours along the hidden axis, with a scale for each. No cut shortens
-that axis. A row or column that leaves takes whole blocks with it, so cutting and quantising commute bit by bit.
-
-A storage format names the tensors that store a weight and converts between them and the weight.
+A block has BLOCK neighbours in a stored row, and each row has separate scales. A linear that loses columns is stored
+transposed. So what leaves are whole rows of codes and scales, also of a stack, which loses whole experts. Cutting and
+quantising commute bit by bit.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.config_types import Dtype
+from loraprune_ds.model.codecs import BLOCK, Codec
 
 # the dtypes of a config
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 WEIGHT = "weight"
 SCALE = "weight_scale"
-BLOCK = 64  # weights per scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 # elements converted at a time, so reading needs little memory beyond the shard
 READ_CHUNK = 1 << 24
 
@@ -52,15 +52,15 @@ def describe_dtype(model: ModelConfig) -> str:
     return model.dtype if model.frozen is None else f"{model.dtype} with {model.frozen} linears"
 
 
-class NotFinite(ValueError):
-    """Raised for a weight with an inf or NaN, which no quantised format can represent."""
-
-
 class StoredTensor(NamedTuple):
     """A tensor that ZeRO-3 shards."""
 
     shape: tuple[int, ...]
-    element_size: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def fill(flat: Tensor, start: int, values: Tensor, origin: int) -> None:
@@ -75,21 +75,22 @@ class StorageFormat(ABC):
 
     tensors: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
-    def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
-        """Returns the tensors that store a weight of `shape`. `element_size` is of the model's dtype, in bytes."""
+    @property
+    def per_element(self) -> int:
+        """The elements of the weight in one element of the first tensor."""
+        return 1
 
     @abstractmethod
-    def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Computes these tensors from the weight. `dtype` is the model's."""
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        """Computes these tensors from the weight."""
 
     @abstractmethod
     def join(self, stored: Iterable[Tensor]) -> Tensor:
         """Computes the weight from these tensors, in the order of `tensors`."""
 
     @abstractmethod
-    def kept(self, axis: int, kept: Tensor) -> dict[str, Slice]:
-        """Returns the part of each tensor that belongs to these rows (axis 0) or columns (axis 1) of the weight."""
+    def kept(self, part: Slice) -> Slice:
+        """Returns the part of each tensor that belongs to a part of the weight, which a cut leaves."""
 
 
 @dataclass(frozen=True)
@@ -98,74 +99,108 @@ class Dense(StorageFormat):
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT,)
 
-    def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
-        return {WEIGHT: StoredTensor(shape, element_size)}
-
-    def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {WEIGHT: weight.to(dtype)}
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        return {WEIGHT: weight}
 
     def join(self, stored: Iterable[Tensor]) -> Tensor:
         (weight,) = stored
         return weight
 
-    def kept(self, axis: int, kept: Tensor) -> dict[str, Slice]:
-        return {WEIGHT: Slice(axis, kept)}
+    def kept(self, part: Slice) -> Slice:
+        return part
 
 
 DENSE = Dense()
+# (first, last) -> the rows [first, last) of a weight, or of its transpose if it is stored so, fp32
+ReadRows = Callable[[int, int], Tensor]
 
-# (start, end) -> the flat elements [start, end) of a weight, or of its transpose if it is stored so, fp32
-ReadPart = Callable[[int, int], Tensor]
 
+@dataclass(frozen=True)
+class Blocks(StorageFormat):
+    """Stores rows of codes and of scales. Ranks read, shard and score them without the others' parts.
 
-class Quantised(StorageFormat):
-    """Stores integers and scales of blocks. Ranks read, shard and score them without the others' parts.
-
-    Rows form bands that share no scale, and each band has one row of scales. So any flat part of either tensor can be
-    computed from complete rows of the weight.
+    Attributes:
+        dtype: of the weight that the linear computes with.
+        transposed: the rows are the weight's columns, which leave.
     """
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
-    per_byte: ClassVar[int]  # elements in a byte
-    transposed: ClassVar[bool]
+    codec: Codec
+    dtype: torch.dtype
+    transposed: bool = False
 
-    @abstractmethod
-    def scale_shape(self, shape: Matrix) -> Matrix:
-        """Returns (bands, scales of a band) of a weight of `shape`."""
+    @property
+    def per_element(self) -> int:
+        return self.codec.per_byte
 
-    @abstractmethod
-    def empty(self, shape: Matrix, like: Tensor) -> dict[str, Tensor]:
-        """Returns these tensors without values, on the device of `like`. Its dtype is the model's."""
+    def matrix(self, shape: Matrix) -> Matrix:
+        """Returns (rows, hidden) of a weight of `shape`, as it is stored."""
+        rows, hidden = shape
+        return (hidden, rows) if self.transposed else shape
 
-    @abstractmethod
-    def read(
-        self, name: str, shape: Matrix, start: int, end: int, read: ReadPart, dtype: torch.dtype
-    ) -> Tensor:
+    def fits(self, shape: Matrix) -> bool:
+        """Tells whether a weight of `shape` has whole blocks, if the codec needs them."""
+        _, hidden = self.matrix(shape)
+        return not self.codec.whole_blocks or hidden % BLOCK == 0
+
+    def stored(self, shape: Matrix) -> dict[str, StoredTensor]:
+        """Returns the tensors that store a weight of `shape`."""
+        codec = self.codec
+        rows, hidden = self.matrix(shape)
+        blocks = -(-hidden // BLOCK)
+        codes = StoredTensor((rows, hidden // codec.per_byte), codec.dtype)
+        scales = StoredTensor((rows, blocks), codec.scale_dtype or self.dtype)
+        return {WEIGHT: codes, SCALE: scales}
+
+    @torch.no_grad()
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        """Computes these tensors, some rows in fp32 at a time. Raises NotFinite."""
+        if self.transposed:
+            weight = weight.t()
+        codes: list[Tensor] = []
+        scales: list[Tensor] = []
+        for part in weight.split(max(1, READ_CHUNK // weight.shape[1])):
+            rows = part.contiguous().float()
+            scales.append(self.codec.scales(rows, self.dtype))
+            codes.append(self.codec.codes(rows, scales[-1]))
+        return {WEIGHT: torch.cat(codes), SCALE: torch.cat(scales)}
+
+    def join(self, stored: Iterable[Tensor]) -> Tensor:
+        codes, scales = stored
+        rows = self.codec.decode(codes, scales, self.dtype)
+        return rows.t() if self.transposed else rows
+
+    def kept(self, part: Slice) -> Slice:
+        return part._replace(axis=0)
+
+    def read(self, name: str, shape: Matrix, start: int, end: int, read: ReadRows) -> Tensor:
         """Returns the flat elements [start, end) of the tensor `name`, which stores a weight of `shape`.
-
-        Args:
-            read: reads complete bands of the weight.
 
         Raises:
             NotFinite: a part has an inf or NaN.
         """
+        (_, width), dtype = self.stored(shape)[name]
+        _, hidden = self.matrix(shape)
+        flat = torch.empty(end - start, dtype=dtype)
+        last = -(-end // width)
+        step = max(1, READ_CHUNK // hidden)
+        for first in range(start // width, last, step):
+            rows = read(first, min(first + step, last))
+            values = self.codec.scales(rows, self.dtype)
+            if name == WEIGHT:
+                values = self.codec.codes(rows, values)
+            fill(flat, start, values.flatten(), first * width)
+        return flat
 
-    @abstractmethod
-    def bands(self, shape: Matrix, start: int, end: int) -> range:
-        """Returns the rows of scales that the flat bytes [start, end) of a weight need."""
-
-    @abstractmethod
-    def elements(self, flat: Tensor) -> Tensor:
-        """Returns an integer for each element of a flat part of the weight."""
-
-    @abstractmethod
-    def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
-        """Returns some rows of the weight in fp32, after rounding to the dtype of the weight.
+    def decode(self, elements: Tensor, first: int, scales: Tensor, first_scales: int) -> Tensor:
+        """Returns some stored rows in fp32, after rounding to the dtype of the weight.
 
         Args:
-            rows: (rows, columns) of `elements`, from row `first`.
-            scales: rows of scales, from row `first_band` of all scales.
+            elements: (rows, hidden) integers of the codec, from row `first`.
+            scales: those of rows from `first_scales`.
         """
+        of_rows = scales[first - first_scales :][: len(elements)]
+        return self.codec.decode_elements(elements, of_rows, self.dtype).float()
 
 
 class FrozenLinear(nn.Linear):
@@ -239,5 +274,5 @@ def storage_format(linear: nn.Module) -> StorageFormat:
     return linear.stored_as if isinstance(linear, FrozenLinear) else DENSE
 
 
-def stored_tensors(linear: nn.Module) -> list[Tensor]:
+def stored_tensors(linear: nn.Module) -> list[nn.Parameter]:
     return [getattr(linear, name) for name in storage_format(linear).tensors]

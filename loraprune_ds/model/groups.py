@@ -26,7 +26,7 @@ modules without weights, plans and exports all use it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Self, TypeVar
@@ -34,16 +34,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.frozen import (
-    DENSE,
-    WEIGHT,
-    Matrix,
-    Pieces,
-    Slice,
-    StorageFormat,
-    StoredTensor,
-)
-from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.frozen import WEIGHT, Matrix, Pieces, Slice
 
 Kind = str
 QUERY_HEADS: Kind = "query_heads"
@@ -234,29 +225,9 @@ class TensorSpec:
         shape[self.axis] = sum(span.size for span in spans)
         return replace(self, spans=spans, shape=tuple(shape))
 
-    def format(self, int8: bool) -> StorageFormat:
-        """Returns the format that ranks store. Only linears with LoRA are int8, in blocks along the hidden axis."""
-        if not int8 or not self.lora:
-            return DENSE
-        rows_are_hidden = self.reads_groups
-        if self.stack and self.stack.transposed:
-            rows_are_hidden = not rows_are_hidden
-        if not rows_are_hidden:
-            return Int8(0)
-        return Int8(1, self.shape[0] // self.matrices)
-
-    def stored(self, element_size: int, int8: bool) -> dict[str, StoredTensor]:
-        """Returns the tensors that ZeRO-3 shards for this one, by name inside the layer."""
-        if not self.lora:
-            if self.keep_fp32:
-                element_size = 4
-            return {self.name: StoredTensor(self.shape, element_size)}
-        tensors = self.format(int8).stored(self.matrix, element_size)
-        return {self.stored_name(name): stored for name, stored in tensors.items()}
-
     def stored_name(self, tensor: str) -> str:
-        """Returns the name inside the layer of one tensor of the storage format, WEIGHT or SCALE."""
-        return self.name if tensor == WEIGHT else f"{self.linear}.{tensor}"
+        """Returns the name inside the layer of one tensor of a linear's storage format, WEIGHT or SCALE."""
+        return f"{self.linear}.{tensor}"
 
     def pieces(self, prefix: str, fused: bool = False, transposed: bool = False) -> Pieces | None:
         """Returns the tensors on disk, or None if it is one tensor with the same name and shape.
@@ -344,16 +315,11 @@ class LayerSpec:
         """Returns the layer with these counts of groups. Kinds that the layer lacks are ignored."""
         return _resized(self, counts)
 
-    def cuts(
-        self, keep: LayerKeep, format_of: Callable[[TensorSpec], StorageFormat]
-    ) -> Iterator[tuple[str, Slice, TensorSpec | None]]:
-        """Yields the stored tensors that get smaller, apart from LoRA: name, slice that stays, and a weight's spec.
+    def cuts(self, keep: LayerKeep) -> Iterator[tuple[TensorSpec, Slice]]:
+        """Yields the tensors that get smaller, apart from LoRA, each with the slice that stays.
 
         Tensors that lose the same rows, such as k_proj and v_proj, share the tensor of indices. A linear that loses
         inputs keeps its full bias.
-
-        Args:
-            format_of: returns the storage format of a tensor.
         """
         kept_by_spans: dict[tuple[Span, ...], Tensor] = {}
         for spec in self.tensors:
@@ -361,10 +327,7 @@ class LayerSpec:
                 continue
             if spec.spans not in kept_by_spans:
                 kept_by_spans[spec.spans] = spec.kept_indices(keep)
-            kept = format_of(spec).kept(spec.axis, kept_by_spans[spec.spans])
-            for tensor, part in kept.items():
-                linear = spec if spec.lora and tensor == WEIGHT else None
-                yield spec.stored_name(tensor), part, linear
+            yield spec, Slice(spec.axis, kept_by_spans[spec.spans])
 
 
 @lru_cache(1 << 12)

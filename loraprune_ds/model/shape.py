@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.families.base import Attention, Family, Mixture
 from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.frozen import Pieces, StoredTensor
+from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.groups import (
     QUERY_HEADS,
     Kind,
@@ -165,14 +165,6 @@ class ModelShape:
                 for layer in others:
                     copies[f"{self.prefix(layer)}{bias}"] = f"{self.prefix(first)}{bias}"
         return copies
-
-    def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
-        """Returns the frozen tensors that ZeRO-3 shards, by name."""
-        return {
-            prefix + name: stored
-            for prefix, tensor in self.tensors()
-            for name, stored in tensor.stored(element_size, int8).items()
-        }
 
     def total_numel(self) -> int:
         return sum(tensor.numel for _, tensor in self.tensors())

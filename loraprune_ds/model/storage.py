@@ -1,65 +1,67 @@
 """Decides how a run stores the frozen linears of its decoder layers: `model.frozen`."""
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from loraprune_ds.config_types import Frozen
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.frozen import BLOCK, DENSE, StorageFormat, StoredTensor
+from loraprune_ds.model.codecs import BLOCK, CODECS, INT8
+from loraprune_ds.model.frozen import Blocks, StoredTensor
 from loraprune_ds.model.groups import TensorSpec
-from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_bytes
 
 
 class Storage(NamedTuple):
-    """Stores linears as they are, as int8 or as NF4. Stacks of experts are int8 in place of NF4.
+    """Stores linears unchanged, as int8 or as NF4. Stacks of experts are int8 in place of NF4.
 
     Attributes:
         refits: cuts refit the linears that lose inputs. These are int8 in place of NF4, because a refit rounds again.
-        dtype: in which NF4 weights compute.
+        dtype: of the model.
     """
 
     frozen: Frozen | None = None
     refits: bool = False
     dtype: torch.dtype = torch.bfloat16
 
-    def format(self, tensor: TensorSpec) -> StorageFormat:
-        """Returns the format that ranks store. All others than linears with LoRA are stored as they are."""
+    def format(self, tensor: TensorSpec) -> Blocks | None:
+        """Returns the format of a linear with LoRA. None for other tensors and without `frozen`: stored unchanged."""
         if self.frozen is None or not tensor.lora:
-            return DENSE
+            return None
         is_refitted = self.refits and tensor.loses_inputs
-        if self.frozen == "nf4" and not tensor.stack and not is_refitted:
-            return NF4(int(tensor.loses_inputs), self.dtype)
-        return tensor.format(int8=True)
+        codec = INT8 if tensor.stack or is_refitted else CODECS[self.frozen]
+        return Blocks(codec, self.dtype, tensor.loses_inputs)
 
-    def parts(self, tensor: TensorSpec, element_size: int) -> dict[str, StoredTensor]:
+    def formats(self, shape: ModelShape) -> dict[str, Blocks]:
+        """Returns the formats of all weights that are stored in blocks, by name."""
+        return {
+            prefix + tensor.name: stored_as
+            for prefix, tensor in shape.tensors()
+            if (stored_as := self.format(tensor))
+        }
+
+    def parts(self, tensor: TensorSpec) -> dict[str, StoredTensor]:
         """Returns the tensors that ZeRO-3 shards for this one, by name inside the layer."""
-        if not tensor.lora:
-            return tensor.stored(element_size, int8=False)
-        parts = self.format(tensor).stored(tensor.matrix, element_size)
+        stored_as = self.format(tensor)
+        if stored_as is None:
+            dtype = torch.float32 if tensor.keep_fp32 else self.dtype
+            return {tensor.name: StoredTensor(tensor.shape, dtype)}
+        parts = stored_as.stored(tensor.matrix)
         return {tensor.stored_name(name): part for name, part in parts.items()}
 
-    def stored(self, shape: ModelShape, element_size: int) -> dict[str, StoredTensor]:
+    def stored(self, shape: ModelShape) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
-        tensors = shape.stored(element_size, int8=False)
-        for layer, linear in shape.linears():
-            prefix = shape.prefix(layer)
-            del tensors[prefix + linear.name]
-            for name, stored in self.parts(linear, element_size).items():
-                tensors[prefix + name] = stored
-        return tensors
+        return {
+            prefix + name: part
+            for prefix, tensor in shape.tensors()
+            for name, part in self.parts(tensor).items()
+        }
 
     def linear_bytes(self, shape: ModelShape) -> int:
         """Counts the bytes of all linears with LoRA, LoRA itself apart."""
-        parts = (
-            stored
-            for _, linear in shape.linears()
-            for stored in self.format(linear).stored(linear.matrix, self.dtype.itemsize).values()
-        )
-        return sum(stored.element_size * math.prod(stored.shape) for stored in parts)
+        of_linears = (self.parts(linear).values() for _, linear in shape.linears())
+        return sum(part.nbytes for parts in of_linears for part in parts)
 
     def describe(self, shape: ModelShape, *, taught: bool) -> str:
         """Says how linears are stored, and what refits add, and a teacher."""
@@ -74,10 +76,10 @@ class Storage(NamedTuple):
         return ", ".join(parts)
 
     def check(self, shape: ModelShape, model: str) -> None:
-        """Raises UserError, which names the `model`, if a linear has no whole blocks of NF4 along its hidden axis."""
+        """Raises UserError, which names the `model`, if a linear lacks whole blocks that its codec needs."""
         for layer, linear in shape.linears():
             stored_as = self.format(linear)
-            if isinstance(stored_as, NF4) and linear.matrix[1 - stored_as.axis] % BLOCK:
+            if stored_as and not stored_as.fits(linear.matrix):
                 raise UserError(
                     f"{model}: {shape.prefix(layer)}{linear.name} has no whole blocks of {BLOCK} "
                     "along its hidden axis; set model.frozen: int8"

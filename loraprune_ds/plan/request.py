@@ -117,17 +117,11 @@ class Request:
 
     def stored(self, shape: ModelShape) -> list[StoredTensor]:
         """Lists the frozen tensors that ZeRO-3 shards."""
-        return self.stored_as(*(tensor for _, tensor in shape.tensors()))
+        return list(self.storage.stored(shape).values())
 
-    def stored_as(self, *tensors: TensorSpec, refits: bool | None = None) -> list[StoredTensor]:
-        """As `stored`, of some tensors. `refits` is False for a model that no refit changes."""
-        storage = self.storage
-        if refits is not None:
-            storage = storage._replace(refits=refits)
-        parts: list[StoredTensor] = []
-        for tensor in tensors:
-            parts += storage.parts(tensor, self.element_size).values()
-        return parts
+    def stored_as(self, *tensors: TensorSpec) -> list[StoredTensor]:
+        """As `stored`, of some tensors."""
+        return [part for tensor in tensors for part in self.storage.parts(tensor).values()]
 
     def dequantised(self, linear: TensorSpec) -> int:
         """Counts the bytes while a linear is dequantised, of a stack one expert. 0 if its weight is stored."""
@@ -140,8 +134,9 @@ class Request:
         """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
         if not self.config.train.distill_weight:
             return []
-        tensors = [tensor for _, tensor in self.shape.tensors() if tensor.name != "lm_head.weight"]
-        return self.stored_as(*tensors, refits=False)
+        stored = self.storage._replace(refits=False).stored(self.shape)
+        stored.pop("lm_head.weight", None)
+        return list(stored.values())
 
     def shard_numel(self, numel: int) -> int:
         """Counts the elements of a rank's shard of so many elements."""
@@ -149,7 +144,7 @@ class Request:
 
     def shard_bytes(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's shards."""
-        return sum(x.element_size * self.shard_numel(math.prod(x.shape)) for x in tensors)
+        return sum(x.dtype.itemsize * self.shard_numel(math.prod(x.shape)) for x in tensors)
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of LoRA."""
@@ -269,4 +264,4 @@ def build_request(
 
 def full_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Counts the bytes of unsharded tensors."""
-    return sum(tensor.element_size * math.prod(tensor.shape) for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -33,9 +33,7 @@ def build_for_losses(
         model.set_attn_implementation(attn_implementation(attention, shape.family))
         model = with_token_losses(model)
     shrink_on_meta(model, shape)
-    storage = pretrained.weights.storage
-    if storage.frozen is not None:
-        store_linears(model, shape, storage)
+    store_linears(model, shape, pretrained.weights.formats)
     if not head:
         model.register_module("lm_head", None)
     return model

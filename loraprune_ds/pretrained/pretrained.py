@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.config_types import Bits, Compensation, Dtype
 from loraprune_ds.files import JsonObject, read_json
+from loraprune_ds.model.codecs import CODECS
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
-from loraprune_ds.model.frozen import DTYPES, StorageFormat
-from loraprune_ds.model.nf4 import NF4
+from loraprune_ds.model.frozen import DTYPES, Blocks
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.storage import Storage
+from loraprune_ds.model.storage import AS_THEY_ARE, Storage
 from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.quantised import headers_of_weights, quantised_weights
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
@@ -44,6 +44,7 @@ class PretrainedModel:
         modules: on the meta device, as in the config. Engines copy them.
         weights: of these modules, or of the smaller ones after cuts.
         tower: the rest of a multimodal model. None if the export has no place for it.
+        storage: of linears on the ranks.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class PretrainedModel:
     modules: PreTrainedModel
     weights: ModelWeights
     tower: Tower | None = None
+    storage: Storage = AS_THEY_ARE
 
     @property
     def shape(self) -> ModelShape:
@@ -62,8 +64,12 @@ class PretrainedModel:
 
     def with_refits(self, compensate: Compensation | None) -> "PretrainedModel":
         """Returns the model with the storage that linears need under `prune.compensate`."""
-        storage = self.weights.storage._replace(refits=compensate != "none")
-        return replace(self, weights=replace(self.weights, storage=storage))
+        return self.stored_by(self.storage._replace(refits=compensate != "none"))
+
+    def stored_by(self, storage: Storage) -> "PretrainedModel":
+        """Returns the model with its linears in the formats of `storage`."""
+        weights = replace(self.weights, formats=storage.formats(self.shape))
+        return replace(self, weights=weights, storage=storage)
 
 
 def open_pretrained(
@@ -133,12 +139,11 @@ def open_quantised(
     check_installed("bitsandbytes", f"{folder}, quantised by bitsandbytes,")
     pretrained = open_pretrained(folder, query_heads=query_heads, quantised=True)
     shape = pretrained.shape
-    of_weights = dict[str, StorageFormat]()
+    of_weights = dict[str, Blocks]()
     for layer, linear in shape.linears():
         name = formats.get(f"{layer}.{linear.linear}")
         if name is not None:
-            in_4_bits = NF4(int(linear.loses_inputs), DTYPES[dtype])
-            stored_as = in_4_bits if name == "nf4" else linear.format(int8=True)
+            stored_as = Blocks(CODECS[name], DTYPES[dtype], linear.loses_inputs)
             of_weights[shape.prefix(layer) + linear.name] = stored_as
     weights = quantised_weights(pretrained.weights, bits, of_weights, read_headers(folder))
     return replace(pretrained, weights=weights, tower=None)
@@ -172,5 +177,5 @@ def open_for_pruning(
     )
     storage = Storage(model.frozen, dtype=DTYPES[model.dtype])
     storage.check(pretrained.shape, str(folder))
-    weights = replace(pretrained.weights, storage=storage)
-    return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)
+    tower = None if model.text_only else pretrained.tower
+    return replace(pretrained, tower=tower).stored_by(storage)

@@ -10,7 +10,7 @@ A folder has either the weights before bitsandbytes quantised them, or bitsandby
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.config_types import Bits
-from loraprune_ds.model.frozen import BLOCK, DENSE, SCALE, WEIGHT, StorageFormat
+from loraprune_ds.model.codecs import BLOCK, NF4
+from loraprune_ds.model.frozen import SCALE, WEIGHT, Blocks
 from loraprune_ds.model.groups import TensorSpec
-from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.pretrained.weight_files import Headers
 from loraprune_ds.pretrained.weights import ModelWeights
 
@@ -32,17 +32,17 @@ ROW_SCALES = "SCB"  # beside a weight in 8 bits
 
 
 def tensors_of_4_bits(
-    weight: Any, spec: TensorSpec, stored_as: StorageFormat, source: Tensor | None
+    weight: Any, spec: TensorSpec, stored_as: Blocks, source: Tensor | None
 ) -> dict[str, Tensor]:
     """Stores a weight in 4 bits. `source` is the weight before, for a linear that loses columns."""
     blocks = blocks_of_4_bits(weight)
     if not spec.loses_inputs:
         rows, _ = spec.matrix
         return {name: tensor.view(rows, -1) for name, tensor in blocks.items()}
-    dtype = weight.quant_state.dtype
     if source is None:
-        source = NF4(0, dtype).join(blocks.values()).view(spec.matrix)
-    return stored_as.split(source, dtype)
+        rows = Blocks(NF4, weight.quant_state.dtype)
+        source = rows.join(blocks.values()).view(spec.matrix)
+    return stored_as.split(source)
 
 
 def _bitsandbytes() -> Any:
@@ -66,13 +66,11 @@ def blocks_of_4_bits(weight: Any) -> dict[str, Tensor]:
     return {WEIGHT: codes, SCALE: scale.float().view(-1, 1)}
 
 
-def tensors_of_8_bits(
-    values: Tensor, scale: Tensor, stored_as: StorageFormat, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def tensors_of_8_bits(values: Tensor, scale: Tensor, stored_as: Blocks) -> dict[str, Tensor]:
     """Stores a weight in 8 bits, int8 with a scale per row."""
     functional = _bitsandbytes().functional
-    weight = functional.int8_vectorwise_dequant(values, scale).to(dtype)
-    return stored_as.split(weight, dtype)
+    weight = functional.int8_vectorwise_dequant(values, scale)
+    return stored_as.split(weight.to(stored_as.dtype))
 
 
 def headers_of_weights(headers: Headers) -> Headers:
@@ -98,15 +96,14 @@ def headers_of_weights(headers: Headers) -> Headers:
 
 
 def quantised_weights(
-    dense: ModelWeights, bits: Bits, formats: Mapping[str, StorageFormat], headers: Headers
+    dense: ModelWeights, bits: Bits, formats: Mapping[str, Blocks], headers: Headers
 ) -> "QuantisedWeights":
     """Returns the weights as pruning stores them. `headers` are of the folder's files as they are."""
     files: dict[str, Path] = {}
     if headers_of_weights(headers) != headers:
         files = {name: path for name, (_, _, path) in headers.items()}
-    return QuantisedWeights(
-        **vars(dense), dense=dense, bits=bits, formats=formats, files_of_bits=files
-    )
+    stored = replace(dense, formats=formats)
+    return QuantisedWeights(**vars(stored), dense=dense, bits=bits, files_of_bits=files)
 
 
 def _read(path: Path, name: str) -> Tensor:
@@ -123,37 +120,32 @@ class QuantisedWeights(ModelWeights):
     Attributes:
         dense: the weights in the folder, without a cut.
         bits: how bitsandbytes quantised them.
-        formats: name of a linear's weight -> how pruning stores it.
         files_of_bits: name in the folder -> file, of all tensors, if the folder has bitsandbytes' tensors.
     """
 
     dense: ModelWeights = field(kw_only=True)
     bits: Bits = field(kw_only=True)
-    formats: Mapping[str, StorageFormat] = field(kw_only=True)
     files_of_bits: Mapping[str, Path] = field(kw_only=True)
 
-    def format(self, name: str) -> StorageFormat:
-        return self.formats.get(name, DENSE)
-
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
-        stored_as = self.format(name)
-        prefix = name.removesuffix(WEIGHT)
-        if stored_as == DENSE or f"{prefix}{SCALE}" in self.files:  # the second is of a refit
+        stored_as = self.formats.get(name)
+        scale = f"{name.removesuffix(WEIGHT)}{SCALE}"
+        if stored_as is None or scale in self.files:  # the second is of a refit
             return super().read_full(name, dtype)
-        parts: list[Tensor] = []
-        for part, tensor in self._take_over(name, stored_as, dtype).items():
-            kept = self.slices.get(prefix + part)
-            parts.append(tensor if kept is None else tensor.index_select(*kept))
+        parts = self._take_over(name, stored_as).values()
+        if name in self.slices:
+            kept = stored_as.kept(self.slices[name])
+            parts = [part.index_select(*kept) for part in parts]
         return stored_as.join(parts)
 
-    def _take_over(
-        self, name: str, stored_as: StorageFormat, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
+    def _take_over(self, name: str, stored_as: Blocks) -> dict[str, Tensor]:
         """Returns the tensors that stored a linear when the training began."""
-        source = None if self.files_of_bits else self.dense.read_full(name, dtype)
+        source = None
+        if not self.files_of_bits:
+            source = self.dense.read_full(name, stored_as.dtype)
         if self.bits == "int8":
             weight = self._in_8_bits(name, source)
-            return tensors_of_8_bits(weight.CB, weight.SCB, stored_as, dtype)
+            return tensors_of_8_bits(weight.CB, weight.SCB, stored_as)
         spec = self.dense.spec(name)
         return tensors_of_4_bits(self._in_4_bits(name, source), spec, stored_as, source)
 

@@ -5,30 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.frozen import (
-    DENSE,
-    READ_CHUNK,
-    SCALE,
-    WEIGHT,
-    Matrix,
-    NotFinite,
-    Pieces,
-    Quantised,
-    Slice,
-    StorageFormat,
-    StoredTensor,
-    fill,
-)
-from loraprune_ds.model.groups import LayerKeep, TensorSpec
+from loraprune_ds.model.codecs import NotFinite
+from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Blocks, Pieces, Slice, fill
+from loraprune_ds.model.groups import LayerKeep, Shape, TensorSpec
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.storage import AS_THEY_ARE, Storage
 from loraprune_ds.pretrained.weight_files import Headers
 
 HEAD = "lm_head.weight"
@@ -57,7 +43,7 @@ class ModelWeights:
         names_on_disk: tensor name -> its name in the file.
         pieces: name of a stack of experts -> its tensors on disk, which are the keys of `files`.
         slices: tensor name -> the part that belongs to the model after a cut.
-        storage: of the linears on the ranks. Files may have the model's dtype instead.
+        formats: name of a linear's weight -> how ranks store it. Files may have it in the model's dtype.
     """
 
     shape: ModelShape
@@ -66,7 +52,7 @@ class ModelWeights:
     pieces: Mapping[str, Pieces]
     slices: Mapping[str, Slice] = field(default_factory=dict)
     transposed: bool = False  # the files have the matrix of each expert transposed
-    storage: Storage = AS_THEY_ARE
+    formats: Mapping[str, Blocks] = field(default_factory=dict)
 
     def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
         """Returns the weights that these groups of each layer leave."""
@@ -76,8 +62,8 @@ class ModelWeights:
         slices: dict[str, Slice] = {}
         for i, layer in enumerate(self.shape.layers):
             prefix = self.shape.prefix(i)
-            for name, part, _ in layer.cuts(keep[i], partial(self._format_in, prefix)):
-                slices[prefix + name] = part
+            for tensor, part in layer.cuts(keep[i]):
+                slices[prefix + tensor.name] = part
         pieces = dict(self.pieces)
         for name in self.pieces.keys() & slices.keys():
             pieces[name] = pieces[name].keep_rows(slices.pop(name).keep)
@@ -123,61 +109,55 @@ class ModelWeights:
         return torch.cat(parts)
 
     def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Reads a tensor of `ModelShape.stored` like `read_flat`. Integers and fp32 tensors ignore `dtype`."""
+        """Reads a tensor of `Storage.stored` like `read_flat`. Codes, scales and fp32 tensors ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
-        spec = self._tensors.get(weight)
-        stored_as = self.format(weight) if spec else DENSE
-        if not spec or not isinstance(stored_as, Quantised) or tensor not in stored_as.tensors:
+        stored_as = self.formats.get(weight)
+        if stored_as is None or tensor not in stored_as.tensors:
             keeps_fp32 = name in self._tensors and self._tensors[name].keep_fp32
             return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
+        matrix = self._tensors[weight].matrix
         if f"{path}.{SCALE}" in self.files:
-            return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
-        read_weight = partial(self.read_flat, weight, dtype=torch.float32)
-        if stored_as.transposed:
-            read_weight = partial(self._read_columns, weight, spec.matrix)
+            return self.read_flat(name, start, end, stored_as.stored(matrix)[tensor].dtype)
         try:
-            return stored_as.read(tensor, spec.matrix, start, end, read_weight, dtype)
+            return stored_as.read(tensor, matrix, start, end, partial(self._read_rows, weight))
         except NotFinite:
-            pieces = self.pieces.get(weight, Pieces((weight,), spec.matrix))
+            pieces = self.pieces.get(weight, Pieces((weight,), matrix))
             for piece in pieces.names:
                 values = self.read_flat(piece, 0, math.prod(pieces.shape), torch.float32)
                 if not torch.isfinite(values).all():
                     raise UserError(
-                        f"{self.files[piece]}: {piece} has an inf or NaN, which {self.storage.frozen} cannot hold"
+                        f"{self.files[piece]}: {piece} has an inf or NaN, which {stored_as.codec.name} cannot hold"
                     ) from None
             raise
 
-    def _read_columns(self, name: str, shape: Matrix, start: int, end: int) -> Tensor:
-        """Returns the elements [start, end) of the transpose, which are complete columns: (end - start,) fp32."""
-        rows, columns = shape
+    def _read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Returns the rows [first, last) of a weight as they are stored, in fp32."""
+        rows, columns = self._tensors[name].matrix
+        if not self.formats[name].transposed:
+            flat = self.read_flat(name, first * columns, last * columns, torch.float32)
+            return flat.view(-1, columns)
         kept = self.slices.get(name, Slice(1, torch.arange(columns))).keep
-        part = Slice(1, kept[start // rows : end // rows])
-        narrow = replace(self, slices={name: part})
-        return narrow.read_flat(name, 0, end - start, torch.float32).view(rows, -1).t().reshape(-1)
+        narrow = replace(self, slices={name: Slice(1, kept[first:last])})
+        flat = narrow.read_flat(name, 0, rows * (last - first), torch.float32)
+        return flat.view(rows, -1).t().contiguous()
 
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
         tensor = self._tensors[name]
-        prefix = name.removesuffix(tensor.name)
-        stored_as = self.format(name)
+        stored_as = self.formats.get(name)
+        if stored_as is None:
+            return self.read_stored(name, 0, tensor.numel, dtype).view(tensor.shape)
+        prefix = name.removesuffix(WEIGHT)
         parts: list[Tensor] = []
-        for part, (shape, _) in stored_as.stored(cast(Matrix, tensor.shape), 1).items():
-            part_name = prefix + tensor.stored_name(part)
-            values = self.read_stored(part_name, 0, math.prod(shape), dtype)
+        for part, (shape, _) in stored_as.stored(tensor.matrix).items():
+            values = self.read_stored(f"{prefix}{part}", 0, math.prod(shape), dtype)
             parts.append(values.view(shape))
         return stored_as.join(parts)
 
     def spec(self, name: str) -> TensorSpec:
         """Describes one of `ModelShape.parameters`."""
         return self._tensors[name]
-
-    def format(self, name: str) -> StorageFormat:
-        """Returns the storage format of one of `ModelShape.parameters`."""
-        return self.storage.format(self._tensors[name])
-
-    def _format_in(self, prefix: str, tensor: TensorSpec) -> StorageFormat:
-        return self.format(prefix + tensor.name)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSpec]:
@@ -204,14 +184,14 @@ def check_weights(
         transposed = headers[names[name]][0] != stacks[whole[name]].shape
     names_on_disk = {whole.get(name, name): in_file for name, in_file in names.items()}
     found = {name: headers[in_file] for name, in_file in names_on_disk.items()}
-    expected = shape.stored(2, int8=False)
+    expected = shape.parameters()
     for name, stack in stacks.items():
         size = stack.shape
         if transposed and len(size) == 3:
             size = (size[0], size[2], size[1])
-        stored = expected.pop(name)._replace(shape=size)
+        del expected[name]
         for piece in stack.names:
-            expected[whole.get(piece, piece)] = stored
+            expected[whole.get(piece, piece)] = size
     _check_tensors(folder, found, expected)
     return ModelWeights(
         shape,
@@ -222,13 +202,13 @@ def check_weights(
     )
 
 
-def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Shape]) -> None:
     for name, (_, _, path) in headers.items():
         if name.endswith(MXFP4):
             raise UserError(
                 f"{path}: {name} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}"
             )
-    for name, (size, _) in expected.items():
+    for name, size in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
         on_disk, dtype, path = headers[name]

@@ -196,7 +196,7 @@ class PrunableModel(ABC):
         stored_as = storage_format(base)
         tensors: dict[str, Tensor] = {}
         if weight is not None:
-            tensors |= stored_as.split(weight, weight.dtype)
+            tensors |= stored_as.split(weight)
         del weight
         for name in stored_as.tensors:
             owner = self.owner(linear_id.layer)

@@ -14,9 +14,14 @@ from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import DTYPES, QuantisedLinear, storage_format, stored_tensors
+from loraprune_ds.model.frozen import (
+    DTYPES,
+    Blocks,
+    QuantisedLinear,
+    storage_format,
+    stored_tensors,
+)
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, TensorSpec
-from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.session.compiled import check_not_compiled
@@ -102,7 +107,7 @@ def _matrix(layer: nn.Module, spec: TensorSpec) -> tuple[int, ...]:
 
 def _weight_dtype(linear: nn.Module) -> torch.dtype:
     stored_as = storage_format(linear)
-    return stored_as.dtype if isinstance(stored_as, NF4) else stored_tensors(linear)[-1].dtype
+    return stored_as.dtype if isinstance(stored_as, Blocks) else stored_tensors(linear)[0].dtype
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:

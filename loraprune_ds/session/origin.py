@@ -16,7 +16,7 @@ from loraprune_ds.checkpoint.state import Origin
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import ADAPTER, lora_linear
-from loraprune_ds.model.frozen import DENSE, DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_pretrained, open_quantised
@@ -120,7 +120,7 @@ def _linear_samples(
         shard = model.owned_weight(LinearId(layer, linear.linear))
         live = shard.flat[:SAMPLE].cpu()
         name = model.shape.prefix(layer) + linear.name
-        if weights.format(name) == DENSE:
+        if name not in weights.formats:
             yield weights.read_flat(name, shard.start, shard.start + len(live), live.dtype), live
         else:
             quantised = weights.read_full(name, dtype).reshape(-1)

@@ -4,6 +4,7 @@ pretrained/quantised.py says what each becomes. No cut quantises anything again.
 """
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -16,9 +17,9 @@ from loraprune_ds.config_types import Bits
 from loraprune_ds.engines import is_sharded
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import BLOCK, WEIGHT, QuantisedLinear, stored_tensors
+from loraprune_ds.model.codecs import BLOCK, INT8, NF4
+from loraprune_ds.model.frozen import WEIGHT, Blocks, QuantisedLinear, stored_tensors
 from loraprune_ds.model.groups import TensorSpec
-from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.quantised import blocks_of_4_bits, tensors_of_4_bits, tensors_of_8_bits
 from loraprune_ds.pretrained.sources import folder_on_disk
@@ -125,18 +126,15 @@ def _from_4_bits(
         f"{name} is in {state.quant_type} with blocks of {state.blocksize}; "
         f"load the base with bnb_4bit_quant_type='nf4', in blocks of {BLOCK}",
     )
-    axis = int(spec.loses_inputs)
-    hidden = spec.matrix[1 - axis]
+    refitted = refits and spec.loses_inputs
+    stored_as = Blocks(INT8 if refitted else NF4, state.dtype, spec.loses_inputs)
+    _, hidden = stored_as.matrix(spec.matrix)
     require(
         hidden % BLOCK == 0,
         f"{name}: a hidden size of {hidden} is no multiple of {BLOCK}, so 4-bit blocks span rows; "
         "load the base in 8 or 16 bits",
     )
-    stored_as = NF4(axis, state.dtype)
-    weight = None
-    if spec.loses_inputs:
-        weight = source.read(name, linear.weight)
-        stored_as = spec.format(int8=True) if refits else stored_as
+    weight = source.read(name, linear.weight) if spec.loses_inputs else None
     return QuantisedLinear(
         linear, stored_as, tensors_of_4_bits(linear.weight, spec, stored_as, weight)
     )
@@ -146,16 +144,16 @@ def _from_8_bits(linear: Any, spec: TensorSpec, name: str, dtype: torch.dtype) -
     values = linear.weight.data.as_subclass(Tensor)
     require(values.dtype == torch.int8, f"{name}: llm_int8_has_fp16_weight=True is not supported")
     scale = linear.weight.SCB if linear.state.SCB is None else linear.state.SCB
-    stored_as = spec.format(int8=True)
-    return QuantisedLinear(linear, stored_as, tensors_of_8_bits(values, scale, stored_as, dtype))
+    stored_as = Blocks(INT8, dtype, spec.loses_inputs)
+    return QuantisedLinear(linear, stored_as, tensors_of_8_bits(values, scale, stored_as))
 
 
 def _prepare_refit(linear: QuantisedLinear, spec: TensorSpec, refits: bool) -> None:
     """Turns NF4 of an earlier training, which had no refit, into int8."""
-    if refits and spec.loses_inputs and isinstance(linear.stored_as, NF4):
-        weight = linear.stored_as.join(stored_tensors(linear))
-        stored_as = spec.format(int8=True)
-        linear.store_as(stored_as, stored_as.split(weight, weight.dtype))
+    before = cast(Blocks, linear.stored_as)
+    if refits and spec.loses_inputs and before.codec == NF4:
+        stored_as = replace(before, codec=INT8)
+        linear.store_as(stored_as, stored_as.split(before.join(stored_tensors(linear))))
 
 
 def _check_whole(whole: bool) -> None:
@@ -194,7 +192,7 @@ class _Source:
         weight = self._weights.read_full(name, dtype).to(codes.device)
         if weight.numel() != 2 * codes.numel():
             return None
-        quantised = NF4(0, dtype).split(weight.view(-1, BLOCK), dtype)[WEIGHT]
+        quantised = Blocks(NF4, dtype).split(weight.view(-1, BLOCK))[WEIGHT]
         same = (quantised == codes).float().mean()
         return weight if same > SAME_CODES else None
 

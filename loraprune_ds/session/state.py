@@ -12,7 +12,7 @@ from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.checkpoint.state import Origin, ResumeState, State, Totals
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER, base_linear, lora_linear
-from loraprune_ds.model.frozen import DENSE, storage_format
+from loraprune_ds.model.frozen import Blocks, storage_format
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Cut, Pruner
@@ -68,8 +68,8 @@ def storage_formats(layers: nn.ModuleList, shape: ModelShape) -> dict[str, str]:
     formats = dict[str, str]()
     for layer, linear in shape.linears():
         stored_as = storage_format(base_linear(layers[layer], linear.linear))
-        if stored_as is not DENSE:
-            formats[f"{layer}.{linear.linear}"] = type(stored_as).__name__.lower()
+        if isinstance(stored_as, Blocks):
+            formats[f"{layer}.{linear.linear}"] = stored_as.codec.name
     return formats
 
 

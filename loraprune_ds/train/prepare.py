@@ -236,9 +236,7 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     if config.deepspeed is None:
         where = "in one process"
     count = format_count(dense.total_numel())
-    storage = prepared.pretrained.weights.storage.describe(
-        dense, taught=config.train.distill_weight > 0
-    )
+    storage = prepared.pretrained.storage.describe(dense, taught=config.train.distill_weight > 0)
     yield (
         f"{model_name(config.model.path)}: {count} parameters, {config.model.dtype}, {storage}, "
         f"{where} ({device_name()})"

@@ -146,8 +146,8 @@ def resolve_ds_config(
         f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}",
     )
     resolved = read_json(path, unique_keys=True)
-    stored = Storage(model.frozen).stored(shape, DTYPES[model.dtype].itemsize)
-    check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
+    stored = Storage(model.frozen, dtype=DTYPES[model.dtype]).stored(shape).values()
+    check_reshardable(str(path), resolved, {tensor.dtype.itemsize for tensor in stored})
     _refuse(str(path), resolved, OWNED)
     owned = _owned_values(config, shape, world_size)
     _check_known(path, resolved, {keys[0] for keys in owned})

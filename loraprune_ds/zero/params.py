@@ -1,7 +1,6 @@
 """Parameters that are born sharded, get a smaller or a new shard, or are gathered on the rank that owns their layer."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.engine.cutting import replace_data
 from loraprune_ds.files import JsonObject
-from loraprune_ds.model.frozen import Matrix, Quantised
+from loraprune_ds.model.frozen import Blocks
 from loraprune_ds.pretrained.build import replace_parameters
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.pruning.prunable_model import OwnedShard
@@ -120,26 +119,29 @@ def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, i
     return state.ds_tensor.detach()[: end - start], start
 
 
-def owned_blocks(base: Any, stored_as: Quantised, comm: Communicator) -> OwnedShard:
-    """Returns this rank's shard of a quantised weight, with the scales that it needs. Collective."""
+def owned_blocks(base: Any, stored_as: Blocks, comm: Communicator) -> OwnedShard:
+    """Returns this rank's shard of a weight in blocks, with the scales that it needs. Collective."""
     flat, start = owned_flat(base.weight, comm.world_size, comm.rank)
     rows, width = full_shape(base.weight)
-    matrix = base.out_features, base.in_features
+    needed = needed_rows(rows, width, comm.world_size)
+    scales = _fetch_rows(base.weight_scale, needed, comm)
+    first = int(needed[comm.rank, 0])
+    codec = stored_as.codec
     return OwnedShard(
-        stored_as.elements(flat.to(comm.device)),
-        start * stored_as.per_byte,
-        (rows, width * stored_as.per_byte),
-        _decode_blocks(stored_as, base.weight_scale, matrix, comm),
+        codec.elements(flat.to(comm.device)),
+        start * codec.per_byte,
+        (rows, width * codec.per_byte),
+        partial(stored_as.decode, scales=scales, first_scales=first),
         transposed=stored_as.transposed,
     )
 
 
-def needed_scales(stored_as: Quantised, shape: Matrix, world_size: int) -> Tensor:
-    """Returns start and end of the flat scales for each rank's shard of a weight, in complete rows: (world_size, 2)."""
-    _, columns = stored_as.scale_shape(shape)
-    ranges = _owned_ranges(math.prod(shape) // stored_as.per_byte, world_size)
-    bands = [stored_as.bands(shape, start, end) for start, end in ranges.tolist()]
-    return torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
+def needed_rows(rows: int, width: int, world_size: int) -> Tensor:
+    """Returns the rows that each rank's shard has a part of, the first and the one after the last: (world_size, 2)."""
+    start, end = _owned_ranges(rows * width, world_size).unbind(-1)
+    first = start // width
+    last = torch.where(end > start, -(-end // width), first)
+    return torch.stack([first, last], 1)
 
 
 def _owned_ranges(numel: int, world_size: int) -> Tensor:
@@ -147,24 +149,20 @@ def _owned_ranges(numel: int, world_size: int) -> Tensor:
     return torch.tensor([owned_range(numel, world_size, rank) for rank in range(world_size)])
 
 
-def _decode_blocks(
-    stored_as: Quantised, scale: Any, shape: Matrix, comm: Communicator
-) -> Callable[[Tensor, int], Tensor]:
-    """Fetches the scales that this rank needs. Returns `OwnedShard.decode` of a weight of `shape`. Collective."""
-    rows, columns = stored_as.scale_shape(shape)
+def _fetch_rows(parameter: Any, needed: Tensor, comm: Communicator) -> Tensor:
+    """Fetches the rows of a sharded matrix that this rank needs. `needed` is of all ranks. Collective."""
+    rows, columns = full_shape(parameter)
     rank = comm.rank
-    needed = needed_scales(stored_as, shape, comm.world_size)
+    needed = needed * columns
     owned = _owned_ranges(rows * columns, comm.world_size)
-    # How many scales a rank (row) has and another (column) needs: (world_size, world_size).
+    # How many elements a rank (row) has and another (column) needs: (world_size, world_size).
     has_start, has_end = owned.unsqueeze(1).unbind(-1)
     needs_start, needs_end = needed.unbind(-1)
     sent = overlap(has_start, has_end, needs_start, needs_end)
     send = sent[rank].tolist()
     receive = sent[:, rank].tolist()
 
-    flat, start = owned_flat(scale, comm.world_size, rank)
+    flat, start = owned_flat(parameter, comm.world_size, rank)
     slices = (needed - start).clamp(min=0).tolist()
     outgoing = torch.cat([flat[low:high] for low, high in slices])
-    scales = comm.all_to_all(outgoing.to(comm.device), send, receive)
-    first_band = int(needed[rank, 0]) // columns
-    return partial(stored_as.decode, scales=scales.view(-1, columns), first_band=first_band)
+    return comm.all_to_all(outgoing.to(comm.device), send, receive).view(-1, columns)

@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from loraprune_ds.engine.cutting import ParameterCut, cut_layers
 from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.frozen import Quantised, storage_format
+from loraprune_ds.model.frozen import Blocks, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, OwnedShard, PrunableModel
@@ -56,7 +56,7 @@ class ShardedModel(PrunableModel):
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         base = self._module(linear_id).base_layer
         stored_as = storage_format(base)
-        if isinstance(stored_as, Quantised):
+        if isinstance(stored_as, Blocks):
             return owned_blocks(base, stored_as, self.comm)
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
         rows, columns = full_shape(base.weight)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds.files import read_json
-from loraprune_ds.model.frozen import QuantisedLinear, storage_format, stored_tensors
-from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.codecs import INT8
+from loraprune_ds.model.frozen import Blocks, QuantisedLinear, storage_format, stored_tensors
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.criterion import gradient_estimate
@@ -180,8 +180,8 @@ def _store_in_int8(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, nn.Linear) and name in (LORA.target_modules or ()):
-                stored_as = Int8(axis=0)
-                tensors = stored_as.split(linear.weight, linear.weight.dtype)
+                stored_as = Blocks(INT8, linear.weight.dtype)
+                tensors = stored_as.split(linear.weight)
                 setattr(parent, name, QuantisedLinear(linear, stored_as, tensors))
 
 

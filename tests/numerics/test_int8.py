@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.model.frozen import DENSE, DTYPES, SCALE, WEIGHT, StorageFormat
+from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Blocks
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import as_on_disk, write_weight_file
@@ -67,7 +67,7 @@ def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
         LayerKeep(zip(kinds, map(torch.tensor, kept), strict=True)) for kept in outcome.kept[-1]
     ]
     left, dtype = pretrained.weights.cut(keep), DTYPES[job.dtype]
-    held = left.storage.stored(left.shape, dtype.itemsize)
+    held = pretrained.storage.stored(left.shape)
     return {
         n: left.read_stored(n, 0, torch.Size(x.shape).numel(), dtype).view(x.shape)
         for n, x in held.items()
@@ -92,17 +92,17 @@ def requantised(job: Job, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns what stores the linears of `whole_state`, by name."""
     opened = open_stored(job)
     shape = opened.shape
-    formats: dict[str, StorageFormat] = {}
+    formats: dict[str, Blocks] = {}
     for layer, linear in shape.linears():
-        name = f"{shape.prefix(layer)}{linear.linear}.base_layer.{WEIGHT}"
-        formats[name] = opened.weights.storage.format(linear)
+        path = f"{shape.prefix(layer)}{linear.linear}"
+        formats[f"{path}.base_layer.{WEIGHT}"] = opened.weights.formats[f"{path}.{WEIGHT}"]
     held: dict[str, Tensor] = {}
     for name, tensor in dense.items():
-        stored_as = formats.get(name.removeprefix("base_model.model."), DENSE)
-        if stored_as == DENSE:
+        stored_as = formats.get(name.removeprefix("base_model.model."))
+        if stored_as is None:
             held[name] = tensor
             continue
-        parts = stored_as.split(tensor, torch.bfloat16)
+        parts = stored_as.split(tensor)
         held |= {name.removesuffix(WEIGHT) + part: value for part, value in parts.items()}
     assert any(name.endswith(SCALE) for name in held)
     return held
@@ -141,7 +141,7 @@ def train_as_meant(ranks: RankPool, world_size: int, job: Job, tmp_path: Path) -
         ranks.run(world_size, train, x)[0] for x in (job, replace(job, folder=meant, frozen=None))
     )
     reads_weights = job.prune.get("criterion") != "fisher"
-    reorders = job.frozen == "nf4" and job.deepspeed is not None and reads_weights
+    reorders = job.deepspeed is not None and reads_weights
     assert_same_outcome(found, expected, rtol=1e-5 if reorders else 0.0)
     left = read_left(job, found)
     assert_equal_tensors(left, found.frozen)

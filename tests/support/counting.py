@@ -214,8 +214,9 @@ def _store(base: Any, storage: Storage) -> None:
     layers = decoder_layers(base)
     for i, spec in shape.linears():
         stored_as = storage.format(spec)
+        assert stored_as is not None
         stock: Any = layers[i].get_submodule(spec.linear)
-        tensors = stored_as.split(stock.weight, torch.float32)
+        tensors = stored_as.split(stock.weight)
         layers[i].set_submodule(spec.linear, QuantisedLinear(stock, stored_as, tensors))
 
 

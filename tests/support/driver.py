@@ -376,10 +376,9 @@ def expected_bytes(job: Job, model: ShardedModel) -> int:
         model.zero_optimizer.ipg_buckets.values(),
         4 if job.dtype == "float32" else 2,
     )
-    storage = open_stored(job).weights.storage
-    stored = storage.stored(model.shape, element_size).values()
+    stored = open_stored(job).storage.stored(model.shape).values()
     frozen = sum(
-        x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored
+        x.dtype.itemsize * partition_numel(math.prod(x.shape), model.world_size) for x in stored
     )
     lora = sum(
         partition_numel(numel, model.world_size) for numel in model.shape.lora_numel(job.lora_r)

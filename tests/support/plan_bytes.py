@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from loraprune_ds.model import adapters, nf4
+from loraprune_ds.model import adapters, codecs
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.refits import refitted
 from loraprune_ds.plan.request import Request
@@ -36,7 +36,7 @@ class BesidePlan:
 
 def bytes_beside_plan(case: Case) -> BesidePlan:
     """Makes the steps and the cut of a case. Collective."""
-    nf4._values(torch.device(DEVICE))  # a table of the process
+    codecs._values(torch.device(DEVICE))  # a table of the process
     gc.collect()
     baseline = MEMORY.alive
     request = case.request(dist.get_world_size())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraprune_ds import config
 from loraprune_ds.engines import run_engine
-from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.frozen import DENSE
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -186,15 +186,13 @@ def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tupl
     cuts: list[tuple[AxisCut, int]] = []
     lora_rank = request.config.lora.r
     element_size = request.element_size
-    of_layer: dict[str, StoredTensor] = {}
-    for spec in layer.tensors:
-        of_layer |= request.storage.parts(spec, element_size)
-    for name, kept, linear in layer.cuts(keep, request.storage.format):
-        stored = of_layer[name]
-        cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
-        if linear:
-            factors = linear.lora_shapes(lora_rank)
-            for which, stays in linear.lora_cuts(lora_rank, kept.keep, keep):
+    for spec, kept in layer.cuts(keep):
+        stored_as = request.storage.format(spec) or DENSE
+        for stored in request.storage.parts(spec).values():
+            cuts.append((AxisCut(stored.shape, *stored_as.kept(kept)), stored.dtype.itemsize))
+        if spec.lora:
+            factors = spec.lora_shapes(lora_rank)
+            for which, stays in spec.lora_cuts(lora_rank, kept.keep, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import QuantisedLinear
-from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.codecs import INT8
+from loraprune_ds.model.frozen import Blocks, QuantisedLinear
 from loraprune_ds.model.lora_product import FusedLoraLinear, draw_mask
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained import adapters as adapters_on_disk
@@ -202,9 +202,10 @@ def pair(
     dense.requires_grad_(False)
     base = dense
     if int8:
-        tensors = Int8(0).split(dense.weight, dtype)
-        base = QuantisedLinear(dense, Int8(0), tensors)
-        dense.weight.data = Int8(0).join(tensors.values())
+        form = Blocks(INT8, dtype)
+        tensors = form.split(dense.weight)
+        base = QuantisedLinear(dense, form, tensors)
+        dense.weight.data = form.join(tensors.values())
     settings: Any = {
         "config": PEFT_CONFIG,
         "r": PEFT_CONFIG.r,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.model.frozen import QuantisedLinear
-from loraprune_ds.model.int8 import Int8
+from loraprune_ds.model.codecs import INT8
+from loraprune_ds.model.frozen import Blocks, QuantisedLinear
 from loraprune_ds.pruning.replay import refit_by_replay
 from tests.oracle.models import make_batches
 from tests.streams.virtual_card import CARD, CPU, device_of, is_card, watching
@@ -114,8 +114,8 @@ def test_scores_and_refits_stay_on_their_device(
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_int8_weights_stay_on_their_device(axis: int) -> None:
-    form, stock = Int8(axis), torch.nn.Linear(96, 70)
-    linear = QuantisedLinear(stock, form, form.split(stock.weight.detach(), torch.float32))
+    form, stock = Blocks(INT8, torch.float32, axis == 1), torch.nn.Linear(96, 70)
+    linear = QuantisedLinear(stock, form, form.split(stock.weight.detach()))
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
     expected, decoded = linear(x), form.decode(linear.weight[5:9], 5, linear.weight_scale, 0)
     with on_virtual_card():

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from loraprune_ds.model import nf4
+from loraprune_ds.model import codecs
+from loraprune_ds.model.frozen import Blocks
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import foreach
 from tests.support import device
@@ -101,16 +102,16 @@ def test_nf4_copies_its_values_to_the_device_once(
 
 
 def decoding_nf4(with_kernels: bool) -> None:
-    nf4._values.cache_clear()
-    nf4._pairs.cache_clear()
-    storage, weight = nf4.NF4(0, torch.float32), torch.ones(2, 128, device=DEVICE)
-    kernels = nf4._kernels if with_kernels else lambda: None
-    with patch.object(nf4, "_kernels", kernels):
+    codecs._values.cache_clear()
+    codecs._pairs.cache_clear()
+    storage, weight = Blocks(codecs.NF4, torch.float32), torch.ones(2, 128, device=DEVICE)
+    kernels = codecs._kernels if with_kernels else lambda: None
+    with patch.object(codecs, "_kernels", kernels):
         for times in range(2):
             with counted() as counts:
-                codes, scale = stored = list(storage.split(weight, torch.float32).values())
+                codes, scale = stored = list(storage.split(weight).values())
                 storage.join(stored)
-                rows = storage.elements(codes.view(-1)).view(2, 128)
+                rows = storage.codec.elements(codes.view(-1)).view(2, 128)
                 storage.decode(rows, 0, scale, 0)
             # the check that all scales are finite; the first time the values of the codes
             assert counts.waits.total() == (1 if times else 2)

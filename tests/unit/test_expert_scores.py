@@ -190,7 +190,8 @@ def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[st
     """Its values lie so close together that bf16 would choose other experts."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
-    weights = open_pretrained(tmp_path).weights
+    opened = open_pretrained(tmp_path)
+    weights = opened.weights
     names = [f"model.layers.{i}.{x}" for i in sparse_layers(weights.shape) for x in tensors]
     for name in names:
         wanted = model.state_dict()[name]
@@ -198,8 +199,8 @@ def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[st
             weights.read_stored(name, 0, wanted.numel(), torch.bfloat16), wanted.flatten()
         )
         assert torch.equal(weights.read_full(name, torch.bfloat16), wanted)
-    stored = weights.storage.stored(weights.shape, 2)
-    assert [x for x, tensor in stored.items() if tensor.element_size == 4] == names
+    stored = opened.storage.stored(weights.shape)
+    assert [x for x, tensor in stored.items() if tensor.dtype == torch.float32] == names
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from bitsandbytes import functional
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from loraprune_ds.model import nf4
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, NotFinite, QuantisedLinear
-from loraprune_ds.model.nf4 import NF4, VALUES
+from loraprune_ds.model import codecs, frozen
+from loraprune_ds.model.codecs import BLOCK, NF4, VALUES, NotFinite
+from loraprune_ds.model.frozen import SCALE, WEIGHT, Blocks, QuantisedLinear, Slice
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 axes = pytest.mark.parametrize("axis", [0, 1], ids=["rows are cut", "columns are cut"])
@@ -19,9 +19,9 @@ axes = pytest.mark.parametrize("axis", [0, 1], ids=["rows are cut", "columns are
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch alone"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "CHUNK", 500)  # a few rows
+    monkeypatch.setattr(codecs, "CHUNK", 500)  # a few rows
     if not request.param:
-        monkeypatch.setattr(nf4, "_kernels", lambda: None)
+        monkeypatch.setattr(codecs, "_kernels", lambda: None)
 
 
 def weight_of(rows: int, hidden: int) -> Tensor:
@@ -42,13 +42,13 @@ def weight_of(rows: int, hidden: int) -> Tensor:
 def test_codes_scales_and_values_are_those_of_bitsandbytes(
     rows: int, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nf4, "READ_CHUNK", 5 * hidden)
+    monkeypatch.setattr(frozen, "READ_CHUNK", 5 * hidden)
     weight = weight_of(rows, hidden).to(dtype)
     codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
-    tensors = NF4(0, dtype).split(weight, dtype)
+    tensors = Blocks(NF4, dtype).split(weight)
     assert torch.equal(tensors[WEIGHT].view(-1), codes.view(-1))
     assert torch.equal(tensors[SCALE].view(-1), state.absmax)
-    found = NF4(0, dtype).join(tensors.values())
+    found = Blocks(NF4, dtype).join(tensors.values())
     assert found.dtype == dtype
     assert torch.equal(found, functional.dequantize_4bit(codes, state))
 
@@ -56,15 +56,16 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(
 @axes
 @pytest.mark.usefixtures("kernels")
 def test_a_cut_commutes_with_it(axis: int) -> None:
-    form = NF4(axis, torch.bfloat16)
+    form = Blocks(NF4, torch.bfloat16, axis == 1)
     weight = weight_of(130, 192) if axis == 0 else weight_of(130, 192).t()
     keep = torch.arange(130)[::3]
-    whole = form.split(weight, torch.bfloat16)
-    small = form.split(weight.index_select(axis, keep), torch.bfloat16)
-    for name, part in form.kept(axis, keep).items():
+    whole = form.split(weight)
+    small = form.split(weight.index_select(axis, keep))
+    part = form.kept(Slice(axis, keep))
+    for name in form.tensors:
         assert torch.equal(small[name], whole[name].index_select(*part))
-    stored = form.stored((weight.shape[0], weight.shape[1]), 2)
-    sizes = {name: (tensor.shape, tensor.element_size()) for name, tensor in whole.items()}
+    stored = form.stored((weight.shape[0], weight.shape[1]))
+    sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in whole.items()}
     assert stored == sizes
     values = form.join(small.values())
     assert torch.equal(values, form.join(whole.values()).index_select(axis, keep))
@@ -78,8 +79,8 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for_and_keeps_its_code
 ) -> None:
     """Norms in fp32 give it inputs in fp32. It computes in the dtype of its weight all the same."""
     stock = nn.Linear(128, 192, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-    form = NF4(axis, torch.bfloat16)
-    linear = QuantisedLinear(stock, form, form.split(stock.weight, torch.bfloat16))
+    form = Blocks(NF4, torch.bfloat16, axis == 1)
+    linear = QuantisedLinear(stock, form, form.split(stock.weight))
     stock.weight.data = form.join([linear.weight, linear.weight_scale])
     x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1), dtype=input_dtype)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -102,4 +103,4 @@ def test_a_weight_that_is_not_finite_has_no_codes(bad: float) -> None:
     weight = weight_of(7, 64)
     weight[6, 63] = bad
     with pytest.raises(NotFinite):
-        NF4(0, torch.float32).split(weight, torch.float32)
+        Blocks(NF4, torch.float32).split(weight)

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, TrainerState
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning
 from loraprune_ds.engine.torch_state import check_optimizer
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.frozen import stored_tensors
+from loraprune_ds.model.codecs import INT8, NF4
+from loraprune_ds.model.frozen import Blocks, Slice, stored_tensors
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.int8 import Int8
-from loraprune_ds.model.nf4 import NF4
 from loraprune_ds.pretrained import sources
 from loraprune_ds.session.live import base_shape
 from loraprune_ds.session.quantised import adopt_quantised
@@ -94,7 +93,7 @@ def test_rows_keep_their_bits_and_columns_come_from_the_files(case: str, folder:
         source = dense[f"{name}.weight"].to(weight.dtype)
         error = float((weight - source).norm() / source.norm())
         in_4_bits = case != "8 bits" and not loses_columns(name)
-        assert isinstance(module.base_layer.stored_as, NF4 if in_4_bits else Int8)
+        assert module.base_layer.stored_as.codec == (NF4 if in_4_bits else INT8)
         assert (0.05 if in_4_bits else 0.0) < error < (0.15 if in_4_bits else 0.02)
         if in_4_bits:
             assert weight.dtype == before[name].dtype
@@ -198,10 +197,8 @@ def test_it_is_pruned_like_its_twin_and_every_cut_takes_slices(
         for spec in layer.linears:
             name = f"{dense.prefix(i)}{spec.linear}"
             base = linears(model)[name].base_layer
-            parts = base.stored_as.kept(spec.axis, spec.kept_indices(keep))
-            for first, now, part in zip(
-                start[name], stored_tensors(base), parts.values(), strict=True
-            ):
+            part = base.stored_as.kept(Slice(spec.axis, spec.kept_indices(keep)))
+            for first, now in zip(start[name], stored_tensors(base), strict=True):
                 assert torch.equal(now, first.index_select(*part))
     exported = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", trust_remote_code=True, dtype="auto"
@@ -219,11 +216,12 @@ def test_a_refit_rewrites_int8_alone_and_a_second_training_may_begin_one(folder:
     model = with_lora(load(folder, NF4_BITS))
     train(model, compensate="none", ratio=0.1)
     for name, module in linears(model).items():
-        assert module.base_layer.stored_as == NF4(int(loses_columns(name)), torch.bfloat16)
+        expected = Blocks(NF4, torch.bfloat16, loses_columns(name))
+        assert module.base_layer.stored_as == expected
     rows, _, _ = train(model, compensate="least_squares", criterion="fisher")
     assert rows[0][1] != rows[-1][1]
     for name, module in linears(model).items():
-        assert isinstance(module.base_layer.stored_as, Int8 if loses_columns(name) else NF4)
+        assert module.base_layer.stored_as.codec == (INT8 if loses_columns(name) else NF4)
     must_name("save_model", model.merge_and_unload)
     with model.disable_adapter(), torch.no_grad():  # the reference of DPO
         reference = model(IDS).logits

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.model.frozen import DENSE
-from loraprune_ds.model.int8 import Int8
-from loraprune_ds.model.nf4 import NF4
+from loraprune_ds.model.codecs import INT8, NF4
+from loraprune_ds.model.frozen import Blocks
 from loraprune_ds.model.storage import Storage
 from loraprune_ds.pretrained.pretrained import open_for_pruning
 from loraprune_ds.train import trainer
@@ -24,10 +23,10 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize(
     ("frozen", "refits", "rows", "columns", "bits"),
     [
-        (None, True, DENSE, DENSE, (16, 16)),
-        ("int8", True, Int8(0), Int8(1, 64), (8.25, 8.25)),
-        ("nf4", True, NF4(0, BF16), Int8(1, 64), (4.5, 8.25)),
-        ("nf4", False, NF4(0, BF16), NF4(1, BF16), (4.5, 4.5)),
+        (None, True, None, None, (16, 16)),
+        ("int8", True, INT8, INT8, (8.25, 8.25)),
+        ("nf4", True, NF4, INT8, (4.5, 8.25)),
+        ("nf4", False, NF4, NF4, (4.5, 4.5)),
     ],
 )
 def test_refits_rewrite_what_loses_columns(
@@ -37,23 +36,24 @@ def test_refits_rewrite_what_loses_columns(
     compensate = "least_squares" if refits else "none"
     pretrained = open_for_pruning(folder, ModelConfig(frozen=frozen)).with_refits(compensate)
     shape = pretrained.shape
-    storage = pretrained.weights.storage
+    storage, formats = pretrained.storage, pretrained.weights.formats
     counted = 0.0
-    for _, linear in shape.linears():
-        assert storage.format(linear) == (columns if linear.loses_inputs else rows)
+    for layer, linear in shape.linears():
+        codec = columns if linear.loses_inputs else rows
+        expected = Blocks(codec, BF16, linear.loses_inputs) if codec else None
+        assert formats.get(shape.prefix(layer) + linear.name) == expected
         counted += bits[linear.loses_inputs] * linear.numel / 8
     assert storage.linear_bytes(shape) == counted
-    stored = storage.stored(shape, 2)
-    plain = shape.stored(2, int8=False)
-    assert plain.keys() == {name for name in stored if not name.endswith("_scale")}
+    stored = storage.stored(shape)
+    assert shape.parameters().keys() == {name for name in stored if not name.endswith("_scale")}
 
 
 def test_experts_are_int8(tmp_path: Path) -> None:
     tiny_model("mixtral", seed=0, hidden_size=64).save_pretrained(tmp_path)
     pretrained = open_for_pruning(tmp_path, ModelConfig(frozen="nf4"))
-    storage = pretrained.weights.storage
-    for _, linear in pretrained.shape.linears():
-        assert isinstance(storage.format(linear), Int8 if linear.stack else NF4)
+    for layer, linear in pretrained.shape.linears():
+        stored_as = pretrained.weights.formats[pretrained.shape.prefix(layer) + linear.name]
+        assert stored_as.codec == (INT8 if linear.stack else NF4)
 
 
 def test_a_hidden_axis_without_whole_blocks_is_named(tmp_path: Path) -> None:
@@ -77,6 +77,5 @@ def test_no_linear_of_a_teacher_is_stored_for_refits(tmp_path: Path) -> None:
     parts = ("build_engine", "find_peft_model", "connect", "Pruning", "Trainer")
     with patch.multiple(trainer, **dict.fromkeys(parts, DEFAULT)):
         trainer.build_trainer(prepared, Mock())
-    taught = prepared.engine.build_inference_engine.call_args.args[0].weights.storage
-    kinds = {type(taught.format(linear)) for _, linear in student.shape.linears()}
-    assert kinds == {NF4}
+    taught = prepared.engine.build_inference_engine.call_args.args[0].weights
+    assert {stored_as.codec for stored_as in taught.formats.values()} == {NF4}
