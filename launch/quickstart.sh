@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare machine to a pruned model: sets up .venv, then cuts SmolLM2-135M while it fine-tunes. It uses all GPUs, or
 # 2 CPU ranks if there are none. The results are in runs/quickstart/. Both models then answer 50 prompts, of which five are
-# shown. A second start answers again, and goes on with a run that was stopped.
+# shown. A second start goes on with a run that was stopped, and shows the answers again.
 #
 #   bash launch/quickstart.sh [--fresh] [arguments of launch/run.py, such as --set train.steps=40]
 #

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers"
 TASKS = "tasks"
-RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"}
+RANK = {  # a rank's own, with its share of the cores
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_STEP_NUM_TASKS",
+    "OMP_NUM_THREADS",
+}
 
 
 def check_after(config: RunConfig) -> None:

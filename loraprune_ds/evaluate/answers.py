@@ -11,8 +11,9 @@ The pruned model's next-token probabilities q are compared with the dense model'
 
 import importlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,9 @@ from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_loss
 from loraprune_ds.pretrained.windows import label_answers
 
 AT_ONCE = 32  # answers that are written together
+# So many turns that another program slows both models. A token of a longer answer takes about as long.
+TIMED_AT_ONCE = 10
+TIMED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Generation:
     chat_template: bool
     greedy: Answers
     sampled: Answers
+    tokens_per_second: float = field(compare=False)
     closeness: Closeness | None = None  # None without a dense model
 
 
@@ -114,10 +119,12 @@ def write_answers(
         sums = [losses(ids, labels).double().sum(1).cpu() for ids, labels in batches]
         return _summarise(writer, answers, torch.cat(sums), settings)
 
+    speeds = measure_speed(writers, settings)
     generations: list[Generation] = []
-    for writer, texts in zip(writers, written, strict=True):
+    for writer, texts, speed in zip(writers, written, speeds, strict=True):
         greedy, sampled = (summarise(writer, answers) for answers in texts)
-        generations.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
+        templated = bool(writer.tokenizer.chat_template)
+        generations.append(Generation(templated, greedy, sampled, speed))
     if dense is not None:
         if text is None:
             text = "the dense model's greedy answers", _labelled(dense, written[1][0], size)
@@ -128,11 +135,22 @@ def write_answers(
 
 
 @torch.no_grad()
-def write_greedily(writer: Writer, settings: AnswerSettings, batch_size: int = AT_ONCE) -> Answers:
-    """Returns the greedy answers of one model alone, as `write_answers` does."""
-    greedy = {"do_sample": False}
-    written = _write(writer, greedy, settings, batch_size, lambda rounds, _: rounds)
-    return _summarise(writer, written, None, settings)
+def measure_speed(writers: list[Writer], settings: AnswerSettings) -> list[float]:
+    """Returns the tokens per second of each model. All write equally many tokens after the same prompts, by turns.
+
+    The models must have written before, which makes kernels and caches ready.
+    """
+    count = min(TIMED_TOKENS, settings.max_new_tokens)
+    prompts = writers[0].prompts
+    seconds = [0.0] * len(writers)
+    for start in range(0, len(prompts), TIMED_AT_ONCE):
+        for i, writer in enumerate(writers):
+            batch = writer.prompts[start : start + TIMED_AT_ONCE]
+            began = perf_counter()
+            # no answer ends, so that both do the same
+            list(writer.write(batch, max_new_tokens=count, min_new_tokens=count, do_sample=False))
+            seconds[i] += perf_counter() - began
+    return [len(prompts) * count / spent for spent in seconds]
 
 
 def _write(

@@ -74,6 +74,8 @@ def _measured(result: JsonObject) -> Measured:
         plan = result["answers_plan"]
         basis = f"greedy answers to {plan['name']} ({plan['sha256'][:8]}), at most {plan['max_new_tokens']} tokens"
         add(basis, lambda model: _answer_values(model["answers"]["greedy"]))
+        basis = f"{plan['name']}, equally many tokens after each prompt, both models by turns"
+        add(basis, lambda model: {"tokens per second": model["answers"]["tokens_per_second"]})
         if close := answers["closeness"]:
             basis = f"{close['text']}, {close['predictions']:,} predictions"
             measured.add(basis, {name: close[name] for name in ("agreement", "overlap", "kl")})

@@ -130,6 +130,8 @@ def test_the_quickstart_runs_from_the_wheel(programs: Path, tmp_path: Path) -> N
         "launch/configs/quickstart.yaml",
         "--set",
         "train.steps=12",
+        "--set",
+        "evaluate.after=[]",
     )
     report = read_json(tmp_path / "runs/quickstart/report.json")
     assert report["versions"]["commit"] is None  # it came from the wheel

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launch.quickstart_answers import shown_lines
-from loraprune_ds.evaluate.answers import Answer, measure_closeness, write_answers, write_greedily
+from loraprune_ds.evaluate import answers
+from loraprune_ds.evaluate.answers import Answer, measure_closeness, write_answers
 from loraprune_ds.evaluate.evaluation import prepare_models
 from loraprune_ds.evaluate.result import answers_page
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
@@ -228,31 +229,36 @@ def test_sampling_follows_from_the_seed_and_needs_no_dense_model(
     assert first.sampled.dense_perplexity is None
 
 
-def test_a_model_alone_writes_the_same_greedy_answers(
-    settings: AnswerSettings, folders: list[Path]
+@torch.no_grad()
+def test_speed_is_that_of_equally_many_tokens_written_by_turns(
+    settings: AnswerSettings, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = load(folders[0], settings)
-    (made,) = write_answers([writer], settings, batch_size=4)
-    assert write_greedily(writer, settings, batch_size=4) == made.greedy
+    """A clock goes on by one at each token of the dense model, and by a half at one of the other."""
+    writers = [load(folder, settings) for folder in folders]
+    turns: list[int] = []
+    for i, writer in enumerate(writers):
+        output_head(writer.model).weight[END] *= 3  # most answers end at once
+        writer.model.register_forward_hook(lambda *_, i=i: turns.append(i))
+    monkeypatch.setattr(answers, "TIMED_AT_ONCE", 4)
+    monkeypatch.setattr(answers, "perf_counter", lambda: sum((1 + i) / 2 for i in turns))
+    assert answers.measure_speed(writers, settings) == [6 / (2 * 0.5), 6 / (2 * 1.0)]
+    assert turns == ([0] * NEW + [1] * NEW) * 2
 
 
 def test_the_quickstart_shows_the_first_prompt_of_each_kind_and_counts_all(
-    settings: AnswerSettings, folders: list[Path]
+    settings: AnswerSettings,
 ) -> None:
-    made = write_greedily(load(folders[0], settings), settings)
-    dense, pruned = (
-        replace(
-            made,
-            ended=ended,
-            texts=[Answer(f"{name} {i}", tokens, False, 0.0, False) for i in range(6)],
-        )
-        for name, ended, tokens in (("dense", 1.0, NEW - 1), ("pruned", 0.5, NEW))
-    )
-    words = [
-        line.split()
-        for line in "\n".join(shown_lines(settings, dense, pruned)).splitlines()
-        if line
-    ]
+    def answers_of(name: str, ended: float, tokens: int) -> dict[str, Any]:
+        means = {"tokens": 9.0, "ended": ended, "repetition": 0.0, "empty": 0.0}
+        texts = [asdict(Answer(f"{name} {i}", tokens, False, 0.0, False)) for i in range(6)]
+        kinds = {"even": means, "odd": means}
+        return {"answers": {"greedy": means | {"by_kind": kinds, "texts": texts}}}
+
+    result = answers_of("pruned", 0.5, NEW) | {
+        "dense": answers_of("dense", 1.0, NEW - 1),
+        "answers_plan": asdict(settings),
+    }
+    words = [line.split() for line in "\n".join(shown_lines(result)).splitlines() if line]
     assert words[1:5] == [
         [">", "even:", "a"],
         ["dense", "0", "pruned", "0", "..."],  # at the limit

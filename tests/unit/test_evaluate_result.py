@@ -103,13 +103,15 @@ def test_answers_have_tables_and_rows() -> None:
     good = Answers(20.0, 0.9, 0.01, 0.0, 2.0, kinds, 0.5, 0.75, [])
     bad = Answers(128.0, 0.1, 0.5, 0.25, 9.0, kinds, 0.0, 0.1, [])
     pruned = replace(
-        PRUNED, answers=Generation(False, bad, bad, Closeness("my text", 0.5, 0.625, 1.25, 100))
+        PRUNED,
+        answers=Generation(False, bad, bad, 60.0, Closeness("my text", 0.5, 0.625, 1.25, 100)),
     )
-    dense = replace(DENSE, answers=Generation(True, good, good))
+    dense = replace(DENSE, answers=Generation(True, good, good, 40.0))
     settings = replace(SETTINGS, answers=AnswerSettings("my.jsonl", "0", ()))
     table = result_table(make_result([pruned, dense], settings, 1, {}))
     found = rows(table)
     assert table.count("90.0 % -> 10.0 %") == 2
+    assert found["tokens per second"] == ["40.0", "60.0", "50.0 % more"]
     assert found["answers that match"] == ["50.0 %", "0.0 %"]
     assert found["ROUGE-L"] == ["0.750", "0.100"]
     assert found["agreement"] == ["-", "50.0 %"]

@@ -79,6 +79,7 @@ def test_the_tour(tmp_path: Path) -> None:
         "train.micro_batch_size=2",
         "prune.prune_every=2",
         "evaluate.max_windows=8",
+        "evaluate.after=[]",
     ]
     small += [
         "output_dir=runs/mine",
