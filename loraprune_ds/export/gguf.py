@@ -32,9 +32,6 @@ from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import PretrainedModel
-from loraprune_ds.pretrained.tokenizer import target_start
-
-T5_TOKENS = 512  # a T5's training length. Its positions have no limit
 
 
 def write_gguf(
@@ -93,7 +90,7 @@ def llama3_factors(rope: JsonObject, head_dim: int) -> Array:
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
     """Writes the context length, limited by the sliding window if the architecture has none."""
-    positions = getattr(config, "max_position_embeddings", T5_TOKENS)
+    positions = config.max_position_embeddings
     window = sliding_window(config)
     if architecture.window_period:
         writer.add_sliding_window(int(config.sliding_window))
@@ -110,7 +107,7 @@ def _add_sizes(
     writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture
 ) -> None:
     mixture = shape.mixture
-    writer.add_block_count(len(shape.layer_lists[0]))
+    writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     queries = [attention.queries for attention in shape.attention]
@@ -125,8 +122,6 @@ def _add_sizes(
         writer.add_head_count_kv(max(heads) if is_one_number else heads)
     channels = _channels(config, shape)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
-    if shape.family.has_encoder:
-        writer.add_decoder_start_token_id(target_start(config.to_dict()))
     if mixture:
         writer.add_expert_count(shape.counts[-1]["experts"])
         writer.add_expert_used_count(mixture.experts_per_token)

@@ -30,7 +30,7 @@ PARTS = {
     "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
 }
 # fields that name the activation
-ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")
+ACTIVATIONS = ("hidden_activation", "hidden_act")
 # A config field, unless null -> the method of GGUFWriter for it. An architecture of llama.cpp ignores what it lacks.
 NUMBERS = {
     "rms_norm_eps": "add_layer_norm_rms_eps",
@@ -59,8 +59,6 @@ NUMBERS = {
     "linear_num_key_heads": "add_ssm_group_count",
     "linear_num_value_heads": "add_ssm_time_step_rank",
     "conv_L_cache": "add_shortconv_l_cache",
-    "num_decoder_layers": "add_decoder_block_count",
-    "relative_attention_num_buckets": "add_relative_attn_buckets_count",
 }
 GROUPS = {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"}
 
@@ -116,10 +114,6 @@ LATENT = Architecture(
     gating=SIGMOID,
     grouped=True,
     lite=(26, 27),
-)
-# llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
-T5_ARCH = Architecture(
-    "t5", activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128}
 )
 GRANITE = Architecture("granite", neighbours=True, only={"position_embedding_type": "rope"})
 GEMMA_ARCH = Architecture(activations=("gelu_pytorch_tanh",), norm_offset=1.0)
@@ -186,7 +180,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         scaled="self_attn.q_norm",
         odd_depth=62,
     ),
-    **dict.fromkeys(("t5", "mt5", "umt5"), T5_ARCH),
 }
 
 
@@ -250,11 +243,6 @@ def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) 
     dense = [i for i, layer in enumerate(shape.counts) if layer.get("experts") == 0]
     if architecture.gating and dense != list(range(len(dense))):
         yield f"dense layers {dense} among those with experts"
-    # llama.cpp allocates one decoder layer for each layer of the encoder
-    encoder, *decoders = map(len, shape.layer_lists)
-    for decoder in decoders:
-        if decoder > encoder:
-            yield f"{decoder} decoder layers after {encoder} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     interval = attention_interval(config) if architecture.delta else 0

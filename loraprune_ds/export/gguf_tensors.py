@@ -6,7 +6,7 @@ values in `kv_b_proj`. The rows of keys are transposed, because queries are mult
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,9 +30,6 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Array], Array]
-EMBEDDING = "token_embd.weight"
-OUTPUT = "output.weight"
-RELATIVE_BIAS = ".attn_rel_b"
 ROUTER = ".ffn_gate_inp"
 SHARED_GATE = ".ffn_gate_inp_shexp"
 CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
@@ -114,13 +111,6 @@ def plan_tensors(
             module = part_name.removeprefix(prefix).rpartition(".")[0]
             steps = tuple(_steps(spec, module, architecture, config, shape))
             tensors.append(GgufTensor(source, name, part_shape, part_type, part, steps))
-    # the head has that scale, untied from the embedding
-    if getattr(config, "scale_decoder_outputs", False):
-        by_name = {tensor.name: tensor for tensor in tensors}
-        scale = partial(shift, offset=0.0, factor=shape.hidden_size**-0.5)
-        head = by_name.get(OUTPUT, by_name[EMBEDDING])
-        by_name[OUTPUT] = replace(head, name=OUTPUT, steps=(scale,))
-        tensors = list(by_name.values())
     return tensors
 
 
@@ -279,7 +269,7 @@ def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
     """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and small biases."""
-    is_small = any(part in name for part in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS))
+    is_small = any(part in name for part in (ROUTER, *CONVOLUTIONS))
     if is_small or len(size) == 1 or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     matrix_type = GGMLQuantizationType[precision.upper()]

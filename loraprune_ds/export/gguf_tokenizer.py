@@ -1,10 +1,9 @@
 """Writes a tokenizer into a GGUF file, so that llama.cpp reads the same tokens as transformers.
 
-llama.cpp has three kinds: byte-level BPE with merges, and sentencepiece's BPE with scores and unigrams (T5).
+llama.cpp has two kinds for our families: byte-level BPE with merges, and sentencepiece's BPE with scores.
 """
 
 import json
-from base64 import b64decode
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,15 +25,6 @@ NOT_COMPOSED = (
 )
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
-# transformers' conversions describe the spaces of sentencepiece and llama.cpp like this. Older ones do not strip.
-STRIP = {"type": "Strip", "strip_left": False, "strip_right": True}
-MANY_SPACES = {"Regex": " {2,}"}
-EXTRA_SPACES = (
-    STRIP,
-    {"type": "Replace", "pattern": MANY_SPACES, "content": SPACE},
-    {"type": "Replace", "pattern": MANY_SPACES, "content": " "},
-)
-LAST_SPACE = "llama.cpp drops a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
 PROBE = "a"
 
@@ -51,7 +41,6 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     # byte-level BPE: `left right`, in order of merging
     merges: list[str] = field(default_factory=list)
-    characters: bytes = b""  # unigrams: sentencepiece's table for normalisation
     remarks: list[str] = field(default_factory=list)
 
     def fill(self, size: int) -> None:
@@ -85,8 +74,6 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
         writer.add_token_scores(vocabulary.scores)
     else:
         writer.add_token_merges(vocabulary.merges)
-    if vocabulary.characters:
-        writer.add_precompiled_charsmap(vocabulary.characters)
     for key in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
         index = getattr(tokenizer, key)
         if isinstance(index, int):
@@ -106,8 +93,6 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         return _byte_level(fast, pre_tokenizer, path)
     if (folder / SENTENCEPIECE_FILE).is_file():
         return _sentencepiece(folder / SENTENCEPIECE_FILE)
-    if fast.get("model", {}).get("type") == "Unigram":
-        return _unigrams(fast, path)
     if fast.get("model", {}).get("byte_fallback"):
         return _sentencepiece_from_merges(fast, path)
     raise NotInGguf(folder, "its tokenizer is neither byte-level BPE nor sentencepiece")
@@ -144,9 +129,6 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
         raise NotInGguf(folder, "its tokenizer puts more than one BOS and EOS around a text")
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
-    one_space = tokenizer(f"{PROBE} {PROBE}").input_ids
-    two_spaces = tokenizer(f"{PROBE}  {PROBE}").input_ids
-    writer.add_remove_extra_whitespaces(one_space == two_spaces)
     first_token = str(tokenizer.convert_ids_to_tokens(plain)[0])
     writer.add_add_space_prefix(first_token.startswith(SPACE))
 
@@ -178,30 +160,6 @@ def _byte_level(fast: JsonObject, pre_tokenizer: list[JsonObject], path: Path) -
     merges = [" ".join(pair) for pair in pairs]
     remarks = [NOT_COMPOSED] if normalizer else []
     return Vocabulary("gpt2", pre, tokens, types, merges=merges, remarks=remarks)
-
-
-def _unigrams(fast: JsonObject, path: Path) -> Vocabulary:
-    """Reads sentencepiece's unigrams. The tokens of a text are its most probable sequence of pieces."""
-    normalizer = _steps(fast["normalizer"], "normalizers")
-    tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
-    spaces = [step for step in normalizer if step in EXTRA_SPACES]
-    if len(normalizer) > len(tables) + len(spaces) or len(tables) > 1:
-        raise NotInGguf(path, "llama.cpp has no name for the way this tokenizer prepares text")
-    model = fast["model"]
-    unknown = model["vocab"][model["unk_id"]][0]
-    tokens, scores = map(list, zip(*model["vocab"], strict=True))
-    types = [_type_of(token, unknown) for token in tokens]
-    pre_tokenizer = _steps(fast["pre_tokenizer"], "pretokenizers")
-    drops_last = STRIP in spaces or {"type": "WhitespaceSplit"} in pre_tokenizer
-    return Vocabulary(
-        "t5",
-        "default",
-        tokens,
-        types,
-        scores,
-        characters=b"".join(map(b64decode, tables)),
-        remarks=[LAST_SPACE] if spaces and not drops_last else [],
-    )
 
 
 def _describe(step: JsonObject) -> str:

@@ -203,26 +203,6 @@ def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert:
     assert {key: value(reader, f"gemma3.{key}") for key in wanted} == wanted
 
 
-def test_an_encoder_and_its_decoder(convert: Any) -> None:
-    """llama.cpp does not scale what the decoder gives, so the head does. Each layer has biases for its own heads."""
-    reader, found, sources = convert("t5")
-    wanted = {"block_count": 3, "decoder_block_count": 2, "decoder_start_token_id": 0}
-    wanted |= {
-        "attention.head_count": 2,
-        "attention.key_length": 16,
-        "attention.relative_buckets_count": 8,
-    }
-    assert {key: value(reader, f"t5.{key}") for key in wanted} == wanted
-    np.testing.assert_allclose(
-        found["output.weight"], sources["shared.weight"] * 96**-0.5, rtol=1e-3, atol=1e-7
-    )
-    bias = "decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-    np.testing.assert_array_equal(found["dec.blk.1.attn_rel_b.weight"], sources[bias])
-    linear = sources["decoder.block.1.layer.1.EncDecAttention.k.weight"].astype(np.float16)
-    np.testing.assert_array_equal(found["dec.blk.1.cross_attn_k.weight"], linear)
-    assert convert("mt5")[1]["output.weight"].shape == (VOCAB, 96)
-
-
 def test_a_window_that_is_off_limits_no_context(convert: Any) -> None:
     assert value(convert("qwen2_moe")[0], "qwen2moe.context_length") == 64
 
@@ -251,10 +231,6 @@ LINEARS_FIRST = ["full_attention", *["linear_attention"] * 4]
         ("qwen3", (), {"attention_bias": True}, "qwen3 self_attn.k_proj bias"),
         ("gemma2", (), deep(2, 1), "gemma2 layer_types"),
         ("smollm3", (), {"no_rope_layers": [1] * 5}, "no_rope_layers"),
-        ("umt5", (), {"feed_forward_proj": "gated-silu"}, "t5 feed_forward_proj 'gated-silu'"),
-        ("t5", (), {"relative_attention_max_distance": 20}, "relative_attention_max_distance 20"),
-        ("t5", (), {"num_decoder_layers": 4}, "t5 4 decoder 3 encoder"),
-        ("mt5", ((2, 96), *[(3, 77)] * 4), {}, "t5 size"),
         ("gemma", (), {"tie_word_embeddings": False}, "gemma lm_head.weight"),
         ("seed_oss", (), {"rope_parameters": LINEAR}, "rope linear"),
         ("qwen3_moe", (), {"norm_topk_prob": False}, "qwen3moe norm_topk_prob False"),

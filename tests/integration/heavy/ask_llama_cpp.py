@@ -18,9 +18,6 @@ def ask(question: dict[str, Any]) -> dict[str, np.ndarray]:
         n_threads=1, n_threads_batch=1, verbose=False,
     )  # fmt: skip
     prompt = question["prompt"]
-    if source := question["source"]:  # of an encoder
-        model._batch.set_batch(source, 0, False)
-        model._ctx.encode(model._batch)
     model.eval(prompt)
     answer = {"logits": np.array(model.scores[: len(prompt)])}
     greedy = []

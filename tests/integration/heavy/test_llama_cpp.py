@@ -6,7 +6,7 @@ Left are the order of sums, f16 tables inside llama.cpp, and values near the mid
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,13 +36,12 @@ from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.integration.heavy.results import ask, python_of, record, selected
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
 from tests.support.export_cases import CASES, VOCAB, WIDE, dense_model, export
-from tests.support.families import YARN, is_seq2seq
+from tests.support.families import YARN
 from tests.support.gguf_cases import (
     PHI3,
     TEXTS,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
-    unigram_tokenizer,
     without_sentencepiece,
 )
 
@@ -91,7 +89,6 @@ OWN = {
         ("qwen35", partial(byte_level_tokenizer, pre="qwen35")),
     )
 }
-OWN |= dict.fromkeys(("t5", "mt5", "umt5"), ("unigram", unigram_tokenizer))
 
 
 @dataclass
@@ -108,16 +105,13 @@ class Compared:
     new_tokens: int
     texts: list[str]
     found: dict[str, np.ndarray]
-    source: list[int]  # what an encoder reads, if there is one
 
     @property
     def name(self) -> str:
         return f"{self.case}-{self.precision}"
 
     def question(self) -> dict[str, Any]:
-        question = {
-            name: getattr(self, name) for name in ("prompt", "new_tokens", "texts", "source")
-        }
+        question = {name: getattr(self, name) for name in ("prompt", "new_tokens", "texts")}
         return question | {"file": str(self.file), "context": len(self.prompt) + self.new_tokens}
 
 
@@ -174,8 +168,7 @@ def make_families(root: Path, cases: set[str]) -> list[Compared]:
         folder.mkdir()
         serve(family, folder / "model", make(folder / "tokenizer", VOCAB), *counts, **changes)
         prompt = (torch.arange(24) * 7 % VOCAB).tolist()
-        source = prompt[::-1][:17] if is_seq2seq(family) else []
-        items += convert(name, tokenizer, folder, prompt, NEW_TOKENS, TEXTS, source)
+        items += convert(name, tokenizer, folder, prompt, NEW_TOKENS, TEXTS)
     return items
 
 
@@ -192,13 +185,7 @@ def make_real(root: Path, cases: set[str]) -> list[Compared]:
 
 
 def convert(
-    case: str,
-    tokenizer: str,
-    folder: Path,
-    prompt: list[int],
-    new_tokens: int,
-    texts: list[str],
-    source: Sequence[int] = (),
+    case: str, tokenizer: str, folder: Path, prompt: list[int], new_tokens: int, texts: list[str]
 ) -> list[Compared]:
     items, model = [], folder / "model"
     made = open_pretrained(model)
@@ -208,19 +195,18 @@ def convert(
             FolderContents(Path(case), "is a model", model), f"gguf-{precision}", folder / precision
         )
         file = folder / precision / f"{case}-{precision}.gguf"
-        given = prompt, new_tokens, texts, {}, list(source)
+        given = prompt, new_tokens, texts, {}
         items.append(Compared(case, architecture, precision, tokenizer, model, file, *given))
     return items
 
 
 def reference(item: Compared) -> PreTrainedModel:
     """Returns the merged fp32 model, which rounds as llama.cpp does. Routers and a shared expert's gate stay fp32."""
-    auto = AutoModelForSeq2SeqLM if item.source else AutoModelForCausalLM
-    model = auto.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        item.merged, dtype=torch.float32, trust_remote_code=True
+    ).eval()
     stack_experts(model)
-    for name, module in model.named_modules():
-        if name.endswith("relative_attention_bias"):
-            continue
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and len(module.weight) > 1:
             weight = module.weight.data
             if isinstance(module, ExpertStack) and module.transposed:
@@ -251,20 +237,14 @@ def rounded(values: Tensor, precision: str) -> Tensor:
 def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
     """Returns logits (tokens, vocab), the greedy continuation, and by how much each token was ahead."""
     model = reference(item)
-    given, ids = {}, "input_ids"
-    if item.source:
-        given, ids = (
-            {"encoder_outputs": model.get_encoder()(torch.tensor([item.source]))},
-            "decoder_input_ids",
-        )
-    result = model(**given, **{ids: torch.tensor([item.prompt])}, use_cache=True)
+    result = model(torch.tensor([item.prompt]), use_cache=True)
     logits, greedy, margins = result.logits[0].numpy(), [], []
     for _ in range(item.new_tokens):
         best = result.logits[0, -1].topk(2)
         margins.append((best.values[0] - best.values[1]).item())
         greedy.append(int(best.indices[0]))
-        given["past_key_values"] = result.past_key_values
-        result = model(**given, **{ids: best.indices[None, :1]}, use_cache=True)
+        cache = result.past_key_values
+        result = model(best.indices[None, :1], past_key_values=cache, use_cache=True)
     return logits, greedy, margins
 
 
