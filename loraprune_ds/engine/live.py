@@ -12,7 +12,6 @@ A new engine takes these steps, in this order:
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -81,27 +80,6 @@ class LiveEngine(ABC):
     ) -> None:
         """Removes all other groups from a dense model of `shape` that has no optimizer yet. Collective."""
         cut_layers(decoder_layers(model), shape, keep, cut_whole)
-
-    @abstractmethod
-    def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        """Names what a Trainer's checkpoint lacks of the optimizer's state for this rank. Not collective."""
-
-    @abstractmethod
-    def write_stand_in(
-        self,
-        folder: Path,
-        model: PeftModel,
-        step: int,
-        groups: list[JsonObject],
-        comm: Communicator,
-    ) -> None:
-        """Writes into an empty folder what a Trainer must find before a callback can restore the state.
-
-        The files change no weight of `model` and no moment.
-
-        Args:
-            groups: Adam's, without parameters.
-        """
 
     # A parameter, before and in a training. Not collective
 

@@ -119,6 +119,7 @@ class LoraPruneCallback(TrainerCallback):
         checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files.lacking)
         self._checkpoint = checkpoint
         if checkpoint is None:
+            comm.all_or_raise(lambda: files.check_none(folder))
             return None
         self._guard.close()
         self.config = checkpoint.prune

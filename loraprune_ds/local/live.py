@@ -1,7 +1,5 @@
 """Connects the pruner with a training whose every process holds the model whole."""
 
-from pathlib import Path
-
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -10,14 +8,9 @@ from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.engine.torch_state import check_optimizer
 from loraprune_ds.engine.watched_model import check_private_names
 from loraprune_ds.errors import require
-from loraprune_ds.files import JsonObject
 from loraprune_ds.local.model import PRIVATE, LocalModel
-from loraprune_ds.model.adapters import ADAPTER
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.layout import Whole
-
-OPTIMIZER_NAME = "optimizer.pt"  # of transformers' Trainer
 
 
 class LiveLocal(LiveEngine):
@@ -27,20 +20,6 @@ class LiveLocal(LiveEngine):
 
     def will_train(self, model: PeftModel) -> bool:
         return True
-
-    def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        return [name for name in (ADAPTER_WEIGHTS, OPTIMIZER_NAME) if not (folder / name).is_file()]
-
-    def write_stand_in(
-        self,
-        folder: Path,
-        model: PeftModel,
-        step: int,
-        groups: list[JsonObject],
-        comm: Communicator,
-    ) -> None:
-        """Writes the adapter of `model`. Without an optimizer's file the Trainer reads no other state."""
-        model.save_pretrained(str(folder), selected_adapters=[ADAPTER], save_embedding_layers=False)
 
     def holds(self, parameter: Tensor) -> bool:
         return True

@@ -24,7 +24,7 @@ from loraprune_ds.checkpoint.state import Origin, State
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.engines import full_shape, future_engine, holder
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.files import STATE_FILE, is_ours
 from loraprune_ds.model.adapters import ADAPTER, base_linear, base_parameter
 from loraprune_ds.model.classes import decoder_layers
@@ -42,7 +42,10 @@ from loraprune_ds.session.origin import base_folder
 from loraprune_ds.session.quantised import adopt_quantised
 from loraprune_ds.session.state import has_plain_adam, storage_formats
 
-TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
+NO_PRUNING = (
+    f"has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent; "
+    "delete it to begin anew"
+)
 COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
 # (checkpoint, rank, engine) -> the files of its optimizer and schedule that the loop's own trainer lacks
 FindLacking = Callable[[Path, int, LiveEngine], list[str]]
@@ -171,12 +174,8 @@ def _find(folder: Path) -> Path | None:
         if is_ours(checkpoint / PRUNING_FOLDER):
             return checkpoint
     is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
-    if checkpoints or is_checkpoint or (folder / TRAINER_STATE).is_file():
-        newest = checkpoints[-1] if checkpoints else folder
-        raise UserError(
-            f"{newest} has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent; "
-            "delete it to begin anew"
-        )
+    newest = checkpoints[-1] if checkpoints else folder
+    require(not (checkpoints or is_checkpoint), f"{newest} {NO_PRUNING}")
     return None
 
 

@@ -1,7 +1,6 @@
 """Connects the pruner with a training on ZeRO-3. It loads DeepSpeed once that trains."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -37,24 +36,6 @@ class LiveZero3(LiveEngine):
         from loraprune_ds.zero.cut import cut_layer
 
         cut_layers(decoder_layers(model), shape, keep, partial(cut_layer, comm=comm))
-
-    def lacks_state(self, folder: Path, rank: int) -> list[str]:
-        from loraprune_ds.zero.external_engine import can_load
-
-        return [] if can_load(folder, rank) else ["complete global_step*"]
-
-    def write_stand_in(
-        self,
-        folder: Path,
-        model: PeftModel,
-        step: int,
-        groups: list[JsonObject],
-        comm: Communicator,
-    ) -> None:
-        """Writes a checkpoint of DeepSpeed, which needs files of the same ranks."""
-        from loraprune_ds.zero.external_engine import write_stand_in
-
-        write_stand_in(folder, step, groups, comm)
 
     def holds(self, parameter: Tensor) -> bool:
         return is_sharded(parameter)

@@ -17,6 +17,7 @@ from loraprune_ds.checkpoint.state import Origin, ResumeState, State, Totals
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import write_json
+from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session import checkpoint
 from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
@@ -120,12 +121,10 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
     newest = tmp_path / "checkpoint-12"
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved" / "trainer_state.json").touch()
-    for folder, lacking in (
-        (newest, newest),
-        (tmp_path, newest),
-        (tmp_path / "moved", tmp_path / "moved"),
-    ):
-        must_name(f"{lacking} pruning/", checkpoint._find, folder)
+    for folder in (newest, tmp_path):
+        must_name(f"{newest} pruning/", checkpoint._find, folder)
+    moved = tmp_path / "moved"
+    must_name(f"{moved} pruning/", LoraPruneCallback(CONFIG).resume, Mock(), moved)
 
 
 def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(tmp_path: Path) -> None:
