@@ -9,11 +9,12 @@ from packaging.version import Version
 from loraprune_ds.errors import require
 
 log = logging.getLogger(__name__)
-OWN = {"transformers": "5.24", "peft": "0.21.2"}  # runs, chats and evaluations
-DEEPSPEED = "0.18.9"
-ALONE = (
-    ": pip install 'loraprune_ds[deepspeed]', or train without ZeRO-3 (a run: --set deepspeed=null)"
-)
+# of runs, chats and evaluations, and of ZeRO-3
+LEAST = {"transformers": "5.24", "peft": "0.21.2", "deepspeed": "0.18.9"}
+ADVICE = {
+    "deepspeed": ": pip install 'loraprune_ds[deepspeed]', "
+    "or train without ZeRO-3 (a run: --set deepspeed=null)"
+}
 
 
 def has(package: str) -> bool:
@@ -24,26 +25,18 @@ def installed(package: str) -> str | None:
     return next((found.version for found in distributions(name=package)), None)
 
 
-def is_new(package: str, least: str) -> bool:
-    """Tells whether a package is installed, in the version `least` or a newer one."""
-    return has(package) and Version(installed(package) or "0") >= Version(least)
+def is_new(package: str) -> bool:
+    return has(package) and Version(installed(package) or "0") >= Version(LEAST[package])
 
 
-def check_own() -> None:
-    for package, least in OWN.items():
-        _check(package, least)
-
-
-def check_deepspeed() -> None:
-    """Raises UserError without a DeepSpeed that can cut."""
-    _check("deepspeed", DEEPSPEED, ALONE)
-
-
-def _check(package: str, least: str, advice: str = "") -> None:
-    require(
-        is_new(package, least),
-        f"this needs {package} {least} or newer; installed is {installed(package)}{advice}",
-    )
+def check_new(*packages: str) -> None:
+    """Raises UserError without one of these packages, or if it is too old."""
+    for package in packages:
+        require(
+            is_new(package),
+            f"this needs {package} {LEAST[package]} or newer; "
+            f"installed is {installed(package)}{ADVICE.get(package, '')}",
+        )
 
 
 def check_installed(package: str, what: str, install: str | None = None) -> None:

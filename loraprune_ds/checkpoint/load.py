@@ -21,7 +21,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pretrained.exported_config import ExportedConfig
+from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_quantised
 from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import Tower
@@ -122,7 +122,8 @@ class TrainingCheckpoint(SavedStep):
 
     @property
     def exported(self) -> ExportedConfig:
-        return self.dense.exported(self.shape, self.config.model.dtype)
+        tower = self.tower and self.tower.config
+        return export_config(self.dense.config, self.shape, self.config.model.dtype, tower)
 
     @property
     def dense_folder(self) -> Path:

@@ -26,7 +26,7 @@ from loraprune_ds.report.measured import read_measured, table
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
 from loraprune_ds.units import format_percent
-from loraprune_ds.versions import check_deepspeed, check_own
+from loraprune_ds.versions import check_new
 
 if TYPE_CHECKING:
     from loraprune_ds.ranks.comm import Communicator
@@ -138,7 +138,7 @@ def launch() -> int:
     if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()
-    check_deepspeed()
+    check_new("deepspeed")
     if ranks is not None:  # otherwise each rank on a CPU would use all cores
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -147,9 +147,9 @@ def launch() -> int:
 
 def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
     """Starts the process group, if there is one, after all imports. Collective. `verbose`: libraries may print."""
-    check_own()
+    check_new("transformers", "peft")
     if sharded:
-        check_deepspeed()
+        check_new("deepspeed")
     job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     job.collective_timeout(os.environ)
     job.longest_silence(os.environ)

@@ -6,10 +6,8 @@ rank 0  publish(out)
 """
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -154,13 +152,6 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
     write_json(folder / "config.json", exported.config | first)
     _write_modelling_file(folder, exported.config["model_type"])
     write_model_card(folder, card, exported)
-
-
-def try_export(exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
-    """Makes all but the weights of an export in a temporary folder, so that no training ends in an error of these."""
-    with tempfile.TemporaryDirectory() as folder:
-        # a renamed model has its tokenizer read, too
-        finish_folder(Path(folder), replace(exported, renamed=True), dense, card)
 
 
 def copy_model(model: PretrainedModel, out: Path) -> None:

@@ -30,7 +30,6 @@ from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.table import describe
 from loraprune_ds.hf.trainer_files import TrainerFiles
-from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.pretrained.weight_files import check_room
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
@@ -40,7 +39,7 @@ from loraprune_ds.session.checks import check_one_dtype
 from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.session.quantised import prepare_quantised
-from loraprune_ds.versions import can_show, check_deepspeed
+from loraprune_ds.versions import can_show, check_new
 
 log = logging.getLogger(__name__)
 REPORTED = (
@@ -68,7 +67,7 @@ class LoraPruneCallback(TrainerCallback):
 
     def __init__(self, config: PruneConfig, steps: int | None = None, seed: int = 0) -> None:
         if is_deepspeed_zero3_enabled():  # its arguments were made, but maybe not its model
-            check_deepspeed()
+            check_new("deepspeed")
         self.config = config
         self.steps = steps
         self.seed = seed
@@ -153,7 +152,7 @@ class LoraPruneCallback(TrainerCallback):
         ds_config = _ds_config(args)
         self._files = TrainerFiles(ds_config, bool(args.fp16))
         if ds_config is not None:
-            check_deepspeed()
+            check_new("deepspeed")
             # DeepSpeed, once it is needed
             from loraprune_ds.zero.ds_config import check_reshardable
 
@@ -201,11 +200,12 @@ class LoraPruneCallback(TrainerCallback):
         folder = Path(str(args.output_dir))
         schedule = self._pruning.schedule
         dtype = self._pruning.dtype
-        if state.is_world_process_zero:
-            lines = describe(schedule, DTYPES[dtype].itemsize, str(folder))
-            tqdm.write("\n".join(lines))
-        numel = schedule.numel_after(state.global_step)
-        self._pruning.model.comm.on_rank_0(lambda: check_room(folder, numel, dtype))
+
+        def announce() -> None:
+            tqdm.write("\n".join(describe(schedule, dtype, folder)))
+            check_room(folder, schedule.final_numel, dtype)
+
+        self._pruning.model.comm.on_rank_0(announce)
         if checkpoint and checkpoint.restores_optimizer:
             _advance(more["lr_scheduler"], checkpoint.resume_state().adam_step or 0)
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.

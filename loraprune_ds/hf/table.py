@@ -1,17 +1,20 @@
 """Says before the first step what will leave in which steps, and what will be written."""
 
+from pathlib import Path
+
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
+from loraprune_ds.config_types import Dtype
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import final_shape
 from loraprune_ds.units import aligned, format_bytes, format_count, format_percent
 
 
-def describe(schedule: Schedule, bytes_per_weight: int, out: str) -> list[str]:
+def describe(schedule: Schedule, dtype: Dtype, out: Path) -> list[str]:
     """Lays out a training whose folder is `out`."""
     dense = schedule.limits.dense
-    before = dense.total_numel()
-    counts = (before, round(before - schedule.limits.leaving(schedule.ratio)))
-    weights = [format_bytes(count * bytes_per_weight) for count in counts]
+    counts = (dense.total_numel(), schedule.final_numel)
+    weights = [format_bytes(count * DTYPES[dtype].itemsize) for count in counts]
     rows = [
         ["", "dense", "pruned"],
         ["parameters", *map(format_count, counts)],

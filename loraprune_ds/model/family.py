@@ -125,14 +125,14 @@ def find_family(model_type: object, where: str, others: str = "") -> Family:
         UserError: no family has this model type, or the installed transformers lacks it. The line names `where`, the
             folder, hub id or model.
     """
-    if isinstance(model_type, str) and family_name(model_type) in FAMILIES:
-        name = family_name(model_type)
+    name = family_name(str(model_type))
+    if name in FAMILIES:
         require(
             name in CONFIG_MAPPING,
             f"{where}: transformers {__version__} has no model_type {name!r}; install a newer one",
         )
         return FAMILIES[name]
-    reason = REFUSED.get(str(model_type).removesuffix("_text"))
+    reason = REFUSED.get(name.removesuffix("_text"))
     because = f", because {reason}" if reason else ""
     supported = ", ".join(sorted(FAMILIES)) + others
     raise UserError(

@@ -17,7 +17,6 @@ from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.frozen import DTYPES, Blocks
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.storage import AS_THEY_ARE, Storage
-from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
 from loraprune_ds.pretrained.quantised import headers_of_weights, quantised_weights
 from loraprune_ds.pretrained.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.pretrained.text_part import (
@@ -57,10 +56,6 @@ class PretrainedModel:
     @property
     def shape(self) -> ModelShape:
         return self.weights.shape
-
-    def exported(self, shape: ModelShape, dtype: str) -> ExportedConfig:
-        """Describes this model with the sizes of `shape`, and its tower."""
-        return export_config(self.config, shape, dtype, self.tower and self.tower.config)
 
     def with_refits(self, compensate: Compensation | None) -> "PretrainedModel":
         """Returns the model with the storage that linears need under `prune.compensate`."""

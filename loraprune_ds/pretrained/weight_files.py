@@ -154,9 +154,9 @@ def write_weight_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(on_cpu, path, metadata={"format": "pt"})
 
 
-def check_room(folder: Path, numel: float, dtype: Dtype) -> None:
-    """Raises UserError unless the disk of a folder, which may be new, has room for models of `numel` parameters."""
-    needed = round(numel) * DTYPES[dtype].itemsize
+def check_room(folder: Path, numel: int, dtype: Dtype) -> None:
+    """Raises UserError unless the disk of a folder, which may be new, has room for a model of `numel` parameters."""
+    needed = numel * DTYPES[dtype].itemsize
     disk = next(shutil.disk_usage(path) for path in (folder, *folder.parents) if path.exists())
     free = format_bytes(disk.free)
     require(

@@ -92,11 +92,10 @@ class Schedule:
         """Returns True for each step up to the last cut."""
         return step <= self.last_cut
 
-    def numel_after(self, step: int) -> float:
-        """Counts the parameters of the model that is made after `step`. None is made after the last."""
-        if step >= self.steps:
-            return 0
-        return self.limits.dense.total_numel() - self.limits.leaving(self.ratio)
+    @property
+    def final_numel(self) -> int:
+        """The parameters after the last cut."""
+        return round(self.limits.dense.total_numel() - self.limits.leaving(self.ratio))
 
     def cycles(self) -> list[int]:
         """Lists the lengths of the learning rate's cycles: the steps with cuts, and the recovery."""

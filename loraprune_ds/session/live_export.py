@@ -10,13 +10,14 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config_types import Dtype
-from loraprune_ds.export.huggingface import begin, publish, saving, try_export, write_model
+from loraprune_ds.export.huggingface import begin, publish, saving, write_model
 from loraprune_ds.export.model_card import card_of_state
 from loraprune_ds.files import JsonObject, staging_of, write_json
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pretrained.exported_config import ExportedConfig, export_config
+from loraprune_ds.pretrained.tokenizer import has_tokenizer, load_tokenizer
 from loraprune_ds.pretrained.weight_files import drop_auto_maps
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
 from loraprune_ds.pruning.step import Pruner
@@ -27,7 +28,7 @@ from loraprune_ds.session.live import base_config
 def export_live(
     pruner: Pruner, state: State, dtype: Dtype, folder: Path | None, tokenizer: Any, *, merge: bool
 ) -> None:
-    """Writes a Hugging Face model. Without a folder, tries all but the weights. Collective.
+    """Writes a Hugging Face model. Without a folder, tries its config and tokenizer. Collective.
 
     Raises:
         UserError: the folder is not empty.
@@ -42,7 +43,6 @@ def export_live(
         dense = Path(path)  # has the files of the dense model next to its weights
         comm.write_on_rank_0(dense, lambda: _save_settings(dense, peft_model, config, tokenizer))
         if folder is None:
-            comm.on_rank_0(lambda: try_export(exported, dense, card))
             return
         comm.write_on_rank_0(folder, lambda: begin(folder))
         live = LiveModel(model, exported, dense, dtype)
@@ -60,6 +60,8 @@ def _save_settings(dense: Path, peft_model: PeftModel, config: JsonObject, token
         tokenizer.save_pretrained(dense)
         # the trainer's user may trust a tokenizer's code; an export brings none
         drop_auto_maps(dense)
+    if has_tokenizer(dense):
+        load_tokenizer(dense)  # as an export may
 
 
 @dataclass(frozen=True)

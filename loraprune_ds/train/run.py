@@ -14,8 +14,8 @@ import torch
 from loraprune_ds.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.errors import UserError, fail_point
-from loraprune_ds.export.huggingface import begin, publish, try_export, write_model
-from loraprune_ds.export.model_card import ModelCard, card_of_step, write_model_card
+from loraprune_ds.export.huggingface import begin, publish, write_model
+from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import check_room
@@ -50,16 +50,17 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     torch.use_deterministic_algorithms(config.train.deterministic)
     prepared = prepare(config, comm, output.continued, check_tokenizer)
     warnings: list[str] = []
+    schedule = prepared.schedule
     checkpoint = find_checkpoint(output, comm, prepared.pretrained, warnings) if resumes else None
     if checkpoint:
         check_data(checkpoint, prepared)
 
     def open_output() -> None:
+        if checkpoint is None or checkpoint.state.step < schedule.steps:
+            check_room(output.path, schedule.final_numel, config.model.dtype)
         output.create(prepared.config)
         warnings.extend(_clear_earlier(output.path, prepared, checkpoint))
 
-    step = checkpoint.state.step if checkpoint else 0
-    comm.on_rank_0(lambda: _try_export(prepared, output.path, step))
     comm.write_on_rank_0(output.path, open_output)
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
@@ -73,16 +74,6 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         # the launcher ends the other ranks if one exits early with a code other than 0
         comm.barrier()
     return finished
-
-
-def _try_export(prepared: Prepared, folder: Path, step: int) -> None:
-    """Tries all but the weights of the exports after `step`, and looks for room for these. Raises UserError."""
-    dense = prepared.pretrained
-    shape = dense.shape
-    config = prepared.config
-    check_room(folder, prepared.schedule.numel_after(step), config.model.dtype)
-    card = ModelCard("", shape, shape, config.prune, asked=0, data="", steps=0, perplexity_data="")
-    try_export(dense.exported(shape, config.model.dtype), dense.folder, card)
 
 
 def _clear_earlier(

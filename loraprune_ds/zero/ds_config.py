@@ -16,7 +16,7 @@ from loraprune_ds.files import JsonObject, read_json
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.storage import Storage
-from loraprune_ds.versions import DEEPSPEED, is_new
+from loraprune_ds.versions import is_new
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -274,7 +274,7 @@ def _fill(path: Path, resolved: JsonObject, keys: tuple[str, ...], value: Any) -
 def _validate(path: Path, resolved: JsonObject) -> None:
     """Makes DeepSpeed check its sections before the model is loaded. Without it only the plan's are checked."""
     sections: dict[str, type[BaseModel]] = {"zero_optimization": ZeroSettings}
-    if is_new("deepspeed", DEEPSPEED):
+    if is_new("deepspeed"):
         from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from deepspeed.utils.config import DeepSpeedThroughputTimerConfig

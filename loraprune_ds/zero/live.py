@@ -14,7 +14,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.versions import check_deepspeed
+from loraprune_ds.versions import check_new
 from loraprune_ds.zero.shards import NAME, FlatShards, is_sharded
 
 
@@ -49,7 +49,7 @@ class LiveZero3(LiveEngine):
     def connect(self, training: LiveTraining) -> PrunableModel:
         from loraprune_ds.zero.ds_config import check_reshardable
 
-        check_deepspeed()
+        check_new("deepspeed")
         ds_config = _ds_config(training)
         if ds_config is not None:
             sizes = {parameter.element_size() for parameter in training.peft_model.parameters()}

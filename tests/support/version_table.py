@@ -30,7 +30,7 @@ def rows() -> dict[str, str]:
         ),
         "the callback on ZeRO-3": f"also {extras['deepspeed'][0]}",
         "`run`, `chats`, `evaluate`": ", ".join(
-            f"{name}>={least}" for name, least in versions.OWN.items()
+            f"{name}>={versions.LEAST[name]}" for name in ("transformers", "peft")
         ),
         "`run` on several ranks": f"also {extras['deepspeed'][0]}",
         "`plan`, exports as `hf` and `adapter`": "nothing more",

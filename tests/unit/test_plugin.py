@@ -142,7 +142,7 @@ def test_the_table_tells_cuts_shapes_and_who_can_load_the_result(dense: Path) ->
     for ranking, lines in tables.items():
         config = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, ranking=ranking)
         schedule = plan_pruning(*resolve(config, shape), 12)
-        table = describe(schedule, 4, "out")
+        table = describe(schedule, "float32", Path("out"))
         assert "30.0 %" in table[0]
         assert ", ".join(map(str, schedule.cut_steps)) + " of 12" in table[0]
         assert [line.split()[0] for line in table[2:-2] if line.split()[0] in shape.kinds] == lines

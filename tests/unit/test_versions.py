@@ -127,19 +127,25 @@ def test_a_callback_that_finds_no_room_for_its_sizes_is_refused(
 class Unsaved:
     """A tokenizer whose save fails like sentencepiece's with another protobuf."""
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: Path) -> None:
         raise RuntimeError("Detected mismatched Protobuf Gencode/Runtime version suite")
 
 
-def test_what_no_save_could_write_is_refused_before_the_first_step(tmp_path: Path) -> None:
+class Unread:
+    """A tokenizer whose files no export can read."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "named"),
+    [(Unsaved(), "saved RuntimeError Protobuf"), (Unread(), "readable tokenizer")],
+)
+def test_what_no_save_could_write_is_refused_before_the_first_step(
+    tmp_path: Path, tokenizer: Unsaved | Unread, named: str
+) -> None:
     model = make_model(make_tiny_llama(tmp_path / "dense", layers=6)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    must_name(
-        "saved RuntimeError Protobuf",
-        Pruning,
-        model,
-        SGD(trained, lr=0.1),
-        PRUNE,
-        STEPS,
-        tokenizer=Unsaved(),
-    )
+    optimizer = SGD(trained, lr=0.1)
+    must_name(named, Pruning, model, optimizer, PRUNE, STEPS, tokenizer=tokenizer)
