@@ -1,4 +1,4 @@
-"""The sizes of a model: its layers, each a list of tensors, and the parameters outside. Also the cost of a token."""
+"""The sizes of a model: its layers, each a list of tensors, and the parameters outside. Also the cache of a token."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -208,25 +208,6 @@ class ModelShape:
         return replace(self, layers=tuple(self.layers[i] for i in layers))
 
 
-# The cost of a token. An operation is a multiply or an add
-
-
-def active_numel(shape: ModelShape) -> int:
-    """Counts the linear parameters that one token uses. Of the experts these are only the chosen ones."""
-    numel = 0
-    for layer in shape.layers:
-        for tensor in layer.tensors:
-            # A matrix without groups, such as Mamba's out_proj, may lack LoRA.
-            is_whole_matrix = len(tensor.shape) > 1 and not tensor.spans
-            if tensor.lora or is_whole_matrix:
-                numel += tensor.numel
-    if shape.mixture:
-        for counts in shape.counts:
-            idle = max(0, counts["experts"] - shape.mixture.experts_per_token)
-            numel -= idle * shape.group_numel["experts"]
-    return numel
-
-
 def cached_numel(shape: ModelShape) -> int:
     """Counts the elements a token adds to the KV cache in all layers.
 
@@ -238,30 +219,3 @@ def cached_numel(shape: ModelShape) -> int:
 def state_numel(shape: ModelShape) -> int:
     """Counts the elements of the states of delta nets and Mamba-2, which have no KV cache. They are fp32."""
     return sum(attention.state for attention in shape.attention)
-
-
-def attention_product(shape: ModelShape, window: float) -> float:
-    """Returns the operations per token of one attention product in all layers, over the full window.
-
-    A delta net multiplies its state three times: by the key (Mamba-2: by a decay), by the query, and to add
-    the value. That equals two products over half a window here.
-    """
-    width = sum(attention.width for attention in shape.attention)
-    return 2 * width * window + 6 * state_numel(shape)
-
-
-def needed_flops_per_token(shape: ModelShape, window: float) -> float:
-    """Returns the operations that training needs per token. The utilisation of a GPU (MFU) counts these.
-
-    A frozen weight takes two passes: the output and the gradient of the input. Attention takes six products, over half
-    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring and recomputation do not count. LoRA's own
-    products do not count either: they are below 1 %.
-
-    Args:
-        window: the tokens that attention covers. The mean over all tokens if texts differ.
-    """
-    head = shape.vocab_size * shape.hidden_size
-    frozen = active_numel(shape) + head
-    attention = 6 * attention_product(shape, window) / 2
-    # A token passes either the encoder or the decoder.
-    return (4 * frozen + attention) / len(shape.layer_lists)

@@ -11,18 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraprune_ds.config_types import Dtype
-
-# Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry contained in a card's name is used.
-PEAK_TERAFLOPS = {
-    "B200": 2250,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    **dict.fromkeys(("H100", "H200", "H800"), 989),  # also a GH200
-    **dict.fromkeys(("A100", "A800"), 312),
-    "L40S": 362,
-    "RTX 4090": 165,
-}
 # On a CPU oneDNN compiles a kernel for each shape of a bf16 product, in 3 ms and half a megabyte. Every cut brings new
 # shapes. 512 are those of a step of 40 layers with different widths. With less room than a step needs, each step would
 # compile again. torch's own cache saves no time beside oneDNN's. (tests/benchmarks/kernel_caches.py)
@@ -45,15 +33,6 @@ def device_name() -> str:
     """Returns the GPU's product name, or the type of the device."""
     kind = current_device().type
     return torch.cuda.get_device_name() if kind == "cuda" else kind
-
-
-def peak_flops(device: str, dtype: Dtype) -> float | None:
-    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32."""
-    if dtype != "float32":
-        for name, teraflops in PEAK_TERAFLOPS.items():
-            if name in device:
-                return teraflops * 1e12
-    return None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -48,8 +48,6 @@ class StepRecord:
     reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
     # of the step. 0 or empty: unknown
     peak_bytes: list[int] = field(default_factory=list)
-    # needed operations (model/shape.py) / the GPUs' peak. None if the peak is unknown
-    mfu: float | None = None
 
 
 @dataclass(frozen=True)

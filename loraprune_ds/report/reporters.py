@@ -44,8 +44,6 @@ def _step_scalars(record: StepRecord) -> dict[str, float]:
         "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
         "speed/seconds_per_step": record.seconds,
     }
-    if record.mfu is not None:
-        scalars["speed/mfu"] = record.mfu
     if record.grad_norm is not None:
         scalars["train/grad_norm"] = record.grad_norm
     for name in ("weight_bytes", "resident_bytes", "peak_bytes", "reserved_bytes"):

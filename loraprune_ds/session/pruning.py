@@ -35,7 +35,7 @@ from loraprune_ds.files import JsonObject, read_json, remove_leftovers, write_js
 from loraprune_ds.pretrained.adapters import ADAPTER_FILE
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.ranks.device import StepPeak, device_name, is_cpu, peak_flops, trim_heap
+from loraprune_ds.ranks.device import StepPeak, is_cpu, trim_heap
 from loraprune_ds.report import records
 from loraprune_ds.session.checkpoint import PruningCheckpoint
 from loraprune_ds.session.compiled import check_not_compiled
@@ -105,7 +105,6 @@ class Pruning:
         """
         pruning = cls.__new__(cls)
         pruning._begin(beginning, checkpoint)
-        pruning._peak_flops = peak_flops(device_name(), pruning.dtype)
         return pruning
 
     def _begin(self, beginning: Beginning, checkpoint: SavedStep | None) -> None:
@@ -125,7 +124,6 @@ class Pruning:
         self.weight_bytes = model.weight_bytes()
         self.scored = False
         self.peak = StepPeak()
-        self._peak_flops: float | None = None
         self._forward: ForwardWatch | None = None  # of another loop
         self._hooks = ExitStack()
         self._recording = ExitStack()
@@ -193,14 +191,13 @@ class Pruning:
         return numbers
 
     def end_step(
-        self, loss: float = math.nan, *, tokens: int | None = None, flops: float | None = None
+        self, loss: float = math.nan, *, tokens: int | None = None
     ) -> records.CutRecord | None:
         """Records an optimizer step after its update, and cuts the model if a cut is due. Collective.
 
         Args:
             loss: mean over the global batch.
             tokens: of the global batch, without padding. Default: those that the ranks exchanged.
-            flops: that the global batch needed (model/shape.py), for the MFU.
 
         Raises:
             UserError: the optimizer made no update since `begin_step`.
@@ -217,9 +214,6 @@ class Pruning:
         if tokens is None:
             tokens = sum(numbers.tokens)
         self.pruner.note_tokens(tokens)
-        mfu = None
-        if self._peak_flops is not None and flops is not None:
-            mfu = flops / seconds / self._peak_flops / self.model.world_size
         is_own = self._forward is None
         self.recorder.write(
             records.StepRecord(
@@ -236,7 +230,6 @@ class Pruning:
                 skipped=not self.scored,
                 peak_bytes=numbers.peak_bytes if is_own else [],
                 reserved_bytes=numbers.reserved_bytes if is_own and not is_cpu() else [],
-                mfu=mfu,
             )
         )
         return self.cut()

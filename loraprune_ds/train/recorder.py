@@ -119,8 +119,6 @@ class ProgressDisplay(records.Sink):
             f"sparsity {format_percent(record.sparsity)}",
             f"{record.tokens_per_second:,.0f} tok/s",
         ]
-        if record.mfu is not None:
-            parts.append(f"MFU {format_percent(record.mfu)}")
         memory = f"mem {format_bytes(max(record.resident_bytes))}"
         if record.reserved_bytes:
             memory += f" of {format_bytes(max(record.reserved_bytes))} reserved"

@@ -15,7 +15,6 @@ from loraprune_ds.engines import connect
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import measure_perplexity
-from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.ranks.device import to_device
@@ -55,15 +54,12 @@ class Trainer:
         pruning.begin_step()
         batch = self.order.batch(step - 1)
         supervised = self.samples.count_supervised(batch)
-        lengths = self.samples.text_lengths(batch)
-        tokens = sum(lengths)
-        mean_context = sum(length**2 for length in lengths) / tokens
-        flops = tokens * needed_flops_per_token(self.model.shape, mean_context)
+        tokens = self.samples.count_tokens(batch)
         loss = self._accumulate(step, batch, supervised)
         numbers = pruning.before_update(loss, request=self.current_request())
         self.engine.update(skipped=not pruning.scored)
         self.requested = max(numbers.requests)
-        return pruning.end_step(sum(numbers.losses) / supervised, tokens=tokens, flops=flops)
+        return pruning.end_step(sum(numbers.losses) / supervised, tokens=tokens)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""

@@ -67,7 +67,7 @@ def short_run(model: str, prune: PruneConfig, steps: int) -> RunConfig:
 
 def flops_per_token(shape: ModelShape, window: int) -> float:
     """Counts multiply-adds of a forward pass times two: linears, head, and attention over half the window."""
-    attention = sum(x.width * window for x in shape.attention)
+    attention = sum(x.queries * shape.head_dim * window for x in shape.attention)
     return 2 * (shape.linear_numel() + shape.vocab_size * shape.hidden_size + attention)
 
 

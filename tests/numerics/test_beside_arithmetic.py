@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraprune_ds.model.shape import LinearId, needed_flops_per_token
+from loraprune_ds.model.shape import LinearId
 from loraprune_ds.zero import params
 from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.gathering import forget_trace
@@ -248,27 +247,3 @@ def test_a_step_waits_once(ranks: RankPool, tmp_path: Path) -> None:
     for places in ranks.run(2, places_of_a_step, job):
         ours = [p for p in places if not p.startswith((*OTHERS, *HOST))]
         assert ours == [ONCE, SETTLES]
-
-
-# The MFU of a step counts the tokens of all ranks over what all their GPUs could do
-
-PEAK = 1e9  # operations per second of a made-up card
-SAMPLES, WINDOW = 8, 12
-
-
-def utilisation(job: Job) -> tuple[float, float]:
-    """Returns a step's MFU and what the arithmetic of its whole batch comes to."""
-    trainer = build(job)
-    trainer.pruning._peak_flops = PEAK
-    shape = trainer.model.shape
-    record = trainer.step(1)
-    needed = SAMPLES * WINDOW * needed_flops_per_token(shape, WINDOW)
-    assert record.mfu is not None
-    return record.mfu, needed / record.seconds / (PEAK * trainer.model.world_size)
-
-
-def test_all_tokens_count_over_all_cards(ranks: RankPool, tmp_path: Path) -> None:
-    prune = {"ratio": 0.2, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-    job = tiny_job(tmp_path, prune, steps=1, samples=SAMPLES, tokens=WINDOW)
-    for mfu, expected in ranks.run(2, utilisation, job):
-        assert mfu == pytest.approx(expected)

@@ -43,10 +43,10 @@ def test_predictions_and_tokens_are_counted_without_padding_and_first_tokens() -
     samples = ragged([[5, 6, 7, 8], [5, 9], [4, 5, 6]], 16, labels)
     assert [samples.count_supervised(numbers(i)) for i in range(3)] == [2, 1, 2]
     assert samples.count_supervised(numbers(0, 1, 2, 0)) == 7
-    assert samples.text_lengths(numbers(0, 1, 0)) == [4, 2, 4]
+    assert samples.count_tokens(numbers(0, 1, 0)) == 10
     text = Samples.of_windows(torch.ones(3, 5, dtype=torch.int32))
     assert text.count_supervised(numbers(0, 2)) == 8
-    assert text.text_lengths(numbers(0, 2)) == [5, 5]
+    assert text.count_tokens(numbers(0, 2)) == 10
 
 
 def test_a_digest_sees_every_part_of_the_samples() -> None:

@@ -86,15 +86,6 @@ def test_a_pack_holds_its_samples_one_behind_the_other() -> None:
     )
 
 
-def test_texts_of_a_pack_are_counted_one_by_one() -> None:
-    """Tokens per second and MFU are counted in them."""
-    found = PACKED.text_lengths(numbers(*reversed(range(len(PACKED)))))
-    assert found == [LENGTHS[i] for pack in reversed(PACKS) for i in pack]
-    columns = {name: torch.zeros(3).int() for name in ("input_ids", "labels", "position_ids")}
-    one_token_each = Samples(columns, torch.tensor([0, 2, 3]), window=4)
-    assert one_token_each.text_lengths(numbers(0, 1)) == [1, 1, 1]
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", [family for family in TINY if FAMILIES[family].packs])
 def test_losses_of_packed_samples_are_those_of_samples_alone(

@@ -22,7 +22,7 @@ from loraprune_ds.export.formats import _adapter_config
 from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft
-from loraprune_ds.model.shape import active_numel
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import check_adapter, load_adapter
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_for_pruning, open_pretrained
@@ -252,6 +252,19 @@ def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
     config = _adapter_config(3, 16, 0.05, shape) | {"target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     must_name("down_proj gate_up_proj", check_adapter, tmp_path, LoraConfig(r=3), shape)
+
+
+def active_numel(shape: ModelShape) -> int:
+    """Counts the linear parameters that one token uses. Of the experts these are only the chosen ones."""
+    tensors = [tensor for layer in shape.layers for tensor in layer.tensors]
+    # a matrix without groups, such as Mamba's out_proj, may lack LoRA
+    used = [x for x in tensors if x.lora or (len(x.shape) > 1 and not x.spans)]
+    numel = sum(tensor.numel for tensor in used)
+    assert shape.mixture
+    for counts in shape.counts:
+        idle = max(0, counts["experts"] - shape.mixture.experts_per_token)
+        numel -= idle * shape.group_numel["experts"]
+    return numel
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import random_scores
 from loraprune_ds.pruning.ranking import rank_global
@@ -122,18 +122,6 @@ def test_biases_leave_with_their_linear() -> None:
     # q, k, v of one group, gate and up of ten channels. o and down keep theirs
     biases = 8 * (2 + 2) + 10 * 2
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases
-
-
-def test_the_operations_of_a_step_product_by_product() -> None:
-    """Two layers, 2 key-value heads with 3 queries each of width 4, 10 channels, hidden 8, 50 words, 6 tokens."""
-    shape = make_shape([(2, 10)] * 2, hidden=8, head_dim=4, queries_per_group=3)
-    # q, k, v, o and gate, up, down of two layers
-    linears = 2 * (8 * 24 + 8 * 8 + 8 * 8 + 24 * 8 + 3 * 8 * 10)
-    forward = 2 * linears + 2 * 8 * 50
-    # two layers, two products, 24 query columns over 3 tokens on average
-    scores_and_values = 2 * 2 * (2 * 24 * 3)
-    assert needed_flops_per_token(shape, 6) == 2 * forward + 3 * scores_and_values
-    assert needed_flops_per_token(LLAMA_7B, 512) == pytest.approx(4 * 6.5e9, rel=0.05)
 
 
 # Three kinds of groups go through shapes and ranking by their marks alone

@@ -40,7 +40,6 @@ class Attention(NamedTuple):
     """Describes the costs of a layer's attention, or of a delta net or Mamba-2 in its place."""
 
     queries: int  # query heads
-    width: float  # multiply-adds of QKᵀ per pair of tokens; the product with V takes as many
     cached: int  # elements that a token adds to the KV cache
     state: int = 0  # elements of a state that does not grow
 
@@ -131,9 +130,8 @@ class Family:
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         heads = layer.key_value_heads
-        head_dim = self.head_dim(c)
         queries = _query_heads(c, layer.counts, heads)
-        return Attention(queries, queries * head_dim, 2 * heads * head_dim)
+        return Attention(queries, 2 * heads * self.head_dim(c))
 
     def mixture(self, c: Any) -> Mixture | None:
         """Describes the experts, if a layer has any."""

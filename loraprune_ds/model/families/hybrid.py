@@ -148,9 +148,8 @@ class Gemma4(Moe):
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         shapes = layer.shapes()
-        queries, _ = shapes["self_attn.q_proj.weight"]
         keys, _ = shapes.get("self_attn.k_proj.weight", (0, 0))  # a layer may read another's keys
-        return Attention(c.num_attention_heads, queries, 2 * keys)
+        return Attention(c.num_attention_heads, 2 * keys)
 
     def times(self, c: Any, i: int, kind: Kind) -> int:
         is_double = c.use_double_wide_mlp and i >= _first_shared(c)

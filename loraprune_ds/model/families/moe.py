@@ -224,10 +224,8 @@ class Latent(Moe):
         return c.qk_rope_head_dim
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
-        """All heads share one key in the cache. QKᵀ and the product with V differ in width; this is their mean."""
-        heads = layer.counts.get("heads", 0)
-        width = (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) / 2
-        return Attention(heads, heads * width, c.kv_lora_rank + c.qk_rope_head_dim)
+        """All heads share one key in the cache."""
+        return Attention(layer.counts.get("heads", 0), c.kv_lora_rank + c.qk_rope_head_dim)
 
 
 class Mistral4(Latent):

@@ -59,7 +59,7 @@ class Umt5(Family):
         """Only the decoder has a cache. For each of its tokens, one token of the encoder counts too."""
         heads = layer.counts.get("heads", 0)
         width = (heads + layer.counts.get("cross_heads", 0)) * c.d_kv
-        return Attention(heads, width, 2 * width * layer.layer_list)
+        return Attention(heads, 2 * width * layer.layer_list)
 
     def around(self, c: Any, i: int) -> SmallModel:
         if i < c.num_layers:

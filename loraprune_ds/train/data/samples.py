@@ -64,13 +64,9 @@ class Samples:
         """Returns the tokens of each sample, (N,) int64."""
         return self.starts.diff()
 
-    def text_lengths(self, indices: Tensor) -> list[int]:
-        """Counts the tokens of each text in these samples. Attention stays within a text."""
-        inside = self._inside(indices)
-        if "position_ids" not in self.columns:
-            return inside.sum(1).tolist()
-        begins = (self._padded("position_ids", indices)[inside] == 0).nonzero()[:, 0]
-        return begins.diff(append=inside.sum()[None]).tolist()
+    def count_tokens(self, indices: Tensor) -> int:
+        """Counts the tokens of these samples, without padding."""
+        return int(self.lengths()[indices].sum())
 
     def count_supervised(self, indices: Tensor) -> int:
         """Counts the predictions of these samples that enter the loss."""

@@ -43,12 +43,10 @@ def steps(found: Found) -> None:
                     _timed(trainer, found, f"{name}, plain: s per step")
                     found.row(f"{name}, plain: kernels' part of the time", **_profiled(trainer))
             name = f"{name}, {criterion}"
-            last = _timed(trainer, found, f"{name}: s per step")
+            _timed(trainer, found, f"{name}: s per step")
             found.row(
                 f"{name}: peak GiB", peak_bytes() / GIB, make_plan(request).stages[0].peak / GIB
             )
-            if last.mfu is not None:
-                found.row(f"{name}: MFU", last.mfu)
             trainer.engine.release()
 
 
@@ -111,7 +109,7 @@ def _timed(trainer: ShardedTrainer, found: Found, what: str) -> StepRecord:
     accelerator().reset_peak_memory_stats()
     _, *records = [trainer.step(1) for _ in range(1 + TIMED)]
     seconds, last = [record.seconds for record in records], records[-1]
-    speed = {"seconds": seconds, "tokens_per_second": last.tokens_per_second, "mfu": last.mfu}
+    speed = {"seconds": seconds, "tokens_per_second": last.tokens_per_second}
     found.row(what, statistics.median(seconds), **speed, peak_bytes=peak_bytes(), **device_bytes())
     return last
 
