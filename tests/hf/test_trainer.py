@@ -94,8 +94,7 @@ def test_the_callback_cuts_as_our_own_trainer(own_rows: list[dict[str, Any]], pl
         before.step for before, after in pairwise(steps) if after.weight_bytes < before.weight_bytes
     ]
     assert shrunk == [3, 5, 7]
-    names = {path.name for path in plain.out.iterdir()}
-    assert names >= {"kept_groups.json", "kept_groups.png", "training.png", "metrics.jsonl"}
+    assert (plain.out / "kept_groups.json").is_file()
 
 
 def test_a_hybrid_is_cut_as_by_our_own_trainer(

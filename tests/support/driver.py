@@ -354,6 +354,7 @@ def run_steps(trainer: ShardedTrainer, job: Job) -> Outcome:
     """Makes all steps of a trainer that has made none yet."""
     model, pruner = trainer.model, trainer.pruner
     outcome = Outcome()
+    storage = open_stored(job).storage
     for step in range(1, len(job.batches) + 1):
         outcome.losses.append(trainer.step(step).loss)
         outcome.averages.append([as_pair(scores) for scores in pruner.average.scores or []])
@@ -364,19 +365,19 @@ def run_steps(trainer: ShardedTrainer, job: Job) -> Outcome:
         )
         if job.deepspeed is not None:
             outcome.state_bytes.append(
-                (storage_bytes(state_tensors(model)), expected_bytes(job, model))
+                (storage_bytes(state_tensors(model)), expected_bytes(job, model, storage))
             )
     collect_into(outcome, trainer)
     return outcome
 
 
-def expected_bytes(job: Job, model: ShardedModel) -> int:
+def expected_bytes(job: Job, model: ShardedModel, storage: Any) -> int:
     """Counts the shards of the weights, and of LoRA with fp32 masters, two moments and gradients, and the bucket."""
     (bucket, *_), element_size = (
         model.zero_optimizer.ipg_buckets.values(),
         4 if job.dtype == "float32" else 2,
     )
-    stored = open_stored(job).storage.stored(model.shape).values()
+    stored = storage.stored(model.shape).values()
     frozen = sum(
         x.dtype.itemsize * partition_numel(math.prod(x.shape), model.world_size) for x in stored
     )
