@@ -44,9 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize(
-    "script", ["sft.py", heavy("dpo.py"), heavy("gkd.py"), heavy("accelerate_loop.py")]
-)
+@pytest.mark.heavy  # test_fsdp has two in CI
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_prunes_and_what_it_writes_agrees(
     ranks: RankPool, model: Path, tmp_path: Path, script: str
 ) -> None:

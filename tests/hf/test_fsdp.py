@@ -124,7 +124,7 @@ def straight(
     return train
 
 
-@pytest.mark.parametrize(("kind", "size"), [("FULL", 2), ("SHARDED", 2), heavy("FULL", 4)])
+@pytest.mark.parametrize(("kind", "size"), [heavy("FULL", 2), ("SHARDED", 2), heavy("FULL", 4)])
 def test_a_resume_across_a_cut_changes_no_bit_and_other_engines_and_ranks_go_on(
     ranks: RankPool, straight: Any, tmp_path: Path, kind: str, size: int
 ) -> None:
@@ -178,7 +178,7 @@ def test_a_kill_within_a_save_leaves_the_checkpoint_before(
     [
         heavy("DDP", "FULL", 2),
         ("DDP", "SHARDED", 2),
-        ("ZeRO-3", "FULL", 2),
+        heavy("ZeRO-3", "FULL", 2),
         ("FULL", "SHARDED", 2),
         heavy("SHARDED", "FULL", 2),
         heavy("SHARDED", "SHARDED", 4),

@@ -24,7 +24,8 @@ STORED = {"torch.uint8", "torch.int8", "torch.float32"}
 
 
 @pytest.mark.parametrize(
-    ("compensate", "resumed_on"), [("least_squares", 1), ("none", 1), heavy("least_squares", 2)]
+    ("compensate", "resumed_on"),
+    [("least_squares", 1), heavy("none", 1), heavy("least_squares", 2)],
 )
 def test_one_process_equals_two_ranks_and_a_resume_across_a_cut_changes_no_bit(
     compensate: str,

@@ -31,9 +31,17 @@ from tests.support.trainer_runs import (
 from tests.support.trainers import PLAIN, WITHOUT, Setup, train_alone, train_with_callback
 
 COPY = "modules_to_save.default"  # where PEFT keeps the copy that trains
+ENGINES: dict[str, dict[str, Any]] = {"ZeRO-3": {}, "DDP": WITHOUT}
 
 
-@pytest.fixture(scope="module", params=[{}, WITHOUT], ids=["ZeRO-3", "DDP"])
+def on_engines(*in_ci: str) -> Any:
+    """Runs a test in CI on these engines, and on the others by tests/run_heavy.sh."""
+    waits = {name: [] if name in in_ci else [pytest.mark.heavy] for name in ENGINES}
+    cases = [pytest.param(x, id=name, marks=waits[name]) for name, x in ENGINES.items()]
+    return pytest.mark.parametrize("engine", cases, indirect=True)
+
+
+@pytest.fixture(scope="module", params=ENGINES.values(), ids=list(ENGINES))
 def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The arguments that choose the engine."""
     return request.param
@@ -55,16 +63,21 @@ def plain(
 Trained = tuple[Job, list[dict[str, Any]]]  # and the rows of our own trainer
 
 
+def alone(ranks: RankPool, job: Job) -> list[dict[str, Any]]:
+    """Returns the rows of our own trainer in one process, which equals ranks of ZeRO-3 (tests/numerics)."""
+    return ranks.run(1, train_alone, replace(job, **WITHOUT))[0]
+
+
 @pytest.fixture(scope="module")
 def own_rows(ranks: RankPool, job: Job) -> list[dict[str, Any]]:
-    return ranks.run(2, train_alone, job)[0]
+    return alone(ranks, job)
 
 
 @pytest.fixture(scope="module")
 def hybrid(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     steps, folder = callback_run.STEPS, tmp_path_factory.mktemp("hybrid")
     job, _ = family_job(folder, "qwen3_5_text", PRUNE | OPEN, steps=steps, max_grad_norm=0.5)
-    return job, ranks.run(2, train_alone, job)[0]
+    return job, alone(ranks, job)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +90,7 @@ def encoder_decoder(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -
             start, end = 2 + i % 7, 16 - i % 4
             row[start], row[end - 1], wanted[:] = 0, 2, -100  # 2 is EOS
             wanted[start + 1 : end] = row[start + 1 : end]
-    return job, ranks.run(2, train_alone, job)[0]
+    return job, alone(ranks, job)
 
 
 def test_the_callback_cuts_as_our_own_trainer(own_rows: list[dict[str, Any]], plain: Run) -> None:
@@ -97,6 +110,7 @@ def test_the_callback_cuts_as_our_own_trainer(own_rows: list[dict[str, Any]], pl
     assert (plain.out / "kept_groups.json").is_file()
 
 
+@on_engines("DDP")
 def test_a_hybrid_is_cut_as_by_our_own_trainer(
     ranks: RankPool, engine: dict[str, Any], hybrid: Trained, tmp_path: Path
 ) -> None:
@@ -111,18 +125,15 @@ def test_a_hybrid_is_cut_as_by_our_own_trainer(
         )
 
 
-MIXTURES = ("qwen3_moe", "deepseek_v3", heavy("mixtral"), heavy("gpt_oss"))
+MIXTURES = ("qwen3_moe", heavy("deepseek_v3"), heavy("mixtral"), heavy("gpt_oss"))
 
 
-@pytest.fixture(scope="module", params=MIXTURES)
-def mixture(
-    ranks: RankPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Trained:
+@pytest.fixture(params=MIXTURES)
+def mixture(ranks: RankPool, request: pytest.FixtureRequest, tmp_path: Path) -> Trained:
     """Experts and heads leave."""
     prune = PRUNE | OPEN | {"head_ratio": 0.2}
-    folder = tmp_path_factory.mktemp("mixture")
-    job, _ = family_job(folder, request.param, prune, steps=6, max_grad_norm=0.5)
-    return job, ranks.run(2, train_alone, job)[0]
+    job, _ = family_job(tmp_path / "dense", request.param, prune, steps=6, max_grad_norm=0.5)
+    return job, alone(ranks, job)
 
 
 def test_a_mixture_is_cut_as_by_our_own_trainer(
@@ -138,6 +149,7 @@ def test_a_mixture_is_cut_as_by_our_own_trainer(
         resume_and_compare(ranks, job, run, tmp_path / "again", 2, **engine)
 
 
+@on_engines("DDP")
 def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     ranks: RankPool, engine: dict[str, Any], encoder_decoder: Trained, tmp_path: Path
 ) -> None:
@@ -157,6 +169,7 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     assert pruned.total_numel() < dense.total_numel()
 
 
+@on_engines("ZeRO-3")
 @pytest.mark.parametrize(
     ("prune", "reentrant"),
     [(PRUNE | {"criterion": "fisher", "normalize": "none"}, True), heavy(REFIT, False)],
@@ -174,9 +187,10 @@ def test_checkpointing_and_a_reference_s_forward_pass_change_no_score(
     # DDP lets no parameter get a gradient twice
     setup = Setup(reference=True, reentrant=reentrant and not engine)
     rows, _ = ranks.run(2, train_with_callback, job, tmp_path, engine, None, setup)[0]
-    assert_same_course(rows, ranks.run(2, train_alone, job)[0], cuts=2)
+    assert_same_course(rows, alone(ranks, job), cuts=2)
 
 
+@on_engines("ZeRO-3")
 def test_a_resume_goes_on_from_refitted_weights_and_kept_passes(
     ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -186,6 +200,7 @@ def test_a_resume_goes_on_from_refitted_weights_and_kept_passes(
     resume_and_compare(ranks, job, run, tmp_path / "b", 4, **engine)
 
 
+@on_engines("DDP")
 def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
     ranks: RankPool, job: Job, engine: dict[str, Any], plain: Run, tmp_path: Path
 ) -> None:
@@ -206,6 +221,7 @@ def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
     )
 
 
+@pytest.mark.heavy  # test_local has ZeRO-3 go on without them
 def test_a_checkpoint_of_the_model_alone_goes_on_without_deepspeed_s_files(
     ranks: RankPool, job: Job, tmp_path: Path
 ) -> None:
@@ -219,7 +235,10 @@ def test_a_checkpoint_of_the_model_alone_goes_on_without_deepspeed_s_files(
 
 @pytest.mark.parametrize(
     "setup",
-    [Setup(fp32_lora=True), Setup(whole=("embed_tokens", "lm_head"))],
+    [
+        heavy(Setup(fp32_lora=True)),  # in CI test_cutting cuts it, and test_qlora resumes it
+        Setup(whole=("embed_tokens", "lm_head")),
+    ],
     ids=["fp32 LoRA", "modules_to_save"],
 )
 def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
@@ -254,6 +273,7 @@ def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
         ), name
 
 
+@on_engines("ZeRO-3")
 def test_an_evaluation_between_cuts_changes_nothing(
     ranks: RankPool, job: Job, engine: dict[str, Any], plain: Run, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ def test_launched_a_slow_rank_0_still_gets_to_tell(
     assert ended.out.count("\n") == 1  # the launcher's own: the exit code
 
 
+@pytest.mark.heavy
 def test_launched_a_config_that_only_one_rank_lacks(
     hook: dict[str, str], material: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from loraprune_ds.checkpoint.layout import seal, write_manifest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from tests.support import resuming
+from tests.support.families import heavy
 from tests.support.launching import read_json
 from tests.support.ranks import RankPool
 from tests.support.refusals import flip_bit, merge_into, refused
@@ -147,7 +148,7 @@ def test_on_another_number_of_ranks(again: Again) -> None:
     assert_close(again.out, again.straight)
 
 
-@pytest.mark.parametrize(("stop", "micro_batch_size"), [(CUTS[0] + 1, 3), (CUTS[2] - 1, 2)])
+@pytest.mark.parametrize(("stop", "micro_batch_size"), [heavy(CUTS[0] + 1, 3), (CUTS[2] - 1, 2)])
 def test_other_micro_batches_on_fewer_ranks(
     again: Again, no_dropout: Path, stop: int, micro_batch_size: int
 ) -> None:

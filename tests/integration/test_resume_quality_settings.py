@@ -9,7 +9,6 @@ import pytest
 
 from loraprune_ds.checkpoint.layout import sha256
 from tests.support import resuming
-from tests.support.families import heavy
 from tests.support.ranks import RankPool
 from tests.support.resuming import (
     assert_same_run,
@@ -80,9 +79,10 @@ def no_dropout(ranks: RankPool, straight: Path) -> Path:
     return out
 
 
+@pytest.mark.heavy  # test_resume_families does so in CI
 @pytest.mark.parametrize(
     ("before", "micro_batch_size", "after"),
-    [heavy(2, 1, 3), (3, 2, 2)],  # at last three passes a step for two ranks
+    [(2, 1, 3), (3, 2, 2)],  # at last three passes a step for two ranks
 )
 def test_goes_on_with_another_number_of_ranks(
     ranks: RankPool,

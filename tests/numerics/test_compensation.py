@@ -162,15 +162,16 @@ def test_activation_checkpointing_changes_no_refit(ranks: RankPool, job: Job) ->
 
 def test_whole_runs_agree_on_any_number_of_ranks(ranks: RankPool, job: Job) -> None:
     """Keeps passes across several cuts. fp32 sums are in another order, as in test_sharded_equals_dense."""
-    first, *others = (ranks.run(world_size, train, job)[0] for world_size in (1, 3))
+    alone = replace(job, deepspeed=None)
+    first = ranks.run(1, train, alone)[0]
+    on_three = ranks.run(3, train, job)[0]
     uncompensated = {
         key: value for key, value in job.prune.items() if not key.startswith("compensate")
     }
-    plain = ranks.run(1, train, replace(job, prune=uncompensated))[0]
+    plain = ranks.run(1, train, replace(alone, prune=uncompensated))[0]
     assert len(first.cut_steps) >= 2
     assert abs(first.losses[-1] - plain.losses[-1]) > 1e-3, "the refit must have an effect"
-    for other in others:
-        assert other.kept == first.kept
-        for name, weight in first.frozen.items():
-            assert (other.frozen[name] - weight).abs().max() < TOLERANCE, name
-        assert all(abs(a - b) < TOLERANCE for a, b in zip(first.losses, other.losses, strict=True))
+    assert on_three.kept == first.kept
+    for name, weight in first.frozen.items():
+        assert (on_three.frozen[name] - weight).abs().max() < TOLERANCE, name
+    assert on_three.losses == pytest.approx(first.losses, abs=TOLERANCE)

@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (1, "llama", {"prune": FISHER_REFIT, "evaluates": True}),
         (2, "llama", {"prune": FISHER_REFIT, "mesh": (2,), "offload": True}),
         (2, "llama", {"prune": REFIT}),
-        (2, "llama", {"prune": FISHER_REFIT, "mesh": (2,), "checkpointing": "reentrant"}),
+        heavy(2, "llama", {"prune": FISHER_REFIT, "mesh": (2,), "checkpointing": "reentrant"}),
         heavy(1, "t5", {"prune": FISHER_REFIT}),
         heavy(1, "qwen3_5_text", {"prune": FISHER_REFIT}),
         heavy(1, "llama", {"prune": REFIT, "checkpointing": "not reentrant", "parts": 2}),

@@ -34,7 +34,7 @@ INT8, NF4 = "model.frozen=int8", "model.frozen=nf4"
     ("world_size", "family", "changes"),
     [
         (1, None, (ALONE, NF4, NO_REFITS)),
-        (2, "qwen3_moe", ()),
+        heavy(2, "qwen3_moe", ()),
         heavy(1, None, (ALONE, INT8, NO_REFITS, CHECKPOINTED)),
         heavy(2, None, (CHECKPOINTED,)),
         heavy(2, None, (INT8, NO_REFITS)),

@@ -21,6 +21,7 @@ from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import Zero3
 from tests.support import cutting, quality_settings
 from tests.support.driver import Job, build, tiny_job
+from tests.support.families import heavy
 from tests.support.launching import ROOT
 from tests.support.ranks import RankPool
 from tests.support.resuming import assert_equal_tensors, config_for, run_here, write_run
@@ -86,11 +87,12 @@ def test_small_weights_stay_gathered_through_a_cut(
     test_the_same_bits_as_without(ranks, job, baseline, str(path))
 
 
-def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
+@pytest.mark.parametrize("names", [["zero3_offload"], heavy(OTHERS)])
+def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job, names: list[str]) -> None:
     """Runs fisher and compensation with weights and optimizer on the device or the host."""
     prune = {"ratio": 0.2, "prune_every": 2, "criterion": "fisher", "compensate": "least_squares"}
     wanted = ranks.run(2, quality_settings.train_and_cut, replace(job, prune=prune))[0]
-    for name in OTHERS:
+    for name in names:
         other = replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json")
         assert_equal_tensors(ranks.run(2, quality_settings.train_and_cut, other)[0], wanted)
 

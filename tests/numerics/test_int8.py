@@ -123,7 +123,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
 
 
 # test_so_do_other_settings has two
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [heavy(1), 3])
 @pytest.mark.parametrize("frozen", ["int8", "nf4"])
 def test_it_trains_and_cuts_as_the_weights_it_means(
     ranks: RankPool, jobs: dict[str, Job], tmp_path: Path, frozen: str, world_size: int
@@ -180,7 +180,7 @@ MAGNITUDE = {"criterion": "magnitude", "ranking": "global", "normalize": "none",
         ("int8", 2, CHECKPOINTING),
         ("int8", 2, OFFLOAD),
         heavy("int8", 2, MAGNITUDE),
-        ("int8", 2, {"criterion": "fisher", "normalize": "none", "lora_dropout": 0.1}),
+        heavy("int8", 2, {"criterion": "fisher", "normalize": "none", "lora_dropout": 0.1}),
         ("int8", 1, {"deepspeed": None}),
         heavy("nf4", 2, CHECKPOINTING),
         heavy("nf4", 2, OFFLOAD),
@@ -204,7 +204,7 @@ def test_so_do_other_settings(
     train_as_meant(ranks, world_size, changed, tmp_path)
 
 
-@pytest.mark.parametrize("frozen", ["int8", "nf4"])
+@pytest.mark.parametrize("frozen", [heavy("int8"), "nf4"])
 def test_a_refit_is_quantised_by_the_owner_of_the_layer(
     ranks: RankPool, jobs: dict[str, Job], tmp_path: Path, frozen: str
 ) -> None:

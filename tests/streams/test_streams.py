@@ -9,6 +9,7 @@ import pytest
 
 from tests.streams.deepspeed_on_card import start_on_card
 from tests.streams.scenarios import make_job, prune_alone, prune_mended, prune_outside, watch
+from tests.support.families import heavy
 from tests.support.ranks import RankPool
 
 GATHER = "partition_parameters.py _all_gather_dtype"
@@ -35,7 +36,7 @@ def races(
     return {tuple(re.sub(r":\d+", "", access.site[0]) for access in report) for report in reports}
 
 
-@pytest.mark.parametrize("kind", ["overlap", "hpZ", "offload"])
+@pytest.mark.parametrize("kind", ["overlap", heavy("hpZ"), heavy("offload")])
 def test_our_trainer_orders_all_accesses(cards: RankPool, tmp_path: Path, kind: str) -> None:
     assert races(cards, prune_alone, make_job(tmp_path, kind)) == set()
 
