@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from loraprune_ds.config import DataSource, MixtureEntry, RunConfig, SourceKeys
-from loraprune_ds.config_sources import format_of
+from loraprune_ds.config import MixtureEntry, RunConfig, SourceKeys
 from loraprune_ds.config_types import LIST, ONE
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import JsonObject, read_text
@@ -81,7 +80,7 @@ def config_from_dict(raw: JsonObject) -> RunConfig:
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), list):
-        entries = [_complete(entry, i, data) for i, entry in enumerate(data["path"])]
+        entries = [_complete(entry, data) for entry in data["path"]]
         given["data"] = data | {"path": entries}
     try:
         # strict Python values would not be sections
@@ -142,11 +141,10 @@ def apply_override(raw: JsonObject, override: str) -> None:
         raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
 
 
-def _complete(entry: Any, i: int, data: JsonObject) -> Any:
-    """Fills the missing or empty keys of a mixture's entry from `data`. A path alone has the format of its file."""
+def _complete(entry: Any, data: JsonObject) -> Any:
+    """Fills the missing or empty keys of a mixture's entry from `data`."""
     if entry and isinstance(entry, str):
-        source = DataSource(entry, section=f"data.path[{i}]")
-        entry = {"path": entry, "format": format_of(source, data)}
+        entry = {"path": entry}
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}

@@ -1,29 +1,15 @@
-"""Finds the files of a data source, and the format of a path alone in `data.path`."""
+"""Finds the files of a data source."""
 
-import json
-from contextlib import suppress
 from glob import glob, has_magic
 from pathlib import Path
 
-from loraprune_ds.config import DataConfig, DataSource
+from loraprune_ds.config import DataSource
 from loraprune_ds.errors import require
-from loraprune_ds.files import JsonObject
 
 EMBEDDED_CHATS = "embedded-chats"  # that SmolLM2-135M-Instruct wrote itself
 CHATS_FILE = Path(__file__).with_name("train") / "data" / "embedded_chats.jsonl"
-TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
-SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
-# The settings that name the text fields of a row. The fields of a conversation have fixed names.
-FIELD_SETTINGS = {
-    "text": ("text_field",),
-    "instruction": ("prompt_field", "response_field", "input_field"),
-    "seq2seq": ("source_field", "target_field"),
-    "chat": (),
-}
-# the first form that a row has is used
-CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))
-FIRST_ROW = 2**24  # its most characters
+SUFFIXES = (".txt", *JSON_SUFFIXES)
 
 
 def files_of(source: DataSource) -> list[Path] | None:
@@ -57,46 +43,3 @@ def refuse_hub_settings(source: DataSource) -> None:
             getattr(source, key) is None,
             f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set",
         )
-
-
-def format_of(source: DataSource, data: JsonObject) -> object:
-    """Tells the format of a path alone by its first file: by the suffix, or by the fields of the first row.
-
-    Rows that fit none or several, and data sets of the hub, have the format of `data`.
-
-    Raises:
-        UserError: like `files_of`, or a row fits several formats and `data` has none of them.
-    """
-    if source.path == DataConfig.path:
-        return "text"
-    first = Path(source.path)
-    if first.suffix not in TEXT_SUFFIXES:
-        first = (files_of(source) or [first])[0]
-    if first.suffix in TEXT_SUFFIXES:
-        return "text"
-    row = _first_fields(first)
-    formats: set[str] = set()
-    for name, settings in FIELD_SETTINGS.items():
-        # an instruction may have no input
-        fields = [data.get(key, getattr(DataSource, key)) for key in settings[:2]]
-        if fields and all(field in row for field in fields):
-            formats.add(name)
-    if any(all(field in row for field in fields) for fields in CHAT_FIELDS):
-        formats.add("chat")
-    default = data.get("format")
-    if default in formats or not formats:
-        return default or DataSource.format
-    require(
-        len(formats) == 1,
-        f"{source.section}: {source.path} has the fields of {' and '.join(sorted(formats))}; "
-        "write {path: ..., format: ...}",
-    )
-    return formats.pop()
-
-
-def _first_fields(path: Path) -> list[str]:
-    """Reads the fields of the first row in a JSON file. The data's reader says what is wrong with a row."""
-    with suppress(OSError, ValueError, RecursionError), path.open(encoding="utf-8-sig") as file:
-        row, _ = json.JSONDecoder().raw_decode(file.read(FIRST_ROW).lstrip(" \t\r\n["))
-        return list(row) if isinstance(row, dict) else []
-    return []

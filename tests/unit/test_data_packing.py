@@ -229,46 +229,12 @@ def test_an_entry_has_what_it_does_not_give_from_data() -> None:
     assert config_from_dict(run.to_dict()) == run
 
 
-def test_a_path_in_a_list_has_the_format_of_its_file(tmp_path: Path) -> None:
-    rows = {
-        "chat": {"messages": []},
-        "seq2seq": {"source": "a", "target": "b"},
-        "text": {"text": "a", "title": "b"},
-    }
-    rows["instruction"] = {"request": "a", "response": "b"}
-    files = {
-        name: str(write_json(tmp_path / f"{name}.json", [row] * 2)) for name, row in rows.items()
-    }
-    files["chat"] = str(
-        write_json(tmp_path / "chat.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
-    )
-    for folder, name in (("texts", "a.txt"), ("chats", "a.jsonl")):
-        (tmp_path / folder).mkdir()
-        write_json(tmp_path / folder / name, [rows["chat"]])
-    many = [str(tmp_path / "texts"), str(tmp_path / "chats"), str(tmp_path / "ch*.jsonl")]
-    for given in ({}, {"format": "instruction"}):
-        paths = [
-            "a/b.txt",
-            "embedded",
-            *many,
-            "someone/dataset",
-            *files.values(),
-            {"path": files["chat"]},
-        ]
-        found = [
-            source.format for source in config_of(paths, prompt_field="request", **given).sources
-        ]
-        of_data = given.get("format", "text")
-        assert found == ["text", "text", "text", "chat", "chat", of_data, *files, of_data]
-
-
-def test_a_row_that_fits_several_formats_has_that_of_data(tmp_path: Path) -> None:
-    path = str(write_json(tmp_path / "both.jsonl", [{"text": "a", "messages": []}]))
-    must_name("data.path[1] both.jsonl chat text", config_of, ["embedded", path])
-    must_name(
-        "data.path[1] both.jsonl chat text", config_of, ["embedded", path], format="instruction"
-    )
-    assert config_of(["embedded", path], format="chat").sources[1].format == "chat"
+def test_a_path_alone_in_a_list_has_the_format_of_data(instructions: str) -> None:
+    """A source of another format is named, also where it is plain text."""
+    paths = [instructions, "a/b.txt"]
+    assert [source.format for source in config_of(paths, format="chat").sources] == ["chat"] * 2
+    must_name("data.path[1].format", load, [instructions, "embedded"], format="instruction")
+    must_name(f"data.path[0].text_field {instructions} 'text'", load, [instructions])
 
 
 def test_a_held_out_file_of_text_stands_beside_instructions_that_are_packed(
@@ -336,9 +302,8 @@ def test_a_source_without_samples_can_have_no_weight(text: str, tmp_path: Path) 
 
 
 def test_the_embedded_chats_are_those_that_were_read() -> None:
-    source = config_of(["embedded", "embedded-chats"]).sources[1]
+    source = config_of(["embedded-chats"], format="chat").sources[0]
     rows, settings = read_rows(source), read_json(CHATS_FILE.with_suffix(".settings.json"))
-    assert source.format == "chat"
     assert (
         len(rows)
         == len({row["prompt"] for row in rows})

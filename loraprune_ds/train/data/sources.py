@@ -11,12 +11,19 @@ from typing import Any
 from pydantic_core import from_json
 
 from loraprune_ds.config import DataConfig, DataSource
-from loraprune_ds.config_sources import FIELD_SETTINGS, files_of, refuse_hub_settings
+from loraprune_ds.config_sources import files_of, refuse_hub_settings
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity, open_text, read_text
 from loraprune_ds.pretrained.sources import EMBEDDED, HUB_ERRORS, embedded_text
 from loraprune_ds.train.data.tokens import chat_fields
 
+# The settings that name the text fields of a row. The fields of a conversation have fixed names.
+FIELD_SETTINGS = {
+    "text": ("text_field",),
+    "instruction": ("prompt_field", "response_field", "input_field"),
+    "seq2seq": ("source_field", "target_field"),
+    "chat": (),
+}
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # half of a surrogate pair, or a lone surrogate
 TextRow = Mapping[str, Any]
 TextRows = Sequence[TextRow]  # a list or a `datasets.Dataset`

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from loraprune_ds.config import DataSource
-from loraprune_ds.config_sources import CHAT_FIELDS
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.pretrained.tokenizer import (
@@ -32,6 +31,8 @@ TEXTS_AT_ONCE = 1000  # texts per call of the tokenizer
 PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
 TOOLS = "tools"
+# the first form that a row has is used
+CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other roles have the same name there
 ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
