@@ -26,6 +26,7 @@ FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm
 FIRST = ROOT / "README.md"
 READMES = [FIRST, *sorted(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 MOST_LINES, MOST_WORDS = 150, 1200  # of the first README
+MOST_WORDS_OF_ALL = 14_000  # somebody reads them who wants to start
 MOST_FILES, MOST_CODE = 8, 1600  # files and lines of its tour
 CODE_FILES = (".py", ".sh", ".sbatch")
 MADE_BY_RUNS = {"runs"}  # not in the repository, though it may lie in a checkout
@@ -187,6 +188,10 @@ def test_the_first_readme_is_short_and_shows_settings_and_files() -> None:
     rows = dict(ROW.findall(text))
     assert rows
     assert rows.items() <= defaults().items()
+
+
+def test_all_pages_can_be_read() -> None:
+    assert sum(len(page.read_text().split()) for page in READMES) <= MOST_WORDS_OF_ALL
 
 
 def test_llama_cpp_and_vllm_were_asked_about_every_family_that_the_table_says_they_serve() -> None:
