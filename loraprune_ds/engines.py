@@ -3,6 +3,7 @@
 from peft import PeftModel
 from torch import Tensor, nn
 
+from loraprune_ds.engine.ds_config import Sections
 from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.engine.training import Engine
 from loraprune_ds.fsdp.live import LiveFsdp
@@ -10,6 +11,7 @@ from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.model import experts
 from loraprune_ds.model.groups import Shape
 from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.versions import is_new
 from loraprune_ds.zero import shards
 from loraprune_ds.zero.live import LiveZero3
 
@@ -29,6 +31,15 @@ def run_engine(*, sharded: bool) -> Engine:
     from loraprune_ds.local.engine import Local
 
     return Local()
+
+
+def deepspeed_sections() -> Sections:
+    """Returns DeepSpeed's classes that check sections of its JSON. None without DeepSpeed, as for a plan."""
+    if not is_new("deepspeed"):
+        return {}
+    from loraprune_ds.zero.sections import SECTIONS
+
+    return SECTIONS
 
 
 def connect(training: LiveTraining) -> PrunableModel:

@@ -210,7 +210,6 @@ def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False
     """
     if missing_ok and not path.is_file():
         return {}
-    require(path.is_file(), f"{path} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.engine.ds_config import check_reshardable
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import JsonObject, is_ours, remove_folder
 from loraprune_ds.hf.arguments import check_arguments
@@ -153,9 +154,6 @@ class LoraPruneCallback(TrainerCallback):
         self._files = TrainerFiles(ds_config, bool(args.fp16))
         if ds_config is not None:
             check_new("deepspeed")
-            # DeepSpeed, once it is needed
-            from loraprune_ds.zero.ds_config import check_reshardable
-
             # some settings fail at DeepSpeed's start
             check_reshardable("the DeepSpeed config", ds_config)
         model = more.get("model")

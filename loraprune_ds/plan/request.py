@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import apply_override, config_from_dict, read_config
+from loraprune_ds.engine.ds_config import HPZ, ZeroSettings, resolve_ds_config
+from loraprune_ds.engines import deepspeed_sections
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import attn_implementation
@@ -26,7 +28,6 @@ from loraprune_ds.pretrained.text_part import MULTIMODAL, check_tower, text_conf
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
-from loraprune_ds.zero.ds_config import HPZ, ZeroSettings, resolve_ds_config
 
 ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
 
@@ -251,7 +252,7 @@ def build_request(
         f"deepspeed is null: one process trains, not {cluster.world_size}; "
         "set --nodes 1 and --gpus-per-node 1, or deepspeed",
     )
-    ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
+    ds_config = resolve_ds_config(config, shape, deepspeed_sections(), cluster.world_size, per_node)
     ds_config = ds_config or {"zero_optimization": {"reduce_bucket_size": 0}}
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
     is_whole = size % per_node == 0 or per_node % size == 0

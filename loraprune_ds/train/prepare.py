@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.checkpoint.load import counts_to_lists, source_digest
 from loraprune_ds.checkpoint.state import Origin, RunData, State
 from loraprune_ds.config import RunConfig
+from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.engine.training import Engine
-from loraprune_ds.engines import run_engine
+from loraprune_ds.engines import deepspeed_sections, run_engine
 from loraprune_ds.errors import require
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.files import JsonObject
@@ -36,7 +37,6 @@ from loraprune_ds.train.data.samples import LoadedData, SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.versions import check_installed
-from loraprune_ds.zero.ds_config import resolve_ds_config
 
 # Checks a tokenizer with the positions and the vocabulary of its model.
 CheckTokenizer = Callable[[RunConfig, PreTrainedTokenizerBase, int | None, int], None] | None
@@ -79,7 +79,9 @@ def prepare(
 
     def prepare_here() -> Prepared:
         pretrained = _open_model(config, query_heads)
-        ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size, ranks_per_node)
+        ds_config = resolve_ds_config(
+            config, pretrained.shape, deepspeed_sections(), comm.world_size, ranks_per_node
+        )
         return _prepare(config, pretrained, ds_config, commits, check_tokenizer)
 
     # downloads, converts and tokenises. The other ranks find the results in the node's caches

@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from loraprune_ds.engine.cutting import cut_layers
+from loraprune_ds.engine.ds_config import check_reshardable
 from loraprune_ds.engine.live import LiveEngine, LiveTraining
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import decoder_layers
@@ -47,8 +48,6 @@ class LiveZero3(LiveEngine):
         return _ds_config(training) is not None or any(map(_is_deepspeed, training.optimizers()))
 
     def connect(self, training: LiveTraining) -> PrunableModel:
-        from loraprune_ds.zero.ds_config import check_reshardable
-
         check_new("deepspeed")
         ds_config = _ds_config(training)
         if ds_config is not None:

@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds import PruneConfig, Pruning, linear_names
 from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.sources import embedded_model_dir
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.benchmarks.running import make_parser, record
 from tests.support.driver import Job, build
 from tests.support.ranks import start_deepspeed
@@ -100,7 +100,7 @@ def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
             steps=1, global_batch_size=size, micro_batch_size=size, max_grad_norm=1.0
         )
         config = resolve_ds_config(
-            RunConfig("unused", train=train), open_pretrained(work.folder).shape, 1
+            RunConfig("unused", train=train), open_pretrained(work.folder).shape, {}, 1, 1
         )
         config["bf16"]["enabled"] = False
         engine, optimizer, *_ = deepspeed.initialize(

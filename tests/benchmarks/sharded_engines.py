@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraprune_ds import PruneConfig, Pruning, linear_names
 from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.device import peak_bytes, reset_peak, resident_bytes
-from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.benchmarks.running import make_parser, record
 from tests.support.ranks import RankPool
 
@@ -79,7 +79,7 @@ def zero_3(model: Any, trained: list[Any], folder: Path) -> tuple[Any, Any, Upda
         steps=1, global_batch_size=RANKS * SAMPLES, micro_batch_size=SAMPLES, max_grad_norm=CLIP
     )
     config = resolve_ds_config(
-        RunConfig("unused", train=train), open_pretrained(folder).shape, RANKS
+        RunConfig("unused", train=train), open_pretrained(folder).shape, {}, RANKS, RANKS
     )
     config["bf16"]["enabled"] = False
     optimizer: Any = AdamW(trained, lr=1e-3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Frozen
+from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.engines import run_engine
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
@@ -25,7 +26,6 @@ from loraprune_ds.ranks.comm import Communicator, stop_ranks
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.support.driver import Consecutive, ShardedTrainer, assemble, save
@@ -111,7 +111,7 @@ def main() -> None:
     phases = Phases()
     pretrained = open_for_pruning(folder / "model", config.model)
     pretrained = pretrained.with_refits(config.prune.compensate)
-    ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size)
+    ds_config = resolve_ds_config(config, pretrained.shape, {}, comm.world_size, comm.world_size)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(

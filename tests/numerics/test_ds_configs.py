@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
-from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import Zero3
 from tests.support import cutting, quality_settings
 from tests.support.driver import Job, build, tiny_job
@@ -46,7 +46,8 @@ def run_all(job: Job) -> dict[str, Any]:
     result = cutting.cut_once(job, HEADS, CHANNELS)
     pretrained = open_pretrained(job.folder)
     config = RunConfig("unused", deepspeed=job.deepspeed)
-    resolved = resolve_ds_config(config, pretrained.shape, torch.distributed.get_world_size())
+    ranks = torch.distributed.get_world_size()
+    resolved = resolve_ds_config(config, pretrained.shape, {}, ranks, ranks)
     engine = Zero3().build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     ids, labels = job.batches[0]
     return result | {"inference": engine.infer(input_ids=ids, labels=labels)}

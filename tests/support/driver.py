@@ -18,6 +18,7 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.checkpoint.state import Origin, read_state
 from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Dtype, Frozen
+from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.engines import connect, run_engine
@@ -38,7 +39,6 @@ from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.optimizer import build_lora
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.shards import full_shape
@@ -249,7 +249,7 @@ def build(job: Job) -> ShardedTrainer:
         config_of(job),
     )
     pretrained = open_stored(job)
-    ds_config = resolve_ds_config(config, pretrained.shape, world_size)
+    ds_config = resolve_ds_config(config, pretrained.shape, {}, world_size, world_size)
     trainer = assemble(
         config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches)
     )

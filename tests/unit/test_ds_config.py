@@ -12,19 +12,21 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from loraprune_ds.config import ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.config_types import Dtype, Frozen
+from loraprune_ds.engine.ds_config import (
+    HPZ,
+    MAX_BUCKET,
+    OWNED,
+    REFUSED,
+    ZeroSettings,
+    bucket_numel,
+    resolve_ds_config,
+)
+from loraprune_ds.engines import deepspeed_sections
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.zero.ds_config import (
-    MAX_BUCKET,
-    OWNED,
-    REFUSED_KEYS,
-    ZeroSettings,
-    bucket_numel,
-    resolve_ds_config,
-)
 from tests.support.families import MIXTURES, tiny_config
 from tests.support.launching import ROOT
 from tests.support.refusals import must_name
@@ -52,7 +54,8 @@ def resolve(
 def resolve_file(
     path: Path, config: RunConfig, world_size: int, shape: ModelShape = SHAPE
 ) -> dict[str, Any]:
-    return resolve_ds_config(replace(config, deepspeed=str(path)), shape, world_size)
+    config = replace(config, deepspeed=str(path))
+    return resolve_ds_config(config, shape, deepspeed_sections(), world_size, 2)
 
 
 def with_dtype(dtype: Dtype, frozen: Frozen | None = None) -> RunConfig:
@@ -137,7 +140,9 @@ OFFLOAD = {"device": "cpu", "ratio": 0.5}
         # unknown keys, and values that have no meaning
         ("gradient_cliping", 1.0, "gradient_clipping"),
         ("wall_clock_breakdown", "yes", "'yes'"),
+        ("disable_python_gc", 1, "1"),
         ("steps_per_print", "never", "'never'"),
+        ("steps_per_print", 0, "0"),
         ("zero_optimization.reduce_bucket_size", -1, "-1"),
         ("fp16.loss_scal", 2, "2"),
         ("bf16", True, "True"),
@@ -151,6 +156,8 @@ OFFLOAD = {"device": "cpu", "ratio": 0.5}
         ("zero_optimization.offload_optimizer.device", "nvme", "nvme"),
         ("zero_optimization.offload_param.device", "nvme", "nvme"),
         ("zero_optimization.offload_optimizer", OFFLOAD, ".ratio 0.5"),
+        ("zero_optimization.offload_optimizer.ratio", 0, "0"),
+        ("zero_optimization.offload_optimizer.ratio", {"enabled": True}, "enabled"),
         ("zero_optimization.offload_optimizer.super_offload", True, ""),
         # hpZ over unequal groups
         ("zero_optimization.zero_hpz_partition_size", 0, "0"),
@@ -164,10 +171,10 @@ def test_what_cannot_work_is_refused_by_name(
     check(tmp_path, place(tuple(setting.split(".")), value), f"{setting} {names}")
 
 
-@pytest.mark.parametrize("keys", REFUSED_KEYS | OWNED, ids=".".join)
-def test_every_setting_of_the_tables_is_refused(tmp_path: Path, keys: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("key", [*REFUSED, *OWNED])
+def test_every_setting_of_the_tables_is_refused(tmp_path: Path, key: str) -> None:
     for value in ({"device": "cpu"}, {"enabled": True}, {}, 2, "auto"):
-        check(tmp_path, place(keys, value), ".".join(keys))
+        check(tmp_path, place(tuple(key.split(".")), value), key)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,15 @@ def test_a_setting_that_is_off_or_works_is_accepted(
     tmp_path: Path, keys: tuple[str, ...], value: Any
 ) -> None:
     resolve(tmp_path, place(keys, value))
+
+
+def test_hpz_is_for_several_nodes_alone_and_for_who_asks(tmp_path: Path) -> None:
+    def size(world_size: int, **settings: str) -> int | None:
+        resolved = resolve(tmp_path, zero3(**settings), world_size=world_size)
+        return resolved["zero_optimization"].get(HPZ)
+
+    assert [size(ranks, **{HPZ: "auto"}) for ranks in (1, 2, 4)] == [1, 1, 2]  # two on each node
+    assert size(4) is None
 
 
 ALL_REDUCE = [

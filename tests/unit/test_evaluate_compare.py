@@ -63,7 +63,7 @@ def test_values_on_another_basis_have_columns_of_their_own(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("results", "named"),
     [
-        (None, "report.json does not exist"),
+        (None, "report.json cannot be read: No such file"),
         ({"params": {}, "versions": {"commit": "8ac16b60"}}, "report.json 8ac16b60 wrote it"),
         ({"measured": []}, "report.json another version"),
         ({"measured": {"name": "a"}}, "report.json another version"),
