@@ -14,7 +14,6 @@ import pytest
 
 from loraprune_ds.checkpoint.layout import numbered, step_folder, verify
 from tests.support import launching
-from tests.support.families import heavy
 from tests.support.resuming import CUTS, STEPS, losses, write_run
 
 # A node that is lost ends the job on the others. Two launchers on this machine stand for two nodes
@@ -82,7 +81,8 @@ def asleep(process: "subprocess.Popen[str]") -> bool:
     return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
 
-@pytest.mark.parametrize("point", ["backward@20", heavy("finish.reported@1")])
+@pytest.mark.heavy  # tests/unit/test_output.py is in CI
+@pytest.mark.parametrize("point", ["backward@20", "finish.reported@1"])
 def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(
     point: str, tmp_path: Path
 ) -> None:

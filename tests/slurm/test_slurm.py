@@ -27,19 +27,16 @@ def test_slurm_accepts_the_script(lab: Lab, script: str) -> None:
     )
 
 
-def test_a_run_and_one_that_it_preempts_keep_the_same_groups_as_without_slurm(lab: Lab) -> None:
-    """In fp32, without dropout and with the same number of ranks nothing differs. The patient one is requeued once."""
-    patient = lab.submit("patient")
-    patient.wait_for_step(lab.folder / "patient", 2, TIMEOUT)
-    urgent = lab.submit("urgent", options=["--partition=high"])
-    straight = losses(lab.straight_folder(2))
-    for name, job, restarts in (("urgent", urgent, 0), ("patient", patient, 1)):
-        row = Row(name, expected_restarts=(restarts,))
-        lab.finish(row, job, name)
-        assert row.good, (row, job.log())
-        assert row.same_groups
-        assert len(row.resumed_from) == restarts
-        assert losses(lab.folder / name) == straight
-    log = urgent.log()
-    assert "on node[1-2] with 1 ranks each" in log
-    assert "preflight: all 2 nodes are fit" in log
+def test_a_preempted_run_keeps_the_same_groups_as_without_slurm(lab: Lab) -> None:
+    """In fp32, without dropout and with the same number of ranks nothing differs."""
+    job = lab.submit("patient")
+    job.wait_for_step(lab.folder / "patient", 2, TIMEOUT)
+    urgent = ("--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null")
+    lab.cluster.execute("sbatch", *urgent, "--wrap=sleep 1")
+    row = Row("preempted", expected_restarts=(1,))
+    lab.finish(row, job, "patient")
+    assert row.good, (row, job.log())
+    assert len(row.resumed_from) == 1
+    assert losses(lab.folder / "patient") == losses(lab.straight_folder(2))
+    assert "on node[1-2] with 1 ranks each" in job.log()
+    assert "preflight: all 2 nodes are fit" in job.log()
