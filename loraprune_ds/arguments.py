@@ -50,8 +50,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        for word in message.split():
-            require(word not in OPTIONS, f"{word} was removed: {OPTIONS.get(word)}")
+        if message.startswith("unrecognized"):  # another command may have an option of that name
+            for word in message.split():
+                require(word not in OPTIONS, f"{word} was removed: {OPTIONS.get(word)}")
         raise UserError(message)
 
 

@@ -13,6 +13,8 @@ KEYS = {
 }
 OPTIONS = {
     "--mtp": "results have no layers that predict further tokens",
+    "--explain": "loraprune_ds/plan/README.md has the formulas",
+    "--text": "chats need a model with a chat template, which writes no plain texts",
     "--speed": "tests/benchmarks/serving.py measures the speed in servers",
     "--server-memory": "--set prune.target=12GiB finds the ratio for a server's memory",
     **dict.fromkeys(

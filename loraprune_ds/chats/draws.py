@@ -1,8 +1,8 @@
-"""Draws of chats or texts: what a model writes as the user, then its answer, and what is wrong with either.
+"""Draws of chats: what a model writes as the user, then its answer, and what is wrong with either.
 
 As in Magpie (Xu et al., arXiv 2406.08464), a model that reads its template up to the user's turn writes the user's
 message, then its answer. A model left alone writes little code, extraction or arithmetic, so half of the messages begin
-with an opening of such a kind. A model without a template writes plain texts.
+with an opening of such a kind.
 """
 
 import importlib
@@ -33,17 +33,16 @@ from loraprune_ds.versions import has
 DATA = read_json(Path(__file__).with_name("chats.json"))
 KINDS, OPENINGS = DATA["kinds"], DATA["openings"]  # the kinds of the draws, in turn
 MESSAGE = {"max_new_tokens": 96, "temperature": 0.8, "top_p": 0.95}  # the sampling of messages
-ANSWER = {"temperature": 0.7, "top_p": 0.95}  # of answers and texts
-PREFIX = 16  # tokens of a line that a plain text continues
+ANSWER = {"temperature": 0.7, "top_p": 0.95}  # of answers
 FEWEST_WORDS, MOST_REPETITION = 3, 0.2
 BATCHES = 4  # of texts that a rank has in work, so that each batch has texts of similar length
 MARK = "\u2042USER\u2042"
-Part = Literal["message", "answer", "text"]
+Part = Literal["message", "answer"]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A conversation and its answer, or a text without a conversation. `refused` says what is wrong with it."""
+    """A conversation and its answer. `refused` says what is wrong with it."""
 
     number: int
     kind: str | None
@@ -56,9 +55,9 @@ class Draw:
 
     @property
     def row(self) -> JsonObject:
-        """The row of `data.format` chat or text."""
+        """The row of `data.format` chat."""
         prompt = self.messages if len(self.messages) != 1 else self.messages[0]["content"]
-        return {"prompt": prompt, "completion": self.answer} if prompt else {"text": self.answer}
+        return {"prompt": prompt, "completion": self.answer}
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,15 @@ class Drawer:
         """What decides the draws. Raises UserError if the model cannot make them."""
         options = self.options
         folder = self.source.pretrained.folder
-        templated = bool(self.tokenizer.chat_template)
+        require(
+            self.tokenizer.chat_template,
+            f"{options.model} has no chat template, so it writes no chats",
+        )
         require(
             not self.source.pretrained.shape.family.has_encoder,
             f"{options.model} has an encoder, which writes no chats",
         )
         if options.prompts:  # a row that does not fit is named before the first is answered
-            require(templated, f"{options.model} has no chat template, which --prompts needs")
             self._encode(options.prompts, "--prompts")
         return {
             "model": options.model,
@@ -101,8 +102,6 @@ class Drawer:
             **ANSWER,
             "message": MESSAGE,
             "prompts": getattr(options.prompts, "sha256", None),
-            "text": getattr(options.text, "sha256", None),
-            "chats": templated and not options.text,
             # in the hub's cache
             "revision": folder.name if folder.parent.name == "snapshots" else None,
             "dtype": choose_dtype(self.source, None),
@@ -154,12 +153,10 @@ class Drawer:
         return draws
 
     def _begin(self, number: int) -> Turn:
-        """Begins a draw: the answer to the user's prompt, a plain text, or a message."""
+        """Begins a draw: the answer to the user's prompt, or a message."""
         if self.options.prompts:
             prompt = self.options.prompts.prompts[number]
             return self._answer(Draw(number, prompt.kind, prompt.messages))
-        if not self.settings["chats"]:
-            return self._turn("text", Draw(number, "text", []), self._prefix(number))
         kind = KINDS[number % len(KINDS)]
         opening = self._choose(OPENINGS[kind], number)
         before, end = self._user_turn
@@ -203,33 +200,15 @@ class Drawer:
         limits = self.options.model, most, pretrained.shape.vocab_size
         return encode_prompts(settings, self.tokenizer, limits, option, enable_thinking=False)
 
-    def _prefix(self, number: int) -> Ids:
-        """Returns the first ids of a line of the user's text, or BOS or EOS without a text."""
-        line = self._choose(self._lines, number)
-        (ids,) = token_ids([line], self.tokenizer, special=bool(self.options.text))
-        require(
-            bool(ids),
-            f"the tokenizer of {self.options.model} has no token that begins a text; give --text FILE",
-        )
-        return ids[:PREFIX]
-
-    @cached_property
-    def _lines(self) -> list[str]:
-        if not self.options.text:
-            return [str(self.tokenizer.bos_token or self.tokenizer.eos_token or "")]
-        return [line for line in self.options.text.text.splitlines() if line.strip()]
-
     def _read(self, turn: Turn) -> Draw:
         """Returns the draw with the text of this turn, and says what is wrong with it."""
         ids = turn.text.ids
         ended = ids[-1] in turn.text.sampling.eos_token_id
         words = ids[:-1] if ended else ids
-        plain = turn.part == "text"  # all of which is learnt
-        whole = turn.text.prompt + words if plain else words
-        text = turn.draw.answer + str(self.tokenizer.decode(whole, skip_special_tokens=True))
+        text = turn.draw.answer + str(self.tokenizer.decode(words, skip_special_tokens=True))
         faults = {
             "special token": bool(self._special & {*words}),
-            "unfinished": not ended and not plain,  # which may stop anywhere
+            "unfinished": not ended,
             "empty": not str(self.tokenizer.decode(words)).strip(),
             "repetition": repetition(words) > MOST_REPETITION,
             "short": turn.part == "message" and len(text.split()) < FEWEST_WORDS,
@@ -242,9 +221,9 @@ class Drawer:
         return replace(
             draw,
             answer=text.strip(),
-            prompt_tokens=0 if plain else len(turn.text.prompt),
-            answer_tokens=len(whole),
-            repetition=repetition(whole),
+            prompt_tokens=len(turn.text.prompt),
+            answer_tokens=len(words),
+            repetition=repetition(words),
         )
 
     @cached_property

@@ -79,7 +79,7 @@ class Selection:
 
     def _fault(self, draw: Draw) -> str | None:
         """Returns the first rule that a draw breaks. A draw that breaks none counts for the next ones."""
-        message = draw.messages[-1]["content"] if draw.messages else draw.answer
+        message = draw.messages[-1]["content"]
         words = re.findall(r"\w+", message.lower()) or [message]
         long_words = [word for word in words if len(word) > 3 or word.isdigit()]
         telling = frozenset(long_words or words)
@@ -121,7 +121,7 @@ class Selection:
             yield f"\n--- draw {draw.number}, {draw.kind}"
             for message in draw.messages:
                 yield f"{message['role']}: {message['content']}"
-            yield f"assistant: {draw.answer}" if draw.messages else draw.answer
+            yield f"assistant: {draw.answer}"
         yield f"\n{len(self.kept):,} rows of {self.tokens:,} tokens are in {self.options.out}"
 
 

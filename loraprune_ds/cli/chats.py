@@ -2,11 +2,10 @@
 
 %(prog)s MODEL --out chats.jsonl --tokens 1000000
 %(prog)s MODEL --out chats.jsonl --prompts prompts.jsonl
-%(prog)s MODEL --out texts.jsonl --tokens 1000000 --text FILE
 deepspeed --quiet launch/chats.py MODEL --out chats.jsonl --tokens 1000000      (all GPUs, each with its share)
 
 MODEL is named as for launch/evaluate.py. Without --prompts it writes the user's messages, too. A row of prompts.jsonl
-is {"prompt": "2 + 3?"}, or has a list of messages. A model without a chat template, or with --text, writes plain texts.
+is {"prompt": "2 + 3?"}, or has a list of messages. The model needs a chat template.
 chats.draws.jsonl has every draw, so a stopped command goes on. chats.settings.json counts why draws were refused.
 """
 
@@ -17,8 +16,6 @@ from pathlib import Path
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.cli.run import join_ranks
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
-from loraprune_ds.evaluate.settings import EvaluationText
-from loraprune_ds.files import read_text
 from loraprune_ds.generate.prompts import read_prompts
 from loraprune_ds.ranks import job
 
@@ -32,7 +29,6 @@ def parse_arguments() -> argparse.Namespace:
         "--tokens", type=at_least(1), metavar="N", help="write until the kept rows have as many"
     )
     amount.add_argument("--prompts", metavar="PROMPTS.jsonl", help="answer these")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="continue lines of this file")
     parser.add_argument(
         "--max-new-tokens",
         type=at_least(1),
@@ -53,14 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     folder = out.absolute().parent
     require(out.suffix == ".jsonl", f"--out {out}: give it the name of a .jsonl file")
     require(os.access(folder, os.W_OK), f"--out {out}: {folder} is not a writable folder")
-    require(not (options.prompts and options.text), "--prompts and --text exclude each other")
     if options.prompts:
         options.prompts = read_prompts(
             options.prompts, "--prompts", max_new_tokens=options.max_new_tokens
         )
-    if options.text:
-        text = read_text(options.text, "--text")
-        options.text = EvaluationText(options.text.name, None, text)
     return options
 
 

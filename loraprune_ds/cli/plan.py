@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 
 from loraprune_ds.arguments import Parser
 from loraprune_ds.errors import UserError, run_command, tell
@@ -22,7 +21,6 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.ranks.job import silence_libraries
 
 DOES_NOT_FIT_EXIT_CODE = 3
-FORMULAS = Path(__file__).parents[1] / "plan" / "README.md"
 CLUSTER = {field.name: field for field in dataclasses.fields(Cluster)}  # an option each
 
 
@@ -50,9 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cards", action="store_true", help="find the best setting for GPUs of 16 to 80 GiB"
     )
-    parser.add_argument(
-        "--explain", action="store_true", help="print the formula of every term and exit"
-    )
     for name, field in CLUSTER.items():
         kind = float
         about = field.metadata["help"]
@@ -69,9 +64,6 @@ def main() -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    if arguments.explain:
-        print(FORMULAS.read_text(), end="")
-        return 0
     cluster = Cluster(**{key: value for key, value in vars(arguments).items() if key in CLUSTER})
     silence_libraries()
     # These imports take seconds, so they come after the check of arguments.

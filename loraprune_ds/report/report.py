@@ -1,7 +1,6 @@
 """Writes report.json and kept_groups.json: the results of a run as data, with versions and hardware."""
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -23,8 +22,6 @@ from loraprune_ds.report.pictures import PANELS, draw_kept_groups, draw_training
 from loraprune_ds.units import format_count
 from loraprune_ds.versions import can_show, installed
 
-# inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
-QUANTISATION_GROUPS = (128, 64, 32)
 CHECKOUT = Path(__file__).resolve().parents[2]  # if the package runs from one
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
 RESULTS = "tests/benchmarks/results"  # a benchmark's output, not its code
@@ -69,7 +66,6 @@ def make_report(outcome: Outcome) -> JsonObject:
         "start": _numels(dense),
         "asked_ratio": outcome.schedule.ratio,
         "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
-        "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in evaluations},
         "world_size": len(outcome.peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
@@ -135,21 +131,6 @@ def _held_out(data: JsonObject) -> str:
         names.append(" ".join(word for word in words if word and word != "train"))
     percent = 100 * data["held_out_fraction"]
     return f"a held-out {percent:g} % of {' + '.join(names)}"
-
-
-def _serving(pruned: ModelShape) -> dict[str, list[int]]:
-    """Returns the tensor-parallel sizes and the quantisation groups that divide every layer."""
-    # a server splits an expert by channels
-    divisor = pruned.mixture.expert_size if pruned.mixture else 0
-    for layer in pruned.counts:
-        widths = [count for kind, count in layer.items() if kind != "experts"]
-        divisor = math.gcd(divisor, *widths)
-    inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
-    divisors = [n for n in range(1, divisor + 1) if divisor % n == 0]
-    return {
-        "tensor_parallel": list(filter(pruned.has_heads_for, divisors)),
-        "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
-    }
 
 
 def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:

@@ -39,8 +39,8 @@ def test_the_example_of_the_readme() -> None:
 def test_what_does_not_fit_exits_with_3_and_says_what_to_change(
     plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan("--explain") == 0
-    assert "`gathered_weights`" in capsys.readouterr().out
+    assert plan("--explain") == 2
+    assert "--explain was removed" in capsys.readouterr().err
     assert (
         plan(
             "llama-7b --gpus-per-node 2 --gpu-memory 14 --nccl 1 --set prune.prune_every=100 --json"

@@ -21,7 +21,6 @@ from loraprune_ds.chats.draws import BATCHES, Draw, Drawer
 from loraprune_ds.chats.selection import FREE, Selection
 from loraprune_ds.cli.chats import parse_arguments
 from loraprune_ds.errors import RunError
-from loraprune_ds.evaluate.settings import EvaluationText
 from loraprune_ds.generate import sampling
 from loraprune_ds.generate.models import Ids, find_model, load_model
 from loraprune_ds.generate.prompts import read_prompts
@@ -43,12 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(folder: Path, tmp_path: Path) -> Namespace:
     given = {"max_new_tokens": 30, "seed": 0, "batch_size": 4, "engine": "transformers"}
     return Namespace(
-        model=str(folder),
-        out=tmp_path / "chats.jsonl",
-        tokens=300,
-        prompts=None,
-        text=None,
-        **given,
+        model=str(folder), out=tmp_path / "chats.jsonl", tokens=300, prompts=None, **given
     )
 
 
@@ -189,13 +183,6 @@ def test_a_template_is_asked_not_to_think_and_must_mark_the_end_of_a_message(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     must_name(f"{options.model} --prompts", drawer.draw, [0])
-
-
-def test_a_text_continues_a_line_and_may_stop_anywhere(options: Namespace) -> None:
-    options.text = EvaluationText("text.txt", None, "The sun is warm here and there")
-    drawer, _ = drawer_of(options, "in spring")
-    (draw,) = drawn(drawer, 0)
-    assert (draw.answer, draw.messages, draw.refused) == ("The sun is warm in spring", [], None)
 
 
 # The selection
@@ -380,21 +367,12 @@ def test_prompts_of_a_user_are_answered_once(options: Namespace, tmp_path: Path)
     must_name("--prompts prompts.jsonl 1", run, long)
 
 
-def test_a_model_without_a_template_writes_texts(
+def test_a_model_without_a_template_or_vllm_is_named(
     options: Namespace, folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, base := tmp_path / "base", ignore=lambda *_: ["chat_template.jinja"])
-    of_base = changed(options, model=str(base), tokens=40)
-    assert json.loads(run(of_base).splitlines()[0]).keys() == {"text"}
-    text = EvaluationText("text.txt", None, "Once upon a time\n\nThere was")
-    texts = [
-        json.loads(row)["text"]
-        for row in run(changed(of_base, text=text, out=tmp_path / "b.jsonl")).splitlines()
-    ]
-    assert all(text.startswith(("Once upon a time", "There was")) for text in texts)
-    assert len(texts) > 1
-    must_name("--engine vllm", run, changed(of_base, engine="vllm"))
-    must_name("base --prompts", run, changed(of_base, tokens=None, prompts=read_prompts("default")))
+    must_name(f"{base} template", run, changed(options, model=str(base)))
+    must_name("--engine vllm", run, changed(options, engine="vllm"))
 
 
 def test_draws_that_are_never_fit_end(options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +386,7 @@ def test_draws_that_are_never_fit_end(options: Namespace, monkeypatch: pytest.Mo
         ("--out a.txt --tokens 9", "--out a.txt .jsonl"),
         ("--out none/a.jsonl --tokens 9", "--out none"),
         ("--out a.jsonl --tokens 0", "--tokens 0"),
-        ("--out a.jsonl --tokens 9 --text none.txt", "--text none.txt"),
+        ("--out a.jsonl --tokens 9 --text none.txt", "--text removed"),
         ("--out a.jsonl --prompts none.jsonl", "--prompts none.jsonl"),
     ],
 )

@@ -30,7 +30,7 @@ from loraprune_ds.report.report import (
 )
 from loraprune_ds.units import format_count
 from tests.support.run_records import DENSE, PRUNED, small_run, step_record
-from tests.support.shapes_and_scores import keep_of, make_shape
+from tests.support.shapes_and_scores import keep_of
 
 SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), DENSE), 10)
 
@@ -124,25 +124,6 @@ def test_the_held_out_text_is_named(data: dict[str, Any], text: str) -> None:
     found = report_of(small_run(), **data)["measured"]
     basis = f"{text}, first 64 windows of 128, bfloat16"
     assert found["values"]["perplexity"] == {"value": 74.23, "dense": 51.59, "basis": basis}
-
-
-@pytest.mark.parametrize(
-    ("layers", "gpus", "groups"),
-    [
-        ([(8, 512), (4, 384)], [1, 2, 4], [128, 64, 32]),  # inputs of 256, 64·3·h and f
-        ([(8, 512), (4, 320)], [1, 2, 4], [64, 32]),
-        ([(8, 512), (3, 480)], [1], [32]),
-        ([(8, 512), (8, 511)], [1], []),
-    ],
-)
-def test_what_a_server_does_with_the_result(
-    layers: list[tuple[int, int]], gpus: list[int], groups: list[int]
-) -> None:
-    pruned = make_shape(layers, hidden=256, head_dim=64, queries_per_group=2)
-    assert report_of(small_run(), pruned=pruned)["serving"] == {
-        "tensor_parallel": gpus,
-        "quantisation_groups": groups,
-    }
 
 
 def test_the_later_evaluation_of_a_name_counts_and_infinity_is_valid_json(tmp_path: Path) -> None:
