@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,7 +15,8 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, recorded_config
 from loraprune_ds.checkpoint.state import ResumeState, State, read_resume_state, read_state
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.engine.optimizer_state import optimizer_kind
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import STATE_FILE
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerKeep
@@ -57,14 +58,14 @@ class SavedStep:
         """Returns lora_alpha / r of a linear."""
         return self.state.scalings.get(f"{layer}.{linear}", self.state.scaling)
 
-    def read_flat(self, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
-        """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
-        path = self.folder / layout.layer_file("lora", layer)
-        if key != "master":
-            path = self.resume_folder / layout.layer_file("adam", layer)
-            name = f"{name}.{key}"
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name).view(-1)[start:end].clone()
+    def what_trains(self, layer: int) -> dict[str, Tensor]:
+        """Maps the masters of a layer, and states such as "{linear}.lora_A.exp_avg". The rest stays on disk."""
+        names = [layout.layer_file(part, layer) for part in ("lora", "trained")]
+        paths = [folder / name for folder in (self.folder, self.resume_folder) for name in names]
+        found = dict[str, Tensor]()
+        for path in filter(Path.exists, paths):
+            found |= load_file(path)
+        return found
 
     def keep(self, kinds: tuple[Kind, ...]) -> list[LayerKeep]:
         """Returns the kept groups of each layer of the dense model."""
@@ -74,10 +75,29 @@ class SavedStep:
         """Opens the refitted linears. They hold no other weights of the model."""
         return open_tensors(shape, self.folder, layout.REFITS)
 
-    def restore_lora(self, model: PrunableModel) -> None:
-        """Restores LoRA and Adam's state, on any number of ranks. Collective."""
-        adam_step = self.resume_state().adam_step or 0
-        model.optimizer_state.restore(model.lora_parameters(), self.read_flat, adam_step)
+    def restore_trained(self, model: PrunableModel) -> None:
+        """Restores what trains, and the optimizer, on any number of ranks. Collective.
+
+        Raises:
+            UserError: another optimizer trains, or other tensors do.
+        """
+        resume = self.resume_state()
+        state = model.optimizer_state
+        others = model.trained_parameters()
+        trained = list(chain.from_iterable(others))
+        kind = optimizer_kind(state.optimizer)
+        require(
+            resume.optimizer == kind,
+            f"{self.folder} was saved by {resume.optimizer}; {kind} cannot go on from it",
+        )
+        require(
+            self.state.trained == trained,
+            f"{self.folder} was saved with {self.state.trained} training beside LoRA, but now {trained} do",
+        )
+        lora = [*model.lora_parameters(), {}]
+        layers = [first | second for first, second in zip(lora, others, strict=True)]
+        state.restore(layers, self.what_trains)
+        state.restore_groups(resume.groups)
 
     def restore_pruner(self, pruner: Pruner) -> None:
         """Restores the pruner of a model that has been cut, on any number of ranks."""

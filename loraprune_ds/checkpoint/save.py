@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import RESUME_FOLDER
 from loraprune_ds.checkpoint.state import ResumeState, State
-from loraprune_ds.engine.optimizer_state import OptimizerState
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import STATE_FILE, JsonObject
 from loraprune_ds.model.shape import LinearId
@@ -83,13 +82,7 @@ class Staging(AbstractContextManager["Staging"]):
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def write_step(
-    staging: Staging,
-    pruner: Pruner,
-    optimizer_state: OptimizerState,
-    state: State,
-    resume: ResumeState,
-) -> None:
+def write_step(staging: Staging, pruner: Pruner, state: State, resume: ResumeState) -> None:
     """Writes the files of a step. Each layer is written by its owner. Collective."""
     model = pruner.model
     if model.rank == 0:
@@ -97,30 +90,29 @@ def write_step(
         staging.write(
             f"{RESUME_FOLDER}/{STATE_FILE}", lambda path: path.write_text(files.json_text(resume))
         )
-    for layers in owner_rounds(len(model.layers), model.world_size):
-        _write_lora(staging, optimizer_state, model, layers, moments=resume.adam_step is not None)
+    lora = model.lora_parameters()
+    others = model.trained_parameters()
+    for layers in owner_rounds(len(lora), model.world_size):
+        _write_trained(staging, model, "lora", {i: lora[i] for i in layers})
         _write_refits(staging, pruner, layers)
         fail_point("save.layer")
-    for layer, named in enumerate(model.trained_parameters()):
-        _write_layer(staging, "trained", layer, model.collect_named(named, model.owner(layer)))
+    for layer, named in enumerate(others):
+        _write_trained(staging, model, "trained", {layer: named})
     _write_pruner(staging, pruner)
 
 
-def _write_lora(
-    staging: Staging,
-    optimizer_state: OptimizerState,
-    model: PrunableModel,
-    layers: range,
-    *,
-    moments: bool,
+def _write_trained(
+    staging: Staging, model: PrunableModel, part: str, layers: dict[int, dict[str, nn.Parameter]]
 ) -> None:
-    """Writes LoRA's fp32 masters, and Adam's moments, of a round of layers, each on its owner. Collective."""
-    lora = model.lora_parameters()
-    collected = {i: optimizer_state.collect(lora[i], model.owner(i)) for i in layers}
-    for layer, (masters, of_adam) in collected.items():  # both empty but on the owner
-        _write_layer(staging, "lora", layer, masters)
-        if moments:
-            _write_layer(staging, f"{RESUME_FOLDER}/adam", layer, of_adam)
+    """Writes the fp32 masters and the optimizer's states of layers, each on its owner. Collective."""
+    collected = list[tuple[str, int, dict[str, Tensor]]]()
+    for layer, named in layers.items():
+        owner = model.owner(layer)
+        masters = model.collect_named(named, owner, master=True)
+        states = model.optimizer_state.collect(named, owner)
+        collected += [(part, layer, masters), (f"{RESUME_FOLDER}/{part}", layer, states)]
+    for written in collected:  # all owners write in parallel
+        _write_layer(staging, *written)
 
 
 def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> None:

@@ -94,16 +94,16 @@ class ResumeState:
     """What only a resume needs.
 
     Attributes:
-        adam_step: updates of Adam, fewer than the steps if fp16 skipped some. None: another optimizer trains.
-        adam_groups: its param_groups without parameters.
-        schedule: state of the learning-rate schedule of a run.
+        optimizer: its kind (engine/optimizer_state.py). Its states are in the files of what trains.
+        groups: its param_groups without parameters.
+        schedule: state of the learning-rate schedule, of a run or a Trainer.
         loss_scale: state of fp16's loss scaler of a run, otherwise empty.
         updates_since_cut: of the scores.
     """
 
-    adam_step: int | None
+    optimizer: str
     updates_since_cut: int
-    adam_groups: list[JsonObject] = field(default_factory=list)
+    groups: list[JsonObject] = field(default_factory=list)
     schedule: JsonObject = field(default_factory=dict)
     loss_scale: JsonObject = field(default_factory=dict)
     format: int = layout.FORMAT

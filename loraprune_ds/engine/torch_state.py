@@ -12,18 +12,13 @@ OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # with other shapes than the
 
 
 class TorchState(OptimizerState):
-    """The state of Adam over fp32 LoRA, which is its own master."""
+    """The states of an optimizer over fp32 parameters, which are their own masters."""
 
-    def masters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
 
-    def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if key == "master":
-            return self.layout.held(parameter).detach().view(-1)
-        moment = self.optimizer.state[parameter].get(key)
-        if moment is None:  # before its first gradient
-            moment = torch.zeros_like(parameter)
-        return self.layout.held(moment).view(-1)
+    def part(self, parameter: nn.Parameter, state: Tensor) -> Tensor:
+        return self.layout.held(state).detach().view(-1)
 
     def restore(self, *arguments: Any) -> None:
         super().restore(*arguments)

@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -35,7 +33,7 @@ from loraprune_ds.pretrained.weight_files import check_room
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
-from loraprune_ds.session.checkpoint import COMPLETE, PruningCheckpoint, cut_to_checkpoint
+from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.checks import check_one_dtype
 from loraprune_ds.session.live import find_peft_model
 from loraprune_ds.session.pruning import Pruning
@@ -205,7 +203,7 @@ class LoraPruneCallback(TrainerCallback):
 
         self._pruning.model.comm.on_rank_0(announce)
         if checkpoint and checkpoint.restores_optimizer:
-            _advance(more["lr_scheduler"], checkpoint.resume_state().adam_step or 0)
+            _restore_schedule(more["lr_scheduler"], checkpoint.resume_state().schedule)
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         args.__dict__.setdefault(LIMIT, args.save_total_limit)  # a failed training may have left it
         args.save_total_limit = None
@@ -239,11 +237,11 @@ class LoraPruneCallback(TrainerCallback):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Completes the Trainer's checkpoint. Then removes the oldest ones beyond `save_total_limit`."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        self.pruning.save(folder)
+        self.pruning.save(folder, more["lr_scheduler"].state_dict())
         if args.should_save:
             # otherwise the newest, in case files have no times
             spared = state.best_model_checkpoint or str(folder)
@@ -268,16 +266,14 @@ def _ds_config(args: TrainingArguments) -> JsonObject | None:
     return None if plugin is None else plugin.hf_ds_config.config
 
 
-def _advance(schedule: Any, updates: int) -> None:
-    """Advances a new schedule. The saved one may have other parameter groups, since DeepSpeed removes empty ones."""
-    require(
-        isinstance(schedule, LambdaLR),
-        f"{type(schedule).__name__} needs its own saved state; {COMPLETE}",
-    )
-    schedule.last_epoch = updates - 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the new optimizer has made no update
-        schedule.step()
+def _restore_schedule(schedule: Any, saved: JsonObject) -> None:
+    """Restores a schedule, but no list of another length: DeepSpeed removes groups without parameters."""
+    now = schedule.state_dict()
+    for key, value in saved.items():
+        fits = not isinstance(value, list) or len(value) == len(now[key])
+        if fits and value is not None:  # JSON has no infinity, which a new schedule has, too
+            now[key] = value
+    schedule.load_state_dict(now)
 
 
 def _forget_overwritten(

@@ -122,7 +122,7 @@ def _write_state(
     if engine == "zero3":
         from loraprune_ds.zero.external_engine import write_stand_in
 
-        groups = checkpoint.resume_state().adam_groups
+        groups = checkpoint.resume_state().groups
         write_stand_in(folder, checkpoint.state.step, groups, comm)
     elif engine == "fsdp2":
         (full, _), (sharded, _) = OF_FSDP.values()

@@ -223,9 +223,11 @@ class PrunableModel(ABC):
         part = self._master(parameter) if master else None
         return self.layout.collect(parameter, owner, part)
 
-    def collect_named(self, named: dict[str, nn.Parameter], owner: int) -> dict[str, Tensor]:
-        """Returns full parameters on rank `owner`. Empty elsewhere."""
-        tensors = {name: self.collect(parameter, owner) for name, parameter in named.items()}
+    def collect_named(
+        self, named: dict[str, nn.Parameter], owner: int, *, master: bool = False
+    ) -> dict[str, Tensor]:
+        """Returns full parameters, or their fp32 masters, on rank `owner`. Empty elsewhere."""
+        tensors = {name: self.collect(p, owner, master=master) for name, p in named.items()}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def collect_stored(self, linear_id: LinearId) -> dict[str, Tensor]:

@@ -34,13 +34,12 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import name_in_file
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, Header, read_header
 from loraprune_ds.pretrained.weights import ModelWeights
-from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE, History, read_history
 from loraprune_ds.session.live import find_peft_model, live_shape
 from loraprune_ds.session.origin import base_folder
 from loraprune_ds.session.quantised import adopt_quantised
-from loraprune_ds.session.state import has_plain_adam, storage_formats
+from loraprune_ds.session.state import storage_formats
 
 NO_PRUNING = (
     f"has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent; "
@@ -87,14 +86,6 @@ class PruningCheckpoint(SavedStep):
         )
         require(origin.seed == seed, f"the checkpoint's seed is {origin.seed}, not {seed}")
 
-    def restore_lora(self, model: PrunableModel) -> None:
-        """Does what the trainer could not. Raises UserError if its optimizer is no Adam. Collective."""
-        require(
-            has_plain_adam(model),
-            f"{self.of_trainer} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it",
-        )
-        super().restore_lora(model)
-
 
 def cut_to_checkpoint(
     model: nn.Module,
@@ -119,7 +110,7 @@ def cut_to_checkpoint(
     # all ranks must load the same way
     obstacle = next(filter(None, comm.gather_objects(obstacle)), None)
     if obstacle is not None:
-        _check_restorable(f"{checkpoint} {obstacle}", step, peft_model, engine)
+        _check_restorable(f"{checkpoint} {obstacle}", peft_model, engine)
     if not state.origin.query_heads:
         # `live_shape` reads it
         setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)
@@ -187,17 +178,8 @@ def _obstacle(state: State, lacking: list[str], engine: LiveEngine, world_size: 
     return f"was saved by the engine {state.engine} on {state.world_size} ranks"
 
 
-def _check_restorable(obstacle: str, step: SavedStep, model: PeftModel, engine: LiveEngine) -> None:
+def _check_restorable(obstacle: str, model: PeftModel, engine: LiveEngine) -> None:
     """Refuses a checkpoint whose folder `pruning/` has too little to go on from."""
-    require(
-        step.resume_state().adam_step is not None,
-        f"{obstacle}, and {PRUNING_FOLDER}/ has no state of torch's Adam; {COMPLETE}",
-    )
-    for name, parameter in model.named_parameters():
-        require(
-            ".lora_" in name or not parameter.requires_grad,
-            f"{obstacle}, and {PRUNING_FOLDER}/ has Adam's state of LoRA, but not of {name}; {COMPLETE}",
-        )
     is_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     require(
         not (engine.saves_itself and is_fp16),

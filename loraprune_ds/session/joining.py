@@ -61,7 +61,7 @@ def join(
     shape = live_shape(peft_model)
     live = connect(LiveTraining(model, peft_model, shape, optimizer, ds_config, scaler))
     if checkpoint and checkpoint.restores_optimizer:
-        checkpoint.restore_lora(live)
+        checkpoint.restore_trained(live)
     dense = checkpoint.dense if checkpoint else live.shape
     schedule = plan_pruning(*resolve(config, dense), steps)
     dtype = base_dtype(peft_model, dense)

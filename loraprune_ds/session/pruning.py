@@ -304,7 +304,7 @@ class Pruning:
 
         Args:
             kind: of the folder, in the names of fail points.
-            schedule: state of the learning-rate schedule, if the loop does not save it.
+            schedule: state of the learning-rate schedule, for the loop that goes on.
             loss_scale: state of fp16's loss scaler, likewise.
             with_records: adds metrics.jsonl.
 
@@ -320,16 +320,16 @@ class Pruning:
                 staging.write(
                     records.METRICS_FILE, lambda path: records.write_history(path, history)
                 )
-            write_step(staging, self.pruner, self.model.optimizer_state, state, resume)
+            write_step(staging, self.pruner, state, resume)
             fail_point(f"save.{kind}_written")
             staging.publish()
 
-    def save(self, folder: str | Path) -> None:
-        """Completes a trainer's checkpoint for `cut_to_checkpoint`. Collective. RunError if a rank cannot write."""
+    def save(self, folder: str | Path, schedule: JsonObject | None = None) -> None:
+        """Completes a trainer's checkpoint for `cut_to_checkpoint`. Arguments and errors are as in `save_step`."""
         folder = Path(folder)
         if self.model.rank == 0:
             remove_leftovers(folder)
-        self.save_step(folder / PRUNING_FOLDER, "pruning", with_records=True)
+        self.save_step(folder / PRUNING_FOLDER, "pruning", schedule=schedule, with_records=True)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""

@@ -3,13 +3,12 @@
 import logging
 from collections import Counter
 from itertools import chain
-from typing import Any
 
 from torch import nn
-from torch.optim import Adam, AdamW
 
 from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.checkpoint.state import Origin, ResumeState, State, Totals
+from loraprune_ds.engine.optimizer_state import optimizer_kind
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER, base_linear, lora_linear
 from loraprune_ds.model.frozen import Blocks, storage_format
@@ -22,37 +21,16 @@ from loraprune_ds.report.records import CutRecord, History
 log = logging.getLogger(__name__)
 
 
-def has_plain_adam(model: PrunableModel) -> bool:
-    """Tells whether torch's Adam or AdamW trains. Checkpoints of others go on with one engine."""
-    optimizer = model.optimizer
-    if not isinstance(optimizer, (Adam, AdamW)):
-        return False
-    return not any(group["amsgrad"] for group in optimizer.param_groups)
-
-
 def describe_resume(pruner: Pruner, schedule: JsonObject, loss_scale: JsonObject) -> ResumeState:
-    """Describes what only a resume needs. Every engine can restore Adam's state, and no other."""
+    """Describes what only a resume needs."""
     state = pruner.model.optimizer_state
-    adam_step = None
-    adam_groups: list[JsonObject] = []
-    if has_plain_adam(pruner.model):
-        adam_step = state.adam_step
-        adam_groups = _param_groups(state.optimizer)
     return ResumeState(
-        adam_step=adam_step,
-        adam_groups=adam_groups,
+        optimizer=optimizer_kind(state.optimizer),
+        groups=[group | {"params": []} for group in state.groups()],
         schedule=schedule,
         loss_scale=loss_scale,
         updates_since_cut=pruner.average.updates_since_cut,
     )
-
-
-def _param_groups(optimizer: Any) -> list[JsonObject]:
-    """Returns param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
-    groups = optimizer.param_groups
-    # DeepSpeed has all in separate buffers
-    groups = [group for group in groups if group["params"]] or groups
-    return [group | {"params": []} for group in groups]
 
 
 def lora_scalings(model: PrunableModel) -> dict[str, float]:

@@ -159,7 +159,7 @@ def build_trainer(
             head=False,
         )
     if checkpoint:
-        checkpoint.restore_lora(model)
+        checkpoint.restore_trained(model)
     pruning = Pruning.of_run(
         Beginning(model, prepared.schedule, config.model.dtype, prepared.origin, recorder),
         checkpoint,

@@ -4,7 +4,6 @@ Nothing is gathered. Every rank computes from the mask which of its elements go 
 """
 
 from collections.abc import Iterable
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -36,9 +35,10 @@ def cut_layer(
     state_cuts: list[ShardCut] = []
     if state:
         trained = [cut for cut in plans if cut[0].requires_grad]
-        for (parameter, plan), key in product(trained, state.keys()):
-            carried.append((parameter, key))
-            state_cuts.append((state.shard(parameter, key).to(comm.device), plan))
+        for parameter, plan in trained:
+            for key in state.keys(parameter):
+                carried.append((parameter, key))
+                state_cuts.append((state.shard(parameter, key).to(comm.device), plan))
     new_shards = reshard(state_cuts, comm)
     shards = [
         (cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in plans

@@ -11,6 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
+from loraprune_ds.engine.optimizer_state import ADAM, optimizer_kind
 from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
@@ -18,8 +19,6 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
-# their only state with a shape is exp_avg and exp_avg_sq
-ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 LATEST = "latest"  # names the folder of the newest state
 log = logging.getLogger(__name__)
 
@@ -31,14 +30,10 @@ def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel
         isinstance(zero, DeepSpeedZeroOptimizer_Stage3),
         f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(zero).__name__}",
     )
-    name = type(zero.optimizer).__name__
-    is_adam = name in ADAM
-    if is_adam and any(group.get("amsgrad") for group in zero.optimizer.param_groups):
-        is_adam = False
-        name += " with amsgrad"
+    kind = optimizer_kind(zero.optimizer)
     require(
-        is_adam,
-        f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}",
+        kind == "Adam",
+        f"the optimizer state of {kind} cannot be cut along with LoRA; use one of {', '.join(ADAM)}",
     )
     shards = dist.get_world_size(zero.dp_process_group)
     ranks = dist.get_world_size()

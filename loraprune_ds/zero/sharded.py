@@ -1,5 +1,6 @@
 """The ZeRO-3 model under pruning, and the optimizer state of its LoRA. Every rank cuts its shards in place."""
 
+import copy
 import gc
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -8,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from torch.optim import Adam, AdamW
 
 from loraprune_ds.engine.cutting import ParameterCut, cut_layers
-from loraprune_ds.engine.optimizer_state import MOMENTS, OptimizerState
+from loraprune_ds.engine.optimizer_state import OptimizerState, is_number
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.frozen import Blocks, storage_format
 from loraprune_ds.model.groups import LayerKeep
@@ -162,7 +164,7 @@ class ShardedModel(PrunableModel):
 
 
 class ShardedState(OptimizerState):
-    """Carries the flat buffers of DeepSpeed's stage-3 optimizer through a cut: fp32 masters and Adam's moments.
+    """Carries the flat buffers of DeepSpeed's stage-3 optimizer through a cut: fp32 masters and the optimizer's states.
 
     Smaller shards are written into the old slots, so there is no second copy. `rebuild` then lays out smaller buffers.
     """
@@ -172,34 +174,30 @@ class ShardedState(OptimizerState):
         self.zero = zero_optimizer
         self.parameters = parameters
 
-    def masters(self) -> list[Tensor]:
-        return self.zero.fp32_partitioned_groups_flat
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        group, _ = self._slot(parameter)
+        return self.zero.fp32_partitioned_groups_flat[group]
 
-    def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
-        group, offset = self._slot(parameter)
+    def part(self, parameter: nn.Parameter, state: Tensor) -> Tensor:
+        _, offset = self._slot(parameter)
         numel: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        return self._flat(group, key).narrow(0, offset, numel)
+        return state.narrow(0, offset, numel)
+
+    def number(self, saved: Tensor) -> Any:
+        is_torch = isinstance(self.optimizer, (Adam, AdamW))
+        return saved.clone() if is_torch else int(saved)  # DeepSpeed's kernels take no tensor
 
     @torch.no_grad()
     def rebuild(self) -> None:
         """Lays out flat buffers for the current shapes, and fills them with the carried state. Collective."""
-        zero = self.zero
-        keys = self.keys()
-        groups = range(len(zero.fp32_partitioned_groups_flat))
-        old_flats = [{key: self._flat(group, key) for key in keys} for group in groups]
-        old_slots = [self._slot(p) for p in self.parameters]
-        old_states = list(zero.optimizer.state.values())
+        old = [(p, key, self.shard(p, key)) for p in self.parameters for key in self.keys(p)]
+        states = self.states(self.parameters[0]).items()
+        numbers = {key: state for key, state in states if is_number(state)}
         self._lay_out()
-        if old_states:
-            others = {key: x for key, x in old_states[0].items() if key not in MOMENTS}
-            self.create_moments(others)
-        new: list[Tensor] = []
-        old: list[Tensor] = []
-        for parameter, (group, offset) in zip(self.parameters, old_slots, strict=True):
-            for key in keys:
-                new.append(self.shard(parameter, key))
-                old.append(old_flats[group][key].narrow(0, offset, len(new[-1])))
-        foreach._foreach_copy_(new, old)
+        for master in self.zero.fp32_partitioned_groups_flat:
+            self.optimizer.state[master] |= copy.deepcopy(numbers)
+        new = [self.shard(parameter, key) for parameter, key, _ in old]
+        foreach._foreach_copy_(new, [shard for *_, shard in old])
 
     def _lay_out(self) -> None:
         """Makes DeepSpeed build its flat buffers again, as at its start. Adam's state is empty afterwards."""
@@ -221,14 +219,10 @@ class ShardedState(OptimizerState):
 
     def restore(self, *given: Any) -> None:
         super().restore(*given)
-        for parameter in self.parameters:  # LoRA in the model's dtype
+        for parameter in self.parameters:  # in the model's dtype
             self.layout.write(parameter, self.shard(parameter, "master"))
-        settle_shards()  # orders the restored shards of LoRA before the first gather
+        settle_shards()  # orders the restored shards before the first gather
 
     def _slot(self, parameter: nn.Parameter) -> tuple[int, int]:
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return group, offset
-
-    def _flat(self, group: int, key: str) -> Tensor:
-        master = self.zero.fp32_partitioned_groups_flat[group]
-        return master.detach() if key == "master" else self.zero.optimizer.state[master][key]

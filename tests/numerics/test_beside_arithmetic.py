@@ -127,8 +127,9 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     model = trainer.model
     ids = [LinearId(i, linear.linear) for i, linear in model.shape.input_linears([1])]
 
-    def zeros(layer: int, name: str, key: str, start: int, end: int) -> Tensor:
-        return torch.zeros(end - start)
+    def zeros(layer: int) -> dict[str, Tensor]:
+        named = model.lora_parameters()[layer].items()
+        return {name: torch.zeros(model.layout.full_shape(parameter)) for name, parameter in named}
 
     with (
         patch.object(params, "_install", watched.writing(params._install)),
@@ -143,7 +144,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
                 lambda: model.replace_weights(ids, lambda _, linear: linear.weight)
             ),
             "restore": watched.after(
-                lambda: model.optimizer_state.restore(model.lora_parameters(), zeros, 1)
+                lambda: model.optimizer_state.restore(model.lora_parameters(), zeros)
             ),
         }
 

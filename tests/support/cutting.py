@@ -14,7 +14,6 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
 from torch import Tensor
 
-from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId
@@ -26,7 +25,7 @@ from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad, partition_
 from loraprune_ds.train import optimizer
 from loraprune_ds.zero import sharded
 from loraprune_ds.zero.sharded import ShardedState
-from tests.support.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
+from tests.support.driver import MOMENTS, Job, ShardedTrainer, as_pair, build, gather_everywhere
 from tests.support.families import LLAMA_LINEARS, LlamaLinear
 from tests.support.ranks import RENAMED
 from tests.support.refusals import refused

@@ -20,7 +20,6 @@ from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig, RunConfig,
 from loraprune_ds.config_types import Dtype, Frozen
 from loraprune_ds.engine.ds_config import resolve_ds_config
 from loraprune_ds.engine.live import LiveTraining
-from loraprune_ds.engine.optimizer_state import MOMENTS
 from loraprune_ds.engines import connect, run_engine
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.groups import QUERY_HEADS
@@ -50,6 +49,7 @@ from tests.support.plain_training import in_peft
 from tests.support.zero_bytes import state_tensors
 
 Options = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
 @dataclass(frozen=True)

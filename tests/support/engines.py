@@ -36,6 +36,7 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device, storage_bytes
 from loraprune_ds.session.live import live_shape
 from tests.oracle.models import ODD_SIZES, make_batches
+from tests.support.driver import MOMENTS
 from tests.support.local_training import PRUNE, STEPS, make_model
 
 SAMPLES = 4
@@ -145,7 +146,7 @@ class Found:
     after: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)  # after one more step
     restored: dict[str, Tensor] = field(default_factory=dict)  # from `after`
-    updates: int = 0  # that Adam has counted then
+    updates: set[float] = field(default_factory=set)  # that Adam has counted then
     overwritten: Tensor | None = None
     owned: tuple[int, Tensor] = (
         0,
@@ -189,11 +190,13 @@ class Training:
             if full is not None:
                 found[name] = full.cpu().clone()
         for layer in self.model.lora_parameters():
-            masters, moments = self.model.optimizer_state.collect(layer, 0)
+            masters = self.model.collect_named(layer, 0, master=True)
+            states = self.model.optimizer_state.collect(layer, 0)
             found |= {f"{names[layer[key]]}/master": x.cpu().clone() for key, x in masters.items()}
-            for key, moment in moments.items():
+            for key, state in states.items():
                 short, _, kind = key.rpartition(".")
-                found[f"{names[layer[short]]}/{kind}"] = moment.cpu().clone()
+                if kind != "step":
+                    found[f"{names[layer[short]]}/{kind}"] = state.cpu().clone()
         return found
 
 
@@ -259,7 +262,9 @@ def train(name: str, folder: Path) -> Found:
     found.trained = training.tensors()
     _restore(training, found.after)
     found.restored = training.tensors()
-    found.updates = model.optimizer_state.adam_step
+    first = model.lora_parameters()[0]
+    states = model.optimizer_state.collect(first, 0)
+    found.updates = {float(x) for name, x in states.items() if name.endswith(".step")}
     found.overwritten = _overwrite(model)
     part = model.owned_weight(LinearId(LAYER, LINEAR))
     found.owned = (part.start, part.flat.clone())
@@ -297,10 +302,16 @@ def _restore(training: Training, saved: dict[str, Tensor]) -> None:
     names = {parameter: name for name, parameter in training.peft_model.named_parameters()}
     layers = model.lora_parameters()
 
-    def read(layer: int, short: str, key: str, start: int, end: int) -> Tensor:
-        return saved[f"{names[layers[layer][short]]}/{key}"].reshape(-1)[start:end]
+    def read(layer: int) -> dict[str, Tensor]:
+        found = dict[str, Tensor]()
+        for short, parameter in layers[layer].items():
+            found[short] = saved[f"{names[parameter]}/master"]
+            found[f"{short}.step"] = torch.tensor(2.0)
+            for key in MOMENTS:
+                found[f"{short}.{key}"] = saved[f"{names[parameter]}/{key}"]
+        return found
 
-    model.optimizer_state.restore(layers, read, 2)
+    model.optimizer_state.restore(layers, read)
 
 
 def _overwrite(model: PrunableModel) -> Tensor | None:

@@ -243,10 +243,9 @@ def collect(pruning: Pruning, result: Result) -> None:
     scores = pruning.pruner.average.scores or []
     result.scores = [x.cpu() for layer in scores for x in layer.values()]
     for i, layer in enumerate(model.lora_parameters()):
-        masters, moments = model.optimizer_state.collect(layer, 0)
-        result.tensors |= {
-            f"{i}.{name}": x.cpu().clone() for name, x in (masters | moments).items()
-        }
+        masters = model.collect_named(layer, 0, master=True)
+        states = model.optimizer_state.collect(layer, 0)
+        result.tensors |= {f"{i}.{name}": x.cpu().clone() for name, x in (masters | states).items()}
 
 
 def expected_bytes(model: Any) -> int:

@@ -1,7 +1,7 @@
 """Trains under `Pruning` in one process."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,12 +22,13 @@ Make = Callable[..., optim.Optimizer]
 Rows = list[tuple[list[Any], list[Any]]]  # per step: scores, kept groups
 
 
-def make_model(folder: Path, r: int = 4) -> Any:
+def make_model(folder: Path, r: int = 4, whole: Sequence[str] = ()) -> Any:
+    """Makes a model with LoRA. Its modules `whole` also train."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(
-        base, LoraConfig(r=r, target_modules=linear_names(base), init_lora_weights=False)
-    )
+    config = LoraConfig(r=r, target_modules=linear_names(base), init_lora_weights=False)
+    config.modules_to_save = list(whole)
+    return get_peft_model(base, config)
 
 
 def train(

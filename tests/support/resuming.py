@@ -219,7 +219,7 @@ def contents(out: Path, step: int) -> Contents:
     folder = out / "checkpoints" / f"step-{step}"
     masters, moments = (
         sorted(folder.glob(pattern))
-        for pattern in ("lora-*.safetensors", "resume/adam-*.safetensors")
+        for pattern in ("lora-*.safetensors", "resume/lora-*.safetensors")
     )
     lora = {
         f"{path.stem[-5:]}.{name}.master": tensor

@@ -402,10 +402,10 @@ def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> No
     """Trains until the Trainer has written `checkpoint-{step}` and the callback writes its part."""
     save = Pruning.save
 
-    def save_or_end(pruning: Pruning, folder: str | Path) -> None:
+    def save_or_end(pruning: Pruning, folder: str | Path, *more: Any) -> None:
         if Path(folder).name == f"checkpoint-{step}":
             raise KeyboardInterrupt
-        save(pruning, folder)
+        save(pruning, folder, *more)
 
     with patch.object(Pruning, "save", save_or_end), suppress(KeyboardInterrupt):
         train_with_callback(job, out, more)

@@ -108,10 +108,10 @@ def save(folder: Path) -> None:
 def save_passes(folder: Path) -> None:
     """On a rank that writes nothing else."""
     passes = SimpleNamespace(steps=[1], to_plain=lambda: {"steps": [torch.zeros(1000)]})
-    model = SimpleNamespace(rank=1, world_size=2, layers=[], trained_parameters=list)
+    model = SimpleNamespace(rank=1, world_size=2, lora_parameters=list, trained_parameters=list)
     staging = Staging(Communicator(), folder / "step-1", "step")
     with full_disk():
-        write_step(staging, Mock(model=model, passes=passes), Mock(), Mock(), Mock())
+        write_step(staging, Mock(model=model, passes=passes), Mock(), Mock())
     staging.publish()
 
 

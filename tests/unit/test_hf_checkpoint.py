@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import SavedStep, verify_step
@@ -22,7 +24,6 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.session import checkpoint
 from loraprune_ds.session.checkpoint import PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.session.pruning import Pruning
-from loraprune_ds.zero.live import LiveZero3
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.oracle.models import make_batches, make_tiny_llama
 from tests.support.local_training import make_model
@@ -34,13 +35,13 @@ CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
 REFIT = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1)
 
 
-def saved(checkpoint: Path, prune: Any = None, adam_step: int | None = 5, **changes: Any) -> Path:
+def saved(checkpoint: Path, prune: Any = None, **changes: Any) -> Path:
     """Writes the state of a callback's checkpoint whose tensors do not matter. Returns its path."""
     prune = asdict(CONFIG) if prune is None else prune
     origin = Origin({"output_dir": "unknown", "prune": prune}, 10, 0, False, [])
     state = State(5, origin, [], "zero3", 2, 1.0, {}, {}, [], 0.4, Totals(), [], "cpu", [])
     path = checkpoint / "pruning/state.json"
-    resume = ResumeState(adam_step, updates_since_cut=3)
+    resume = ResumeState("Adam", updates_since_cut=3)
     for folder, value in ((path.parent, asdict(state) | changes), (path.parent / "resume", resume)):
         folder.mkdir(parents=True)
         write_json(folder / path.name, value)
@@ -70,27 +71,51 @@ def test_a_checkpoint_that_does_not_fit_is_named(
     must_name(f"{tmp_path} {names}", checkpoint._read, tmp_path, CONFIG, COMM)
 
 
-@pytest.mark.parametrize(
-    ("adam", "trained", "names"),
-    [
-        (None, {"lora_A.weight": torch.float32}, "torch's Adam"),  # of SGD
-        (5, {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32}, "lm_head.weight"),
-        (5, {"lora_A.weight": torch.float16}, "fp16"),
-    ],
-)
-def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
-    tmp_path: Path, adam: Any, trained: dict[str, torch.dtype], names: str
-) -> None:
-    step = step_with(tmp_path, adam_step=adam)
-    parameters = [
-        (f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype)))
-        for name, dtype in trained.items()
-    ]
-    model = Mock(named_parameters=lambda: parameters, parameters=lambda: dict(parameters).values())
-    obstacle = "has no optimizer.pt"
-    must_name(
-        f"optimizer.pt {names}", checkpoint._check_restorable, obstacle, step, model, LiveZero3()
-    )
+OPTIMIZERS = {
+    "momentum_buffer": partial(torch.optim.SGD, momentum=0.9),
+    "max_exp_avg_sq": partial(torch.optim.AdamW, amsgrad=True),
+    "mu_product": torch.optim.NAdam,
+    "sum": torch.optim.Adagrad,
+    "grad_avg": partial(torch.optim.RMSprop, centered=True, momentum=0.9),
+    "prev": torch.optim.Rprop,
+}
+
+
+@pytest.mark.parametrize(("state", "make"), OPTIMIZERS.items(), ids=list(OPTIMIZERS))
+def test_each_optimizer_goes_on_to_the_bit(tmp_path: Path, state: str, make: Any) -> None:
+    """Beside LoRA the embedding trains."""
+    folder = make_tiny_llama(tmp_path / "tiny", hidden=16, ffn=24, vocab=32)
+
+    def train(start: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model = make_model(folder, whole=["embed_tokens"])
+        saved = None if start else cut_to_checkpoint(model, tmp_path, CONFIG, Communicator())
+        saved = saved and replace(saved, restores_optimizer=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make(trained, lr=1e-2)
+        pruning = Pruning(model.train(), optimizer, CONFIG, 4, checkpoint=saved)
+        batches = make_batches(steps=4, samples=4, tokens=8, vocab=32, seed=3)
+        for ids, labels in batches[pruning.step :]:
+            pruning.begin_step()
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruning.end_step()
+            if start and pruning.step == 3:
+                pruning.save(tmp_path / "checkpoint-3")
+        assert pruning.cuts
+        pruning.close()
+        states = {
+            f"{i}.{key}": torch.as_tensor(value)
+            for i, parameter in enumerate(trained)
+            for key, value in optimizer.state[parameter].items()
+        }
+        return model.state_dict(), states
+
+    weights, states = train(True)
+    assert any(key.endswith(f".{state}") for key in states)
+    again, resumed = train(False)
+    assert_equal_tensors(again, weights)
+    assert_equal_tensors(resumed, states)
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def zero_over(inner: Any) -> Any:
     [
         ("SGD", {"lr": 0.1}, "SGD"),
         ("Adafactor", {}, "Adafactor"),
-        ("AdamW", {"amsgrad": True}, "AdamW with amsgrad"),
+        ("AdamW", {"amsgrad": True}, "Adam with amsgrad"),
     ],
 )
 def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(

@@ -4,12 +4,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.callback import LoraPruneCallback, _advance
+from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.local.live import LiveLocal
 from loraprune_ds.ranks.comm import Communicator
@@ -120,7 +118,6 @@ def test_a_checkpoint_without_an_optimizer_is_restored_and_says_what_is_lost(
     [
         (AdamW, "trainer_state.json", 4, "trainer_state.json"),
         (AdamW, None, 2, f"{ADAPTER} layers.0. _proj 4 2"),
-        (SGD, None, 4, f"{OPTIMIZER} {SCHEDULE} Adam"),
     ],
 )
 def test_a_checkpoint_that_cannot_go_on_is_one_line(
@@ -149,6 +146,14 @@ def test_on_zero_3_no_adapter_is_read_but_the_ranks_in_the_folder_of_pruning_cou
     )
 
 
-def test_a_schedule_that_cannot_be_computed_is_named() -> None:
-    optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))])
-    must_name("ReduceLROnPlateau", _advance, ReduceLROnPlateau(optimizer), 2)
+@pytest.mark.parametrize(
+    ("make", "whole", "names"), [(SGD, (), "Adam SGD"), (AdamW, ("lm_head",), "[] lm_head.weight")]
+)
+def test_another_optimizer_and_other_tensors_that_train_are_named(
+    dense: Path, tmp_path: Path, make: Any, whole: tuple[str, ...], names: str
+) -> None:
+    folder = save(dense, tmp_path)
+    model = make_model(dense, whole=whole)
+    checkpoint = resume(model, folder)._checkpoint
+    optimizer = make(p for p in model.parameters() if p.requires_grad)
+    must_name(names, Pruning, model.train(), optimizer, PRUNE, 4, checkpoint=checkpoint)
