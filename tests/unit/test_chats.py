@@ -371,7 +371,11 @@ def test_a_model_without_a_template_or_vllm_is_named(
     options: Namespace, folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, base := tmp_path / "base", ignore=lambda *_: ["chat_template.jinja"])
-    must_name(f"{base} template", run, changed(options, model=str(base)))
+    of_base = changed(options, model=str(base))
+    must_name(f"{base} template", run, of_base)
+    # which would else be answered as plain texts
+    of_user = changed(of_base, tokens=None, prompts=read_prompts("default"))
+    must_name(f"{base} template", run, of_user)
     must_name("--engine vllm", run, changed(options, engine="vllm"))
 
 
