@@ -71,12 +71,11 @@ def _check_parameters(module: nn.Module) -> None:
 
 def _check_dtypes(slots: dict[nn.Parameter, Slot]) -> None:
     """Checks that a unit has one dtype, if torch needs that."""
-    if torch.__version__ >= ONE_DTYPE_BEFORE:
-        return
+    several = torch.__version__ >= ONE_DTYPE_BEFORE
     for slot in slots.values():
         dtypes = {param.sharded_param.dtype for param in slot.params}
         require(
-            len(dtypes) == 1,
+            several or len(dtypes) == 1,
             f"torch {torch.__version__} shards only one dtype in a unit, but LoRA is in float32; install torch 2.8",
         )
 

@@ -103,9 +103,7 @@ def find_slots(units: Iterable[FSDPModule]) -> dict[nn.Parameter, Slot]:
     slots: dict[nn.Parameter, Slot] = {}
     for unit in units:
         state = cast(Any, unit)._get_fsdp_state()
-        groups = getattr(state, SEVERAL_GROUPS, None)
-        if groups is None:
-            groups = [state._fsdp_param_group]
+        groups = getattr(state, SEVERAL_GROUPS, None) or [state._fsdp_param_group]
         for group in filter(None, groups):  # a unit may have no parameters
             params = group.fsdp_params
             slots |= {param.sharded_param: Slot(params, i) for i, param in enumerate(params)}

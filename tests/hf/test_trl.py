@@ -1,5 +1,6 @@
 """TRL's own scripts prune by a block in their YAML. What they write loads, resumes, and equals our own export."""
 
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -142,3 +143,10 @@ def test_what_cannot_be_pruned_is_one_line_before_a_model_is_loaded(
         arguments = [*arguments, path]
     with fresh_accelerate():
         must_name(names, main, arguments)
+
+
+def test_the_command_is_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["trl.py", "gkd"])
+    monkeypatch.delitem(sys.modules, "loraprune_ds.hf.trl")
+    must_name("sft dpo gkd", runpy.run_module, "loraprune_ds.hf.trl", None, "__main__")

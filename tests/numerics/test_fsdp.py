@@ -193,3 +193,11 @@ def test_a_sharding_that_cannot_be_cut_is_one_line(
     for line in ranks.run(2, fsdp_training.refuse, Training(folders["qwen2"], FISHER), change):
         assert all(word in line for word in words.split()), line
         assert "\n" not in line
+
+
+def test_a_torch_that_shards_one_dtype_alone_is_named(
+    ranks: RankPool, folders: dict[str, Path]
+) -> None:
+    halves = Training(folders["qwen2"], FISHER, half=True)
+    for line in ranks.run(2, fsdp_training.refuse_on_an_old_torch, halves):
+        assert all(word in line for word in (torch.__version__, "one dtype", "float32"))

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW
 
 from loraprune_ds import PruneConfig, Pruning, linear_names, prepare_model
+from loraprune_ds.fsdp import checks
 from loraprune_ds.fsdp.model import sharded_units
 from loraprune_ds.fsdp.private import find_slots
 from loraprune_ds.fsdp.rows import RowShards
@@ -370,11 +371,20 @@ def over_some_ranks(model: Any) -> None:
 
 
 def with_half_lora(model: Any) -> None:
-    fully_shard(model.bfloat16(), mesh=init_device_mesh("cpu", (2,)))
+    whole(model.bfloat16())
+
+
+def whole(model: Any) -> None:
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def refuse_on_an_old_torch(training: Training) -> str:
+    with patch.object(checks, "ONE_DTYPE_BEFORE", "99"):
+        return refuse(training, whole)
 
 
 def compiled(model: Any) -> None:
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    whole(model)
     model.get_base_model().model.layers[1].compile(backend="eager")
 
 

@@ -5,15 +5,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from loraprune_ds.cli import chats, evaluate, run
+from loraprune_ds.config import DataSource
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.ranks.comm import Communicator
-from tests.support.chat_model import make_chat_model
+from loraprune_ds.train.data.sources import read_rows
+from loraprune_ds.train.data.tokens import read_chat
+from tests.support.chat_model import END, make_chat_model
 from tests.support.resuming import write_run
 
 Call = Callable[..., int]
@@ -100,6 +106,36 @@ def test_a_model_writes_chats_from_its_own_prompts(
     rows = out.read_text().splitlines()
     assert rows
     assert f"\n{len(rows)} rows of " in capfd.readouterr().out
+
+
+def test_vllm_answers_each_prompt_with_a_seed_of_its_own(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in says what it was asked, and answers "4" to all."""
+    four = AutoTokenizer.from_pretrained(model)("4", add_special_tokens=False)["input_ids"]
+    asked: list[tuple[Any, Any]] = []
+
+    class LLM:
+        def __init__(self, folder: str, dtype: str) -> None:
+            assert (folder, dtype) == (str(model), "float32")
+
+        def generate(self, prompts: Any, settings: Any, use_tqdm: bool) -> list[Any]:
+            asked.extend(zip(prompts, settings, strict=True))
+            output = SimpleNamespace(token_ids=(*four, END))
+            return [SimpleNamespace(outputs=[output]) for _ in prompts]
+
+    vllm: Any = ModuleType("vllm")
+    vllm.__spec__, vllm.LLM, vllm.SamplingParams = ModuleSpec("vllm", None), LLM, dict
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "chats.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "2 + 2, {i} times"}}\n' for i in range(3)))
+    given = ("--prompts", prompts, "--max-new-tokens", 9, "--engine", "vllm")
+    assert call(chats, model, "--out", out, *given) == 0
+    rows = read_rows(DataSource(str(out), format="chat"))
+    assert [read_chat(row).messages[-1]["content"] for row in rows] == ["4"] * 3
+    settings = [how for _, how in asked]
+    assert len({how["seed"] for how in settings}) == len(settings) == 3
+    assert all(END in how["stop_token_ids"] and how["max_tokens"] == 9 for how in settings)
 
 
 def test_a_run_prints_its_result_and_prints_it_again(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from transformers import GPT2Config, PreTrainedConfig
 from loraprune_ds import PruneConfig
 from loraprune_ds.config_types import Ranking
 from loraprune_ds.files import read_json
-from loraprune_ds.hf.plugin import OPTIMIZERS, PLAIN, check_settings, find_base
+from loraprune_ds.hf.plugin import OPTIMIZERS, PLAIN, check_settings, drive, find_base
 from loraprune_ds.hf.table import describe
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.schedule import plan_pruning
@@ -171,20 +171,36 @@ def test_a_base_is_found_and_that_of_a_checkpoint_is_written(trained: Path) -> N
     assert find_base(trained / "checkpoint-4").stat().st_mtime_ns == stamp
 
 
-def test_a_merge_in_axolotl_takes_the_base_as_it_is(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside stand-ins for what the plugin imports of Axolotl. tests/axolotl.sh has the real ones."""
+@pytest.fixture
+def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plugin beside stand-ins for what it imports of Axolotl. tests/axolotl.sh has the real ones."""
     packages: dict[str, Any] = {name: ModuleType(name) for name in AXOLOTL}
     packages[AXOLOTL[2]].BasePlugin = object
-    command = packages[AXOLOTL[-1]]
-    command.merge_lora_sharded_efficient = dict
+    packages[AXOLOTL[-1]].merge_lora_sharded_efficient = dict
     for name, package in packages.items():
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    return import_module("loraprune_ds.hf.axolotl").LoraPrunePlugin()
+
+
+@pytest.mark.parametrize("all_linears", [True, False])
+def test_axolotl_trains_lora_where_scores_are(
+    axolotl: Any, settings: dict[str, Any], all_linears: bool
+) -> None:
+    settings |= {"lora_target_linear": all_linears, "lora_mlp_kernel": True}
+    settings |= {"merge_lora": False, "inference": False}
+    axolotl.register(settings)
+    axolotl.load_datasets(settings)
+    assert settings.get("lora_target_modules") == (None if all_linears else LINEARS)
+    assert settings["lora_mlp_kernel"] is False
+    assert axolotl.add_callbacks_pre_trainer(settings, None) == [axolotl.callback]
+
+
+def test_a_merge_in_axolotl_takes_the_base_as_it_is(axolotl: Any, trained: Path) -> None:
     qlora = {"adapter": "qlora", "load_in_4bit": True, "loraprune": {"ratio": 0.3}}
     settings = qlora | {"merge_lora": True, "lora_model_dir": str(trained)}
-    import_module("loraprune_ds.hf.axolotl").LoraPrunePlugin().register(settings)
+    axolotl.register(settings)
+    command = sys.modules[AXOLOTL[-1]]
     assert settings["base_model"] == str(trained / "base")
     assert (settings["adapter"], settings["load_in_4bit"]) == ("lora", False)
     assert command.merge_lora_sharded_efficient(simulate_nf4=True) == {"simulate_nf4": False}
@@ -209,3 +225,24 @@ def test_a_folder_that_is_gone_or_of_another_run_is_one_line(
     folder = shutil.copytree(trained, tmp_path / "copy")
     spoil(folder)
     must_name(names, find_base, folder)
+
+
+def test_a_training_ends_with_the_base_that_its_adapter_names(dense: Path, tmp_path: Path) -> None:
+    """Under FSDP2, which would save no adapter of sharded states."""
+    pruning = train_and_save(make_model(dense).train(), PRUNE, tmp_path)
+    kinds: list[str] = []
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(set_state_dict_type=kinds.append))
+    trainer = SimpleNamespace(
+        train=lambda **given: given,
+        args=SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path)),
+        accelerator=SimpleNamespace(print=print, state=state),
+        is_fsdp_enabled=True,
+    )
+    callback: Any = SimpleNamespace(pruning=pruning, save_base=pruning.save_base)
+    drive(trainer, callback)
+    assert trainer.train() == {"resume_from_checkpoint": None}
+    assert kinds == ["FULL_STATE_DICT"]
+    assert (tmp_path / "base" / "config.json").is_file()
+    assert not (tmp_path / "model").exists()
+    adapter = pruning.peft_model.peft_config["default"].to_dict()
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "base")
