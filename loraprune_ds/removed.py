@@ -15,6 +15,7 @@ OPTIONS = {
     "--mtp": "results have no layers that predict further tokens",
     "--explain": "loraprune_ds/plan/README.md has the formulas",
     "--text": "chats need a model with a chat template, which writes no plain texts",
+    "--samples": "--set data.max_samples=N plans for as many",
     "--speed": "tests/benchmarks/serving.py measures the speed in servers",
     "--server-memory": "--set prune.target=12GiB finds the ratio for a server's memory",
     **dict.fromkeys(

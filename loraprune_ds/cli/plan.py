@@ -37,8 +37,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override a value of the run",
     )
-    samples = "in the training data, for a run that counts epochs; default: 1,000 steps are assumed"
-    parser.add_argument("--samples", type=int, help=samples)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of a table"
     )
@@ -73,7 +71,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from loraprune_ds.plan.table import option_table, plan_table, verdict
 
     run = read_run(arguments.model, config_path=arguments.config, overrides=arguments.set)
-    build = partial(build_request, *run, samples=arguments.samples)
+    build = partial(build_request, *run)
     most_nodes = getattr(arguments, "nodes", options.MOST_NODES)
     if arguments.cards:
         best = options.best_for_cards(build, cluster, most_nodes)

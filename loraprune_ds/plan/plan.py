@@ -94,7 +94,7 @@ def notes(plan: Plan) -> list[str]:
     request = plan.request
     lines = [request.config.recipe]
     if not request.steps_known:
-        options = "--samples N, or --set train.epochs=null --set train.steps=N"
+        options = "--set data.max_samples=N, or --set train.epochs=null --set train.steps=N"
         lines.append(f"the run counts epochs of absent data, so its steps are assumed ({options})")
     if request.config.prune.ranking != "uniform":
         lines.append("the plan of prune.ranking global removes the same from all layers")

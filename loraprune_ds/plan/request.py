@@ -71,12 +71,8 @@ class Request:
     cluster: Cluster
     schedule: Schedule
     ds_config: JsonObject  # with every "auto" replaced
-    samples: int | None = None  # in the training data, if known
+    steps_known: bool = True  # or assumed
     overrides: Sequence[str] = ()  # of this request, as `--set` gives them
-
-    @property
-    def steps_known(self) -> bool:
-        return self.config.train.steps is not None or self.samples is not None
 
     @property
     def world_size(self) -> int:
@@ -215,8 +211,6 @@ def build_request(
     config: RunConfig,
     cluster: Cluster,
     overrides: Sequence[str] = (),
-    *,
-    samples: int | None = None,
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     if overrides:
@@ -229,14 +223,13 @@ def build_request(
     text = text_config(source, name)
     check_family(shape.family, text, name, config.model.dtype, packing=config.data.packs_rows)
     Storage(config.model.frozen).check(shape, name)
-    require(
-        samples is None or samples >= train.global_batch_size,
-        f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}",
-    )
-    if samples is None and isinstance(config.data.path, str):
-        samples = config.data.max_samples
+    samples = config.data.max_samples
     steps = train.steps
-    if steps is None and samples:
+    if steps is None and samples and isinstance(config.data.path, str):
+        require(
+            samples >= train.global_batch_size,
+            f"data.max_samples {samples} is less than train.global_batch_size {train.global_batch_size}",
+        )
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     tower = source.get("model_type") in MULTIMODAL and not config.model.text_only
     prune, limits, goal = resolve(config.prune, shape, tower=tower)
@@ -260,7 +253,8 @@ def build_request(
         is_whole,
         f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs",
     )
-    return Request(name, text, shape, config, cluster, schedule, ds_config, samples, overrides)
+    known = steps is not None
+    return Request(name, text, shape, config, cluster, schedule, ds_config, known, overrides)
 
 
 def full_bytes(tensors: Iterable[StoredTensor]) -> int:

@@ -18,8 +18,6 @@ from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Sin
 
 PROJECT = "loraprune_ds"
 STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may repeat values of this axis
-# one per rank. With more ranks, only the smallest and the largest value have a curve
-MOST_CURVES = 8
 Curves = Callable[[Record], dict[str, float]]
 
 
@@ -48,12 +46,9 @@ def _step_scalars(record: StepRecord) -> dict[str, float]:
         scalars["train/grad_norm"] = record.grad_norm
     for name in ("weight_bytes", "resident_bytes", "peak_bytes", "reserved_bytes"):
         values: list[int] = getattr(record, name)
-        if len(values) > MOST_CURVES:
+        if values:
             scalars[f"{name}/min"] = min(values)
             scalars[f"{name}/max"] = max(values)
-        else:
-            for rank, value in enumerate(values):
-                scalars[f"{name}/rank_{rank}"] = value
     return scalars
 
 

@@ -11,7 +11,7 @@ def changed(request: Request, *overrides: str, cluster: Cluster | None = None) -
     """Builds the same request with other values (`section.key=value`), or on another cluster."""
     where = cluster or request.cluster
     run = request.model, request.source, request.shape, request.config
-    return build_request(*run, where, overrides, samples=request.samples)
+    return build_request(*run, where, overrides)
 
 
 def with_zero(request: Request, **settings: Any) -> Request:

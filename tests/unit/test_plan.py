@@ -102,12 +102,12 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(
     samples: int, epochs: float, steps: int
 ) -> None:
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
-    assert any("--samples" in note for note in notes(make_plan(unknown)))
-    planned = build_small(unknown.config, unknown.cluster, samples=samples)
+    assert any("data.max_samples" in note for note in notes(make_plan(unknown)))
+    planned = changed(unknown, f"data.max_samples={samples}")
     assert (planned.schedule.steps, planned.steps_known) == (steps, True)
-    must_name("--samples", build_small, unknown.config, unknown.cluster, samples=5)
-    late = changed(unknown, f"train.warmup_steps={steps}").config
-    must_name("train.warmup_steps", build_small, late, unknown.cluster, samples=samples)
+    must_name("data.max_samples 5", changed, unknown, "data.max_samples=5")
+    late = [f"train.warmup_steps={steps}", f"data.max_samples={samples}"]
+    must_name("train.warmup_steps", changed, unknown, *late)
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:
