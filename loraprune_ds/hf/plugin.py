@@ -27,8 +27,8 @@ from loraprune_ds.model.adapters import ADAPTER, target_modules
 from loraprune_ds.pretrained.adapters import BASE_FOLDER, name_in_file
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
-from loraprune_ds.pruning.schedule import plan_pruning
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.report.records import MODEL_FOLDER
 from loraprune_ds.session.preparing import prunable_shape
 
@@ -78,10 +78,10 @@ def check_settings(
         f"{TARGETS} lacks {', '.join(sorted(missing))}: each linear needs LoRA for its score; "
         "add them, or leave the key out",
     )
-    plan = resolve(config, shape)
+    goal = make_goal(config, shape)
     steps = settings.get("max_steps") or 0
     if steps > 0:
-        plan_pruning(*plan, steps)
+        make_schedule(goal, steps)
     folder = Path(settings["output_dir"])
     found = [*folder.glob(BASE_FOLDER), *folder.glob(f"checkpoint-*/{PRUNING_FOLDER}")]
     require(

@@ -6,7 +6,6 @@ from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.target import final_shape
 from loraprune_ds.units import aligned, format_bytes, format_count, format_percent
 
 
@@ -21,7 +20,7 @@ def describe(schedule: Schedule, dtype: Dtype, out: Path) -> list[str]:
         ["weights", *weights],
     ]
     note = "layers will differ, so stock tools need trust_remote_code; with ranking: uniform they do not"
-    pruned = final_shape(schedule.limits, schedule.goal)
+    pruned = schedule.goal.final_shape
     if pruned is not None:
         note = "layers stay equal, so stock tools load the result"
         for kind in dense.kinds:
@@ -29,7 +28,7 @@ def describe(schedule: Schedule, dtype: Dtype, out: Path) -> list[str]:
             rows.append([kind, *map(str, sizes)])
     steps = ", ".join(map(str, schedule.cut_steps))
     return [
-        f"{format_percent(schedule.ratio)} of the layers' linears leave, "
+        f"{format_percent(schedule.goal.ratio)} of the layers' linears leave, "
         f"by cuts after steps {steps} of {schedule.steps}",
         *aligned(rows, "<>>"),
         note,

@@ -81,7 +81,7 @@ def plan_json(plan: Plan) -> JsonObject:
         "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
         "steps": schedule.steps,
         "cuts": len(schedule.cut_steps),
-        "ratio": schedule.ratio,
+        "ratio": schedule.goal.ratio,
         "target": describe_target(prune, request.shape, plan.final),
         "notes": notes(plan),
         "cluster": asdict(request.cluster),

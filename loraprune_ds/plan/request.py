@@ -14,7 +14,7 @@ from loraprune_ds.errors import require
 from loraprune_ds.files import JsonObject
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
-from loraprune_ds.model.groups import LayerCounts, TensorSpec
+from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.storage import Storage
 from loraprune_ds.plan.cluster import Cluster
@@ -25,8 +25,8 @@ from loraprune_ds.pretrained.read_shape import (
     shape_from_config,
 )
 from loraprune_ds.pretrained.text_part import MULTIMODAL, check_tower, text_config
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import final_shape, resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
 from loraprune_ds.ranks.flat import partition_numel
 
 ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
@@ -159,21 +159,7 @@ class Request:
 
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. `global` is planned with equal losses."""
-        limits = self.schedule.limits
-        dense = self.shape
-        if counts := self.schedule.counts(step):
-            return limits.with_equal(counts)
-        budget = self.schedule.budget(step)
-        leaving = limits.leaving(budget.ratio)
-        numel = limits.numel(dense.counts)
-        layers = list(dense.counts)
-        for i in limits.open_layers:
-            counts = dict(layers[i])
-            for kind, count in counts.items():
-                stays = 1 - leaving * budget.shares[kind] / max(1, numel[kind])
-                counts[kind] = max(limits.floor[i][kind], round(count * stays))
-            layers[i] = LayerCounts(counts)
-        return dense.resized(layers)
+        return self.schedule.goal.shape_at(self.schedule.fraction(step))
 
 
 class Run(NamedTuple):
@@ -232,11 +218,11 @@ def build_request(
         )
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     tower = source.get("model_type") in MULTIMODAL and not config.model.text_only
-    prune, limits, goal = resolve(config.prune, shape, tower=tower)
+    goal = make_goal(config.prune, shape, tower=tower)
     if tower:
-        check_tower(source, final_shape(limits, goal), name)
-    config = replace(config, prune=prune)
-    schedule = plan_pruning(prune, limits, goal, steps or ASSUMED_STEPS, train.recovery_steps)
+        check_tower(source, goal.final_shape, name)
+    config = replace(config, prune=goal.config)
+    schedule = make_schedule(goal, steps or ASSUMED_STEPS, train.recovery_steps)
     if steps:  # an assumed number of steps refuses nothing
         train.check_warmup(steps)
     per_node = cluster.gpus_per_node

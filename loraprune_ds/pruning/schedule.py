@@ -1,56 +1,44 @@
-"""The schedule of a run's pruning: its limits, the steps of its cuts, and their targets."""
+"""The schedule of a run's pruning: the steps of its cuts, and how far each of them goes."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import require
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.pruning.limits import Budget, Limits
-from loraprune_ds.pruning.ranking import counts_on_the_way
-from loraprune_ds.pruning.target import Goal
+from loraprune_ds.pruning.goal import Goal
+from loraprune_ds.pruning.limits import Limits
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Holds the decisions about pruning before the first step: warm-up, cuts, cool-down, recovery.
+    """Holds the steps of a run: warm-up, cuts, cool-down, recovery.
 
-    The cubic schedule (Zhu & Gupta, arXiv 1710.01878) goes to the ratio r:
-    r · (1 − (1 − t)³) between the warm-up and the cool-down.
+    The cubic schedule (Zhu & Gupta, arXiv 1710.01878) goes 1 − (1 − t)³ of the way to the goal between the warm-up and
+    the cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
     """
 
-    config: PruneConfig
-    limits: Limits
     goal: Goal
     start: int  # the last step of the warm-up
-    end: int  # the last step that may cut. Its target is the ratio
+    end: int  # the last step that may cut. It reaches the goal
     recovery: int  # the last step before the recovery
     steps: int  # of the run, recovery included
 
     @property
-    def ratio(self) -> float:
-        """The fraction of the dense linear parameters that is gone in the end."""
-        return self.goal.budget.ratio
+    def limits(self) -> Limits:
+        return self.goal.limits
+
+    def fraction(self, step: int) -> float:
+        """Returns the fraction of the way to the goal that should be made after `step`."""
+        t = (step - self.start) / (self.end - self.start)
+        return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
-        t = (step - self.start) / (self.end - self.start)
-        return self.ratio * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
-
-    def budget(self, step: int) -> Budget:
-        """Returns what should be gone after `step`."""
-        return Budget(self.target(step), self.goal.budget.shares)
-
-    def counts(self, step: int) -> LayerCounts | None:
-        """Returns the counts that every open layer should have after `step`. None unless the ranking is `uniform`."""
-        goal = self.goal.counts
-        if goal is None:
-            return None
-        return counts_on_the_way(self.limits, goal, self.target(step) / self.ratio)
+        return self.goal.ratio * self.fraction(step)
 
     @cached_property
     def cut_steps(self) -> list[int]:
@@ -58,7 +46,7 @@ class Schedule:
 
         Under `global` a step is kept once every open layer could lose one multiple on average. `end` is always kept.
         """
-        every = self.config.prune_every
+        every = self.goal.config.prune_every
         steps = [*range(self.start + every, self.end, every), self.end]
         fine = self.limits.dense.kinds[-1]
         if not self.limits.uniform and self.limits.multiples[fine] == 1:
@@ -73,12 +61,11 @@ class Schedule:
 
     def _width(self, step: int) -> LayerCounts | int:
         """Returns the equal counts after `step`. For `global`, the multiples that each open layer loses on average."""
-        counts = self.counts(step)
-        if counts is not None:
-            return counts
         limits = self.limits
+        if limits.uniform:
+            return self.goal.counts_at(self.fraction(step))
         one_each = len(limits.open_layers) * limits.step_numel(limits.dense.kinds[-1])
-        return round(self.target(step) / (one_each / limits.dense.linear_numel()))
+        return round(self.fraction(step) * self.goal.numel / one_each)
 
     @property
     def last_cut(self) -> int:
@@ -95,7 +82,7 @@ class Schedule:
     @property
     def final_numel(self) -> int:
         """The parameters after the last cut."""
-        return round(self.limits.dense.total_numel() - self.limits.leaving(self.ratio))
+        return round(self.limits.dense.total_numel() - self.goal.numel)
 
     def cycles(self) -> list[int]:
         """Lists the lengths of the learning rate's cycles: the steps with cuts, and the recovery."""
@@ -108,10 +95,8 @@ def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int
     return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))
 
 
-def plan_pruning(
-    config: PruneConfig, limits: Limits, goal: Goal, steps: int, recovery: int = 0
-) -> Schedule:
-    """Plans the pruning of a run, with the values of `resolve`.
+def make_schedule(goal: Goal, steps: int, recovery: int = 0) -> Schedule:
+    """Decides the steps of the cuts.
 
     Args:
         steps: the steps with cuts.
@@ -120,11 +105,12 @@ def plan_pruning(
     Raises:
         UserError: no step is left to cut, or none changes a width.
     """
+    config = goal.config
     # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
     start = math.floor(config.warmup_fraction * steps + 1e-6)
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
-    schedule = Schedule(config, limits, goal, start, end, steps, steps + recovery)
-    key = f"prune.ratio {schedule.ratio:.6g}"
+    schedule = Schedule(goal, start, end, steps, steps + recovery)
+    key = f"prune.ratio {goal.ratio:.6g}"
     if config.target is not None:
         key = f"prune.target {config.target}"
     require(

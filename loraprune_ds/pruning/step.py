@@ -48,7 +48,7 @@ from loraprune_ds.pruning.importance import GroupSums, MovingAverage, score_grou
 from loraprune_ds.pruning.layer_scores import LayerScores, flatten, random_scores
 from loraprune_ds.pruning.passes import KeptPasses
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.ranking import rank
 from loraprune_ds.pruning.replay import refit_by_replay
 from loraprune_ds.pruning.schedule import Schedule
 
@@ -69,7 +69,7 @@ class Pruner:
     """Scores groups while the model trains, and removes the least important ones on a schedule."""
 
     def __init__(self, model: PrunableModel, schedule: Schedule, seed: int) -> None:
-        config = schedule.config
+        config = schedule.goal.config
         limits = schedule.limits
         self.model = model
         self.schedule = schedule
@@ -199,10 +199,8 @@ class Pruner:
         return [layer.of_groups() for layer in scores]
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        counts = self.schedule.counts(step)
-        if counts is not None:
-            return rank_uniform(scores, self.model.shape, self.limits, counts)
-        return rank_global(scores, self.model.shape, self.limits, self.schedule.budget(step))
+        fraction = self.schedule.fraction(step)
+        return rank(scores, self.model.shape, self.schedule.goal, fraction)
 
 
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:

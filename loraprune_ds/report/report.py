@@ -64,8 +64,8 @@ def make_report(outcome: Outcome) -> JsonObject:
     return {
         "measured": asdict(_measured(outcome)),
         "start": _numels(dense),
-        "asked_ratio": outcome.schedule.ratio,
-        "target": describe_target(outcome.schedule.config, dense, outcome.pruned),
+        "asked_ratio": outcome.schedule.goal.ratio,
+        "target": describe_target(outcome.schedule.goal.config, dense, outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in evaluations},
         "world_size": len(outcome.peak_bytes),
         "steps": history.steps[-1].step if history.steps else 0,
@@ -91,7 +91,7 @@ def _measured(outcome: Outcome) -> Measured:
     """
     history = outcome.history
     config = outcome.config
-    prune = outcome.schedule.config
+    prune = outcome.schedule.goal.config
     dense = outcome.schedule.limits.dense
     first = dense.first
     of_dense = {"parameters": first["parameters"], "linear parameters": first["linear_parameters"]}

@@ -12,9 +12,9 @@ from loraprune_ds.config_types import Dtype
 from loraprune_ds.engine.live import LiveTraining
 from loraprune_ds.engines import connect
 from loraprune_ds.files import JsonObject
+from loraprune_ds.pruning.goal import make_goal
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.report import records
 from loraprune_ds.session.checkpoint import PruningCheckpoint
 from loraprune_ds.session.checks import check_model
@@ -63,7 +63,7 @@ def join(
     if checkpoint and checkpoint.restores_optimizer:
         checkpoint.restore_trained(live)
     dense = checkpoint.dense if checkpoint else live.shape
-    schedule = plan_pruning(*resolve(config, dense), steps)
+    schedule = make_schedule(make_goal(config, dense), steps)
     dtype = base_dtype(peft_model, dense)
     if checkpoint:
         origin = checkpoint.state.origin

@@ -84,7 +84,7 @@ def describe_settings(model: PrunableModel, schedule: Schedule, dtype: Dtype) ->
         # a live model has no tower, and an export of its steps gets none
         "model": {"path": name, "dtype": dtype, "text_only": True},
         "lora": {"r": r, "lora_alpha": alpha},
-        "prune": asdict(schedule.config),
+        "prune": asdict(schedule.goal.config),
     }
 
 

@@ -87,7 +87,7 @@ def describe_state(
         scalings=others,
         formats=storage_formats(model.layers, model.shape),
         trained=list(chain.from_iterable(model.trained_parameters())),
-        asked=pruner.schedule.ratio,
+        asked=pruner.schedule.goal.ratio,
         totals=sum_up(history, step),
         resumed_from=resumed_from,
         accelerator=device_name(),
@@ -124,5 +124,5 @@ def warn_of_missing_cuts(pruner: Pruner, step: int) -> None:
             step,
             end,
             100 * pruner.reached(),
-            100 * pruner.schedule.ratio,
+            100 * pruner.schedule.goal.ratio,
         )

@@ -27,8 +27,8 @@ from loraprune_ds.pretrained.sources import locate_model
 from loraprune_ds.pretrained.text_part import MTP, check_processor, check_tower
 from loraprune_ds.pretrained.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pretrained.windows import split_batches
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import final_shape, resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import Schedule, make_schedule, steps_for_epochs
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.report.reporters import SERVICES
@@ -125,10 +125,10 @@ def _prepare(
     """Checks the model first, because the data may take long to read."""
     shape = pretrained.shape
     has_tower = pretrained.tower is not None
-    prune, limits, goal = resolve(config.prune, shape, tower=has_tower)
-    config = replace(config, prune=prune)
-    pretrained = pretrained.with_refits(prune.compensate)
-    _check_tower(pretrained, final_shape(limits, goal))
+    goal = make_goal(config.prune, shape, tower=has_tower)
+    config = replace(config, prune=goal.config)
+    pretrained = pretrained.with_refits(goal.config.compensate)
+    _check_tower(pretrained, goal.final_shape)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     if check_tokenizer:
@@ -143,7 +143,7 @@ def _prepare(
     )
     order = _order_samples(config, loaded)
     steps = _pruning_steps(config, loaded)
-    schedule = plan_pruning(prune, limits, goal, steps, config.train.recovery_steps)
+    schedule = make_schedule(goal, steps, config.train.recovery_steps)
     config.train.check_warmup(steps)
     held_out = split_batches(
         loaded.held_out,
@@ -246,7 +246,7 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     steps = (
         f"{schedule.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
     )
-    ratio = format_percent(schedule.ratio)
+    ratio = format_percent(schedule.goal.ratio)
     yield f"{steps}, {len(schedule.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
     yield config.recipe
     yield from _describe_model(config.model.attn_implementation, prepared.pretrained)

@@ -19,7 +19,6 @@ from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import check_room
-from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.report import records
@@ -176,7 +175,6 @@ def measure_model(context: RunContext) -> str | None:
     Returns how far the run ends below its ratio, if it does.
     """
     schedule = context.prepared.schedule
-    limits = schedule.limits
     folder = context.folder
     comm = context.comm
     checkpoint = _open_last_step(context)
@@ -206,7 +204,7 @@ def measure_model(context: RunContext) -> str | None:
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
         comm.write_on_rank_0(folder, publish_model)
-    return shortfall(limits, schedule.ratio, limits.gone(checkpoint.shape))
+    return schedule.goal.shortfall(checkpoint.shape)
 
 
 def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:

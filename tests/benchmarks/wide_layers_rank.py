@@ -39,8 +39,8 @@ CUTS = {1: 0.25, 2: 0.5}
 class FixedSchedule(Schedule):
     """Cuts at the given steps only."""
 
-    def target(self, step: int) -> float:
-        return CUTS[step]
+    def fraction(self, step: int) -> float:
+        return CUTS[step] / self.goal.ratio
 
     @cached_property
     def cut_steps(self) -> list[int]:

@@ -24,11 +24,11 @@ from loraprune_ds.engines import connect, run_engine
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.pruning.goal import make_goal
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.report.records import CutRecord, History, Recorder, StepRecord
@@ -279,7 +279,7 @@ def assemble(
     )
     peft_model = find_peft_model(engine.module)
     training = LiveTraining(engine.module, peft_model, pretrained.shape, engine.optimizer)
-    plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
+    plan = make_schedule(make_goal(config.prune, pretrained.shape), steps)
     origin = Origin(
         config.to_dict(),
         steps,

@@ -17,9 +17,9 @@ from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import open_pretrained
-from loraprune_ds.pruning.schedule import plan_pruning
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.pruning.target import resolve
 from tests.support.family_cuts import reopened
 
 Batch = tuple[Tensor, Tensor]
@@ -89,7 +89,7 @@ class PlainRun:
         )
         shape = open_pretrained(self.folder).shape
         self.prunable = LocalModel(self.model, shape, self.optimizer)
-        self.plan = plan_pruning(*resolve(self.prune, shape), self.steps)
+        self.plan = make_schedule(make_goal(self.prune, shape), self.steps)
         self.pruner = Pruner(cast(Any, self.prunable), self.plan, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:

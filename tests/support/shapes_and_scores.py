@@ -12,12 +12,11 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import Attribute, LayerCounts, LayerKeep, LayerSpec, TensorSpec
+from loraprune_ds.model.groups import Attribute, LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.goal import Goal, make_goal
 from loraprune_ds.pruning.layer_scores import LayerScores
-from loraprune_ds.pruning.limits import Budget, Limits
-from loraprune_ds.pruning.ranking import counts_on_the_way, rank_global, rank_uniform, uniform_goal
-from loraprune_ds.pruning.target import Goal, resolve
+from loraprune_ds.pruning.ranking import rank
 from tests.support.families import LLAMA_LINEARS
 from tests.support.paper import FREE, PAPER
 
@@ -87,11 +86,6 @@ SMOLLM2 = make_shape([(3, 1536)] * 30, hidden=576, head_dim=64, queries_per_grou
 LLAMA_7B = make_shape([(32, 11008)] * 32, hidden=4096, head_dim=128)
 
 
-def uniform_counts(limits: Limits, target: float, final: Budget) -> LayerCounts:
-    """The counts of `uniform` where `target` is due on the way to `final`."""
-    return counts_on_the_way(limits, uniform_goal(limits, final), target / final.ratio)
-
-
 def random_scores_of(
     shape: ModelShape, generator: torch.Generator, *, levels: int | None = None
 ) -> list[LayerScores]:
@@ -117,16 +111,12 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
     )
 
 
-def resolved(shape: ModelShape, **prune: Any) -> tuple[Limits, Budget]:
-    """The limits and the budget of a run. No layer is protected and no multiple is above 1, unless `prune` says so."""
-    free = PAPER | FREE | {"ratio": 1e-4}
-    _, limits, goal = resolve(PruneConfig(**{**free, **prune}), shape)
-    return limits, goal.budget
+def goal_of(shape: ModelShape, **prune: Any) -> Goal:
+    """The goal of a run. No layer is protected and no multiple is above 1, unless `prune` says so."""
+    return make_goal(PruneConfig(**PAPER | FREE | {"ratio": 1e-4} | prune), shape)
 
 
-def random_settings(
-    draw: random.Random, *, uniform: bool, **drawn: list[Any]
-) -> tuple[Limits, Budget]:
+def random_goal(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -> Goal:
     """Settings that leave something to cut. `drawn` has the values of more settings to draw from."""
     choices = {
         "channel_multiple": [1, 1, 4, 16],
@@ -137,18 +127,9 @@ def random_settings(
     while True:
         prune = {name: draw.choice(values) for name, values in choices.items()}
         try:
-            return resolved(random_shape(draw, uniform=uniform), **prune)
+            return goal_of(random_shape(draw, uniform=uniform), **prune)
         except UserError:
             continue
-
-
-def keep_at_end(
-    scores: list[LayerScores], shape: ModelShape, limits: Limits, goal: Goal
-) -> list[LayerKeep]:
-    """The groups that the ranking of a run keeps in the end."""
-    if goal.counts:
-        return rank_uniform(scores, shape, limits, goal.counts)
-    return rank_global(scores, shape, limits, goal.budget)
 
 
 def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
@@ -166,10 +147,6 @@ def gone(shape: ModelShape, dense: ModelShape) -> int:
 
 def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
-    config = PruneConfig(**PAPER | prune)
-    _, limits, goal = resolve(config, shape)
-    return shape.after(
-        keep_at_end(
-            random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, goal
-        )
-    )
+    scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
+    goal = make_goal(PruneConfig(**PAPER | prune), shape)
+    return shape.after(rank(scores, shape, goal, 1))

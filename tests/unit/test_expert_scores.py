@@ -16,11 +16,12 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
+from loraprune_ds.pruning.goal import make_goal
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import OwnedShard
+from loraprune_ds.pruning.ranking import rank
 from loraprune_ds.pruning.step import all_groups
-from loraprune_ds.pruning.target import resolve
 from tests.oracle.models import make_batches
 from tests.support.expert_factors import KINDS, TOLERANCE, factors
 from tests.support.families import tiny_model
@@ -35,7 +36,6 @@ from tests.support.family_cuts import (
 from tests.support.paper import FREE, OPEN, PAPER
 from tests.support.plain_training import PlainRun, fresh_lora
 from tests.support.refusals import must_name
-from tests.support.shapes_and_scores import keep_at_end
 
 
 def find_stock(model: nn.Module, layer: int) -> Any:
@@ -154,8 +154,7 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
         )
         for layer in shape.counts
     ]
-    _, limits, goal = resolve(config, shape)
-    keep = keep_at_end(scores, shape, limits, goal)
+    keep = rank(scores, shape, make_goal(config, shape), 1)
     assert not len(keep[0]["experts"])
     for layer_keep, layer in zip(keep[1:], scores[1:], strict=True):
         experts = layer_keep["experts"]

@@ -27,7 +27,7 @@ from loraprune_ds.pretrained.adapters import check_adapter, load_adapter
 from loraprune_ds.pretrained.exported_config import export_config
 from loraprune_ds.pretrained.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
 from tests.support.expert_factors import KINDS, TOLERANCE
 from tests.support.families import tiny_model
 from tests.support.family_cuts import (
@@ -159,8 +159,9 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", KINDS)
 def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     shape = dense(family).shape
-    config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, channel_multiple=1)
-    _, limits, goal = resolve(config, shape)
+    config = PruneConfig(ratio=0.1, protected_first=0, protected_last=0, channel_multiple=1)
+    goal = make_goal(config, shape)
+    limits = goal.limits
     assert all(limits.floor[i]["experts"] == 3 for i in sparse_layers(shape))
     heads = (
         (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1)
@@ -168,7 +169,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
         else None
     )
     assert limits.floor[1].get("heads") == heads
-    assert goal.budget.shares == {kind: int(kind == "experts") for kind in shape.kinds}
+    assert {kind for kind, numel in goal.leaving.items() if numel} == {"experts"}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:
             PruneConfig(ratio=0.3, channel_multiple=1, protected_first=0, **prune),
             dense(family).shape,
         )
-        return resolve(config, shape)[0].compensate
+        return make_goal(config, shape).config.compensate
 
     assert (resolved("llama"), resolved("mixtral")) == ("least_squares", "none")
     assert resolved("mixtral", head_ratio=0.2) == "least_squares"

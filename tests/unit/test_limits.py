@@ -13,8 +13,9 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_types import Ranking
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.ranking import rank
 from tests.support.families import tiny_config
 from tests.support.paper import OPEN, PAPER
 from tests.support.properties import for_any, seed
@@ -23,7 +24,6 @@ from tests.support.refusals import must_name, refused
 from tests.support.shapes_and_scores import (
     SMOLLM2,
     gone,
-    keep_at_end,
     make_shape,
     random_scores_of,
     random_shape,
@@ -31,7 +31,8 @@ from tests.support.shapes_and_scores import (
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    return resolve(PruneConfig(**PAPER | {"ratio": 0.1, "channel_multiple": 1, **prune}), shape)[1]
+    config = PruneConfig(**PAPER | {"ratio": 0.1, "channel_multiple": 1, **prune})
+    return make_goal(config, shape).limits
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,12 @@ def test_too_large_a_multiple_is_refused(
 ) -> None:
     """Layers 0 and 2 are protected. A server has to divide what they keep, too, and the channels of an expert."""
     must_name(
-        names, resolve, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3)
+        names, make_goal, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3)
     )
     mixture = shape_from_config(tiny_config("mixtral").to_dict(), "mixtral")  # 8 channels, 5 heads
-    must_name("prune.tensor_parallel 5 8 expert", resolve, PruneConfig(tensor_parallel=5), mixture)
+    must_name(
+        "prune.tensor_parallel 5 8 expert", make_goal, PruneConfig(tensor_parallel=5), mixture
+    )
     common = PruneConfig(**PAPER | {"ratio": 0.01, "channel_multiple": 96, "tensor_parallel": 4})
     assert make_limits(common, make_shape([(4, 128)] * 3)).multiples == {"heads": 4, "channels": 96}
 
@@ -114,7 +117,7 @@ def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> P
 def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
     """The one that the error of an unreachable ratio states."""
     stated = re.search(
-        r"out of reach.* at most ([\d.e-]+) can leave$", refused(resolve, config, shape)
+        r"out of reach.* at most ([\d.e-]+) can leave$", refused(make_goal, config, shape)
     )
     assert stated
     return float(stated[1])
@@ -131,9 +134,9 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(
     most = largest_ratio(config, shape)
     assume(most > 0)
     generator = torch.Generator().manual_seed(seed(draw))
-    config = replace(config, ratio=most)
-    _, limits, goal = resolve(config, shape)
-    keep = keep_at_end(random_scores_of(shape, generator), shape, limits, goal)
+    goal = make_goal(replace(config, ratio=most), shape)
+    limits = goal.limits
+    pruned = shape.after(rank(random_scores_of(shape, generator), shape, goal, 1))
     steps = {
         kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()
     }
@@ -141,9 +144,9 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(
         len(limits.open_layers) * steps["channels"] / 2 if limits.uniform else max(steps.values())
     )
     # The stated ratio has four digits, rounded down.
-    short = most * shape.linear_numel() - gone(shape.after(keep), shape)
+    short = most * shape.linear_numel() - gone(pruned, shape)
     assert short <= step + 1e-9, (config, shape)
-    assert shortfall(limits, most, most - short / shape.linear_numel()) is None
+    assert goal.shortfall(pruned) is None
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
@@ -154,9 +157,9 @@ def test_a_ratio_above_it_is_refused_and_an_end_far_below_is_told(ranking: Ranki
     head, channel = SMOLLM2.group_numel["heads"], SMOLLM2.group_numel["channels"]
     exact = 29 * (2 * head + 1535 * channel) / SMOLLM2.linear_numel()
     assert most == pytest.approx(exact, abs=1e-4)
-    resolve(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
+    make_goal(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
     more = PruneConfig(channel_multiple=1, ratio=most + 0.005, **prune)
-    must_name(f"prune.ratio {most}", resolve, more, SMOLLM2)
+    must_name(f"prune.ratio {most}", make_goal, more, SMOLLM2)
     nothing = {"ratio": 1e-9, "channel_multiple": 1536, "tensor_parallel": 3}
     must_name("prune.ratio 0.0", limits_of, SMOLLM2, ranking=ranking, **nothing)
     must_name(
@@ -166,7 +169,11 @@ def test_a_ratio_above_it_is_refused_and_an_end_far_below_is_told(ranking: Ranki
         ranking=ranking,
         protected_first=29,
     )
-    line = shortfall(make_limits(PruneConfig(ratio=0.37, ranking=ranking), SMOLLM2), 0.37, 0.188)
+    asked, reached = (
+        make_goal(PruneConfig(ratio=x, ranking=ranking, channel_multiple=1), SMOLLM2)
+        for x in (0.37, 0.188)
+    )
+    line = asked.shortfall(reached.shape_at(1))
     assert line is not None
     assert "18.8 %" in line
     assert "37.0 %" in line
@@ -174,10 +181,15 @@ def test_a_ratio_above_it_is_refused_and_an_end_far_below_is_told(ranking: Ranki
 
 def test_open_layers_that_lack_a_kind_are_one_line() -> None:
     gemma = shape_from_config(PUBLISHED["gemma4-31b"][0]["text_config"], "gemma")  # keeps all heads
-    must_name("prune.ranking uniform", resolve, PruneConfig(ranking="global"), gemma)
+    must_name("prune.ranking uniform", make_goal, PruneConfig(ranking="global"), gemma)
     sparse_last = shape_from_config(tiny_config("glm4_moe_lite").to_dict(), "glm")
     without_experts = OPEN | {"protected_last": 1, "ratio": 0.6, "head_ratio": 0.1}
-    must_name("prune.head_ratio 0.1 experts", resolve, PruneConfig(**without_experts), sparse_last)
+    must_name(
+        "prune.ratio 0.6 prune.head_ratio 0.1",
+        make_goal,
+        PruneConfig(**without_experts),
+        sparse_last,
+    )
 
 
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:

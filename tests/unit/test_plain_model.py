@@ -22,7 +22,6 @@ from tests.support.families import LLAMA_LINEARS
 from tests.support.paper import PAPER
 from tests.support.plain_training import Batch, PlainRun, fresh_lora
 from tests.support.refusals import must_name
-from tests.support.shapes_and_scores import uniform_counts
 
 TOLERANCE = 1e-5
 VOCAB, LAYERS, STEPS = 97, 3, 8
@@ -106,12 +105,10 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(tiny: T
     """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
     run = tiny.plain().run(tiny.batches)
     limits, schedule = run.pruner.limits, run.pruner.schedule
-    budget = schedule.goal.budget
-    on_the_way = [uniform_counts(limits, cut.target, budget) for cut in run.cuts]
+    goal = schedule.goal
+    on_the_way = [goal.counts_at(schedule.fraction(cut.step)) for cut in run.cuts]
     assert [cut.keep[0].counts for cut in run.cuts] == on_the_way
-    assert on_the_way != [
-        uniform_counts(limits, cut.target, replace(budget, ratio=cut.target)) for cut in run.cuts
-    ]
+    assert on_the_way != [replace(goal, ratio=cut.target).equal_counts for cut in run.cuts]
     assert [cut.target for cut in run.cuts] == [schedule.target(cut.step) for cut in run.cuts]
     dense, tensors = limits.dense.linear_numel(), run.tensors()
     left = sum(
@@ -152,7 +149,7 @@ def test_a_step_that_overflowed_leaves_its_cut_to_the_next(tiny: Tiny) -> None:
     cut = run.pruner.cut(end, scored=False)
     assert cut is not None
     # these layers have few groups
-    assert cut.reached == pytest.approx(run.pruner.schedule.ratio, abs=0.05)
+    assert cut.reached == pytest.approx(run.pruner.schedule.goal.ratio, abs=0.05)
 
 
 def test_scoring_stops_after_the_last_cut(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

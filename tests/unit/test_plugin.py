@@ -17,8 +17,8 @@ from loraprune_ds.files import read_json
 from loraprune_ds.hf.plugin import OPTIMIZERS, PLAIN, check_settings, drive, find_base
 from loraprune_ds.hf.table import describe
 from loraprune_ds.pretrained.read_shape import shape_from_config
-from loraprune_ds.pruning.schedule import plan_pruning
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import make_schedule
 from tests.oracle.models import make_tiny_llama
 from tests.support.families import tiny_model
 from tests.support.local_training import make_model, train_and_save
@@ -141,7 +141,7 @@ def test_the_table_tells_cuts_shapes_and_who_can_load_the_result(dense: Path) ->
     tables: dict[Ranking, list[str]] = {"uniform": ["heads", "channels"], "global": []}
     for ranking, lines in tables.items():
         config = PruneConfig(ratio=0.3, prune_every=2, channel_multiple=1, ranking=ranking)
-        schedule = plan_pruning(*resolve(config, shape), 12)
+        schedule = make_schedule(make_goal(config, shape), 12)
         table = describe(schedule, "float32", Path("out"))
         assert "30.0 %" in table[0]
         assert ", ".join(map(str, schedule.cut_steps)) + " of 12" in table[0]

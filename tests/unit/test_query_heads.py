@@ -32,7 +32,7 @@ from tests.support.masking import assert_masked_equals_cut
 from tests.support.plain_training import PlainRun
 from tests.support.published import sizes_of
 from tests.support.refusals import must_name
-from tests.support.shapes_and_scores import resolved
+from tests.support.shapes_and_scores import goal_of
 
 TWO: dict[str, Any] = {"num_attention_heads": 10, "num_key_value_heads": 2}
 
@@ -177,10 +177,10 @@ def test_layers_with_one_and_two_key_value_heads_are_exported_and_read_again(
 
 
 def test_servers_share_query_heads_and_repeat_key_value_heads() -> None:
-    limits, _ = resolved(read(16, 2), tensor_parallel=4)
+    limits = goal_of(read(16, 2), tensor_parallel=4).limits
     assert limits.multiples == {QUERY_HEADS: 4, "channels": 4}
     assert limits.floor[0][QUERY_HEADS] == 4
-    must_name("prune.tensor_parallel 3 key-value", resolved, read(12, 2), tensor_parallel=3)
+    must_name("prune.tensor_parallel 3 key-value", goal_of, read(12, 2), tensor_parallel=3)
 
 
 def test_an_older_checkpoint_of_the_callback_goes_on_with_whole_heads(

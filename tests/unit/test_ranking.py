@@ -14,15 +14,15 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import GroupSums, MovingAverage
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.pruning.ranking import rank_global
+from loraprune_ds.pruning.ranking import rank
 from tests.support.properties import for_any, seed
 from tests.support.shapes_and_scores import (
     SMOLLM2,
+    goal_of,
     gone,
     make_shape,
+    random_goal,
     random_scores_of,
-    random_settings,
-    resolved,
 )
 
 
@@ -39,9 +39,8 @@ def test_every_cut_stops_within_one_group_of_its_target(draw: random.Random) -> 
     generator = torch.Generator().manual_seed(seed(draw))
     ratio = draw.uniform(0.02, 0.8)
     ratios = [None, None, 0.2]
-    limits, budget = random_settings(
-        draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios
-    )
+    goal = random_goal(draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios)
+    limits = goal.limits
     dense = shape = limits.dense
     steps = {
         kind: multiple * dense.group_numel[kind] for kind, multiple in limits.multiples.items()
@@ -49,9 +48,7 @@ def test_every_cut_stops_within_one_group_of_its_target(draw: random.Random) -> 
     allowed = max(steps.values()) + steps["channels"] / 2
     for fraction in (0.3, 0.7, 0.9, 1.0):
         scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
-        shape = shape.after(
-            rank_global(scores, shape, limits, replace(budget, ratio=fraction * ratio))
-        )
+        shape = shape.after(rank(scores, shape, goal, fraction))
         check_limits(limits, shape)
         assert abs(gone(shape, dense) - fraction * ratio * dense.linear_numel()) <= allowed
 
@@ -60,10 +57,8 @@ def test_every_cut_stops_within_one_group_of_its_target(draw: random.Random) -> 
 def test_without_floors_it_stops_within_half_a_multiple_of_channels(multiple: int) -> None:
     generator = torch.Generator().manual_seed(2)
     for target in (0.1, 0.27, 0.333, 0.7):
-        limits, budget = resolved(
-            SMOLLM2, ranking="global", ratio=target, channel_multiple=multiple
-        )
-        keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, budget)
+        goal = goal_of(SMOLLM2, ranking="global", ratio=target, channel_multiple=multiple)
+        keep = rank(random_scores_of(SMOLLM2, generator), SMOLLM2, goal, 1)
         off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
         assert abs(off) <= multiple * SMOLLM2.group_numel["channels"] / 2 + 0.5
 
@@ -86,13 +81,13 @@ def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     shape = make_shape([(9, 40), (7, 55), (8, 20), (9, 30)])
-    limits, budget = resolved(shape, ranking="global", ratio=0.4)
+    goal = goal_of(shape, ranking="global", ratio=0.4)
     for _ in range(20):
         scores = random_scores_of(shape, generator, levels=levels)
         # A large minimum in every layer, so that no floor stops anything.
         for layer in scores:
             layer["heads"][0] = layer["channels"][0] = 99
-        keep = rank_global(scores, shape, limits, budget)
+        keep = rank(scores, shape, goal, 1)
         for kind in shape.kinds:
             goes, stays = split_groups(scores, keep, kind)
             assert max(goes) < min(stays)  # by score, then the higher layer, then the higher index
@@ -107,9 +102,7 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
             LayerScores({**x, "heads": x["heads"] * 1e-6})
             for x in random_scores_of(shape, generator)
         ]
-        shape = shape.after(
-            rank_global(scores, shape, *resolved(dense, ranking="global", ratio=target))
-        )
+        shape = shape.after(rank(scores, shape, goal_of(dense, ranking="global", ratio=target), 1))
         assert (
             sum(
                 d["heads"] - layer["heads"]
@@ -123,11 +116,12 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
     target = 5 * shape.group_numel["heads"] / shape.linear_numel()
-    limits, budget = resolved(shape, ranking="global", ratio=target)
-    limits = replace(limits, floor=(LayerCounts(heads=1, channels=16),) * 2)
+    goal = goal_of(shape, ranking="global", ratio=target)
+    floor = (LayerCounts(heads=1, channels=16),) * 2
+    goal = replace(goal, limits=replace(goal.limits, floor=floor))
     heads = ([0.0, 90, 91, 92, 93, 94, 95, 96], [1.0, 2, 3, 4, 5, 6, 7, 8])
     scores = [LayerScores(heads=torch.tensor(x), channels=torch.ones(16)) for x in heads]
-    keep = rank_global(scores, shape, limits, budget)
+    keep = rank(scores, shape, goal, 1)
     assert [layer["heads"].tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
 
 
@@ -151,9 +145,8 @@ def test_a_block_counts_with_its_mean(
         for x in (first, second)
     ]
     target = blocks * 4 * shape.group_numel["channels"] / shape.linear_numel()
-    keep = rank_global(
-        scores, shape, *resolved(shape, ranking="global", ratio=target, channel_multiple=4)
-    )
+    goal = goal_of(shape, ranking="global", ratio=target, channel_multiple=4)
+    keep = rank(scores, shape, goal, 1)
     assert [len(layer["channels"]) for layer in keep] == kept
     if blocks == 1:
         assert keep[1]["channels"].tolist() == [1, 3, 5, 7]
@@ -166,10 +159,10 @@ def test_rounding_never_breaks_a_multiple() -> None:
         45 * shape.group_numel["channels"] / shape.linear_numel(),
         torch.Generator().manual_seed(8),
     )
-    limits, budget = resolved(shape, ranking="global", ratio=target, channel_multiple=64)
+    goal = goal_of(shape, ranking="global", ratio=target, channel_multiple=64)
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
-        left = shape.after(rank_global(tied, shape, limits, budget))
+        left = shape.after(rank(tied, shape, goal, 1))
         assert [layer["channels"] for layer in left.counts] == [173, 128]
 
 
@@ -193,5 +186,6 @@ def test_one_step_with_large_gradients_leaves_no_layer_whole(
         average.update(GroupSums(shape, linears, parts, step).by_layer(normalize))
     scores = average.on_host()
     assert scores is not None
-    pruned = shape.after(rank_global(scores, shape, *resolved(shape, ranking="global", ratio=0.4)))
+    goal = goal_of(shape, ranking="global", ratio=0.4)
+    pruned = shape.after(rank(scores, shape, goal, 1))
     assert [i for i, layer in enumerate(pruned.counts) if layer == shape.counts[i]] == left_whole

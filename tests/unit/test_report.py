@@ -15,8 +15,8 @@ from loraprune_ds.cli.run import summary_table
 from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.schedule import plan_pruning
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import make_schedule
 from loraprune_ds.report.measured import MEASURES, Value
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
@@ -32,7 +32,7 @@ from loraprune_ds.units import format_count
 from tests.support.run_records import DENSE, PRUNED, small_run, step_record
 from tests.support.shapes_and_scores import keep_of
 
-SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), DENSE), 10)
+SCHEDULE = make_schedule(make_goal(PruneConfig(ratio=0.375, channel_multiple=1), DENSE), 10)
 
 
 def report_of(
@@ -73,7 +73,7 @@ def test_the_second_run_of_a_chain_tells_what_is_gone_of_the_first_dense_model()
     parameters = 2 * DENSE.total_numel()
     first = {"name": "dense", "parameters": parameters, "linear_parameters": 3}
     start = replace(DENSE, config=SimpleNamespace(**vars(DENSE.config), loraprune_first=first))
-    schedule = plan_pruning(*resolve(SCHEDULE.config, start), 10)
+    schedule = make_schedule(make_goal(SCHEDULE.goal.config, start), 10)
     outcome = Outcome(own["config"], small_run(), schedule, PRUNED, [], [], "cpu", [11, 12])
     report = make_report(outcome)
     assert report["start"] == own["start"]

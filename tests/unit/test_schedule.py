@@ -11,8 +11,8 @@ from loraprune_ds.config import PruneConfig, TrainConfig
 from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.config_types import Ranking
 from loraprune_ds.pretrained.read_shape import read_model_config, shape_from_config
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
+from loraprune_ds.pruning.schedule import Schedule, make_schedule
 from loraprune_ds.train.optimizer import learning_rate_factor
 from tests.oracle.formula import cubic_target
 from tests.support.launching import ROOT
@@ -21,15 +21,15 @@ from tests.support.refusals import must_name
 from tests.support.shapes_and_scores import LLAMA_7B
 
 
-def make_schedule(config: PruneConfig, steps: int) -> Schedule:
+def schedule_of(config: PruneConfig, steps: int) -> Schedule:
     """The schedule on a model so large that each cut changes a width."""
     config = replace(config, channel_multiple=1)
-    return plan_pruning(*resolve(config, LLAMA_7B), steps)
+    return make_schedule(make_goal(config, LLAMA_7B), steps)
 
 
 def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
     for steps in (10, 40, 100, 260):
-        schedule = make_schedule(PruneConfig(ratio=0.4), steps)
+        schedule = schedule_of(PruneConfig(ratio=0.4), steps)
         for step in range(steps + 1):
             assert schedule.target(step) == pytest.approx(
                 cubic_target(step, steps, 0.4, 0.1, 0.1), abs=1e-12
@@ -44,7 +44,7 @@ def test_borders_fall_on_the_right_step_for_any_fraction(
 ) -> None:
     """Rounding may not move the step at which a target leaves or arrives. Fractions are in per cent."""
     config = PruneConfig(ratio=0.5, warmup_fraction=warmup / 100, cooldown_fraction=cooldown / 100)
-    schedule = make_schedule(config, steps)
+    schedule = schedule_of(config, steps)
     for step in range(steps + 1):
         assert (schedule.target(step) > 0) == (100 * step > warmup * steps)
         assert (schedule.target(step) == 0.5) == (100 * step >= (100 - cooldown) * steps)
@@ -63,7 +63,7 @@ def test_borders_fall_on_the_right_step_for_any_fraction(
     ],
 )
 def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
-    schedule = make_schedule(PruneConfig(prune_every=every), steps)
+    schedule = schedule_of(PruneConfig(prune_every=every), steps)
     assert (
         schedule.cut_steps == [step for step in range(2 * steps) if schedule.is_cut(step)] == cuts
     )
@@ -76,17 +76,16 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(
 ) -> None:
     run = config_from_dict(read_config(ROOT / f"launch/configs/paper/{name}.yaml"))
     config = replace(run.prune, ranking=ranking)
-    schedule = plan_pruning(
-        *resolve(config, shape_from_config(read_model_config(name), name)), 40_312
-    )
+    shape = shape_from_config(read_model_config(name), name)
+    schedule = make_schedule(make_goal(config, shape), 40_312)
     cuts = schedule.cut_steps
     assert 30 < len(cuts) <= most
     if ranking == "global":
         assert cuts[-1] == schedule.end
         return
-    counts = [schedule.counts(step) or {} for step in (0, *cuts)]
+    counts = [schedule.goal.counts_at(schedule.fraction(step)) for step in (0, *cuts)]
     assert all(now != before for before, now in pairwise(counts))
-    assert (schedule.goal.counts, schedule.limits.bounds[1]) == (counts[-1], counts[0])
+    assert (schedule.goal.equal_counts, schedule.limits.most) == (counts[-1], counts[0])
     assert all(layer["channels"] % 128 == 0 for layer in counts)
     due = [
         step
@@ -94,21 +93,21 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(
         if (step - schedule.start) % 10 == 0
     ]
     # no width of the schedule is left out
-    assert all(schedule.counts(step) in counts for step in due[::50])
+    assert all(schedule.goal.counts_at(schedule.fraction(step)) in counts for step in due[::50])
 
 
 def test_a_ratio_that_changes_no_width_and_a_run_too_short_to_cut_are_refused() -> None:
     config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
     must_name(
         "prune.ratio 0.0001 prune.channel_multiple 128",
-        plan_pruning,
-        *resolve(config, LLAMA_7B),
+        make_schedule,
+        make_goal(config, LLAMA_7B),
         100,
     )
     config = PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.49)
-    assert make_schedule(config, 1).cut_steps == [1]
+    assert schedule_of(config, 1).cut_steps == [1]
     config = replace(config, cooldown_fraction=0.5 - 1e-15)
-    must_name("train.steps prune.warmup_fraction", make_schedule, config, 100_000_000)
+    must_name("train.steps prune.warmup_fraction", schedule_of, config, 100_000_000)
 
 
 def test_the_learning_rate_warms_up_once_and_falls_in_each_cycle() -> None:
@@ -120,12 +119,12 @@ def test_the_learning_rate_warms_up_once_and_falls_in_each_cycle() -> None:
 
 
 def test_every_step_up_to_the_last_cut_scores() -> None:
-    schedule = make_schedule(PruneConfig(prune_every=3), 10)
+    schedule = schedule_of(PruneConfig(prune_every=3), 10)
     assert schedule.cut_steps == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_cut(step)] == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == list(range(1, 10))
     config = PruneConfig(ranking="uniform", ratio=0.01, channel_multiple=128)
-    seldom = plan_pruning(*resolve(config, LLAMA_7B), 100)  # the last steps change no width
+    seldom = make_schedule(make_goal(config, LLAMA_7B), 100)  # the last steps change no width
     assert 10 < seldom.last_cut < 90
     assert [step for step in range(1, 101) if seldom.is_scored(step)] == list(
         range(1, seldom.last_cut + 1)

@@ -8,11 +8,11 @@ from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pruning.layer_scores import random_scores
-from loraprune_ds.pruning.ranking import rank_global
+from loraprune_ds.pruning.ranking import rank
 from tests.support.families import LLAMA_LINEARS, tiny_config
 from tests.support.published import sizes_of
 from tests.support.refusals import must_name
-from tests.support.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, resolved
+from tests.support.shapes_and_scores import LLAMA_7B, SMOLLM2, goal_of, gone, make_shape
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=3, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
@@ -144,13 +144,10 @@ def test_each_kind_of_a_hybrid_gives_its_share() -> None:
     config = tiny_config("qwen3_5_text", num_hidden_layers=4, layer_types=SORTS * 2)
     shape = shape_from_config(config.to_dict(), "a hybrid")
     assert shape.kinds == ("heads", "delta", "channels")
-    limits, budget = resolved(shape, ratio=0.5, ranking="global")
-    left = shape.after(rank_global(random_scores(shape, 0), shape, limits, budget))
+    goal = goal_of(shape, ratio=0.5, ranking="global")
+    left = shape.after(rank(random_scores(shape, 0), shape, goal, 1))
     removed = gone(left, shape)
     assert abs(removed - 0.5 * shape.linear_numel()) <= max(shape.group_numel.values())
     for kind in ("heads", "delta"):  # each gives its share, the channels the rest
         fewer = sum(a[kind] - b[kind] for a, b in zip(shape.counts, left.counts, strict=True))
-        assert (
-            abs(fewer * shape.group_numel[kind] - budget.shares[kind] * removed)
-            <= shape.group_numel[kind]
-        )
+        assert abs(fewer * shape.group_numel[kind] - goal.leaving[kind]) <= shape.group_numel[kind]

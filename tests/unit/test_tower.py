@@ -25,7 +25,7 @@ from loraprune_ds.pretrained.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.pretrained.read_shape import shape_from_config
 from loraprune_ds.pretrained.text_part import PREFIXES, check_processor, check_tower
 from loraprune_ds.pretrained.weight_files import copy_tensors
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.goal import make_goal
 from tests.support.families import tiny_config
 from tests.support.family_cuts import (
     FEW,
@@ -124,16 +124,16 @@ def test_a_tower_decides_on_a_ranking_that_is_not_given(
     given: Ranking | None, tower: bool, found: str
 ) -> None:
     shape = make_shape([(4, 128)] * 3)
-    assert resolve(PruneConfig(ranking=given), shape, tower=tower)[0].ranking == found
+    assert make_goal(PruneConfig(ranking=given), shape, tower=tower).config.ranking == found
 
 
 def test_gemma_4_has_equal_layers_without_its_tower_too() -> None:
     shape = shape_from_config(tiny_config("gemma4_text").to_dict(), "somewhere")
     equal = PruneConfig(ratio=0.2, channel_multiple=1, protected_first=0, protected_last=0)
-    assert resolve(equal, shape)[0].ranking == "uniform"
+    assert make_goal(equal, shape).config.ranking == "uniform"
     for unequal in (replace(equal, ranking="global"), replace(equal, protected_last=1)):
-        must_name("gemma4_text prune.ranking", resolve, unequal, shape)
-    must_name("prune.head_ratio 0.1 gemma4_text", resolve, replace(equal, head_ratio=0.1), shape)
+        must_name("gemma4_text prune.ranking", make_goal, unequal, shape)
+    must_name("prune.head_ratio 0.1 gemma4_text", make_goal, replace(equal, head_ratio=0.1), shape)
 
 
 def test_what_a_stock_class_cannot_hold_is_refused(
