@@ -59,12 +59,12 @@ class GroupSums:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
         if torch.isfinite(self.total):
             return
-        for (layer, linear, _), scores in zip(self._places(), self.of_spans, strict=True):
-            if not torch.isfinite(scores).all():
-                raise RunError(
-                    f"step {self.step}: the score of layer {layer} {linear} is not "
-                    "finite; lower train.learning_rate, or look at the data of this step"
-                )
+        spans = zip(self._places(), self.of_spans, strict=True)
+        layer, linear, _ = next(place for place, x in spans if not torch.isfinite(x).all())
+        raise RunError(
+            f"step {self.step}: the score of layer {layer} {linear} is not "
+            "finite; lower train.learning_rate, or look at the data of this step"
+        )
 
     @cached_property
     def _flat(self) -> Tensor:

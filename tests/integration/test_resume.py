@@ -420,6 +420,15 @@ def test_a_source_that_has_moved_is_found_by_model_path(again: Again, tmp_path: 
     assert_bitwise(contents(out, STEPS), contents(again.straight, STEPS))
 
 
+def test_an_export_takes_the_source_that_the_run_began_with(again: Again, tmp_path: Path) -> None:
+    """As an older snapshot of the hub, beside a newer one at `model.path`."""
+    out = again.killed_after(STEPS)
+    older = shutil.copytree(again.straight.parent / "source", tmp_path / "older")
+    change_source(out, folder=str(older))
+    assert again.run(again.config(), "auto") == [True, True]
+    assert_same_run(out, again.straight, STEPS)
+
+
 def test_a_run_may_have_the_name_of_a_step(again: Again, tmp_path: Path) -> None:
     again.killed_after(13).rename(tmp_path / "step-1")
     for path in ("step-1", "step-1/checkpoints", "step-1/checkpoints/step-13"):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from launch import quickstart_answers, quickstart_steps
+from loraprune_ds import errors
 from loraprune_ds.arguments import COMMANDS, require_option
 from loraprune_ds.cli import run
 from loraprune_ds.errors import RankError, UserError, tell
@@ -94,6 +95,31 @@ def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> Non
     assert process.stderr is not None
     process.stderr.close()  # so nothing reads the traceback
     assert process.wait(timeout=30) == 1
+
+
+def test_in_another_tool_only_our_errors_become_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    others = Mock()
+    monkeypatch.setattr(sys, "excepthook", others)
+    errors.shorten_errors()
+    for error in (UserError("a"), ValueError("b")):
+        sys.excepthook(type(error), error, None)
+    assert capfd.readouterr().err == "error: a\n"
+    others.assert_called_once()
+
+
+def test_a_planned_fault_strikes_one_rank_at_its_passage(monkeypatch: pytest.MonkeyPatch) -> None:
+    struck = Mock()
+    monkeypatch.setattr(os, "kill", struck)
+    monkeypatch.setattr(errors, "FAULT", "made up@2:0:9")
+    errors.fail_point("made up")
+    struck.assert_not_called()
+    errors.fail_point("made up")
+    struck.assert_called_once_with(os.getpid(), 9)
+    monkeypatch.setattr(errors, "FAULT", "made up@3:0:raise")
+    with pytest.raises(RuntimeError, match="made up@3"):
+        errors.fail_point("made up")
 
 
 # What ranks take from the environment

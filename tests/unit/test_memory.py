@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from loraprune_ds.ranks.device import (
     resident_bytes,
     trim_heap,
 )
+from loraprune_ds.zero.device import empty_host_cache
 
 MB = 1_000_000
 ONEDNN, TORCH = KERNEL_CACHES
@@ -106,3 +109,22 @@ def test_a_system_without_a_reset_gives_no_peak_of_a_step(monkeypatch: pytest.Mo
     peak.begin()
     assert peak.of_step() == 0
     assert peak.of_process() > 0
+
+
+# Pinned memory
+
+
+@pytest.mark.parametrize(
+    "torch_has", ["torch.accelerator.empty_host_cache", "torch._C._host_emptyCache"]
+)
+def test_pinned_memory_of_a_gpu_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, torch_has: str
+) -> None:
+    """By torch's function, or by that of torch 2.7."""
+    gpu = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr("loraprune_ds.zero.device.get_accelerator", lambda: gpu)
+    monkeypatch.delattr("torch.accelerator.empty_host_cache", raising=False)
+    given_back = Mock()
+    monkeypatch.setattr(torch_has, given_back, raising=False)
+    empty_host_cache()
+    given_back.assert_called_once_with()

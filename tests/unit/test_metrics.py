@@ -139,6 +139,14 @@ def test_tensorboard_of_a_gpu_and_of_many_ranks(tmp_path: Path) -> None:
     assert found["speed/tokens_per_second_per_rank"] == pytest.approx(4096 / 9)
 
 
+def test_tensorboard_has_each_measured_perplexity(tmp_path: Path) -> None:
+    without_norm = replace(step_record(1), grad_norm=None)
+    fill(TensorBoardLog(tmp_path), [without_norm, EvaluationRecord(1, "pruned", 12.0, 1, 1)])
+    found = scalars_of(tmp_path)
+    assert found["perplexity/pruned"] == [(1, 12.0)]
+    assert "train/grad_norm" not in found
+
+
 def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     fill(TensorBoardLog(tmp_path), [step_record(step, loss=1.0) for step in range(1, 6)])
     fill(TensorBoardLog(tmp_path, resumed_from=3), [step_record(4, loss=2.0)])
@@ -193,3 +201,14 @@ def test_a_terminal_without_a_width_gets_whole_lines() -> None:
         progress.write(step_record(1))
         progress.close()
         assert seen.read(1000).startswith(b"step 1/2  ")
+
+
+def test_a_skipped_step_and_a_perplexity_have_lines_of_their_own() -> None:
+    stream = io.StringIO()
+    progress = ProgressDisplay(9, stream=stream, every_seconds=1e6)
+    progress.write(step_record(1))
+    progress.write(step_record(2, skipped=True))
+    progress.write(EvaluationRecord(2, "dense", 12.345, 100, 4))
+    _, skipped, measured = stream.getvalue().splitlines()
+    assert skipped.startswith("step 2  skipped: ")
+    assert measured == "step 2  perplexity 12.35 (dense model, 4 windows)"

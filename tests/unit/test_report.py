@@ -28,7 +28,7 @@ from loraprune_ds.report.report import (
     write_kept_groups,
     write_results,
 )
-from loraprune_ds.units import format_count
+from loraprune_ds.units import format_change, format_count
 from tests.support.run_records import DENSE, PRUNED, small_run, step_record
 from tests.support.shapes_and_scores import keep_of
 
@@ -204,3 +204,12 @@ def test_pictures_of_all_runs_are_drawn(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
     draw_kept_groups(tmp_path / "kept.png", DENSE, keep_of([([0, 1], [*range(96)])] * 3))
     assert (tmp_path / "kept.png").exists()
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert format_count(2e15) == "2000.0 T"
+    assert [format_change(4, after) for after in (3, 4, 5)] == [
+        "25.0 % less",
+        "unchanged",
+        "25.0 % more",
+    ]
