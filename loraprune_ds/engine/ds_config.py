@@ -142,9 +142,10 @@ def resolve_ds_config(
     for name, section in {ZERO: ZeroSettings, **sections}.items():
         _check(where, f"{name}.", section, _look_up(resolved, name))
     size = ZeroSettings(**zero).zero_hpz_partition_size
+    key = f"{ZERO}.{HPZ}"
     require(
         size > 0 and world_size % size == 0,
-        f"{where}: {ZERO}.{HPZ} is {size}, which does not divide {world_size} ranks; "
+        f"{where}: {key} is {size}, which does not divide {world_size} ranks; "
         "give the number of ranks per node",
     )
     return resolved

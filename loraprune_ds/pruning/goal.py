@@ -176,9 +176,10 @@ def _check_heads(goal: Goal) -> None:
     kinds = [kind for kind in limits.dense.kinds[:-1] if kind != "channels"]
     heads = sum(limits.dense_numel[kind] for kind in kinds)
     most = sum(limits.removable[kind] for kind in kinds) / max(1, heads)
+    name = limits.dense.model_type
     require(
         asked <= most,
-        f"prune.head_ratio {asked}: at most {_round_down(most)} of the heads of {limits.dense.model_type} may leave",
+        f"prune.head_ratio {asked}: at most {_round_down(most)} of the heads of {name} may leave",
     )
 
 
