@@ -17,9 +17,11 @@ from loraprune_ds.cli import chats, evaluate, run
 from loraprune_ds.config import DataSource
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.report import report
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.data.tokens import read_chat
 from tests.support.chat_model import END, make_chat_model
+from tests.support.refusals import flip_bit
 from tests.support.resuming import write_run
 
 Call = Callable[..., int]
@@ -36,6 +38,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
 
     for command in (chats, evaluate, run):
         monkeypatch.setattr(command, "join_ranks", lambda **_: Communicator())
+    monkeypatch.setattr(report, "can_show", lambda package: False)  # pictures take seconds
     yield main
     os.dup2(stdout, 1)
     os.close(stdout)
@@ -161,6 +164,27 @@ def test_a_run_prints_its_result_and_prints_it_again(
     write_json(out / "status.json", read_json(out / "status.json") | {"error": "too large"})
     assert call(run, *words) == 3
     assert capfd.readouterr().err == "error: too large\n"
+
+
+def test_a_request_to_an_earlier_process_and_a_damaged_step_are_named(
+    call: Call, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    config = write_run(tmp_path, prune={"prune_every": 1}, train={"steps": 3})
+    words = ("--config", config, "--set", "deepspeed=null")
+    assert call(run, *words) == 0
+    out = tmp_path / "out"
+    write_json(out / "status.json", read_json(out / "status.json") | {"state": "running"})
+    (out / "STOP").touch()
+    assert call(run, *words, "--resume", "auto") == 0
+    assert f"{out / 'STOP'} was there before this start: removed" in capfd.readouterr().err
+    step = out / "checkpoints" / "step-3"
+    flip_bit(step / "lora-00000.safetensors")
+    elsewhere = ("--set", f"output_dir={tmp_path / 'new'}", "--resume", step)
+    assert call(run, *words, *elsewhere) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert str(step) in line
+    assert "damaged" in line
+    assert not (tmp_path / "new").exists()
 
 
 def test_each_rank_on_this_machine_gets_its_share_of_the_cores(
