@@ -5,7 +5,9 @@ A plugin calls these where its tool lets it:
 shorten_errors    at once (errors.py)
 check_settings    before a model is loaded
 drive             on the trainer, which has a callback with these settings
+drive_next        before a trainer that the tool lets nobody see
 find_base         in the tool's next command
+write_next        for a next command of a tool without plugins
 """
 
 from collections.abc import Callable, Mapping
@@ -14,13 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+from transformers import Trainer
+
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import require
 from loraprune_ds.export.contents import find_contents
 from loraprune_ds.export.formats import export
-from loraprune_ds.files import remove_folder
+from loraprune_ds.files import JsonObject, remove_folder, write_text
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.model.adapters import ADAPTER, target_modules
@@ -42,7 +47,10 @@ FROM_CHECKPOINT = "pruned"  # folder in a checkpoint: its base, for a next comma
 
 
 def check_settings(
-    settings: Mapping[str, Any], model: str, allowed: Mapping[str, tuple[Any, ...]]
+    settings: Mapping[str, Any],
+    model: str,
+    allowed: Mapping[str, tuple[Any, ...]],
+    key_of_targets: str = TARGETS,
 ) -> tuple[PruneConfig, Any]:
     """Checks a tool's config before a model is loaded.
 
@@ -71,11 +79,11 @@ def check_settings(
         f"{model}: plugins do not prune families with experts; use prepare_model and the callback, or launch/run.py",
     )
     linears = target_modules(shape)
-    targets = settings.get(TARGETS) or linears
+    targets = settings.get(key_of_targets) or linears
     missing = set(linears).difference(targets)
     require(
         isinstance(targets, str) or not missing,
-        f"{TARGETS} lacks {', '.join(sorted(missing))}: each linear needs LoRA for its score; "
+        f"{key_of_targets} lacks {', '.join(sorted(missing))}: each linear needs LoRA for its score; "
         "add them, or leave the key out",
     )
     goal = make_goal(config, shape)
@@ -133,6 +141,31 @@ def drive(trainer: Any, callback: LoraPruneCallback, *, merged: bool = False) ->
         return result
 
     trainer.train = resume_and_train
+
+
+def drive_next(config: PruneConfig, *, merged: bool = False) -> None:
+    """Gives the next Trainer of this process a callback with these settings, and drives it."""
+    begin = Trainer.__init__
+
+    def begin_and_drive(self: Trainer, *args: Any, callbacks: Any = None, **more: Any) -> None:
+        Trainer.__init__ = begin
+        callback = LoraPruneCallback(config)
+        begin(self, *args, callbacks=[callback, *(callbacks or ())], **more)
+        drive(self, callback, merged=merged)
+
+    Trainer.__init__ = begin_and_drive
+
+
+def write_next(given: JsonObject, out: Path, model: str, **changes: Any) -> Path:
+    """Writes what the user gave, with the folder `model` of `out` in the place of the dense one."""
+    changes |= {
+        "model_name_or_path": str(out / model),
+        "trust_remote_code": True,  # for layers that differ
+    }
+    kept = {key: given[key] for key in given if key not in (BLOCK, *RESUME)}
+    path = out / "next.yaml"
+    write_text(path, yaml.safe_dump(kept | changes))
+    return path
 
 
 def find_base(adapter: Path) -> Path:

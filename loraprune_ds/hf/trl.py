@@ -7,28 +7,22 @@
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import trl
-import yaml
 
 from loraprune_ds.arguments import Parser
 from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import shorten_errors
-from loraprune_ds.files import JsonObject, write_text
 from loraprune_ds.hf.plugin import (
     BLOCK,
     OPTIMIZERS,
     PLAIN,
-    RESUME,
     TARGETS,
-    LoraPruneCallback,
     check_settings,
-    drive,
+    drive_next,
+    write_next,
 )
 from loraprune_ds.report.records import MODEL_FOLDER
 
-TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer"}
+SCRIPTS = ("sft", "dpo")
 ALLOWED = {"use_peft": (True,), "optim": OPTIMIZERS, "use_dora": PLAIN}
 
 
@@ -36,7 +30,7 @@ def main(arguments: list[str]) -> None:
     """Runs a script of TRL with a trainer that prunes."""
     shorten_errors()
     parser = Parser(__doc__)
-    parser.add_argument("script", choices=TRAINERS)
+    parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--config", required=True, help=f"a YAML of TRL with the block {BLOCK}")
     own, flags = parser.parse_known_args(arguments)
     settings = read_config(own.config)
@@ -52,36 +46,12 @@ def main(arguments: list[str]) -> None:
     _, training, model, *_ = parts
     config, model.lora_target_modules = check_settings(settings, model.model_name_or_path, ALLOWED)
     given[TARGETS] = model.lora_target_modules  # PEFT knows none for layers that differ
-    _replace(TRAINERS[own.script], LoraPruneCallback(config))
+    drive_next(config, merged=True)
     script.main(*parts)
     if training.should_save:
-        path = _write_next(given, Path(training.output_dir).absolute())
+        out = Path(training.output_dir).absolute()
+        path = write_next(given, out, MODEL_FOLDER, output_dir=str(out / "next"))
         sys.stdout.write(f"{BLOCK}: to train the result on: trl {own.script} --config {path}\n")
-
-
-def _write_next(given: JsonObject, out: Path) -> Path:
-    """Writes what the user gave, with the pruned model in the place of the dense one."""
-    changes = {
-        "model_name_or_path": str(out / MODEL_FOLDER),
-        "trust_remote_code": True,  # for layers that differ
-        "output_dir": str(out / "next"),
-    }
-    kept = {key: given[key] for key in given if key not in (BLOCK, *RESUME)}
-    path = out / "next.yaml"
-    write_text(path, yaml.safe_dump(kept | changes))
-    return path
-
-
-def _replace(name: str, callback: LoraPruneCallback) -> None:
-    """Makes TRL's scripts build a trainer that prunes."""
-    kind = getattr(trl, name)
-
-    def make(**settings: Any) -> Any:
-        trainer = kind(callbacks=[callback], **settings)
-        drive(trainer, callback, merged=True)
-        return trainer
-
-    setattr(trl, name, make)
 
 
 if __name__ == "__main__":
