@@ -98,6 +98,7 @@ class SavedStep:
         layers = [first | second for first, second in zip(lora, others, strict=True)]
         state.restore(layers, self.what_trains)
         state.restore_groups(resume.groups)
+        model.restore_scaler(resume.loss_scale)
 
     def restore_pruner(self, pruner: Pruner) -> None:
         """Restores the pruner of a model that has been cut, on any number of ranks."""

@@ -97,7 +97,7 @@ class ResumeState:
         optimizer: its kind (engine/optimizer_state.py). Its states are in the files of what trains.
         groups: its param_groups without parameters.
         schedule: state of the learning-rate schedule, of a run or a Trainer.
-        loss_scale: state of fp16's loss scaler of a run, otherwise empty.
+        loss_scale: state of fp16's loss scaler, otherwise empty.
         updates_since_cut: of the scores.
     """
 

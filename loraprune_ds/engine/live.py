@@ -61,13 +61,9 @@ class LiveEngine(ABC):
 
     A resume calls `will_train` and `cut_before_training` on a dense model, and fills weights that a refit has
     changed by their `layout`. Then a training calls `recognises` and `connect`.
-
-    Attributes:
-        saves_itself: the library saves LoRA, its optimizer and fp16's loss scale for its own number of ranks.
     """
 
     name: EngineName
-    saves_itself = False
 
     # Before a training
 

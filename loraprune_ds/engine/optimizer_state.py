@@ -107,6 +107,10 @@ class OptimizerState(ABC):
         # DeepSpeed has all in separate buffers
         return [group for group in groups if group["params"]] or groups
 
+    def settings(self) -> list[JsonObject]:
+        """Describes the groups. `params` are numbers, as many as the tensors that the optimizer updates."""
+        return [group | {"params": [0]} for group in self.groups()]
+
     def restore_groups(self, saved: list[JsonObject]) -> None:
         """Restores what groups have beside parameters, such as the learning rate."""
         groups = self.groups()
@@ -115,7 +119,7 @@ class OptimizerState(ABC):
             f"the optimizer has {len(groups)} groups of parameters, but the checkpoint {len(saved)}",
         )
         for group, settings in zip(groups, saved, strict=True):
-            group |= settings | {"params": group["params"]}
+            group |= self.optimizer.defaults | settings | {"params": group["params"]}
 
 
 def is_number(state: Any) -> bool:

@@ -65,12 +65,8 @@ class TrainingEngine(InferenceEngine, ABC):
         self.module.train()
         return outputs
 
-    def loss_scale(self) -> JsonObject:
-        """Returns the state of fp16's loss scaler for JSON, if there is one."""
-        return {}
-
-    def restore_counters(self, step: int, lr_scheduler: JsonObject, loss_scale: JsonObject) -> None:
-        """Restores the learning-rate schedule, the loss scale and the counts of steps."""
+    def restore_counters(self, step: int, lr_scheduler: JsonObject) -> None:
+        """Restores the learning-rate schedule and the counts of steps."""
         self.lr_scheduler.load_state_dict(lr_scheduler)
         groups = self.lr_scheduler.optimizer.param_groups
         for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):

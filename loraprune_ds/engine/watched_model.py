@@ -16,6 +16,7 @@ from torch.linalg import vector_norm
 
 from loraprune_ds.engine.torch_state import TorchState
 from loraprune_ds.errors import require
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.passes import AUTOGRAD
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -72,6 +73,13 @@ class WatchedModel(PrunableModel, ABC):
     def loss_scale(self) -> float | Tensor:
         # to ask the scaler for its number would wait for the device
         return 1.0 if self._scaler is None else self._scaler.scale(self._one)
+
+    def scaler_state(self) -> JsonObject:
+        return {} if self._scaler is None else self._scaler.state_dict()
+
+    def restore_scaler(self, saved: JsonObject) -> None:
+        if self._scaler is not None and "scale" in saved:  # DeepSpeed's has other names
+            self._scaler.load_state_dict(saved)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         gradient = self._gradients.get(parameter)

@@ -25,10 +25,10 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.ds_config import check_reshardable
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import JsonObject, is_ours, remove_folder
+from loraprune_ds.hf import trainer_files
 from loraprune_ds.hf.arguments import check_arguments
 from loraprune_ds.hf.load_guard import LoadGuard
 from loraprune_ds.hf.table import describe
-from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.pretrained.weight_files import check_room
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
@@ -75,7 +75,6 @@ class LoraPruneCallback(TrainerCallback):
         self._tokenizer: Any = None
         self._output_dir = "."
         self._guard = ExitStack()  # until the training begins
-        self._files = TrainerFiles()
         # of a checkpoint, for the Trainer
         self._stand_in: tempfile.TemporaryDirectory[str] | None = None
 
@@ -105,30 +104,28 @@ class LoraPruneCallback(TrainerCallback):
             folder: a checkpoint, or a folder of checkpoints. Default: the `output_dir`.
 
         Returns:
-            The newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
+            What stands in for the newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
-            UserError: the checkpoint is damaged or incomplete, belongs to another model or config, or needs the engine
-                that saved it.
+            UserError: the checkpoint is damaged or incomplete, belongs to another model or config, or has no loss scale
+                for DeepSpeed.
         """
         comm = Communicator()
-        files = self._files
         folder = Path(folder or self._output_dir)
-        checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files.lacking)
+        checkpoint = cut_to_checkpoint(model, folder, self.config, comm)
         self._checkpoint = checkpoint
         if checkpoint is None:
-            comm.all_or_raise(lambda: files.check_none(folder))
+            comm.all_or_raise(lambda: trainer_files.check_none(folder))
             return None
         self._guard.close()
         self.config = checkpoint.prune
-        of_trainer = checkpoint.of_trainer
-        lost = files.lost(of_trainer, comm.world_size)
+        peft_model = find_peft_model(model)
+        comm.all_or_raise(lambda: trainer_files.check_complete(checkpoint, peft_model))
+        lost = trainer_files.lost(checkpoint.of_trainer, comm.world_size)
         if lost and comm.rank == 0:
-            log.warning("%s cannot bring back %s", of_trainer, " and ".join(lost))
-        if not checkpoint.restores_optimizer:
-            return str(of_trainer)
+            log.warning("%s is missing, so dropout goes on with other random numbers", lost)
         self._stand_in = tempfile.TemporaryDirectory()
-        files.write_stand_in(checkpoint, find_peft_model(model), Path(self._stand_in.name), comm)
+        trainer_files.write_stand_in(checkpoint, peft_model, Path(self._stand_in.name), comm)
         return self._stand_in.name
 
     def save_model(self, folder: str | Path) -> None:
@@ -149,7 +146,6 @@ class LoraPruneCallback(TrainerCallback):
         """Refuses what a library would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         ds_config = _ds_config(args)
-        self._files = TrainerFiles(ds_config, bool(args.fp16))
         if ds_config is not None:
             check_new("deepspeed")
             # some settings fail at DeepSpeed's start
@@ -202,7 +198,7 @@ class LoraPruneCallback(TrainerCallback):
             check_room(folder, schedule.final_numel, dtype)
 
         self._pruning.model.comm.on_rank_0(announce)
-        if checkpoint and checkpoint.restores_optimizer:
+        if checkpoint:
             _restore_schedule(more["lr_scheduler"], checkpoint.resume_state().schedule)
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         args.__dict__.setdefault(LIMIT, args.save_total_limit)  # a failed training may have left it
@@ -269,6 +265,10 @@ def _ds_config(args: TrainingArguments) -> JsonObject | None:
 def _restore_schedule(schedule: Any, saved: JsonObject) -> None:
     """Restores a schedule, but no list of another length: DeepSpeed removes groups without parameters."""
     now = schedule.state_dict()
+    require(
+        now.keys() & saved.keys(),
+        f"the checkpoint has no state of a schedule such as {type(schedule).__name__}; train with the one that it had",
+    )
     for key, value in saved.items():
         fits = not isinstance(value, list) or len(value) == len(now[key])
         if fits and value is not None:  # JSON has no infinity, which a new schedule has, too

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.config_types import EngineName
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DENSE, StorageFormat, storage_format
@@ -151,6 +152,14 @@ class PrunableModel(ABC):
     @abstractmethod
     def loss_scale(self) -> float | Tensor:
         """The factor on gradients during a backward: 1 unless fp16. A tensor is on the device. Not collective."""
+
+    @abstractmethod
+    def scaler_state(self) -> JsonObject:
+        """Describes fp16's loss scaler, if there is one. Not collective."""
+
+    @abstractmethod
+    def restore_scaler(self, saved: JsonObject) -> None:
+        """Restores the loss scaler, as far as it knows the names in `saved`. Not collective."""
 
     # A cut
 

@@ -7,7 +7,6 @@ From its files another engine, or other ranks, go on.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import PRUNING_FOLDER
 from loraprune_ds.checkpoint.load import SavedStep, counts_to_lists, source_digest, verify_step
-from loraprune_ds.checkpoint.state import Origin, State
+from loraprune_ds.checkpoint.state import Origin
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.engine.live import LiveEngine
 from loraprune_ds.engines import full_shape, future_engine, holder
@@ -32,7 +31,7 @@ from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.frozen import storage_format
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pretrained.adapters import name_in_file
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, Header, read_header
+from loraprune_ds.pretrained.weight_files import read_header
 from loraprune_ds.pretrained.weights import ModelWeights
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import METRICS_FILE, History, read_history
@@ -45,9 +44,6 @@ NO_PRUNING = (
     f"has no {PRUNING_FOLDER}/: its save was interrupted, or LoraPruneCallback was absent; "
     "delete it to begin anew"
 )
-COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
-# (checkpoint, rank, engine) -> the files of its optimizer and schedule that the loop's own trainer lacks
-FindLacking = Callable[[Path, int, LiveEngine], list[str]]
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,11 @@ class PruningCheckpoint(SavedStep):
         prune: the settings that it was saved with.
         dense: the shape before any cut.
         engine: which will train the model.
-        restores_optimizer: the trainer cannot load LoRA and its optimizer, so they come from `pruning/`. Either another
-            engine, or another number of ZeRO-3's ranks, has saved the checkpoint, or files are missing.
     """
 
     prune: PruneConfig
     dense: ModelShape
     engine: LiveEngine
-    restores_optimizer: bool = False
 
     @property
     def of_trainer(self) -> Path:
@@ -88,11 +81,7 @@ class PruningCheckpoint(SavedStep):
 
 
 def cut_to_checkpoint(
-    model: nn.Module,
-    folder: Path,
-    config: PruneConfig,
-    comm: Communicator,
-    find_lacking: FindLacking = lambda checkpoint, rank, engine: [],
+    model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to match a checkpoint, before its training begins. None without a checkpoint. Collective.
 
@@ -105,12 +94,6 @@ def cut_to_checkpoint(
     step, prune = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
     state = step.state
     engine = future_engine(peft_model)
-    lacking = comm.all_or_raise(lambda: find_lacking(checkpoint, comm.rank, engine))
-    obstacle = _obstacle(state, lacking, engine, comm.world_size)
-    # all ranks must load the same way
-    obstacle = next(filter(None, comm.gather_objects(obstacle)), None)
-    if obstacle is not None:
-        _check_restorable(f"{checkpoint} {obstacle}", peft_model, engine)
     if not state.origin.query_heads:
         # `live_shape` reads it
         setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)
@@ -126,18 +109,12 @@ def cut_to_checkpoint(
         counts_to_lists(dense) == state.origin.groups,
         f"{checkpoint} belongs to another model: its layers have other sizes",
     )
-    comm.all_or_raise(lambda: _check_lora_ranks(step, peft_model, dense, engine))
+    comm.all_or_raise(lambda: _check_lora_ranks(step, peft_model, dense))
     comm.on_rank_0(lambda: _check_base(checkpoint, state.origin, peft_model))
     keep = step.keep(dense.kinds)
     engine.cut_before_training(peft_model, dense, keep, comm)
     _overwrite(peft_model, step.refits(dense.after(keep)), comm)
-    return PruningCheckpoint(
-        **vars(step),
-        prune=prune,
-        dense=dense,
-        engine=engine,
-        restores_optimizer=obstacle is not None,
-    )
+    return PruningCheckpoint(**vars(step), prune=prune, dense=dense, engine=engine)
 
 
 def _describe(formats: dict[str, str]) -> str:
@@ -170,23 +147,6 @@ def _find(folder: Path) -> Path | None:
     return None
 
 
-def _obstacle(state: State, lacking: list[str], engine: LiveEngine, world_size: int) -> str | None:
-    """Says why this rank's trainer cannot load LoRA and its optimizer itself, if it cannot."""
-    fits = state.world_size == world_size or not engine.saves_itself
-    if state.engine == engine.name and fits:
-        return f"has no {' and no '.join(lacking)}" if lacking else None
-    return f"was saved by the engine {state.engine} on {state.world_size} ranks"
-
-
-def _check_restorable(obstacle: str, model: PeftModel, engine: LiveEngine) -> None:
-    """Refuses a checkpoint whose folder `pruning/` has too little to go on from."""
-    is_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    require(
-        not (engine.saves_itself and is_fp16),
-        f"{obstacle}, and {PRUNING_FOLDER}/ has no loss scale for {engine.name} in fp16; {COMPLETE}",
-    )
-
-
 def _check_base(checkpoint: Path, origin: Origin, model: PeftModel) -> None:
     """Refuses a dense model whose files have other weights than those that the training began with."""
     base = base_folder(model)
@@ -197,16 +157,14 @@ def _check_base(checkpoint: Path, origin: Origin, model: PeftModel) -> None:
         )
 
 
-def _check_lora_ranks(
-    step: SavedStep, model: PeftModel, shape: ModelShape, engine: LiveEngine
-) -> None:
+def _check_lora_ranks(step: SavedStep, model: PeftModel, shape: ModelShape) -> None:
     """Refuses a model whose LoRA has other ranks than that in the checkpoint."""
     in_model = {
         name.replace(f".{ADAPTER}.", "."): full_shape(parameter)[1]
         for name, parameter in model.named_parameters()
         if f".lora_B.{ADAPTER}." in name
     }
-    for path, ranks in _saved_ranks(step, shape, engine).items():
+    for path, ranks in _saved_ranks(step, shape).items():
         for name in filter(ranks.__contains__, in_model):
             linear = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
             require(
@@ -216,26 +174,19 @@ def _check_lora_ranks(
             )
 
 
-def _saved_ranks(
-    step: SavedStep, shape: ModelShape, engine: LiveEngine
-) -> dict[Path, dict[str, int]]:
-    """Reads the rank of each LoRA factor B, named as in an adapter. DeepSpeed does not read the adapter itself."""
-    headers = dict[Path, Header]()
-    adapter = step.folder.parent / ADAPTER_WEIGHTS
-    if adapter.is_file() and not engine.saves_itself:
-        headers[adapter] = read_header(adapter)
+def _saved_ranks(step: SavedStep, shape: ModelShape) -> dict[Path, dict[str, int]]:
+    """Reads the rank of each LoRA factor B, named as in an adapter."""
+    ranks = dict[Path, dict[str, int]]()
     for layer in range(len(shape.layers)):
         path = step.folder / layout.layer_file("lora", layer)
-        if path.is_file():
-            headers[path] = {
-                name_in_file(shape, layer, name): entry for name, entry in read_header(path).items()
-            }
-    return {
-        path: {
-            name: sizes[1] for name, (sizes, _) in header.items() if name.endswith(".lora_B.weight")
+        header = read_header(path) if path.is_file() else {}
+        names = {
+            name_in_file(shape, layer, name): sizes[1]
+            for name, (sizes, _) in header.items()
+            if ".lora_B" in name
         }
-        for path, header in headers.items()
-    }
+        ranks[path] = names
+    return ranks
 
 
 def _read(

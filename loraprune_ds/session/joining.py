@@ -60,7 +60,7 @@ def join(
     scaler = scaler or getattr(optimizer, "scaler", None)
     shape = live_shape(peft_model)
     live = connect(LiveTraining(model, peft_model, shape, optimizer, ds_config, scaler))
-    if checkpoint and checkpoint.restores_optimizer:
+    if checkpoint:
         checkpoint.restore_trained(live)
     dense = checkpoint.dense if checkpoint else live.shape
     schedule = make_schedule(make_goal(config, dense), steps)

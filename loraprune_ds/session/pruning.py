@@ -297,7 +297,6 @@ class Pruning:
         kind: str,
         *,
         schedule: JsonObject | None = None,
-        loss_scale: JsonObject | None = None,
         with_records: bool = False,
     ) -> None:
         """Publishes the folder of this step, which every rank fills. Collective.
@@ -305,7 +304,6 @@ class Pruning:
         Args:
             kind: of the folder, in the names of fail points.
             schedule: state of the learning-rate schedule, for the loop that goes on.
-            loss_scale: state of fp16's loss scaler, likewise.
             with_records: adds metrics.jsonl.
 
         Raises:
@@ -313,7 +311,7 @@ class Pruning:
         """
         self.pruner.check()
         state = self.state()
-        resume = describe_resume(self.pruner, schedule or {}, loss_scale or {})
+        resume = describe_resume(self.pruner, schedule or {})
         with Staging(self.model.comm, target, kind) as staging:
             if with_records and self.model.rank == 0:
                 history = self.recorder.history

@@ -21,14 +21,14 @@ from loraprune_ds.report.records import CutRecord, History
 log = logging.getLogger(__name__)
 
 
-def describe_resume(pruner: Pruner, schedule: JsonObject, loss_scale: JsonObject) -> ResumeState:
+def describe_resume(pruner: Pruner, schedule: JsonObject) -> ResumeState:
     """Describes what only a resume needs."""
     state = pruner.model.optimizer_state
     return ResumeState(
         optimizer=optimizer_kind(state.optimizer),
-        groups=[group | {"params": []} for group in state.groups()],
+        groups=state.settings(),
         schedule=schedule,
-        loss_scale=loss_scale,
+        loss_scale=pruner.model.scaler_state(),
         updates_since_cut=pruner.average.updates_since_cut,
     )
 

@@ -140,7 +140,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     )
     if checkpoint is not None:
         counters = checkpoint.resume_state()
-        engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
+        engine.restore_counters(checkpoint.state.step, counters.schedule)
     return engine
 
 
@@ -153,10 +153,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruning: Prunin
     # A checkpoint must not outlive the records of the steps before it.
     comm.write_on_rank_0(context.folder, lambda: flush(context.folder / METRICS_FILE))
     pruning.save_step(
-        layout.step_folder(root, step),
-        "step",
-        schedule=engine.lr_scheduler.state_dict(),
-        loss_scale=engine.loss_scale(),
+        layout.step_folder(root, step), "step", schedule=engine.lr_scheduler.state_dict()
     )
     context.check_owner()
     keep_last = context.config.checkpoint.keep_last

@@ -29,7 +29,7 @@ from loraprune_ds.ranks.job import check_local_rank, check_ranks, collective_tim
 from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
 from loraprune_ds.zero.gathering import forget_trace
 from loraprune_ds.zero.params import free_shards, shard_at_birth
-from loraprune_ds.zero.private import LOSS_SCALE_FIELDS, check_private_attributes
+from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.shards import NAME
 
@@ -72,15 +72,9 @@ class ShardedEngine(TrainingEngine):
         forget_trace(self.optimizer)
         return outputs
 
-    def loss_scale(self) -> JsonObject:
-        scaler = self.deepspeed.optimizer.loss_scaler
-        return {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
-
-    def restore_counters(self, step: int, lr_scheduler: JsonObject, loss_scale: JsonObject) -> None:
-        super().restore_counters(step, lr_scheduler, loss_scale)
+    def restore_counters(self, step: int, lr_scheduler: JsonObject) -> None:
+        super().restore_counters(step, lr_scheduler)
         deepspeed = self.deepspeed
-        for name, value in loss_scale.items():
-            setattr(deepspeed.optimizer.loss_scaler, name, value)
         deepspeed.global_steps = step
         deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
         deepspeed.global_samples = step * deepspeed.train_batch_size()

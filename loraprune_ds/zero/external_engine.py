@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, LOSS_SCALER, OPTIMIZER_STATE_DICT
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
@@ -19,7 +19,6 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
-LATEST = "latest"  # names the folder of the newest state
 log = logging.getLogger(__name__)
 
 
@@ -51,47 +50,36 @@ def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel
     return ShardedModel(module, zero, shape)
 
 
-def can_load(folder: Path, rank: int) -> bool:
-    """Tells whether a checkpoint has the files that DeepSpeed loads on this rank."""
-    latest = folder / LATEST
-    if not latest.is_file():
-        return False
-    tag = folder / latest.read_text().strip()
-    name = _rank_name(rank)
-    return all(any(tag.glob(f"*{name}_{kind}_states.pt")) for kind in ("model", "optim"))
+def write_stand_in(
+    folder: Path, step: int, groups: list[JsonObject], loss_scale: JsonObject, comm: Communicator
+) -> None:
+    """Writes this rank's files of a checkpoint that DeepSpeed loads without a change of what trains.
 
-
-def _rank_name(rank: int) -> str:
-    """Returns what the names of a rank's files have in common."""
-    return f"zero_pp_rank_{rank}_mp_rank_00"
-
-
-def write_stand_in(folder: Path, step: int, groups: list[JsonObject], comm: Communicator) -> None:
-    """Writes this rank's files of a checkpoint that DeepSpeed loads without a change of weights or moments.
-
-    Args:
-        groups: Adam's, without parameters. DeepSpeed takes their numbers.
+    DeepSpeed takes its loss scaler and its groups.
     """
     tag = folder / f"global_step{step}"
-    rank_name = _rank_name(comm.rank)
+    rank_name = f"zero_pp_rank_{comm.rank}_mp_rank_00"
     tag.mkdir()
-    (folder / LATEST).write_text(tag.name)
+    (folder / "latest").write_text(tag.name)
     counts = {
         "global_steps": step,
         "skipped_steps": 0,
         "dp_world_size": comm.world_size,
         "mp_world_size": 1,
     }
-    torch.save({"module": {}, **counts}, tag / f"{rank_name}_model_states.pt")
-    adam = {
-        "state": {},
-        "param_groups": [group | {"params": [i]} for i, group in enumerate(groups)],
-    }
+    # DeepSpeed's own schedules read one number. The true one comes when the training begins
+    states = {"module": {}, "lr_scheduler": {"last_batch_iteration": 0}, **counts}
+    torch.save(states, tag / f"{rank_name}_model_states.pt")
+    scaler = LossScaler(1)
+    if loss_scale.get("dynamic"):
+        scaler = object.__new__(DynamicLossScaler)
+        scaler.dtype = torch.float16
+    vars(scaler).update(loss_scale)
     zero = {
-        LOSS_SCALER: LossScaler(1),
-        "dynamic_loss_scale": False,
+        LOSS_SCALER: scaler,
+        "dynamic_loss_scale": scaler.dynamic,
         "overflow": False,
-        OPTIMIZER_STATE_DICT: adam,
+        OPTIMIZER_STATE_DICT: {"state": {}, "param_groups": groups},
         FP32_FLAT_GROUPS: [],
     }
     for prefix in ("", "bf16_"):

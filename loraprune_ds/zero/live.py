@@ -23,7 +23,6 @@ class LiveZero3(LiveEngine):
     """Joins trainings on DeepSpeed. It recognises other stages, too, and refuses them."""
 
     name = NAME
-    saves_itself = True
 
     def will_train(self, model: PeftModel) -> bool:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled

@@ -14,6 +14,7 @@ from torch.optim import Adam, AdamW
 from loraprune_ds.engine.cutting import ParameterCut, cut_layers
 from loraprune_ds.engine.optimizer_state import OptimizerState, is_number
 from loraprune_ds.errors import fail_point
+from loraprune_ds.files import JsonObject
 from loraprune_ds.model.frozen import Blocks, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
@@ -26,6 +27,7 @@ from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
 from loraprune_ds.zero.gathering import forget_trace, gather_once
 from loraprune_ds.zero.params import owned_blocks, owned_flat
+from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.shards import NAME, FlatShards, full_shape
 
@@ -67,6 +69,15 @@ class ShardedModel(PrunableModel):
     @property
     def loss_scale(self) -> float:
         return float(self.zero_optimizer.loss_scale)
+
+    def scaler_state(self) -> JsonObject:
+        scaler = vars(self.zero_optimizer.loss_scaler) if self.skips_updates else {}
+        return {name: value for name, value in scaler.items() if name != "dtype"}
+
+    def restore_scaler(self, saved: JsonObject) -> None:
+        scaler = self.zero_optimizer.loss_scaler
+        for name in filter(saved.__contains__, LOSS_SCALE_FIELDS if scaler.dynamic else ()):
+            setattr(scaler, name, saved[name])
 
     # A cut
 
@@ -186,6 +197,13 @@ class ShardedState(OptimizerState):
     def number(self, saved: Tensor) -> Any:
         is_torch = isinstance(self.optimizer, (Adam, AdamW))
         return saved.clone() if is_torch else int(saved)  # DeepSpeed's kernels take no tensor
+
+    def settings(self) -> list[JsonObject]:
+        owners = list(self.zero.sub_group_to_group_id.values())
+        described = super().settings()
+        for i, group in enumerate(described):
+            group["params"] = [0] * owners.count(i)
+        return described
 
     @torch.no_grad()
     def rebuild(self) -> None:

@@ -7,34 +7,17 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds import PruneConfig
-from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.session.checkpoint import cut_to_checkpoint
 from tests.support import callback_run
 from tests.support.driver import Job
 from tests.support.ranks import RankPool
 from tests.support.trainer_runs import REFIT, SAVES, Run, assert_same_course, resume_and_compare
-from tests.support.trainers import WITHOUT, load_model, train_alone, train_with_callback
+from tests.support.trainers import WITHOUT, train_alone, train_with_callback
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = callback_run.make_job(tmp_path_factory.mktemp("tiny"))
     return replace(job, batches=job.batches[:6], prune=REFIT)  # cuts after 2, 4 and 5
-
-
-def resumes_without_files_of_rank_1(job: Job, out: Path) -> bool:
-    """Cuts to a checkpoint of two ranks. Returns whether this rank restores its optimizer from `pruning/`."""
-    model = load_model(job)
-    found = cut_to_checkpoint(
-        model,
-        out,
-        PruneConfig(**job.prune),
-        Communicator(),
-        lambda _, rank, engine: ["its file"] * rank,
-    )
-    assert found is not None
-    return found.restores_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +68,6 @@ def test_a_checkpoint_without_files_of_its_optimizer_goes_on_from_the_folder_of_
         for name in names:
             (checkpoint / name).unlink()
         resume_and_compare(ranks, job, run, tmp_path / f"on-{n}", 4, ranks=1, **falling)
-
-
-def test_where_one_rank_lacks_its_files_all_go_on_from_the_folder_of_pruning(
-    ranks: RankPool, job: Job, runs: list[Run]
-) -> None:
-    assert ranks.run(2, resumes_without_files_of_rank_1, job, runs[1].out) == [True, True]
 
 
 def test_a_checkpoint_goes_on_on_another_engine_and_other_ranks(

@@ -273,6 +273,40 @@ def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
         ), name
 
 
+OF_DEEPSPEED = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "eps": 1e-3, "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 5e-3, "warmup_num_steps": "auto"},
+    },
+}
+PLATEAU = {
+    "optim": "adagrad",
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.99},  # every evaluation lowers the rate
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "metric_for_best_model": "loss",
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"deepspeed": trainers.deepspeed_config() | OF_DEEPSPEED, "warmup_steps": 9},
+        PLATEAU | WITHOUT,
+    ],
+    ids=["of DeepSpeed", "on a plateau"],
+)
+def test_other_optimizers_and_schedules_go_on_to_the_bit(
+    ranks: RankPool, job: Job, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    job = replace(job, batches=job.batches[:5])  # cuts after 2 and 4
+    out, saves = tmp_path / "a", {"save_strategy": "steps", "save_steps": 3}
+    run = Run(*ranks.run(1, train_with_callback, job, out, saves | more)[0], out)
+    resume_and_compare(ranks, job, run, tmp_path / "b", 3, ranks=1, **more)
+
+
 @on_engines("ZeRO-3")
 def test_an_evaluation_between_cuts_changes_nothing(
     ranks: RankPool, job: Job, engine: dict[str, Any], plain: Run, tmp_path: Path

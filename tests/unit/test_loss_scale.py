@@ -15,6 +15,7 @@ from loraprune_ds.config import TrainConfig
 from loraprune_ds.session.exchange import can_update
 from loraprune_ds.train.optimizer import learning_rate_factor
 from loraprune_ds.zero.engine import ShardedEngine
+from loraprune_ds.zero.sharded import ShardedModel
 from tests.support.refusals import must_name
 
 BOTH = (True, False)
@@ -81,21 +82,27 @@ def test_the_learning_rate_counts_skipped_steps() -> None:
 
 
 def test_a_resumed_run_has_the_scale_that_overflows_left() -> None:
-    def engine() -> ShardedEngine:
-        made = object.__new__(ShardedEngine)
-        made.deepspeed = Mock(gradient_accumulation_steps=lambda: 2, train_batch_size=lambda: 8)
-        made.deepspeed.optimizer.loss_scaler = DynamicLossScaler(
+    def model() -> Any:
+        scaler = DynamicLossScaler(
             2**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
         )
-        made.lr_scheduler = EngineThatSkips(set()).lr_scheduler
-        return made
+        return Mock(skips_updates=True, zero_optimizer=Mock(loss_scaler=scaler))
 
-    straight, resumed = engine(), engine()
-    scaler = straight.deepspeed.optimizer.loss_scaler
+    straight, resumed = model(), model()
     # two overflows, of which the first is tolerated, and a step
-    vars(scaler).update(cur_scale=2.0**15, cur_iter=3, last_overflow_iter=1, cur_hysteresis=1)
-    saved = straight.loss_scale()
-    resumed.restore_counters(3, straight.lr_scheduler.state_dict(), saved)
-    assert resumed.loss_scale() == saved != engine().loss_scale()
+    vars(straight.zero_optimizer.loss_scaler).update(
+        cur_scale=2.0**15, cur_iter=3, last_overflow_iter=1, cur_hysteresis=1
+    )
+    saved = ShardedModel.scaler_state(straight)
+    assert saved != ShardedModel.scaler_state(resumed)
+    ShardedModel.restore_scaler(resumed, saved)
+    assert saved == ShardedModel.scaler_state(resumed)
+
+
+def test_a_resumed_run_counts_on() -> None:
+    resumed = object.__new__(ShardedEngine)
+    resumed.deepspeed = Mock(gradient_accumulation_steps=lambda: 2, train_batch_size=lambda: 8)
+    resumed.lr_scheduler = EngineThatSkips(set()).lr_scheduler
+    resumed.restore_counters(3, resumed.lr_scheduler.state_dict())
     counts = resumed.deepspeed
     assert (counts.global_steps, counts.micro_steps, counts.global_samples) == (3, 6, 24)
