@@ -111,7 +111,7 @@ def again(ranks: RankPool, straight: Path, tmp_path: Path) -> Again:
 def test_the_straight_run_is_worth_comparing_with(straight: Path) -> None:
     last = contents(straight, STEPS)
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
-    assert len(last.lora) == 3 * 7 * 2 * 3
+    assert len(last.lora) == 3 * 7 * 2 * 4
     assert all(tensor.isfinite().all() and tensor.any() for tensor in last.lora.values())
     assert len({tuple(heads) for heads, _ in last.kept}) > 1
     evaluated = {e["name"]: e["perplexity"] for e in metrics(straight, "evaluation")}
