@@ -115,6 +115,7 @@ def resolve_ds_config(
         return {}
     path = find_shipped(config.deepspeed)
     where = str(path)
+    require(path.is_file(), f"deepspeed: {path} is no file")
     resolved = read_json(path, unique_keys=True)
     model = config.model
     stored = Storage(model.frozen, dtype=DTYPES[model.dtype]).stored(shape).values()

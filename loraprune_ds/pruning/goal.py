@@ -127,7 +127,7 @@ class Goal:
         """Says how far a run ends below its ratio. None within the largest step of its ranking."""
         limits = self.limits
         reached = limits.gone(pruned)
-        largest_step = max(map(limits.step_numel, limits.multiples))
+        largest_step = max(map(limits.step_numel, limits.most))
         if (self.ratio - reached) * limits.dense.linear_numel() <= largest_step:
             return None
         return (

@@ -224,7 +224,10 @@ def _stops(layers: Sequence[nn.Module]) -> Generator[None]:
 def evaluating(module: nn.Module) -> Generator[None]:
     """Turns off dropout, then restores the mode of each module."""
     training = [part for part in module.modules() if part.training]
-    module.eval()
+    for part in (
+        training
+    ):  # `eval` would let transformers replace the kernels, with some that have no gradient
+        part.training = False
     try:
         yield
     finally:

@@ -32,6 +32,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.getLogger("deepspeed").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it if it is installed
+    logging.getLogger("kernels").setLevel(
+        logging.ERROR
+    )  # and bitsandbytes these, where transformers brings them
     # DeepSpeed's other logger prints to stdout from its import on, and sets its own level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 

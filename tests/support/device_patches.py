@@ -1,5 +1,6 @@
 """What torch does beside its operations, for the simulated device: storages, pinned memory, collectives of objects."""
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.device import NAME
 
 def apply() -> None:
     """Patches torch in this process."""
+    os.environ["USE_HUB_KERNELS"] = "NO"  # the hub knows no such device
     # a `with torch.device("meta")` knows functions by what they are
     torch.utils._device._device_constructors()
     torch.tensor = _made_on_host(torch.tensor)

@@ -27,6 +27,7 @@ from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.session.pruning import Pruning
 from loraprune_ds.train.output import OutputFolder
 from tests.oracle.models import make_tiny_llama
+from tests.support.chat_model import make_chat_model
 from tests.support.refusals import full_disk
 from tests.support.run_records import step_record
 from tests.unit.test_output import run_status
@@ -135,7 +136,7 @@ def export_model(folder: Path) -> None:
 
 
 def draw_chats(folder: Path) -> None:
-    model = make_tiny_llama(folder / "model")
+    model = make_chat_model(folder / "model")
     how = {
         "prompts": None,
         "text": None,

@@ -3,12 +3,14 @@
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
@@ -152,6 +154,20 @@ def test_so_it_does_in_the_precision_of_the_passes(family: str) -> None:
             loss.backward()
     refit_by_replay(model, keep, kept.passes(), step=7)
     assert_same_refit(family, model, expected, keep)
+
+
+def test_a_refit_leaves_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 5.25 on, transformers replaces them when a model changes its mode."""
+    model = live("llama")
+    model.module.train()
+    kept = KeptPasses(model)
+    kept.begin_step()
+    for inputs, masks in batches("llama"):
+        with kept.record_forward(*masks):
+            loss = model.module(**inputs)[0].sum()
+        loss.backward()
+    monkeypatch.setattr(PreTrainedModel, "train", Mock(side_effect=AssertionError))
+    refit_by_replay(model, draw(model.shape, FEW), kept.passes(), step=7)
 
 
 class Casts(TorchDispatchMode):
