@@ -224,9 +224,8 @@ def _stops(layers: Sequence[nn.Module]) -> Generator[None]:
 def evaluating(module: nn.Module) -> Generator[None]:
     """Turns off dropout, then restores the mode of each module."""
     training = [part for part in module.modules() if part.training]
-    for part in (
-        training
-    ):  # `eval` would let transformers replace the kernels, with some that have no gradient
+    # `eval` would let transformers replace the kernels, by some that have no gradient
+    for part in training:
         part.training = False
     try:
         yield

@@ -31,10 +31,11 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.getLogger("deepspeed").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it if it is installed
-    logging.getLogger("kernels").setLevel(
-        logging.ERROR
-    )  # and bitsandbytes these, where transformers brings them
+    for name in (
+        "bitsandbytes",
+        "kernels",
+    ):  # PEFT imports the one if it is installed, and that the other
+        logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed's other logger prints to stdout from its import on, and sets its own level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
