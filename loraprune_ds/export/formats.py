@@ -19,10 +19,16 @@ from loraprune_ds.export.gguf_architecture import Precision, architecture_name
 from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
 from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import target_modules, task_type
+from loraprune_ds.model.adapters import task_type
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pretrained.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, name_in_file
+from loraprune_ds.pretrained.adapters import (
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    BASE_FOLDER,
+    name_in_file,
+    stock_targets,
+)
 from loraprune_ds.pretrained.pretrained import open_pretrained
 from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, check_room, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
@@ -81,25 +87,17 @@ def _lora_patterns(checkpoint: TrainingCheckpoint) -> dict[str, dict[str, float]
 def _adapter_config(
     r: int, lora_alpha: float, lora_dropout: float, shape: ModelShape
 ) -> dict[str, object]:
-    linears = list({linear.linear: linear for _, linear in shape.linears()}.values())
-    config: dict[str, object] = {
+    return {
         "peft_type": "LORA",
         "task_type": task_type(shape),
         "base_model_name_or_path": f"../{BASE_FOLDER}",
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "target_modules": target_modules(shape),
         "bias": "none",
         "inference_mode": True,
+        **stock_targets(shape),
     }
-    stacks = [linear.stock_name for linear in linears if linear.stack]
-    if stacks:
-        # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
-        config["target_modules"] = [x.linear for x in linears if x.spans and not x.stack]
-        config["target_parameters"] = [*stacks, *(x.name for x in linears if not x.spans)]
-        config["lora_dropout"] = 0.0
-    return config
 
 
 def export(contents: FolderContents, name: str, out: Path) -> list[str]:

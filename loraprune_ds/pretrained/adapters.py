@@ -11,12 +11,12 @@ from torch import Tensor
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import read_json
-from loraprune_ds.model.adapters import last_names
+from loraprune_ds.files import JsonObject, read_json, write_json
+from loraprune_ds.model.adapters import last_names, target_modules
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.groups import Shape, TensorSpec
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header
+from loraprune_ds.pretrained.weight_files import ADAPTER_WEIGHTS, read_header, write_weight_file
 
 # folders of an export with unmerged LoRA
 BASE_FOLDER = "base"
@@ -80,8 +80,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     stored = {name: sizes for name, (sizes, _) in read_header(path).items()}
     expected: dict[str, Shape] = {}
     for layer in range(len(shape.layers)):
-        for name, factor in _factors_in_peft(_with_lora(shape, layer, stored), r).items():
-            expected[name_in_file(shape, layer, name)] = tuple(factor.shape)
+        expected |= _shapes_in_file(shape, layer, _with_lora(shape, layer, stored), r)
     different = sorted(expected.keys() ^ stored.keys())
     if different:
         verb = "lacks" if different[0] in expected else "has"
@@ -113,6 +112,13 @@ def _factors_in_peft(linears: list[TensorSpec], r: int) -> dict[str, Tensor]:
     return as_in_peft(factors, linears)
 
 
+def _shapes_in_file(
+    shape: ModelShape, layer: int, linears: list[TensorSpec], r: int
+) -> dict[str, Shape]:
+    factors = _factors_in_peft(linears, r)
+    return {name_in_file(shape, layer, name): tuple(x.shape) for name, x in factors.items()}
+
+
 def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> None:
     """Copies the weights of a checked adapter into the wrapped model, before ZeRO-3 shards them."""
     stored = load_file(folder / ADAPTER_WEIGHTS)
@@ -130,3 +136,47 @@ def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> N
 def name_in_file(shape: ModelShape, layer: int, name: str) -> str:
     """Returns the name of a LoRA factor ("self_attn.q_proj.lora_A") in PEFT's adapter_model.safetensors."""
     return f"base_model.model.{shape.prefix(layer)}{name}.weight"
+
+
+def stock_targets(shape: ModelShape) -> JsonObject:
+    """Returns PEFT's settings that put LoRA on all linears of a stock model of this shape."""
+    linears = list({linear.linear: linear for _, linear in shape.linears()}.values())
+    stacks = [linear.stock_name for linear in linears if linear.stack]
+    if not stacks:
+        return {"target_modules": target_modules(shape)}
+    # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
+    return {
+        "target_modules": [x.linear for x in linears if x.spans and not x.stack],
+        "target_parameters": [*stacks, *(x.name for x in linears if not x.spans)],
+        "lora_dropout": 0.0,
+    }
+
+
+def give_base(folder: Path, base: str, shape: ModelShape) -> None:
+    """Makes an adapter that a live model has written name its pruned base, and one that PEFT alone loads.
+
+    Args:
+        shape: of the pruned model.
+    """
+    config = read_json(folder / ADAPTER_FILE)
+    path = folder / ADAPTER_WEIGHTS
+    changes = {"base_model_name_or_path": base}
+    if any(linear.stack for _, linear in shape.linears()) and not config.get("target_parameters"):
+        new = folder / f"{ADAPTER_WEIGHTS}.new"
+        write_weight_file(new, _with_stock_names(load_file(path), shape))
+        new.replace(path)
+        changes |= stock_targets(shape)
+    write_json(folder / ADAPTER_FILE, config | changes)
+
+
+def _with_stock_names(stored: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    tensors = dict(stored)
+    for layer, spec in enumerate(shape.layers):
+        stacks = [linear for linear in spec.linears if linear.stack]
+        names = [
+            f"{linear.linear}.{factor}" for linear in stacks for factor in ("lora_A", "lora_B")
+        ]
+        factors = {name: tensors.pop(name_in_file(shape, layer, name)) for name in names}
+        for name, factor in as_in_peft(factors, stacks).items():
+            tensors[name_in_file(shape, layer, name)] = factor
+    return tensors

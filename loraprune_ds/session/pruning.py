@@ -31,8 +31,8 @@ from loraprune_ds.checkpoint.state import State
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_types import Dtype
 from loraprune_ds.errors import UserError, fail_point, require
-from loraprune_ds.files import JsonObject, read_json, remove_leftovers, write_json
-from loraprune_ds.pretrained.adapters import ADAPTER_FILE
+from loraprune_ds.files import JsonObject, read_json, remove_leftovers
+from loraprune_ds.pretrained.adapters import ADAPTER_FILE, give_base
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.device import StepPeak, is_cpu, trim_heap
@@ -338,6 +338,8 @@ class Pruning:
     ) -> None:
         """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
 
+        PEFT alone then loads both, also LoRA of experts.
+
         Raises:
             UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
         """
@@ -345,12 +347,12 @@ class Pruning:
             self._export(Path(folder), tokenizer, merge=False)
             return
         comm = self.model.comm
-        path = Path(adapter) / ADAPTER_FILE
-        config = comm.on_rank_0(lambda: read_json(path)) or {}
+        path = Path(adapter)
+        comm.on_rank_0(lambda: read_json(path / ADAPTER_FILE))
         self._export(Path(folder), tokenizer, merge=False)
         # the live adapter cannot: at each save PEFT reads its base's config with the class of the dense model
-        config["base_model_name_or_path"] = str(folder)
-        comm.write_on_rank_0(path, lambda: write_json(path, config))
+        shape = self.model.shape
+        comm.write_on_rank_0(path, lambda: give_base(path, str(folder), shape))
 
     def write_results(self, folder: str | Path, settings: JsonObject | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
