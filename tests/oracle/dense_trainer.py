@@ -35,14 +35,10 @@ INPUT_SHRINKS = ("self_attn.o_proj", "mlp.down_proj")  # columns leave; of the o
 @dataclass(frozen=True)
 class Settings:
     lora_alpha: float
-    # of weights and LoRA copies; masters are fp32, or fp64 where this is
     dtype: torch.dtype = torch.float32
     micro_batch_size: int | None = None  # None: the whole global batch at once
     max_grad_norm: float = 0.0  # 0: no clipping
-    beta1: float = 0.9
-    beta2: float = 0.999
     epsilon: float = 1e-8
-    weight_decay: float = 0.0
     normalize: bool = True
     moving_average: float = 0.9
     dropout: float = 0.0  # before LoRA, drawn anew from `seed`, step and micro-batch
@@ -79,7 +75,6 @@ class DenseTrainer:
 
     def __init__(self, folder: Path | str, lora: Mapping[str, Tensor], settings: Settings) -> None:
         self.settings = settings
-        self.master_dtype = torch.promote_types(settings.dtype, torch.float32)
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=settings.dtype, attn_implementation="eager"
         )
@@ -106,13 +101,10 @@ class DenseTrainer:
         self.copies = self._lora_parameters()
         assert set(lora) == set(self.copies), set(lora) ^ set(self.copies)
         self.master = {
-            name: nn.Parameter(lora[name].to(self.master_dtype, copy=True)) for name in self.copies
+            name: nn.Parameter(lora[name].to(settings.dtype, copy=True)) for name in self.copies
         }
         self.optimizer = torch.optim.AdamW(
-            list(self.master.values()),
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
+            list(self.master.values()), eps=settings.epsilon, weight_decay=0.0
         )
         self.steps_done = 0
         self._copy_masters()
@@ -167,7 +159,7 @@ class DenseTrainer:
             zip(input_ids.split(size), labels.split(size), strict=True)
         ):
             torch.manual_seed(_dropout_seed(self.settings.seed, self.steps_done + 1, m))
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].to(self.master_dtype)
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
             wanted = targets[:, 1:].flatten()
             yield (
                 F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum")
@@ -175,7 +167,7 @@ class DenseTrainer:
             )
 
     def _accumulate_gradients(self, batch: Batch) -> float:
-        """Adds the micro-batches' gradients up in the masters' dtype."""
+        """Adds the micro-batches' gradients up."""
         for master in self.master.values():
             master.grad = torch.zeros_like(master)
         total = 0.0
@@ -183,7 +175,7 @@ class DenseTrainer:
             part.backward()
             total += float(part.detach())
             for name, copy in self.copies.items():
-                _gradient(self.master[name]).add_(_gradient(copy).to(self.master_dtype))
+                _gradient(self.master[name]).add_(_gradient(copy))
                 copy.grad = None
         return total
 

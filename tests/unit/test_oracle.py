@@ -1,8 +1,9 @@
-"""The oracle's formula must itself be right: checked by hand-done numbers and autograd."""
+"""The oracle must itself be right: hand-done numbers, autograd, and masks where it cuts."""
 
 import ast
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor
 
 import tests.oracle
 from tests.oracle import formula
+from tests.oracle.dense_trainer import DenseTrainer, LayerCut, Settings
+from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+
+# transformers computes norms, softmax and rotary angles in fp32 even in an fp64 model
+FORWARD = 1e-5
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_oracle_imports_nothing_of_the_package() -> None:
@@ -121,3 +127,81 @@ def test_keep_best_breaks_ties_by_index() -> None:
     expected = [[4], [1, 4], [0, 1, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
     assert [formula.keep_best(scores, n) for n in (1, 2, 3, 4, 5)] == expected
     assert [formula.cut_gap(scores, n) for n in (2, 3, 5)] == [pytest.approx(0.6), 0, math.inf]
+
+
+# The dense trainer. The package's own trainer, which must agree with it, sees what else it does wrong.
+
+BATCHES = make_batches(steps=2, samples=6, tokens=12, vocab=101, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 4, "hidden": 30, "ffn": 41}
+    path = tmp_path_factory.mktemp("tiny")
+    return make_tiny_llama(path, **sizes, biases=True, layers=2, vocab=101, seed=1)
+
+
+def make_trainer(folder: Path) -> DenseTrainer:
+    lora = make_lora(folder, r=4, seed=2)
+    return DenseTrainer(folder, lora, Settings(lora_alpha=8, dtype=torch.float64))
+
+
+def test_scores_come_from_weights_and_gradients_before_the_update(folder: Path) -> None:
+    trainer = make_trainer(folder)
+    masters, frozen = trainer.masters(), trainer.frozen()
+    records = trainer.run(BATCHES, [1e-2, 1e-2])
+    kv_heads = len(records[0].kept[0][0])
+    for i in range(2):
+        layer = {}
+        for linear in {name.split(".lora_")[0].split(".", 2)[2] for name in masters}:
+            a, b = f"layers.{i}.{linear}.lora_A", f"layers.{i}.{linear}.lora_B"
+            weight, gradients = frozen[f"layers.{i}.{linear}.weight"], records[0].gradients
+            layer[linear] = (weight, masters[a], masters[b], gradients[a], gradients[b])
+        expected = formula.group_scores(
+            layer, 8 / 4, kv_heads, trainer.queries_per_group, trainer.head_dim, True
+        )
+        for kind in range(2):
+            first, second = records[0].scores[i][kind], records[1].scores[i][kind]
+            close(first, expected[kind])
+            close(records[0].averages[i][kind], 0.1 * first)
+            close(records[1].averages[i][kind], 0.09 * first + 0.1 * second)
+            assert not torch.allclose(first, second, rtol=1e-3)
+
+
+def some_cut(trainer: DenseTrainer) -> list[LayerCut]:
+    """Scattered groups, other ones in each layer, as explicit lists."""
+    kept = enumerate(trainer.kept)
+    return [
+        ([h for h in heads if h != i + 1], [c for c in channels if c % 3 != i])
+        for i, (heads, channels) in kept
+    ]
+
+
+def test_a_cut_equals_masking(folder: Path) -> None:
+    cut_model, masked = make_trainer(folder), make_trainer(folder)
+    cut = some_cut(cut_model)
+    cut_model.run(BATCHES[:1], [1e-2], {1: cut})
+    masked.run(BATCHES[:1], [1e-2])
+    ids = BATCHES[1][0]
+    dense_logits = masked.logits(ids)
+
+    query_width = masked.queries_per_group * masked.head_dim
+    for i, (heads, channels) in enumerate(cut):
+        assert isinstance(heads, list)
+        assert isinstance(channels, list)
+        for linear, kept, width in (
+            ("self_attn.o_proj", heads, query_width),
+            ("mlp.down_proj", channels, 1),
+        ):
+            module = masked.layers[i].get_submodule(linear)
+            mask = torch.zeros(module.base_layer.weight.shape[1], dtype=torch.float64)  # type: ignore[union-attr]
+            for group in kept:
+                mask[group * width : (group + 1) * width] = 1
+            module.base_layer.weight.data *= mask  # type: ignore[union-attr]
+            masked.copies[f"layers.{i}.{linear}.lora_A"].data *= mask
+
+    close(cut_model.logits(ids), masked.logits(ids), FORWARD)
+    assert (dense_logits - masked.logits(ids)).abs().max() > 0.1
+    assert sum(t.numel() for t in cut_model.frozen().values()) < sum(
+        t.numel() for t in masked.frozen().values()
+    )
